@@ -1,0 +1,289 @@
+"""Pytrees: what a state is made of, how two of them compare, and what identifies one.
+
+The mechanics are optree's. What is added here is `struct`, which makes one class a node for optree and for torch alike,
+and equality, differences and fingerprints that look at bits: `0.0` is not `-0.0`, a NaN equals itself, `1` is not `True`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar, dataclass_transform, overload
+
+import numpy as np
+import optree
+import optree.dataclasses
+import torch
+from torch.utils import _pytree as torch_pytree
+
+T = TypeVar("T")
+
+#: Types of leaves besides tensors and arrays. Matched exactly: a subclass (an `IntEnum`, a `np.float64`) would not come back as it was.
+SCALARS = (type(None), bool, int, float, complex, str, bytes)
+
+_structs: dict[str, type] = {}
+
+
+def static(**options: Any) -> Any:
+    """A `struct` field that is part of the structure and not a leaf: hashable, never touched by `map`, never stored as an array."""
+    return optree.dataclasses.field(pytree_node=False, **options)
+
+
+@overload
+def struct(cls: type[T], /) -> type[T]: ...
+@overload
+def struct(*, eq: bool = False) -> Callable[[type[T]], type[T]]: ...
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static))
+def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
+    """Make `cls` a frozen, slotted dataclass that is a pytree node for optree and for torch.func alike.
+
+    Fields are children, except those made with `static()`. A subclass of a struct is a struct only under its own `@struct`.
+    Equality is identity unless `eq=True` (tensors have no single truth value): compare with `tree.equal`.
+
+    >>> @struct
+    ... class Point:
+    ...     x: torch.Tensor
+    ...     y: torch.Tensor
+    ...     unit: str = static(default="m")
+    >>> map(lambda t: t * 2, Point(torch.tensor(1.0), torch.tensor(2.0)))
+    Point(x=tensor(2.), y=tensor(4.), unit='m')
+    """
+    if cls is None:
+        return lambda cls: struct(cls, eq=eq)  # pyright: ignore[reportCallIssue]
+    cls = dataclasses.dataclass(frozen=True, slots=True, eq=eq)(cls)
+    optree.dataclasses.register_node(cls, namespace="")
+    fields = dataclasses.fields(cls)
+    names = tuple(f.name for f in fields if f.metadata.get("pytree_node", True))
+    statics = tuple(f.name for f in fields if f.name not in names)
+
+    def flatten(node: Any) -> tuple[list[Any], Any]:
+        return [getattr(node, name) for name in names], tuple(getattr(node, name) for name in statics)
+
+    def unflatten(children: Any, context: Any) -> Any:
+        return cls(**dict(zip(names, children, strict=True)), **dict(zip(statics, context, strict=True)))
+
+    def flatten_with_keys(node: Any) -> Any:
+        children, context = flatten(node)
+        return [(torch_pytree.GetAttrKey(n), c) for n, c in zip(names, children, strict=True)], context
+
+    name = class_name(cls)
+    torch_pytree.register_pytree_node(cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)
+    _structs[name] = cls
+    return cls
+
+
+def class_name(cls: type) -> str:
+    """`module:qualname`, with the real name of a module that runs as `__main__`: the same in the run and in what imports it later."""
+    module = cls.__module__
+    if module == "__main__":
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        module = spec.name.removesuffix(".__main__") if spec else module
+    return f"{module}:{cls.__qualname__}"
+
+
+def struct_class(name: str) -> type | None:
+    """The registered struct of that `class_name`, or None."""
+    return _structs.get(name)
+
+
+# --- leaves and paths --------------------------------------------------------------------------------------------------
+
+
+def map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`fn` over the leaves of `tree` (and the matching leaves of `rest`); None is structure, not a leaf."""
+    return optree.tree_map(fn, tree, *rest)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves in canonical order: dictionaries by sorted key, structs by field."""
+    return optree.tree_leaves(tree)
+
+
+def paths(tree: Any) -> list[str]:
+    """The path of each leaf, in the order of `leaves`.
+
+    >>> paths({"params": {"0.weight": 1}, "opt_state": (2, 3)})
+    ['opt_state/0', 'opt_state/1', 'params/0.weight']
+    """
+    return [join(path) for path in optree.tree_paths(tree)]
+
+
+def join(path: tuple[Any, ...]) -> str:
+    """A path as text: entries between slashes; `~` and `/` within an entry are `~0` and `~1`, as in a JSON pointer (RFC 6901)."""
+    return "/".join(str(entry).replace("~", "~0").replace("/", "~1") for entry in path)
+
+
+def snapshot(tree: Any) -> Any:
+    """An independent copy: every tensor and array is copied, so that nothing done in place elsewhere reaches it."""
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.detach().clone()
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+    return optree.tree_map(copy, tree)
+
+
+class Node(NamedTuple):
+    """One level of a tree: what kind of node it is, and its children with their entries, in canonical order."""
+
+    kind: str
+    entries: tuple[Any, ...]
+    children: tuple[Any, ...]
+    static: tuple[Any, ...] = ()
+
+
+def node(value: Any) -> Node | None:
+    """`value` as a container with its exact kind (a tuple is not a list, a NamedTuple not a tuple), or None for a leaf."""
+    cls: Any = type(value)
+    if cls in SCALARS or isinstance(value, (torch.Tensor, np.ndarray)):
+        return None
+    if cls in (dict, OrderedDict, defaultdict):
+        keys = sorted(value, key=lambda key: (type(key).__name__, key))
+        return Node(cls.__name__, tuple(keys), tuple(value[key] for key in keys))
+    if cls in (list, tuple, deque):
+        return Node(cls.__name__, tuple(range(len(value))), tuple(value))
+    if isinstance(value, tuple) and hasattr(cls, "_fields"):
+        return Node(f"namedtuple {class_name(cls)}", cls._fields, tuple(value))
+    if struct_class(class_name(cls)) is not None:
+        fields = dataclasses.fields(cls)
+        names = tuple(f.name for f in fields if f.metadata.get("pytree_node", True))
+        constant = tuple((f.name, getattr(value, f.name)) for f in fields if f.name not in names)
+        return Node(f"struct {class_name(cls)}", names, tuple(getattr(value, n) for n in names), constant)
+    return None
+
+
+# --- bits --------------------------------------------------------------------------------------------------------------
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """The bits of a tensor as a contiguous uint8 array, flat; on the CPU without a copy where the tensor is contiguous."""
+    t = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return t.reshape(-1).view(torch.uint8).numpy() if t.numel() else np.empty(0, np.uint8)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether `a` and `b` are the same bit for bit: structure, types, dtypes, shapes and values.
+
+    >>> equal({"x": torch.tensor(0.0)}, {"x": torch.tensor(-0.0)}), equal(float("nan"), float("nan")), equal(1, True)
+    (False, True, False)
+    """
+    return next(_differences(a, b, ()), None) is None
+
+
+class Difference(NamedTuple):
+    """One place where two trees differ: the leaf's path, what differs there (`dtype`, `value`, `missing`, ...), and by how much."""
+
+    path: str
+    what: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.path or '(root)'}: {self.what}: {self.detail}"
+
+
+def diff(a: Any, b: Any) -> list[Difference]:
+    """Every place where `b` differs from `a`, in canonical order; empty exactly where `equal(a, b)`.
+
+    >>> print(*diff({"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([1.0, 2.5]), "y": 3}), sep="\\n")
+    y: unexpected: 3
+    x: value: 1 of 2 elements differ, by at most 0.5
+    """
+    return list(_differences(a, b, ()))
+
+
+def _differences(a: Any, b: Any, path: tuple[Any, ...]) -> Iterator[Difference]:
+    if a is b:
+        return
+    left, right = node(a), node(b)
+    if left is None and right is None:
+        if (found := _leaf_difference(a, b)) is not None:
+            yield Difference(join(path), *found)
+    elif left is None or right is None or left.kind != right.kind:
+        yield Difference(join(path), "type", f"{_kind(a, left)} and {_kind(b, right)}")
+    else:
+        if left.static != right.static:
+            yield Difference(join(path), "static fields", f"{left.static} and {right.static}")
+        ours, theirs = (dict(zip(map(_typed, n.entries), n.children)) for n in (left, right))  # noqa: B905
+        for key in [key for key in ours if key not in theirs]:
+            yield Difference(join((*path, key[1])), "missing", _brief(ours[key]))
+        for key in [key for key in theirs if key not in ours]:
+            yield Difference(join((*path, key[1])), "unexpected", _brief(theirs[key]))
+        for key in [key for key in ours if key in theirs]:
+            yield from _differences(ours[key], theirs[key], (*path, key[1]))
+
+
+def _leaf_difference(a: Any, b: Any) -> tuple[str, str] | None:
+    if type(a) is not type(b) and not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return "type", f"{_brief(a)} and {_brief(b)}"
+    if isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype:
+            return "dtype", f"{a.dtype} and {b.dtype}"
+        if a.shape != b.shape:
+            return "shape", f"{tuple(a.shape)} and {tuple(b.shape)}"
+        if np.array_equal(array(a), array(b)):
+            return None
+        wrong = (array(a) != array(b)).reshape(a.numel(), -1).any(1)
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        far = (a.detach().cpu().to(wide) - b.detach().cpu().to(wide)).abs().max().item()
+        return "value", f"{int(wrong.sum())} of {a.numel()} elements differ, by at most {far:.3g}"
+    return None if _leaf_bytes(a, ()) == _leaf_bytes(b, ()) else ("value", f"{_brief(a)} and {_brief(b)}")
+
+
+def _typed(key: Any) -> tuple[str, Any]:
+    return type(key).__name__, key  # 1, True and 1.0 are one key to a dictionary, but not the same key
+
+
+def _kind(value: Any, node: Node | None) -> str:
+    return node.kind if node else _brief(value)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{type(value).__name__} {value.dtype} {tuple(value.shape)}"
+    if (kind := node(value)) is not None:
+        return f"{kind.kind} of {len(kind.children)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- identity ----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(tree: Any) -> str:
+    """A digest (sha256, 64 hex digits) of structure and bits: equal exactly where `equal` holds, in every process and on every machine.
+
+    Raises TypeError, with the path, for a leaf that is not data (a function, a module).
+
+    >>> fingerprint({"a": 1, "b": torch.zeros(2)}) == fingerprint({"b": torch.zeros(2), "a": 1})
+    True
+    """
+    return _digest(tree, ()).hex()
+
+
+def _digest(value: Any, path: tuple[Any, ...]) -> bytes:
+    at = node(value)
+    if at is None:
+        return hashlib.sha256(_leaf_bytes(value, path)).digest()
+    head = [at.kind, repr(at.static), *(repr(entry) for entry in at.entries)]
+    digest = hashlib.sha256(repr(head).encode())
+    for entry, child in zip(at.entries, at.children, strict=True):
+        digest.update(_digest(child, (*path, entry)))
+    return digest.digest()
+
+
+def _leaf_bytes(value: Any, path: tuple[Any, ...]) -> bytes:
+    if isinstance(value, torch.Tensor):
+        return f"tensor {value.dtype} {tuple(value.shape)} ".encode() + array(value).tobytes()
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return f"ndarray {value.dtype.str} {value.shape} ".encode() + value.tobytes()
+    if type(value) not in SCALARS:
+        raise TypeError(f"leaf {join(path) or '(root)'} is a {type(value).__name__}: a state holds tensors, arrays and plain scalars only")
+    if isinstance(value, float):
+        return f"float {np.float64(value).tobytes().hex()}".encode()
+    if isinstance(value, complex):
+        return f"complex {np.complex128(value).tobytes().hex()}".encode()
+    return f"{type(value).__name__} {value!r}".encode()
