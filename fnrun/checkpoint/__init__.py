@@ -1,0 +1,421 @@
+"""Checkpoints: whole training states on disk, each whole or not there, and never a wrong bit.
+
+    with Checkpoints("runs/digits/try1/checkpoints") as checkpoints:
+        checkpoints.save(state, {"val/loss": 0.2}, monitor="val/loss")     # returns at once, writes behind
+    state = Checkpoints("runs/digits/try1/checkpoints").restore(like=fresh)
+
+A directory of checkpoints is one history, ordered by `state.position.ticks`. After a save, `latest()` is what was saved: where a run goes
+on from an older checkpoint, what lies beyond it is a future that was given up, and is moved aside when the first new checkpoint is
+written (`abandoned-...`: nothing reads it, nothing deletes it; delete it by hand, or rename it back). One process at a time writes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures.thread  # noqa: F401  (its own clean-up at exit must come after ours)
+import contextlib
+import datetime
+import logging
+import re
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import msgspec
+import torch
+
+from fnrun.checkpoint import codec, store
+from fnrun.checkpoint.codec import CheckpointError, DamagedError, Manifest
+
+__all__ = ["CheckpointError", "Checkpoints", "DamagedError", "Manifest"]
+
+_NAME = re.compile(r"(\d+)-(\d+)(?:\.(\d+))?")
+_TEMPORARY = ".tmp-"
+_ABANDONED = "abandoned-"
+
+
+class _Entry(NamedTuple):
+    """A checkpoint on disk, by its name: `STEP-TICKS`, or `STEP-TICKS.VERSION` if another state was saved there before. Sorts by age."""
+
+    ticks: int
+    step: int
+    version: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.step:08d}-{self.ticks:08d}" + (f".{self.version}" if self.version else "")
+
+
+class Checkpoints:
+    """The checkpoints in `directory`, which is made at the first save. `config` is written into each manifest.
+
+    >>> import tempfile, torch, fnrun.state
+    >>> state = fnrun.state.TrainState.create(torch.nn.Linear(2, 1), seed=0)
+    >>> with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
+    ...     checkpoints.save(state.replace(step=10), {"loss": 0.5}, monitor="loss")
+    ...     checkpoints.save(state.replace(step=20), {"loss": 0.7}, monitor="loss")
+    ...     checkpoints.steps(), checkpoints.best(), checkpoints.restore(like=state).step
+    ([10, 20], 10, 20)
+    """
+
+    def __init__(self, directory: str | Path, *, config: Any = None) -> None:
+        self.directory = Path(directory)
+        self.config = msgspec.to_builtins(config)
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+        self._opened = False
+
+    # --- saving
+
+    def save(
+        self, state: Any, metrics: Mapping[str, Any] | None = None, *, monitor: str | None = None, mode: Literal["min", "max"] = "min"
+    ) -> None:
+        """Hand `state` over to be saved behind the training; returns before it is on disk, `wait()` when it is.
+
+        The tensors are not copied: they must never be written to. At most one save is in flight, a second one waits for it. The scalars
+        among `metrics` are kept; `monitor` names the one by which `best()` chooses (a NaN, or none, is never the best).
+
+        A state of a step and a tick that are on disk already, bit for bit, with nothing new in its metrics, is not written again;
+        one that differs is written beside it, and is the newer of the two.
+
+        Raises CheckpointError at once for what cannot be saved. The failure of an earlier save is raised when this one is under way.
+        """
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode is 'min' or 'max', not {mode!r}")
+        step, ticks = _place(state)
+        description = codec.describe(state)
+        ready = [torch.cuda.current_stream(device).record_event() for device in _devices(description.sources.values())]
+        self._join()
+        failure, self._failure = self._failure, None
+
+        def job() -> None:
+            for event in ready:
+                event.synchronize()
+            manifest = Manifest(
+                step=step,
+                ticks=ticks,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                metrics=codec.scalars(metrics or {}),
+                monitor=monitor,
+                mode=mode,
+                config=self.config,
+                structure=description.structure,
+                leaves=description.leaves,
+            )
+            self._write(manifest, description.sources)
+
+        self._start(job, f"step {step} was not saved")
+        if failure is not None:
+            raise failure
+
+    def _write(self, manifest: Manifest, sources: dict[int, Any]) -> None:
+        self._open()
+        bits = store.digest(manifest, sources)
+        here = [entry for entry in self._entries() if (entry.ticks, entry.step) == (manifest.ticks, manifest.step)]
+        if here and self._holds(here[-1], manifest):
+            self._abandon_after(here[-1])
+            return
+        entry = _Entry(manifest.ticks, manifest.step, here[-1].version + 1 if here else 0)
+        temporary = self.directory / f"{_TEMPORARY}{entry.name}"
+        store.remove(temporary)
+        try:
+            temporary.mkdir()
+            store.write(temporary, manifest, bits)
+            self._abandon_after(entry)
+            temporary.rename(self.directory / entry.name)
+            store.sync(self.directory)
+        except BaseException:
+            store.remove(temporary)
+            raise
+
+    def _open(self) -> None:
+        """Make the directory, and clean up behind a process that was killed."""
+        if self._opened:
+            return
+        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            store.sync(path.parent)
+        for leftover in self.directory.glob(f"{_TEMPORARY}*"):
+            store.remove(leftover)
+        self._opened = True
+
+    def _holds(self, entry: _Entry, manifest: Manifest) -> bool:
+        """Whether that checkpoint is this state, whole, with these metrics."""
+        try:
+            found = store.read_manifest(self.directory / entry.name)
+            store.check_files(self.directory / entry.name, found)
+        except CheckpointError:
+            return False
+        same = _content(found) == _content(manifest)
+        judged = (found.metrics, found.monitor, found.mode) == (manifest.metrics, manifest.monitor, manifest.mode)
+        return same and (judged or not manifest.metrics)
+
+    def _abandon_after(self, entry: _Entry) -> None:
+        """Move aside what lies beyond: the future of a run that went on from an older checkpoint."""
+        beyond = [other for other in self._entries() if other[:2] > entry[:2]]
+        for other in beyond:
+            target = self.directory / f"{_ABANDONED}{other.name}"
+            count = 1
+            while target.exists():
+                count += 1
+                target = self.directory / f"{_ABANDONED}{other.name}-{count}"
+            (self.directory / other.name).rename(target)
+        if beyond:
+            store.sync(self.directory)
+            names = ", ".join(other.name for other in beyond)
+            logging.getLogger("fnrun").warning(
+                f"{self.directory}: the run goes on from step {entry.step}; moved aside as {_ABANDONED}*: {names}"
+            )
+
+    # --- the thread behind
+
+    def _start(self, job: Callable[[], None], failed: str) -> None:
+        before = self._thread
+
+        def work() -> None:
+            if before is not None:
+                before.join()
+            try:
+                job()
+            except Exception as error:
+                failure = CheckpointError(f"{self.directory}: {failed}: {error}")
+                failure.__cause__ = error
+                if self._failure is None:
+                    self._failure = failure
+                else:
+                    self._failure.add_note(str(failure))
+
+        _finish_at_exit(self)
+        self._thread = threading.Thread(target=work, name="fnrun-checkpoint")
+        self._thread.start()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def poll(self) -> None:
+        """Raise the failure of a save that went wrong behind, if there is one; costs nothing and waits for nothing."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def wait(self) -> None:
+        """Return when everything handed over is on disk. Raises CheckpointError, naming the step, for what is not."""
+        self._join()
+        self.poll()
+
+    close = wait
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self.wait()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+
+    # --- looking
+
+    def _entries(self) -> list[_Entry]:
+        if not self.directory.is_dir():
+            return []
+        matches = [_NAME.fullmatch(path.name) for path in self.directory.iterdir()]
+        return sorted(_Entry(int(m[2]), int(m[1]), int(m[3] or 0)) for m in matches if m)
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, in order. A save in flight is waited for, here and in what follows."""
+        self._join()
+        return list(dict.fromkeys(entry.step for entry in self._entries()))
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint, by ticks: what was saved last."""
+        self._join()
+        entries = self._entries()
+        return entries[-1].step if entries else None
+
+    def best(self) -> int | None:
+        """The step of the checkpoint with the best value of the metric that the newest monitored one names; the first of equals.
+
+        Read from the manifests. Raises CheckpointError if one is damaged.
+        """
+        self._join()
+        best = self._best(self._manifests())
+        return best.step if best else None
+
+    def manifest(self, step: int | Literal["best"] | None = None) -> Manifest:
+        """What a checkpoint says of itself, its arrays apart: metrics, config, environment, leaves. Arguments as in `restore`."""
+        return self._manifest(self._find(step))
+
+    def _manifests(self) -> dict[_Entry, Manifest]:
+        return {entry: self._manifest(entry) for entry in self._entries()}
+
+    def _manifest(self, entry: _Entry) -> Manifest:
+        manifest = store.read_manifest(self.directory / entry.name)
+        if (manifest.step, manifest.ticks) != (entry.step, entry.ticks):
+            raise DamagedError(
+                f"{self.directory / entry.name} holds step {manifest.step}, ticks {manifest.ticks}: the directory was renamed; "
+                f"its name is {_Entry(manifest.ticks, manifest.step, 0).name}"
+            )
+        return manifest
+
+    def _best(self, manifests: Mapping[_Entry, Manifest]) -> _Entry | None:
+        monitored = [manifest for manifest in manifests.values() if manifest.monitor is not None]
+        if not monitored:
+            return None
+        judge = (monitored[-1].monitor, monitored[-1].mode)
+        values = [(value, entry) for entry, m in manifests.items() if (m.monitor, m.mode) == judge and (value := m.value()) is not None]
+        return min(values)[1] if values else None
+
+    def _find(self, step: int | Literal["best"] | None) -> _Entry:
+        self._join()
+        entries = self._entries()
+        if not entries:
+            raise CheckpointError(f"{self.directory}: there is no checkpoint here")
+        if step is None:
+            return entries[-1]
+        if step == "best":
+            best = self._best(manifests := self._manifests())
+            if best is None:
+                names = sorted({name for manifest in manifests.values() for name in manifest.metrics})
+                raise CheckpointError(
+                    f"{self.directory}: no checkpoint was saved with a monitored metric that is a number, so none is the best; "
+                    f"metrics: {', '.join(names) or 'none'}"
+                )
+            return best
+        found = [entry for entry in entries if entry.step == step]
+        if not found:
+            steps = ", ".join(str(entry.step) for entry in entries)
+            given_up = sorted(path.name for path in self.directory.glob(f"{_ABANDONED}{step:08d}-*"))
+            hint = f"; {given_up[0]} was given up when the run went on from an older step: rename it to bring it back" if given_up else ""
+            raise CheckpointError(f"{self.directory}: there is no checkpoint of step {step}; there are: {steps}{hint}")
+        return found[-1]
+
+    # --- restoring
+
+    def restore(self, like: Any = None, step: int | Literal["best"] | None = None, select: str | Sequence[str] | None = None) -> Any:
+        """The state of a checkpoint, bit for bit: the latest, that of a step (the newest of several), or the best.
+
+        `like` is a fresh state. Its params, buffers and optimizer state must be those that were saved: names, containers, shapes, dtypes.
+        `position`, `memory` and, outside of those three, whatever is empty in `like` is rebuilt from the manifest. Tensors come to the
+        devices of `like`'s; those that it does not have, to where the tensors lie that were beside them when they were saved.
+        Without `like` everything is rebuilt, on the CPU; the classes of structs and NamedTuples must be loaded.
+
+        `select` restores some leaves only, by glob patterns on their paths (`"params/**"`, `["params/*.weight", "buffers/**"]`);
+        the others are those of `like`, or None.
+
+        Raises DamagedError if a byte on disk is not as it was written, CheckpointError with a table of what differs from `like`.
+        """
+        entry = self._find(step)
+        directory = self.directory / entry.name
+        manifest = self._manifest(entry)
+        store.check_files(directory, manifest)
+        matcher = codec.Matcher(manifest, list(select) if select is not None and not isinstance(select, str) else select)
+        plan = matcher.match(manifest.structure, codec.ABSENT if like is None else like)
+        if matcher.wrong:
+            raise CheckpointError(f"{directory} does not match the state that it is restored into:\n{matcher.table()}")
+        picks = list(codec.picks(plan))
+        leaves = manifest.leaves
+        beside = {leaves[pick.number].device: pick.device for pick in picks if pick.device is not None}
+        origin = {pick.number: _origin(manifest, pick.number) for pick in picks}
+        found = store.read_leaves(directory, manifest, {first for first in origin.values() if leaves[first].stored})
+        moved: dict[tuple[int, Any], Any] = {}
+
+        def value(pick: codec.Pick) -> Any:
+            first, leaf = origin[pick.number], leaves[pick.number]
+            if not leaf.stored:
+                return codec.constant(leaf.value)
+            if leaf.kind == "ndarray":
+                return found[first]
+            device = pick.device or beside.get(leaf.device) or torch.device("cpu")
+            if device.type == "meta":
+                device = torch.device("cpu")
+            return moved.setdefault((first, device), found[first].to(device))
+
+        try:
+            return codec.build(plan, value)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{directory / store.MANIFEST} describes what cannot be built: {error}") from error
+
+    # --- deleting
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the `keep` newest checkpoints and the best; behind a save in flight, so that nothing goes before it is written.
+
+        What was overtaken at its own step and tick counts as old. One whose manifest is damaged is left alone: it may be the best.
+        """
+        if keep < 1:
+            raise ValueError(f"prune keeps at least one checkpoint, not {keep}")
+        if self._thread is not None and self._thread.is_alive():
+            self._start(lambda: self._prune(keep), "old checkpoints were not deleted")
+            return
+        try:
+            self._prune(keep)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory}: old checkpoints were not deleted: {error}") from error
+
+    def _prune(self, keep: int) -> None:
+        readable: dict[_Entry, Manifest] = {}
+        entries = self._entries()
+        for entry in entries:
+            with contextlib.suppress(DamagedError):
+                readable[entry] = self._manifest(entry)
+        newest = {entry[:2]: entry for entry in entries}
+        kept = {*list(newest.values())[-keep:], self._best(readable)}
+        doomed = []
+        for entry in entries:
+            if entry in readable and entry not in kept:
+                path = self.directory / f"{_TEMPORARY}delete-{entry.name}"
+                (self.directory / entry.name).rename(path)
+                doomed.append(path)
+        if doomed:
+            store.sync(self.directory)  # only then: a power cut must not bring the name back with half of its files
+        for path in doomed:
+            store.remove(path)
+
+
+def _place(state: Any) -> tuple[int, int]:
+    """The step and the ticks by which a state is filed; the ticks of one without a position are its steps."""
+    step = getattr(state, "step", None)
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"a checkpoint is named by state.step, an int: this {type(state).__name__} has {step!r}")
+    ticks = getattr(getattr(state, "position", None), "ticks", step)
+    return step, ticks
+
+
+def _devices(values: Any) -> set[torch.device]:
+    return {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}
+
+
+def _content(manifest: Manifest) -> Any:
+    leaves = [(leaf.kind, repr(leaf.value), leaf.dtype, leaf.shape, leaf.strides, leaf.sha256, leaf.shares) for leaf in manifest.leaves]
+    return msgspec.json.encode(manifest.structure), leaves
+
+
+def _origin(manifest: Manifest, number: int) -> int:
+    shares = manifest.leaves[number].shares
+    return number if shares is None else shares
+
+
+_unfinished: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
+
+
+def _finish_at_exit(checkpoints: Checkpoints) -> None:
+    """Let a program that ends without `wait()` finish its save: once the interpreter shuts down, orbax can start no more threads."""
+    if not _unfinished and hasattr(threading, "_register_atexit"):
+        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down already
+            threading._register_atexit(_finish)  # pyright: ignore[reportAttributeAccessIssue]
+    _unfinished.add(checkpoints)
+
+
+def _finish() -> None:
+    for checkpoints in list(_unfinished):
+        try:
+            checkpoints.wait()
+        except CheckpointError as failure:
+            logging.getLogger("fnrun").error(str(failure))

@@ -1,0 +1,333 @@
+"""The files of one checkpoint: arrays through orbax, the manifest beside them, a digest for everything.
+
+    manifest.json      structure, leaves, metrics, config, environment, the digest of each other file
+    manifest.sha256    the digest of the manifest
+    arrays/            orbax: numbered arrays; small leaves lie together in packs, uint8 arrays in which each has its offset
+
+orbax sees only numbers: names with dots, empty arrays, kinds of containers and odd dtypes, all of which it loses or mixes up, stand in
+the manifest. It is imported where it is used, since it brings JAX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from fnrun import tree
+from fnrun.checkpoint.codec import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest
+
+#: Smaller leaves are packed: an array costs orbax about a millisecond, whatever its size.
+PACKED = 256 * 1024
+#: The size of a pack; the memory that packing takes is one copy of the small leaves.
+PACK = 64 * 1024 * 1024
+#: torch's dtypes that are NumPy's too.
+_NATIVE = {"bool", "float16", "float32", "float64", "complex64", "complex128"} | {
+    f"{sign}int{8 * size}" for sign in ("", "u") for size in (1, 2, 4, 8)
+}
+#: Where a leaf begins in its pack.
+ALIGNMENT = 64
+
+MANIFEST, DIGEST, ARRAYS = "manifest.json", "manifest.sha256", "arrays"
+
+
+# --- orbax -------------------------------------------------------------------------------------------------------------
+
+
+def orbax() -> Any:
+    """`orbax.checkpoint.v1`, imported without what it leaves behind: a handler on the root logger, a warning at each fork.
+
+    JAX is kept to the CPU, where nobody else has imported it: left alone it reserves most of a GPU's memory for itself.
+    """
+    if "orbax.checkpoint" not in sys.modules:
+        root = logging.getLogger()
+        handlers = list(root.handlers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            if "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ:
+                import jax
+
+                jax.config.update("jax_platforms", "cpu")
+            importlib.import_module("orbax.checkpoint")
+        for handler in root.handlers[:]:
+            if handler not in handlers:
+                root.removeHandler(handler)
+    # A forked data worker never calls JAX, so there is nothing to warn of.
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+    from orbax.checkpoint import v1 as ocp
+
+    return ocp
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """absl logs each save at warning level in places; errors still come as exceptions."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
+    ocp = orbax()
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False  # a state is immutable, and copying is what takes the time
+    with context, _quiet():
+        ocp.save(path, {f"{number:05d}": array for number, array in enumerate(arrays)})
+
+
+def _load_arrays(path: Path, dtypes: dict[int, np.dtype]) -> dict[int, np.ndarray]:
+    """These arrays, by number. Of what is asked for orbax heeds the dtype, and casts to it; the shape is always the saved one."""
+    ocp = orbax()
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context, _quiet():
+        loaded = ocp.load(path, {f"{number:05d}": np.zeros((), dtype) for number, dtype in dtypes.items()})
+    return {number: loaded[f"{number:05d}"] for number in dtypes}
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def digest(manifest: Manifest, sources: dict[int, Any]) -> dict[int, np.ndarray]:
+    """The bits of each leaf that is stored, after their digests have been entered in the manifest; waits for devices."""
+    bits = {number: tree.array(source) if isinstance(source, torch.Tensor) else _flat(source) for number, source in sources.items()}
+    for number, leaf in enumerate(manifest.leaves):
+        if leaf.stored:
+            first = leaf.shares
+            leaf.sha256 = hashlib.sha256(bits[number].data).hexdigest() if first is None else manifest.leaves[first].sha256
+    return bits
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.nbytes else np.empty(0, np.uint8)
+
+
+def write(directory: Path, manifest: Manifest, bits: dict[int, np.ndarray]) -> None:
+    """All files of a checkpoint, on disk for good when this returns. `directory` must exist, empty."""
+    arrays = _place(manifest.leaves, bits)
+    if arrays:
+        _save_arrays(directory / ARRAYS, arrays)
+    manifest.environment = environment()
+    manifest.files = {name: _file(directory / name, durably=True) for name in _names(directory)}
+    encoded = msgspec.json.encode(manifest)
+    _put(directory / MANIFEST, encoded)
+    _put(directory / DIGEST, f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST}\n".encode())
+    for folder, _, _ in os.walk(directory):
+        sync(Path(folder))
+
+
+def _place(leaves: list[Leaf], bits: dict[int, np.ndarray]) -> list[np.ndarray]:
+    """Give each leaf its place: an array of its own, or an offset in a pack. Returns the arrays."""
+    arrays: list[np.ndarray] = []
+    pack: list[tuple[Leaf, np.ndarray]] = []
+
+    def flush() -> None:
+        if pack:
+            packed = np.zeros(pack[-1][0].offset + pack[-1][1].size, np.uint8)  # pyright: ignore[reportOptionalOperand]
+            for leaf, data in pack:
+                leaf.array = len(arrays)
+                packed[leaf.offset : leaf.offset + data.size] = data  # pyright: ignore[reportOptionalOperand]
+            arrays.append(packed)
+            pack.clear()
+
+    end = 0
+    for number, data in bits.items():
+        leaf = leaves[number]
+        if data.size >= PACKED:
+            leaf.array = len(arrays)
+            arrays.append(_natural(leaf, data))
+    for number, data in bits.items():
+        if 0 < data.size < PACKED:
+            leaf = leaves[number]
+            if end + data.size > PACK:
+                flush()
+                end = 0
+            leaf.offset = -(-end // ALIGNMENT) * ALIGNMENT
+            end = leaf.offset + data.size
+            pack.append((leaf, data))
+    flush()
+    return arrays
+
+
+def _natural(leaf: Leaf, data: np.ndarray) -> np.ndarray:
+    """The bytes as an array that any reader of orbax understands."""
+    dtype = _stored_dtype(leaf)
+    return data.view(dtype).reshape(leaf.shape) if dtype.itemsize * math.prod(leaf.shape) == data.size else data
+
+
+def _stored_dtype(leaf: Leaf) -> np.dtype:
+    """The dtype of a leaf in orbax: its own where NumPy has it in the machine's order, elsewhere unsigned integers or bytes."""
+    if leaf.offset is not None:
+        return np.dtype(np.uint8)
+    if leaf.kind == "tensor":
+        return np.dtype(leaf.dtype if leaf.dtype in _NATIVE else f"uint{8 * TORCH_DTYPES[leaf.dtype].itemsize}")
+    dtype = np.dtype(leaf.dtype)
+    return dtype if dtype.kind in "biufc" and dtype.isnative and dtype.itemsize <= 16 else np.dtype(np.uint8)
+
+
+def environment() -> dict[str, str]:
+    """What the bits of a computation may depend on, besides program, state and data."""
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "threads": str(torch.get_num_threads()),
+        "deterministic": str(torch.are_deterministic_algorithms_enabled()),
+    }
+    for name in ("orbax.checkpoint", "jax"):
+        if name in sys.modules:
+            found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    if torch.cuda.is_initialized():
+        found["cuda"] = str(torch.version.cuda)
+        found["devices"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return found
+
+
+def sync(path: Path) -> None:
+    """Make what a file or a directory holds survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def _file(path: Path, *, durably: bool = False) -> File:
+    with open(path, "rb") as file:
+        found = File(size=os.fstat(file.fileno()).st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        if durably:
+            os.fsync(file.fileno())
+    return found
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint, after its own digest has been checked. Raises CheckpointError."""
+    encoded, stated = _get(directory / MANIFEST), _get(directory / DIGEST)
+    expected = f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST}\n".encode()
+    if stated != expected:
+        damaged = directory / MANIFEST if re.fullmatch(rb"[0-9a-f]{64}  manifest\.json\n", stated) else directory / DIGEST
+        raise DamagedError(f"{damaged} is damaged: {MANIFEST} and {DIGEST} do not agree; {_elsewhere(directory)}")
+    try:
+        version = msgspec.json.decode(encoded, type=_Version).format
+        if version != FORMAT:
+            raise CheckpointError(f"{directory / MANIFEST} is written in format {version}; this version of fnrun reads format {FORMAT}")
+        manifest = msgspec.json.decode(encoded, type=Manifest)
+        manifest.check()
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedError(f"{directory / MANIFEST} is not a manifest: {error}; {_elsewhere(directory)}") from error
+    return manifest
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Compare every file with its digest, before anything opens one. Raises DamagedError, naming the first that differs."""
+    for name, expected in manifest.files.items():
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DamagedError(f"{directory / MANIFEST} names the file {name!r}, outside of the checkpoint")
+        path = directory / name
+        if not path.is_file():
+            raise DamagedError(f"{path} is missing; {_elsewhere(directory)}")
+        try:
+            found = _file(path)
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read: {error}; {_elsewhere(directory)}") from error
+        if found.size != expected.size:
+            raise DamagedError(f"{path} has {found.size} bytes, {expected.size} were written; {_elsewhere(directory)}")
+        if found.sha256 != expected.sha256:
+            raise DamagedError(f"{path} is damaged: its sha256 is not the one that was written; {_elsewhere(directory)}")
+
+
+def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[int, Any]:
+    """These leaves, as tensors on the CPU and arrays, their digests checked."""
+    leaves = manifest.leaves
+    places = {leaf.array: _stored_dtype(leaf) for leaf in (leaves[number] for number in numbers) if leaf.array is not None}
+    try:
+        arrays = {number: _bytes(array) for number, array in _load_arrays(directory / ARRAYS, places).items()} if places else {}
+    except Exception as error:
+        raise DamagedError(f"{directory / ARRAYS} cannot be read by orbax, though its files are as written: {error}") from error
+    found: dict[int, Any] = {}
+    for number in sorted(numbers, key=lambda number: leaves[number].array or 0):
+        leaf = leaves[number]
+        data = np.empty(0, np.uint8) if leaf.array is None else arrays[leaf.array]
+        if leaf.offset is not None:
+            data = data[leaf.offset : leaf.offset + leaf.nbytes]
+        if data.size != leaf.nbytes or hashlib.sha256(data.data).hexdigest() != leaf.sha256:
+            raise DamagedError(f"{directory}: leaf {leaf.path} is not what was saved: its sha256 differs; {_elsewhere(directory)}")
+        found[number] = _tensor(leaf, data) if leaf.kind == "tensor" else _array(leaf, data)
+        if leaf.array is not None and leaf.offset is None:
+            del arrays[leaf.array]
+    return found
+
+
+def _bytes(array: Any) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _tensor(leaf: Leaf, data: np.ndarray) -> torch.Tensor:
+    memory = torch.empty(data.size, dtype=torch.uint8)  # torch's own memory: kernels may round differently on other alignments
+    memory.numpy()[:] = data
+    tensor = memory.view(TORCH_DTYPES[leaf.dtype]).reshape(leaf.shape)
+    if leaf.strides is None:
+        return tensor
+    return torch.empty_strided(leaf.shape, leaf.strides, dtype=tensor.dtype).copy_(tensor)
+
+
+def _array(leaf: Leaf, data: np.ndarray) -> np.ndarray:
+    return np.frombuffer(data.tobytes(), np.dtype(leaf.dtype)).reshape(leaf.shape).copy()
+
+
+def _get(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing; {_elsewhere(path.parent)}") from error
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+
+
+def _elsewhere(directory: Path) -> str:
+    return f"restore another checkpoint of {directory.parent}, or put the file back from a copy"
+
+
+def remove(directory: Path) -> None:
+    """Delete a directory, as far as it can be."""
+    shutil.rmtree(directory, ignore_errors=True)
