@@ -1,0 +1,154 @@
+"""Batches of tensors that are in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import optree
+import torch
+
+from fnrun import tree
+from fnrun.data.content import digest
+from fnrun.data.order import permutation
+from fnrun.data.stream import Stream, walk
+from fnrun.rng import Key
+from fnrun.state import Cursor
+
+#: So many rows of the order are computed at once: a NumPy call on 32 numbers costs nearly as much as one on thousands.
+BLOCK = 65_536
+
+
+def passes(rows: int, batch_size: int, drop_last: bool) -> int:
+    """The batches in one pass. Raises ValueError, with the numbers, where there would be none."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if not rows:
+        raise ValueError("the data is empty: a stream needs at least one batch")
+    if drop_last and rows < batch_size:
+        raise ValueError(f"no batch is left: {rows} rows are fewer than batch_size={batch_size}, and drop_last=True drops the short one")
+    return rows // batch_size if drop_last else -(-rows // batch_size)
+
+
+class Order:
+    """The rows of each batch, in order or shuffled by the key of the pass; computed in blocks of batches."""
+
+    def __init__(self, key: Key, rows: int, batch_size: int, shuffle: bool) -> None:
+        self.key, self.rows, self.batch_size, self.shuffle = key, rows, batch_size, shuffle
+        self.per_block = max(1, BLOCK // batch_size)
+        self.at: tuple[int, int] = (-1, 0)  # the epoch and the first batch of the block at hand
+        self.block = np.empty(0, np.int64)
+
+    def fill(self, epoch: int, batch: int) -> bool:
+        """Compute the block that holds this batch; False if it is at hand."""
+        first = batch - batch % self.per_block
+        if self.at == (epoch, first):
+            return False
+        positions = np.arange(first * self.batch_size, min((first + self.per_block) * self.batch_size, self.rows))
+        self.block = permutation(self.key.fold_in(epoch, "order"), self.rows, positions) if self.shuffle else positions
+        self.at = (epoch, first)
+        return True
+
+    def within(self, batch: int) -> slice:
+        """Where the rows of this batch are in the block at hand."""
+        start = (batch - self.at[1]) * self.batch_size
+        return slice(start, min(start + self.batch_size, len(self.block)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arrays(Stream):
+    """See `arrays`."""
+
+    tensors: Any
+    rows: int
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    transform: Callable[[Any, Key], Any] | None
+    name: str | None
+
+    @cached_property
+    def _source(self) -> str:
+        order = "shuffled" if self.shuffle else "in order"
+        last = ", short last batch dropped" if self.drop_last else ""
+        return f"arrays of {self.rows} rows, {self.batch_size} a batch, {order}{last}, content {digest(self.tensors)}"
+
+    @property
+    def source(self) -> str:
+        return self._source
+
+    def __len__(self) -> int:
+        return passes(self.rows, self.batch_size, self.drop_last)
+
+    def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
+        leaves, structure = optree.tree_flatten(self.tensors)
+        order = Order(key, self.rows, self.batch_size, self.shuffle)
+        indices: dict[torch.device, torch.Tensor] = {}
+        for epoch, batch, after in walk(cursor, len(self), replay):
+            if self.shuffle:
+                if order.fill(epoch, batch):
+                    block = torch.from_numpy(order.block)
+                    indices = {device: block.to(device) for device in {leaf.device for leaf in leaves}}
+                rows = order.within(batch)
+                found = [leaf.index_select(0, indices[leaf.device][rows]) for leaf in leaves]
+            else:
+                rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+                found = [leaf[rows].clone() for leaf in leaves]
+            made = structure.unflatten(found)
+            if self.transform is not None:
+                at = key.fold_in(epoch, "batch", batch)
+                with at.scope():
+                    made = self.transform(made, at)
+            yield made, Cursor(*after, self.source)
+
+
+def arrays(
+    tensors: Any,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    transform: Callable[[Any, Key], Any] | None = None,
+    name: str | None = None,
+) -> Arrays:
+    """The stream of a pytree of tensors or NumPy arrays that share their leading length: a batch is one gather a leaf, of tensors.
+
+    A batch owns its memory: what is done to it in place does not reach `tensors`. `transform(batch, key)` makes of it what the step is
+    given; its randomness comes from `key`, or from torch's ambient generators, which are seeded from it.
+    `shuffle` draws a new order for each pass. The short last batch comes as it is, unless `drop_last`; so a `batch_size` above the
+    number of rows gives one short batch, and with `drop_last` is an error.
+    The content must not change while a run lasts: a digest of it tells whether a run is resumed on other data.
+
+    Raises ValueError for lengths that differ (with the paths), empty data and a batch size below 1.
+
+    >>> stream = arrays({"x": torch.arange(5), "y": np.arange(5.0)}, 2)
+    >>> batch, after = next(stream.iterate(Key(0), Cursor(epoch=0, batch=2)))
+    >>> batch, after.epoch, after.batch
+    ({'x': tensor([4]), 'y': tensor([4.], dtype=torch.float64)}, 1, 0)
+    """
+    paths, leaves = tree.paths(tensors), tree.leaves(tensors)
+    if not leaves:
+        raise ValueError("data.arrays was given no array")
+    tensors = optree.tree_structure(tensors).unflatten([_tensor(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
+    lengths = dict(zip(paths, (len(leaf) for leaf in tree.leaves(tensors)), strict=True))
+    if len(set(lengths.values())) > 1:
+        raise ValueError("the arrays differ in their length: " + ", ".join(f"{path or '(root)'} has {n}" for path, n in lengths.items()))
+    rows = lengths[paths[0]]
+    passes(rows, batch_size, drop_last)
+    return Arrays(tensors, rows, batch_size, shuffle, drop_last, transform, name)
+
+
+def _tensor(path: str, leaf: Any) -> torch.Tensor:
+    if isinstance(leaf, np.ndarray):
+        try:
+            leaf = torch.from_numpy(leaf if leaf.flags.writeable else leaf.copy())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path or '(root)'}: {error}") from None
+    if not isinstance(leaf, torch.Tensor):
+        raise ValueError(f"{path or '(root)'} is a {type(leaf).__name__}, not a tensor or an array")
+    if not leaf.ndim:
+        raise ValueError(f"{path or '(root)'} is a single number: its leading dimension must be the rows")
+    return leaf.detach()

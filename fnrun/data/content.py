@@ -1,0 +1,38 @@
+"""What identifies data: a digest of its content."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from fnrun import tree
+
+#: Up to so many bytes the whole content is read; of more, evenly spaced blocks of about as much.
+LIMIT = 64 * 2**20
+BLOCKS = 256
+
+
+def digest(data: Any) -> str:
+    """16 hex digits that stand for structure, shapes, dtypes and content of a pytree; of a leaf that is not data, its type."""
+    leaves = tree.leaves(data)
+    total = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, (torch.Tensor, np.ndarray)))
+    found = hashlib.sha256(repr(tree.paths(data)).encode())
+    for leaf in leaves:
+        if isinstance(leaf, (torch.Tensor, np.ndarray)):
+            found.update(f"{type(leaf).__name__} {leaf.dtype} {tuple(leaf.shape)}".encode())
+            for part in _parts(leaf, LIMIT / total if total > LIMIT else None):
+                found.update(tree.fingerprint(part).encode())
+        else:
+            found.update(tree.fingerprint(leaf).encode() if type(leaf) in tree.SCALARS else type(leaf).__name__.encode())
+    return found.hexdigest()[:16]
+
+
+def _parts(leaf: Any, share: float | None) -> list[Any]:
+    rows = len(leaf) if leaf.ndim else 1
+    size = 1 + int(rows * share / BLOCKS) if share is not None else rows
+    if size * BLOCKS >= rows:
+        return [leaf]
+    return [leaf[start : start + size] for start in ((rows - size) * i // (BLOCKS - 1) for i in range(BLOCKS))]

@@ -1,0 +1,189 @@
+"""The contract of a stream, its positions, and what every stream can do: `.to(device)`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from fnrun import tree
+from fnrun.data.content import digest
+from fnrun.rng import Key
+from fnrun.state import Cursor
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """A stream: a function from a position to the batches from there on.
+
+    It is a value that holds nothing live: two programs may iterate the same one at once. A stream whose passes have a known length
+    also has `len(batches)`.
+    """
+
+    @property
+    def name(self) -> str | None:
+        """The name under which its position is kept in the state; None for that of its place in the data."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """What the batches are made of, in words: rows, batch size, order, a digest of the content."""
+        ...
+
+    def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
+        """The batches from `cursor` on, each with the cursor after it, endlessly: after the last batch of pass e comes the first of e + 1.
+
+        `key` is the stream's own. With `replay` every pass is pass `cursor.epoch` again: the cursor after its last batch is still
+        `(epoch + 1, 0)`, and what follows is the first batch of `epoch`. Closing the iterator ends its workers.
+        """
+        ...
+
+
+def as_batches(value: Any) -> Batches:
+    """`value` if it is a stream, the stream of a list or tuple of batches. Raises TypeError, with what to do, for anything else."""
+    if isinstance(value, Batches):
+        return value
+    if isinstance(value, (list, tuple)):
+        return batches(value)
+    kind = type(value).__name__
+    if isinstance(value, torch.utils.data.DataLoader):
+        raise TypeError(f"a {kind} does not know where it stands: use data.loader(dataset, batch_size, ...), which runs the same workers")
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+        raise TypeError(f"a {kind} can say where it is: use data.stateful(it)")
+    if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, (dict, str, torch.Tensor)):
+        raise TypeError(f"a {kind} has examples, not batches: use data.loader(it, batch_size)")
+    raise TypeError(
+        f"a {kind} is not a stream of batches: use data.arrays(tensors, batch_size), data.loader(dataset, batch_size), "
+        "data.stateful(iterable), or a list of batches"
+    )
+
+
+def walk(cursor: Cursor, length: int, replay: bool) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """`(epoch, batch)` from the cursor on, and `(epoch, batch)` after it, for passes of `length` batches, endlessly."""
+    epoch, batch = cursor.epoch, cursor.batch
+    if not 0 <= batch < length:
+        raise ValueError(f"the position is batch {batch} of epoch {epoch}, and a pass has {length} batches")
+    while True:
+        if batch + 1 < length:
+            yield epoch, batch, (epoch, batch + 1)
+            batch += 1
+        else:
+            yield epoch, batch, (epoch + 1, 0)
+            epoch, batch = epoch + (not replay), 0
+
+
+class Stream:
+    """What the streams of this package share."""
+
+    def to(self: Batches, device: torch.device | str) -> OnDevice:
+        """The same stream, name, source and positions, with each batch copied to `device` one batch ahead."""
+        return OnDevice(self, torch.device(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(Stream):
+    """See `batches`."""
+
+    items: tuple[Any, ...]
+    name: str | None = None
+
+    @cached_property
+    def _source(self) -> str:
+        return f"{len(self)} batches in a list, content {digest(self.items)}"
+
+    @property
+    def source(self) -> str:
+        return self._source
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
+        for _, batch, after in walk(cursor, len(self), replay):
+            yield self.items[batch], Cursor(*after, self.source)
+
+
+def batches(items: Sequence[Any], *, name: str | None = None) -> Listed:
+    """The stream of a few batches that are there already: in each pass all of them, in their order. A plain list given to a loop is this.
+
+    Raises ValueError for an empty list.
+
+    >>> import itertools
+    >>> stream = batches([torch.zeros(2), torch.ones(2)])
+    >>> [(int(b[0]), after.epoch, after.batch) for b, after in itertools.islice(stream.iterate(Key(0), Cursor()), 3)]
+    [(0, 0, 1), (1, 1, 0), (0, 1, 1)]
+    """
+    if not len(items):
+        raise ValueError("the list of batches is empty: a stream needs at least one batch")
+    return Listed(tuple(items), name)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnDevice(Stream):
+    """`inner` with its batches on `device`, copied one batch ahead."""
+
+    inner: Batches
+    device: torch.device
+
+    @property
+    def name(self) -> str | None:
+        return self.inner.name
+
+    @property
+    def source(self) -> str:
+        return self.inner.source
+
+    def __len__(self) -> int:
+        return len(self.inner)  # pyright: ignore[reportArgumentType]
+
+    def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
+        inner = self.inner.iterate(key, cursor, replay=replay)
+        copy = _Copy(self.device)
+        try:
+            ready = None
+            while True:
+                try:
+                    batch, after = next(inner)
+                    copied = copy(batch), after
+                except Exception:  # it belongs to the next batch: the one that is ready comes first
+                    if ready is not None:
+                        yield copy.arrived(ready[0]), ready[1]
+                    raise
+                if ready is not None:
+                    yield copy.arrived(ready[0]), ready[1]
+                ready = copied
+        finally:
+            getattr(inner, "close", lambda: None)()
+
+
+class _Copy:
+    """Copies batches to a device; on CUDA from pinned memory, in a stream of its own, so that the copy runs beside the computation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Any) -> Any:
+        if self.stream is None:
+            return tree.map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+        def to_cuda(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return (leaf.pin_memory() if leaf.device.type == "cpu" else leaf).to(self.device, non_blocking=True)
+
+        with torch.cuda.stream(self.stream):
+            return tree.map(to_cuda, batch)
+
+    def arrived(self, batch: Any) -> Any:
+        """The batch, safe to use in the current stream."""
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            for leaf in tree.leaves(batch):
+                if isinstance(leaf, torch.Tensor):
+                    leaf.record_stream(current)
+        return batch
