@@ -30,7 +30,7 @@ class Cursor:
 
 @struct
 class Frame:
-    """An open loop: its kind and path, its finished ticks, the totals of its metrics, what its observers fold, and the member of a sequence at work."""
+    """An open loop: its kind and path, its finished ticks, the totals of its metrics, what its observers fold, and a sequence's member at work."""
 
     loop: str
     ticks: int = 0
@@ -41,11 +41,22 @@ class Frame:
 
 @struct
 class Position:
-    """Where the program stands: the frames of the open loops, outermost first; each stream's cursor; the ticks of all loops so far."""
+    """Where the program stands: the frames of the open loops, outermost first, and each stream's cursor.
+
+    `ticks` counts the finished ticks of all loops over data, evaluation included.
+    """
 
     frames: tuple[Frame, ...] = ()
     streams: dict[str, Cursor] = dataclasses.field(default_factory=dict)
     ticks: int = 0
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """What checkpoints and log lines are ordered by: the ticks, then each open loop's own. Of two states of a run, the later has the higher."""
+        own = [frame.ticks for frame in self.frames]
+        while own and not own[-1]:
+            own.pop()  # a loop that has begun and done nothing yet
+        return (self.ticks, *own)
 
     def forget(self, *streams: str) -> Position:
         """The position with these streams at their beginning again, whatever they are made of."""

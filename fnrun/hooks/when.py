@@ -1,0 +1,72 @@
+"""When hooks act, and several as one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from fnrun.state import due
+
+AnyHook = Any  # a Hook or a function (state, metrics) -> state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composed:
+    hooks: tuple[AnyHook, ...]
+
+    def __call__(self, state: Any, metrics: dict[str, Any]) -> Any:
+        raise TypeError("a composed hook belongs in a loop's hooks=[...], which takes it apart")
+
+
+def compose(*hooks: AnyHook) -> AnyHook:
+    """Several hooks as one, acting in the order written: `hooks=[compose(f, g)]` is `hooks=[f, g]`, names and memory too."""
+    return _Composed(tuple(hooks))
+
+
+@dataclasses.dataclass(frozen=True)
+class _When:
+    """A function that acts where `condition(state)` holds."""
+
+    condition: Callable[[Any], bool]
+    hook: AnyHook
+
+    def __call__(self, state: Any, metrics: dict[str, Any]) -> Any:
+        return self.hook(state, metrics) if self.condition(state) else state
+
+
+@dataclasses.dataclass(frozen=True)
+class _WhenRemembering:
+    """A hook with memory that acts where `condition(state)` holds; its name and memory are the inner hook's."""
+
+    condition: Callable[[Any], bool]
+    hook: AnyHook
+
+    @property
+    def name(self) -> str:
+        return self.hook.name
+
+    def init(self, state: Any) -> Any:
+        return self.hook.init(state)
+
+    def before(self, state: Any, batch: Any) -> Any:
+        return self.hook.before(state, batch) if hasattr(self.hook, "before") else state
+
+    def after(self, state: Any, metrics: dict[str, Any]) -> Any:
+        return self.hook.after(state, metrics) if self.condition(state) else state
+
+
+def every(n: int, hook: AnyHook) -> AnyHook:
+    """`hook` on each n-th step, counted in `state.step`, in a loop of training steps; on each n-th round elsewhere.
+
+    A `before` of the hook is not held back: it belongs to the batch, not to the count.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"every: n is a whole number of at least 1, not {n!r}")
+    return _conditional(lambda state: due(state, n), hook)
+
+
+def _conditional(condition: Callable[[Any], bool], hook: AnyHook) -> AnyHook:
+    if isinstance(hook, _Composed):
+        return _Composed(tuple(_conditional(condition, inner) for inner in hook.hooks))
+    return _WhenRemembering(condition, hook) if hasattr(hook, "after") else _When(condition, hook)

@@ -1,0 +1,621 @@
+"""Loops: a loop is a step over a bigger `x`, so loops nest without limit.
+
+Each open loop has a frame in `state.position.frames`, pushed where it begins and popped where it ends. Which frame is a loop's own follows
+from the depth of the call, which travels in a context around it: a function of the type of a step may wrap a loop and need not know.
+A stop or an interrupt unwinds every open loop and leaves the frames standing; called again, the program goes on to the same end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
+from types import CellType, FunctionType
+from typing import Any, ClassVar
+
+from fnrun import metrics as folds
+from fnrun.data import Batches
+from fnrun.program import Here, Hook, Observer, Program, ProgramError, Unwind, here
+from fnrun.state import Cursor, Frame, Position, S
+
+Metrics = dict[str, Any]
+AnyHook = Hook | Callable[[Any, Metrics], Any]
+AnyStep = Callable[[Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Loop:
+    """What all loops have in common: frames, stops, hooks and observers. `(state, data) -> (state, metrics)`, as a step.
+
+    Called from outside, `interrupt` is asked between ticks at every depth; text from it ends the call and leaves no trace in the state.
+    Raises ProgramError for a state that stands in another program or in other data. `print(loop)` draws the program.
+    """
+
+    hooks: Sequence[AnyHook] = ()
+    observers: Sequence[Observer] = ()
+
+    kind: ClassVar[str]
+    over_data: ClassVar[bool] = False  # whether x is a stream of batches
+
+    def __post_init__(self) -> None:
+        hooks = tuple(_flatten(self.hooks))
+        for part, what in [*((hook, "hook") for hook in hooks), *((observer, "observer") for observer in self.observers)]:
+            if not callable(part) and not isinstance(part, Hook):
+                raise TypeError(f"{part!r} is no {what}: it is not callable, nor does it have name, init and after")
+        object.__setattr__(self, "hooks", hooks)
+        object.__setattr__(self, "observers", tuple(sorted(self.observers, key=_saves)))
+
+    def __call__(self, state: S, data: Any, *, interrupt: Callable[[], str | None] | None = None) -> tuple[S, Metrics]:
+        at = here.get()
+        if at is None or len(state.position.frames) < at.depth:  # a state that did not come down this path is of a program of its own
+            return _outermost(self, state, data, interrupt)
+        return self._run(at.program.begin(_loops(self), state), data, at)
+
+    # What a combinator says of itself: steps within, where it ends, and what a tick is.
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        """The steps within, each with the name that it adds to the path ('' for none)."""
+        raise NotImplementedError
+
+    def title(self) -> str:
+        return self.kind
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        """How many ticks this loop will have had at its end, where that is known. Raises where `data` is not what the loop needs."""
+        raise NotImplementedError
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        raise NotImplementedError
+
+    def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+        """What the next tick is given: its x, the streams' cursors after it where they move, and the member at work."""
+        return data, None, None
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        """The tick itself: state and metrics. `frame` is the loop's own, as it is during the tick."""
+        raise NotImplementedError
+
+    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
+        return metrics
+
+    def _next_member(self, frame: Frame) -> str | None:
+        return None
+
+    def _result(self, totals: Any) -> Any:
+        return totals or {}
+
+    # The same for all.
+
+    def _run(self, state: Any, data: Any, at: Here) -> tuple[Any, Any]:
+        depth, program = at.depth, at.program
+        name = f"{self.kind} {at.path or '/'}"
+        frames = state.position.frames
+        if len(frames) == depth:
+            state = _framed(state, (*frames, Frame(name)))
+        elif frames[depth].loop != name or (self.over_data and len(frames) > depth + 1 and all(is_step(s) for _, s in self.inner())):
+            raise elsewhere(state, program)
+        program.lengths[name] = self._length(state, data, at)
+        befores = [getattr(hook, "before") for hook in self.hooks if hasattr(hook, "before")]  # noqa: B009
+        afters = [hook.after if isinstance(hook, Hook) else hook for hook in self.hooks]
+        gatherers: list[Any] = [observer for observer in self.observers if hasattr(observer, "fold")]
+        token = here.set(None)  # a loop that a hook or an observer calls is no part of this program
+        try:
+            while True:
+                if reason := state.stop or (program.interrupt() if program.interrupt is not None else None):
+                    raise Unwind(state, reason)
+                before, frame = state, state.position.frames[depth]
+                between = len(state.position.frames) == depth + 1  # else a loop within is open: this tick began before the state was saved
+                if between and self._done(state, frame, data, at):
+                    break
+                x, streams, member = self._take(state, frame, data, at)
+                if member != frame.member:
+                    frame = dataclasses.replace(frame, member=member)
+                    state = _framed(state, (*state.position.frames[:depth], frame, *state.position.frames[depth + 1 :]))
+                for hook in befores if between else ():
+                    state = hook(state, x)
+                state, metrics = self._turn(state, x, frame, at)
+                if len(state.position.frames) != depth + 1:
+                    raise elsewhere(state, program)
+                examples = folds.examples(x) if self.over_data else 1
+                program.examples += examples
+                gathered = {o.name: o.fold(frame.folds.get(o.name), before, metrics, examples) for o in gatherers}
+                totals = self._total(frame.totals, metrics, examples)
+                frame = Frame(name, frame.ticks + 1, totals, gathered, self._next_member(frame))
+                position = state.position
+                moved = position.streams if streams is None else {**position.streams, **streams}
+                state = state.replace(position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data))
+                if afters or self.observers:
+                    values = folds.values(metrics) if isinstance(metrics, dict) else {"outputs": metrics}
+                    for hook in afters:
+                        state = hook(state, values)
+                    for observer in self.observers:
+                        if _saves(observer):
+                            program.flush()
+                        observer(state, values)
+                program.seen(state)
+        finally:
+            here.reset(token)
+        frames = state.position.frames
+        return self._close(_framed(state, frames[:depth]), data, at), self._result(frames[depth].totals)
+
+    def _close(self, state: Any, data: Any, at: Here) -> Any:
+        return state
+
+    def _call(self, step: AnyStep, state: Any, x: Any, at: Here) -> Any:
+        token = here.set(at)
+        try:
+            return step(state, x)
+        finally:
+            here.reset(token)
+
+    def __str__(self) -> str:
+        return "\n".join(_drawn("", self, 0))
+
+
+# --- loops over data ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _OverData(Loop):
+    step: AnyStep
+
+    over_data = True
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        return [("", self.step)]
+
+    def _passing(self, at: Here) -> bool:
+        """Whether each call begins the stream anew and leaves no position behind, as a loop over the batch of another loop does."""
+        return at.over_batch
+
+    def _stream(self, data: Any, at: Here) -> tuple[str, Batches]:
+        name, stream = at.program.stream(data, at.path)
+        return (f"{self.kind} {name}" if self._passing(at) else name), stream
+
+    def _cursor(self, state: Any, frame: Frame, data: Any, at: Here) -> Cursor:
+        name, stream = self._stream(data, at)
+        return Cursor(source=stream.source) if not frame.ticks and self._passing(at) else at.program.cursor(state, name, stream)
+
+    def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+        name, stream = self._stream(data, at)
+        batch, after = at.program.next_batch(name, stream, state, self._cursor(state, frame, data, at), replay=self._passing(at))
+        return batch, {name: after}, None
+
+    def _close(self, state: Any, data: Any, at: Here) -> Any:
+        return state.replace(position=state.position.forget(self._stream(data, at)[0])) if self._passing(at) else state
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        result = self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True))
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+            raise TypeError(
+                f"{_title(self.step)} returned {type(result).__name__}, and a step in {self.kind} returns (state, metrics). "
+                "Is it an evaluation step? Those belong in eval_loop"
+            )
+        return result
+
+    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
+        return folds.fold(totals, metrics, examples)
+
+    def _result(self, totals: Any) -> Any:
+        return folds.compute(totals) if totals else {}
+
+    def _left_in_pass(self, state: Any, frame: Frame, data: Any, at: Here) -> int | None:
+        batch = self._cursor(state, frame, data, at).batch
+        try:
+            batches = len(self._stream(data, at)[1])  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            return None
+        return 0 if frame.ticks and not batch else batches - batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _EpochLoop(_OverData):
+    kind = "epoch_loop"
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        frame = state.position.frames[at.depth]
+        left = self._left_in_pass(state, frame, data, at)
+        return None if left is None else frame.ticks + left
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        return frame.ticks > 0 and self._cursor(state, frame, data, at).batch == 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _StepLoop(_OverData):
+    steps: int
+    until_step: int | None = None
+
+    kind = "step_loop"
+
+    def title(self) -> str:
+        return f"step_loop, {self.steps} steps" + (f", until step {self.until_step}" if self.until_step is not None else "")
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        self._cursor(state, state.position.frames[at.depth], data, at)
+        if self.until_step is None:
+            return self.steps
+        return min(self.steps, state.position.frames[at.depth].ticks + max(0, self.until_step - state.step))
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        return frame.ticks >= self.steps or (self.until_step is not None and state.step >= self.until_step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _EvalLoop(_OverData):
+    steps: int | None = None
+
+    kind = "eval_loop"
+
+    def title(self) -> str:
+        return "eval_loop" + (f", {self.steps} batches" if self.steps is not None else "")
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        frame = state.position.frames[at.depth]
+        left = self._left_in_pass(state, frame, data, at)
+        return self.steps if self.steps is not None or left is None else frame.ticks + left
+
+    def _passing(self, at: Here) -> bool:
+        return self.steps is None or at.over_batch
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        if self.steps is not None:
+            return frame.ticks >= self.steps
+        return frame.ticks > 0 and self._cursor(state, frame, data, at).batch == 0
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        metrics = self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True))
+        if not isinstance(metrics, Mapping):
+            raise TypeError(f"{_title(self.step)} returned {type(metrics).__name__}, and a step in eval_loop returns metrics, a dict")
+        return state, dict(metrics)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _PredictLoop(_EvalLoop):
+    kind = "predict_loop"
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        return state, self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True))
+
+    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
+        return (*(totals or ()), metrics)
+
+    def _result(self, totals: Any) -> Any:
+        return list(totals or ())
+
+
+# --- loops over loops --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Repeat(Loop):
+    step: AnyStep
+    times: int | None
+    until: Callable[[Any], bool] | None = None
+
+    kind = "repeat"
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        return [("", self.step)]
+
+    def title(self) -> str:
+        return "repeat" + (f" {self.times} times" if self.times is not None else "") + (" until" if self.until else "")
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        return self.times if self.until is None else None
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        return (self.times is not None and frame.ticks >= self.times) or (self.until is not None and self.until(state))
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        known = self.times if self.until is None else None
+        return self._call(self.step, state, x, at._replace(depth=at.depth + 1, round=(frame.ticks, known)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Members(Loop):
+    """Loops with named members, each over its own entry of the data."""
+
+    steps: Mapping[str, AnyStep]
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        return self.steps.items()
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        place = f"data at {at.path}" if at.path else "the data"
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{place} mirrors the {self.kind}: a mapping with the keys {list(self.steps)}, not a {type(data).__name__}")
+        if missing := [name for name in self.steps if name not in data]:
+            raise ProgramError(f"{place} has nothing for {missing}; the {self.kind} has {list(self.steps)}, the data {list(data)}")
+        return self._count()
+
+    def _count(self) -> int:
+        raise NotImplementedError
+
+    def _member(self, frame: Frame) -> str:
+        raise NotImplementedError
+
+    def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+        member = self._member(frame)
+        return data[member], None, member
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        name = str(frame.member)
+        state, metrics = self._call(self.steps[name], state, x, at._replace(depth=at.depth + 1, path=f"{at.path}/{name}"))
+        return state, {f"{name}/{k}": v for k, v in metrics.items()} if isinstance(metrics, Mapping) else {name: metrics}
+
+    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
+        return {**(totals or {}), **metrics}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Sequence(_Members):
+    kind = "sequence"
+    end = "(end)"
+
+    def _count(self) -> int:
+        return len(self.steps)
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        if frame.member is not None and frame.member != self.end and frame.member not in self.steps:
+            raise elsewhere(state, at.program)
+        return frame.member == self.end or not self.steps
+
+    def _member(self, frame: Frame) -> str:
+        return frame.member or next(iter(self.steps))
+
+    def _next_member(self, frame: Frame) -> str | None:
+        names = [*self.steps, self.end]
+        return names[names.index(str(frame.member)) + 1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Workflow(_Members):
+    phases: Sequence[tuple[str, int]]
+    times: int
+
+    kind = "workflow"
+
+    def title(self) -> str:
+        return f"workflow {' '.join(f'{name}*{n}' for name, n in self.phases)}, {self.times} times"
+
+    def _order(self) -> list[str]:
+        """The member of each tick: the phases in turn, until the first has run `times` times; what is behind it still has its turn."""
+        order: list[str] = []
+        first = self.phases[0][0]
+        for name, n in cycle(self.phases):
+            left = self.times - order.count(first)
+            if name == first and not left:
+                return order
+            order += [name] * (min(n, left) if name == first else n)
+        return order
+
+    def _count(self) -> int:
+        return len(self._order())
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        return frame.ticks >= self._count()
+
+    def _member(self, frame: Frame) -> str:
+        return self._order()[frame.ticks]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Every:
+    """Not a loop: it has no frame, and lets the rounds of the nearest repeat through to its step or not."""
+
+    intervals: tuple[tuple[int, int], ...]
+    step: AnyStep
+    begin: int
+    last: bool
+
+    def __call__(self, state: Any, x: Any) -> tuple[Any, Any]:
+        at = here.get()
+        inside = at is not None and len(state.position.frames) > at.depth  # a loop within is open: whatever the round, it goes on
+        if at is None or at.round is None or inside or self._works(*at.round):
+            return self.step(state, x)
+        return state, {}
+
+    def _works(self, index: int, times: int | None) -> bool:
+        number = index + 1
+        n = next((n for start, n in reversed(self.intervals) if number >= start), None)
+        return (number >= self.begin and n is not None and number % n == 0) or (self.last and number == times)
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        return [("", self.step)]
+
+    def title(self) -> str:
+        plain = len(self.intervals) == 1
+        when = f"each {self.intervals[0][1]}" if plain else ", ".join(f"each {n} from {start}" for start, n in self.intervals)
+        return f"every round, {when}" + (f", from {self.begin}" if self.begin > 1 else "") + (", and the last" if self.last else "")
+
+
+# --- the public combinators --------------------------------------------------------------------------------------------
+
+
+def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = ()) -> Loop:
+    """`step` over the batches of a stream, from where it stands to the end of its pass.
+
+    The metrics are the folds of its ticks: a plain tensor is a mean, weighted by the batch's number of examples.
+
+    >>> import torch
+    >>> from fnrun import TrainState, step
+    >>> @step
+    ... def count(state, batch):
+    ...     return state, {"mean": batch.mean()}
+    >>> state, metrics = epoch_loop(count)(TrainState.create(torch.nn.Linear(1, 1)), [torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
+    >>> state.step, metrics["mean"].item()
+    (2, 3.0)
+    """
+    return _EpochLoop(step=step, hooks=hooks, observers=observers)
+
+
+def step_loop(
+    step: AnyStep, steps: int, *, until_step: int | None = None, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = ()
+) -> Loop:
+    """`step` over so many batches, going over into the stream's next pass; not beyond `state.step == until_step`."""
+    return _StepLoop(step=step, steps=_count(steps, "steps"), until_step=until_step, hooks=hooks, observers=observers)
+
+
+def eval_loop(eval_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = ()) -> Loop:
+    """`eval_step` (`(state, batch) -> metrics`) over one pass from the beginning: the state as it came, the metrics folded.
+
+    With `steps=n` it takes n batches, going on through its own stream from call to call.
+    """
+    return _EvalLoop(step=eval_step, steps=None if steps is None else _count(steps, "steps"), observers=observers)
+
+
+def predict_loop(predict_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = ()) -> Loop:
+    """`predict_step` (`(state, batch) -> outputs`) over one pass: the state as it came, and a list with each batch's outputs, in order."""
+    return _PredictLoop(step=predict_step, steps=None if steps is None else _count(steps, "steps"), observers=observers)
+
+
+def repeat(
+    step: AnyStep,
+    times: int | None = None,
+    *,
+    until: Callable[[Any], bool] | None = None,
+    hooks: Sequence[AnyHook] = (),
+    observers: Sequence[Observer] = (),
+) -> Loop:
+    """`step` (a loop, as a rule) so many times over the same data, or until `until(state)` holds; the metrics are the last round's.
+
+    `repeat(step, 1)` is `step`. A state saved at the end of a `repeat(step, 10)` and given to `repeat(step, 15)` does five more.
+    """
+    if times is None and until is None:
+        raise ValueError("repeat: say how often (times=) or how long (until=)")
+    return _Repeat(step=step, times=None if times is None else _count(times, "times"), until=until, hooks=hooks, observers=observers)
+
+
+def sequence(hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), **steps: AnyStep) -> Loop:
+    """`steps` one after the other: their names pick the data (`data["train"]`) and prefix the metrics (`train/loss`)."""
+    return _Sequence(steps=_members(steps), hooks=hooks, observers=observers)
+
+
+def workflow(
+    phases: Sequence[tuple[str, int]], *, times: int, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), **steps: AnyStep
+) -> Loop:
+    """mmcv's workflow: each phase so many times in a row, in turn, until the first has run `times` times in all.
+
+    `workflow([("train", 2), ("val", 1)], times=3, train=..., val=...)` runs train, train, val, train, val.
+    """
+    unknown = [name for name, _ in phases if name not in steps]
+    if not phases or unknown:
+        raise ValueError(f"workflow: phases {unknown or 'are missing'}; there are steps for {list(steps)}")
+    phases = tuple((name, _count(n, f"the count of {name!r}", least=1)) for name, n in phases)
+    return _Workflow(steps=_members(steps), phases=phases, times=_count(times, "times"), hooks=hooks, observers=observers)
+
+
+def every(n: int | Sequence[tuple[int, int]], step: AnyStep, *, begin: int = 1, last: bool = True) -> AnyStep:
+    """`step` on each n-th round of the nearest `repeat`, from round `begin`, and on its last; on other rounds nothing, without metrics.
+
+    `n` may change: `[(0, 5), (20, 1)]` is each 5th, and from round 20 each. Outside a repeat it always works; where the repeat's end is not
+    known (`until`) there is no last round.
+    """
+    intervals = ((0, n),) if isinstance(n, int) else tuple(sorted(n))
+    if not intervals or any(interval < 1 for _, interval in intervals):
+        raise ValueError(f"every: an interval is at least 1 round, not {n!r}")
+    return _Every(intervals, step, begin, last)
+
+
+def _count(value: int, name: str, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is a whole number of at least {least}, not {value!r}")
+    return value
+
+
+def _members(steps: Mapping[str, AnyStep]) -> dict[str, AnyStep]:
+    if not steps:
+        raise ValueError("name at least one step: sequence(train=..., val=...)")
+    for name, step in steps.items():
+        if not callable(step):
+            raise TypeError(f"{name} is no step: {step!r} is not callable")
+    return dict(steps)
+
+
+def _flatten(hooks: Iterable[Any]) -> Iterator[Any]:
+    for hook in hooks:
+        if isinstance(inner := getattr(hook, "hooks", None), tuple) and not isinstance(hook, Hook):
+            yield from _flatten(inner)
+        else:
+            yield hook
+
+
+def _saves(observer: Any) -> bool:
+    return getattr(observer, "saves", False)
+
+
+# --- a program, whole --------------------------------------------------------------------------------------------------
+
+
+def _outermost(loop: Loop, state: S, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[S, Any]:
+    program = Program(loop, state, interrupt)
+    token = here.set(None)
+    try:
+        program.latest = state = program.begin(_loops(loop), state)
+        program.unclaimed(state)
+        result = loop._run(state, data, Here(program))
+    except Unwind as unwound:
+        program.close(program.latest, unwound.reason)
+        return unwound.state, loop._result(unwound.state.position.frames[0].totals)
+    except BaseException as error:
+        program.close(program.latest, error)
+        raise
+    finally:
+        here.reset(token)
+    program.close(program.latest, None)
+    return result
+
+
+def is_step(step: Any) -> bool:
+    """Whether `step` is known to hold no loops: fnrun's own steps, and what says so of itself."""
+    return getattr(step, "is_step", False)
+
+
+def _loops(step: Any, seen: frozenset[int] = frozenset()) -> list[Loop]:
+    """The loops of a program, outermost first, as far as they can be seen: through wrappers by what they close over.
+
+    One that is hidden better than that begins when it is first called.
+    """
+    if id(step) in seen or is_step(step):
+        return []
+    seen = seen | {id(step)}
+    if isinstance(step, (Loop, _Every)):
+        inner = [loop for _, each in step.inner() for loop in _loops(each, seen)]
+        return [step, *inner] if isinstance(step, Loop) else inner
+    if isinstance(step, functools.partial):
+        held = [step.func, *step.args, *step.keywords.values()]
+    else:
+        held = [cell.cell_contents for cell in getattr(step, "__closure__", None) or () if cell != CellType()]
+    return [loop for each in held if isinstance(each, (Loop, _Every, FunctionType, functools.partial)) for loop in _loops(each, seen)]
+
+
+def elsewhere(state: Any, program: Program) -> ProgramError:
+    """The error for a state that stands in another program: both are shown."""
+    stands = "\n".join(f"  {'  ' * i}{f.loop}, tick {f.ticks}" for i, f in enumerate(state.position.frames))
+    drawn = "\n".join(f"  {line}" for line in str(program.loop).splitlines())
+    return ProgramError(
+        f"the state stands in another program:\n{stands}\nand this one is:\n{drawn}\nTo begin this one anew: state.rewind()"
+    )
+
+
+def _framed(state: Any, frames: tuple[Frame, ...]) -> Any:
+    position = state.position
+    return state.replace(position=Position(frames, position.streams, position.ticks))
+
+
+def _title(step: Any) -> str:
+    return step.title() if isinstance(step, (Loop, _Every)) else getattr(step, "__qualname__", repr(step))
+
+
+def _drawn(name: str, step: Any, depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    yield f"{indent}{name + ': ' if name else ''}{_title(step)}"
+    if isinstance(step, (Loop, _Every)):
+        for inner_name, inner in step.inner():
+            yield from _drawn(inner_name, inner, depth + 1)
+    if isinstance(step, Loop):
+        for what, parts in (("hook", step.hooks), ("observer", step.observers)):
+            for part in parts:
+                yield f"{indent}  {what} {getattr(part, 'name', None) or getattr(part, '__qualname__', type(part).__name__)}"

@@ -1,0 +1,216 @@
+"""A program at work: what lives for the length of one call and is nobody's state.
+
+Live iterators, open observers and the interrupt belong here. Where the program *stands* is in the state, and only there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from fnrun.data import Batches, as_batches
+from fnrun.state import Cursor, LoopState
+
+
+@runtime_checkable
+class Hook(Protocol):
+    """What transforms the state between ticks: `(state, metrics) -> state`, pure.
+
+    A plain function of that type is a hook that remembers nothing. A hook with memory is an object with a `name`, under which
+    `state.memory` holds what `init(state)` returned until `after` replaces it, and if it needs it `before(state, batch) -> state`.
+    """
+
+    name: str
+
+    def init(self, state: Any, /) -> Any: ...
+    def after(self, state: Any, metrics: dict[str, Any], /) -> Any: ...
+
+
+class Observer(Protocol):
+    """What watches: `(state, metrics) -> None`, after the hooks of the tick, with the finished state and computed metrics.
+
+    It may have, each optional:
+
+    - `open(program, state)`, before the first tick, and `close(state, reason)` at the end: None for a program that came to its end, the text
+      of the stop or interrupt, or the exception; `state` is that of the last tick that every observer has seen, its frames still open.
+    - `name` and `fold(folded, before, metrics, examples) -> folded`, a pytree that the loop keeps in its frame
+      (`state.position.frames[-1].folds[name]`), so that what is gathered over ticks survives a kill. It gets None at first, the state before
+      the tick, the step's metrics uncomputed and the batch's number of examples.
+    - `flush()`: what was written must be on disk when it returns. `saves = True`: it acts last in a tick, after every flush.
+    """
+
+    def __call__(self, state: Any, metrics: dict[str, Any], /) -> None: ...
+
+
+class Here(NamedTuple):
+    """Where in a program a call happens."""
+
+    program: Program
+    depth: int = 0
+    path: str = ""
+    round: tuple[int, int | None] | None = None  # of the nearest repeat: its index, and how many there are where that is known
+    over_batch: bool = False  # within a loop over data: what comes down is one of its batches
+
+
+here: ContextVar[Here | None] = ContextVar("here", default=None)
+
+
+#: Called with the finished state of every tick, at every depth: for `fnrun.testing`, which must see loops that it was not given.
+spy: ContextVar[Callable[[Any], None] | None] = ContextVar("spy", default=None)
+
+
+class Unwind(BaseException):
+    """A stop or an interrupt on its way through the open loops. Not an Exception: a user's `except Exception` is not meant for it."""
+
+    def __init__(self, state: Any, reason: str) -> None:
+        super().__init__(reason)
+        self.state, self.reason = state, reason
+
+
+class ProgramError(ValueError):
+    """The state and the program, or the state and the data, do not belong together."""
+
+
+class Live(NamedTuple):
+    stream: Batches
+    iterator: Iterator[tuple[Any, Cursor]]
+    epoch: int
+    batch: int
+
+
+class Program:
+    """One call of a loop, from the outside: `loop` is the outermost one."""
+
+    def __init__(self, loop: Any, state: LoopState, interrupt: Callable[[], str | None] | None) -> None:
+        self.loop = loop
+        self.interrupt = interrupt
+        self.latest: Any = state
+        self.examples = 0  # that went through the loops in this call
+        self.lengths: dict[str, int | None] = {}  # how many ticks a frame's loop will have, by the frame's name, where that is known
+        self._spy = spy.get()
+        self._streams: dict[str, tuple[Any, Batches]] = {}
+        self._made: dict[int, tuple[Any, Any]] = {}  # by a function's id, which is its own as long as the function is held here
+        self._live: dict[str, Live] = {}
+        self._begun: dict[int, Any] = {}
+        self._hooks: dict[str, Any] = {}
+        self._observers: list[Any] = []
+
+    def seen(self, state: Any) -> None:
+        """`state` is the finished state of a tick, and every observer has seen it."""
+        self.latest = state
+        if self._spy is not None:
+            self._spy(state)
+
+    # --- hooks and observers
+
+    def begin(self, loops: Iterable[Any], state: Any) -> Any:
+        """Give each new hook its first memory, and open each new observer. Safe to call again: what has begun is left alone."""
+        fresh = [loop for loop in loops if id(loop) not in self._begun]
+        for loop in fresh:
+            self._begun[id(loop)] = loop
+            for hook in loop.hooks:
+                if isinstance(hook, Hook):
+                    state = self._remember(hook, state)
+        for observer in [o for loop in fresh for o in loop.observers]:
+            if not any(observer is known for known in self._observers):
+                self._observers.append(observer)
+                if hasattr(observer, "open"):
+                    observer.open(self, state)
+        return state
+
+    def _remember(self, hook: Hook, state: Any) -> Any:
+        if self._hooks.setdefault(hook.name, hook) is not hook:
+            raise ProgramError(f"two hooks are named {hook.name!r}: they would share one memory; give one of them another name=")
+        if hook.name in state.memory:
+            return state
+        return state.replace(memory={**state.memory, hook.name: hook.init(state)})
+
+    def unclaimed(self, state: LoopState) -> None:
+        """Say which memory of the state belongs to no hook of the program."""
+        names = sorted(set(state.memory) - set(self._hooks))
+        if names:
+            warnings.warn(
+                f"the state remembers hooks that the program does not show: {', '.join(names)}; their memory is kept", stacklevel=4
+            )
+
+    def flush(self) -> None:
+        for observer in self._observers:
+            if hasattr(observer, "flush"):
+                observer.flush()
+
+    def close(self, state: Any, reason: str | BaseException | None) -> None:
+        """Close streams and observers, those that save last; every one is closed, and what goes wrong there is raised (or noted on `reason`)."""
+        failures: list[BaseException] = []
+
+        def attempt(action: Callable[[], Any]) -> None:
+            try:
+                action()
+            except BaseException as failure:
+                failures.append(failure)
+
+        for live in self._live.values():
+            attempt(getattr(live.iterator, "close", lambda: None))
+        for observer in sorted(self._observers, key=lambda o: getattr(o, "saves", False)):
+            if getattr(observer, "saves", False):
+                attempt(self.flush)
+            if hasattr(observer, "close"):
+                attempt(lambda observer=observer: observer.close(state, reason))
+        if not failures:
+            return
+        if not isinstance(reason, BaseException):
+            raise failures[0]
+        for failure in failures:
+            reason.add_note(f"and while closing: {type(failure).__name__}: {failure}")
+
+    # --- streams
+
+    def stream(self, value: Any, path: str) -> tuple[str, Batches]:
+        """The name and the stream of the data at `path`; a function that makes the stream is called once."""
+        known = self._streams.get(path)
+        if known is None or known[0] is not value:
+            made = self._make(value)
+            try:
+                stream = as_batches(made)
+            except TypeError as error:
+                raise TypeError(f"data at {path.removeprefix('/') or 'the top'!r}: {error}") from None
+            known = self._streams[path] = (value, stream)
+        return known[1].name or path.removeprefix("/") or "data", known[1]
+
+    def _make(self, value: Any) -> Any:
+        if not callable(value) or hasattr(value, "iterate"):
+            return value
+        if id(value) not in self._made:
+            self._made[id(value)] = (value, value())
+        return self._made[id(value)][1]
+
+    def cursor(self, state: LoopState, name: str, stream: Batches) -> Cursor:
+        """Where `state` stands in the stream. Raises ProgramError where the state's position was counted in other data."""
+        cursor = state.position.streams.get(name)
+        if cursor is None:
+            return Cursor(source=stream.source)
+        if cursor.source != stream.source:
+            raise ProgramError(
+                f"the data of {name!r} is not what the state's position (epoch {cursor.epoch}, batch {cursor.batch}) was counted in:\n"
+                f"  the state: {cursor.source}\n  now:       {stream.source}\n"
+                f"To go on with the new data from its beginning: state.replace(position=state.position.forget({name!r}))"
+            )
+        return cursor
+
+    def next_batch(self, name: str, stream: Batches, state: LoopState, cursor: Cursor, *, replay: bool = False) -> tuple[Any, Cursor]:
+        """The batch at `cursor` and the cursor after it, from the live iterator if that is where it stands."""
+        live = self._live.get(name)
+        if live is None or live.stream is not stream or (live.epoch, live.batch) != (cursor.epoch, cursor.batch):
+            if live is not None:
+                getattr(live.iterator, "close", lambda: None)()
+            live = Live(stream, stream.iterate(state.rng.fold_in("data", name), cursor, replay=replay), cursor.epoch, cursor.batch)
+        try:
+            batch, after = next(live.iterator)
+        except StopIteration:
+            raise ProgramError(
+                f"the stream {name!r} ended at epoch {cursor.epoch}, batch {cursor.batch}: `iterate` goes on for ever"
+            ) from None
+        again = replay and after.batch == 0
+        self._live[name] = Live(stream, live.iterator, cursor.epoch if again else after.epoch, after.batch)
+        return batch, after

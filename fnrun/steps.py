@@ -1,0 +1,373 @@
+"""Steps: pure functions `(state, batch) -> (state, metrics)`, made of a module, a loss and an optimizer, or written by hand."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import optree
+import torch
+from torch import nn
+
+from fnrun import metrics as folds
+from fnrun import tree
+from fnrun.reports import collect
+from fnrun.shell import Shell
+from fnrun.state import LoopState, S, TrainState
+
+if TYPE_CHECKING:
+    from fnrun.optim import Optimizer
+
+Metrics = dict[str, Any]
+
+
+class Step(Protocol):
+    """What loops turn: `(state, batch) -> (state, metrics)`, pure: the outputs are a function of the arguments alone, which stay as they are."""
+
+    def __call__(self, state: Any, batch: Any, /) -> tuple[Any, Metrics]: ...
+
+
+class EvalStep(Protocol):
+    """`(state, batch) -> metrics`: it has no way to change the state."""
+
+    def __call__(self, state: Any, batch: Any, /) -> Metrics: ...
+
+
+#: How many first calls of a step are watched for Python's and NumPy's generators: looking costs 100 us, a step should not.
+WATCHED_CALLS = 3
+
+
+def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random: bool = False) -> Any:
+    """Make a hand-written `(state, batch) -> (state, metrics)` a lawful training step.
+
+    Within, torch's ambient generators are seeded from `state.rng.fold_in("train", state.step)` (with `host_random` Python's and NumPy's too)
+    and put back afterwards; what `fnrun.report` is given joins the metrics; tensors are detached; `state.step` goes up by one.
+
+    >>> @step
+    ... def add_noise(state, batch):
+    ...     noisy = {name: p + torch.randn_like(p) for name, p in state.params.items()}
+    ...     return state.replace(params=noisy), {"size": len(batch)}
+    >>> state = TrainState.create(nn.Linear(2, 1))
+    >>> once, twice = add_noise(state, [1, 2])[0], add_noise(state, [1, 2])[0]
+    >>> tree.equal(once, twice), once.step
+    (True, 1)
+    """
+    if fn is None:
+        return lambda fn: step(fn, host_random=host_random)
+    inner = fn
+
+    @functools.wraps(fn)
+    def detached(state: S, batch: Any) -> tuple[S, Metrics]:
+        new, metrics = inner(state, batch)
+        return optree.tree_map(_detach, new), metrics  # pyright: ignore[reportReturnType,reportArgumentType]
+
+    return _lawful(detached, host_random)
+
+
+def _lawful(fn: Callable[[S, Any], tuple[S, Metrics]], host_random: bool) -> Callable[[S, Any], tuple[S, Metrics]]:
+    """`step` for a function whose new state is known to be detached: looking at every leaf would cost as much as a small model."""
+    watched = 0 if not host_random else WATCHED_CALLS
+
+    @functools.wraps(fn)
+    def lawful(state: S, batch: Any) -> tuple[S, Metrics]:
+        nonlocal watched
+        watch = watched < WATCHED_CALLS
+        watched += watch
+        before = (random.getstate(), np.random.get_state()) if watch else None
+        with state.rng.fold_in("train", state.step).scope(host=host_random), collect() as reports:
+            new, metrics = fn(state, batch)
+        if before is not None:
+            _put_back(*before)
+        metrics = {name: _detach_all(value) for name, value in {**metrics, **reports}.items()}
+        return new.replace(step=state.step + 1), metrics
+
+    setattr(lawful, "is_step", True)  # noqa: B010
+    return lawful
+
+
+def _put_back(python: Any, numpy: Any) -> None:
+    names = [name for name, moved in (("Python", random.getstate() != python), ("NumPy", _moved(numpy))) if moved]
+    if names:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        warnings.warn(
+            f"the step draws from the global generator of {' and '.join(names)}, which is not keyed by the state: two calls differ and a "
+            "resumed run is another run. Use torch's, or make the step with host_random=True",
+            stacklevel=3,
+        )
+
+
+def _moved(before: Any) -> bool:
+    now: Any = np.random.get_state()
+    return now[2:] != before[2:] or not np.array_equal(now[1], before[1])
+
+
+def _detach(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
+
+
+def _detach_all(value: Any) -> Any:
+    return _detach(value) if isinstance(value, (torch.Tensor, float, int)) else tree.map(_detach, value)
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def value_and_grad(fn: Callable[[Any], Any], *, has_aux: bool = False) -> Callable[[Any], tuple[Any, Any]]:
+    """The function `params -> (fn(params), gradient of fn at params)`; with `has_aux`, `fn` returns `(value, aux)`.
+
+    `params` is a pytree of tensors; the gradient has its structure, with None for a tensor that the value does not depend on. Values and
+    gradients are detached. Raises ValueError where the value is no scalar or depends on none of the tensors.
+
+    >>> value_and_grad(lambda p: (p["x"] ** 2).sum())({"x": torch.tensor([1.0, 3.0])})
+    (tensor(10.), {'x': tensor([2., 6.])})
+    """
+
+    def wrapped(params: Any) -> tuple[Any, Any]:
+        leaves, spec = optree.tree_flatten(params)
+        leaves = [p.detach().requires_grad_() for p in leaves]
+        with torch.enable_grad():
+            result = fn(optree.tree_unflatten(spec, leaves))
+            value = result[0] if has_aux else result
+            grads = _grad(value, leaves, value)
+        value = value.detach()
+        grads = optree.tree_unflatten(spec, grads)
+        return ((value, tree.map(_detach, result[1])), grads) if has_aux else (value, grads)
+
+    return wrapped
+
+
+def _grad(loss: Any, leaves: list[torch.Tensor], scaled: Any) -> list[torch.Tensor | None]:
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"a loss is a scalar tensor, this one is {what}: take its mean or sum")
+    if not loss.requires_grad:
+        raise ValueError("the loss depends on no trained parameter: was it detached, or made under torch.no_grad()?")
+    return list(torch.autograd.grad(scaled, leaves, allow_unused=True))
+
+
+def make_train_step(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Any],
+    optimizer: Optimizer,
+    *,
+    accumulate: int = 1,
+    precision: str | None = None,
+    host_random: bool = False,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """The training step of `model`: loss, gradient, update, as a pure function `(state, batch) -> (state, metrics)`.
+
+    `loss_fn(model, batch)` returns a scalar loss, or `(loss, metrics)`; it calls `model` as usual, whose tensors are the state's for that
+    time. The metrics are `loss`, those of `loss_fn` and what was reported (`fnrun.report`), tensors that nobody has waited for.
+
+    - Submodules run in the train/eval modes that they have now. Buffers (batch statistics) come back in the new state.
+    - A parameter with `requires_grad=False` is not trained; one that the loss does not reach is left alone, as in torch.
+    - `accumulate=n` cuts the batch into n micro-batches (fewer if it has fewer examples) and takes the mean gradient, weighted by their
+      examples: n times less memory for activations.
+    - `precision="bf16"` or `"fp16"` runs `loss_fn` under autocast; parameters keep their dtype. fp16 wants `optim.dynamic_loss_scale`.
+    - `host_random` seeds Python's and NumPy's generators too (100 us a step), for a model that draws from them.
+
+    Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model.
+
+    >>> from fnrun import optim
+    >>> model = nn.Linear(3, 1)
+    >>> train_step = make_train_step(model, lambda model, x: model(x).square().mean(), optim.sgd(0.1))
+    >>> state = TrainState.create(model, optim.sgd(0.1))
+    >>> state, metrics = train_step(state, torch.ones(4, 3))
+    >>> state.step, sorted(metrics)
+    (1, ['loss', 'lr'])
+    """
+    shell = Shell(model)
+    if not shell.trained:
+        raise ValueError(f"{shell.name} has no parameter to train: all have requires_grad=False, or there are none")
+    if accumulate < 1:
+        raise ValueError(f"accumulate is at least 1, not {accumulate}")
+    trained, places = shell.trained, {name: i for i, name in enumerate(shell.params)}
+    indices = [places[name] for name in trained]
+    autocast = _autocast(precision, shell.device_type)
+
+    def gradients(state: TrainState, buffers: dict[str, torch.Tensor], batch: Any) -> tuple[list[Any], dict[str, torch.Tensor], Metrics]:
+        tensors = shell.tensors("params", state.params)
+        leaves = [tensors[i].detach().requires_grad_() for i in indices]
+        for i, leaf in zip(indices, leaves, strict=True):
+            tensors[i] = leaf
+
+        def forward() -> tuple[torch.Tensor, Metrics]:
+            with autocast():
+                return _loss_and_metrics(loss_fn(model, batch))
+
+        with torch.enable_grad():
+            (loss, metrics), buffers = shell.run(forward, tensors, buffers, train=True)
+            scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(state.opt_state, loss)
+            grads = _grad(loss, leaves, scaled)
+        return grads, buffers, {"loss": loss, **metrics}
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        if accumulate == 1:
+            grads, buffers, metrics = gradients(state, state.buffers, batch)
+        else:
+            grads, buffers, metrics = _accumulated(functools.partial(gradients, state), state.buffers, batch, accumulate)
+        params, opt_state = optimizer.update(
+            dict(zip(trained, grads, strict=True)),
+            state.opt_state,
+            {name: state.params[name] for name in trained},
+            key=state.rng.fold_in("optimizer", state.step),
+            step=state.step,
+        )
+        return state.replace(params={**state.params, **params}, buffers=buffers, opt_state=opt_state), metrics
+
+    train_step.__qualname__ = train_step.__name__ = f"train_step({shell.name})"
+    return _lawful(train_step, host_random)
+
+
+def _loss_and_metrics(result: Any) -> tuple[Any, Metrics]:
+    if not isinstance(result, tuple):
+        return result, {}
+    if len(result) != 2 or not isinstance(result[1], Mapping):
+        raise ValueError("loss_fn returns a loss, or (loss, metrics) with metrics a dict of names and values")
+    if "loss" in result[1]:
+        raise ValueError("loss_fn: 'loss' is the name of the loss itself; call the metric something else")
+    loss, metrics = result
+    return loss, dict(metrics)
+
+
+def _autocast(precision: str | None, device_type: str) -> Callable[[], Any]:
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision is None:
+        return nullcontext
+    if precision not in dtypes:
+        raise ValueError(f"precision is None, 'bf16' or 'fp16', not {precision!r}")
+    return lambda: torch.autocast(device_type, dtypes[precision])
+
+
+def _accumulated(gradients: Callable[..., Any], buffers: Any, batch: Any, pieces: int) -> tuple[list[Any], Any, Metrics]:
+    examples = folds.examples(batch)
+    total: list[Any] = []
+    metrics: Any = None
+    for micro in _micro_batches(batch, min(pieces, examples), examples):
+        size = folds.examples(micro)
+        grads, buffers, values = gradients(buffers, micro)
+        weight = size / examples
+        scaled = [None if g is None else g * weight for g in grads]
+        total = scaled if not total else [a if b is None else b if a is None else a + b for a, b in zip(total, scaled, strict=True)]
+        metrics = folds.fold(metrics, {name: _detach_all(value) for name, value in values.items()}, size)
+    return total, buffers, metrics
+
+
+def _micro_batches(batch: Any, pieces: int, examples: int) -> list[Any]:
+    edges = [examples * i // pieces for i in range(pieces + 1)]
+
+    def cut(leaf: Any, start: int, end: int) -> Any:
+        return leaf[start:end] if isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) == examples else leaf
+
+    return [tree.map(lambda leaf, a=a, b=b: cut(leaf, a, b), batch) for a, b in itertools.pairwise(edges)]
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def make_eval_step(
+    model: nn.Module,
+    metric_fn: Callable[[nn.Module, Any], Any],
+    *,
+    weights: str | Callable[[Any], Any] = "params",
+    precision: str | None = None,
+) -> Callable[[Any, Any], Metrics]:
+    """The evaluation step `(state, batch) -> metrics`, in eval mode and without gradients.
+
+    `metric_fn(model, batch)` returns a dict of metrics, or what a `loss_fn` returns. `weights` says whose: the state's own (`"params"`), those
+    that a hook remembers (its name, as `"ema"`), or a function of the state that returns `params` or `(params, buffers)`.
+    Randomness within is keyed by the training step and the batch's place in the pass.
+    """
+    run = _evaluation(model, metric_fn, weights, precision)
+
+    def eval_step(state: Any, batch: Any) -> Metrics:
+        with collect() as reports:
+            result = run(state, batch)
+        if not isinstance(result, Mapping):
+            loss, metrics = _loss_and_metrics(result)
+            result = {"loss": loss, **metrics}
+        return {**result, **reports}
+
+    return eval_step
+
+
+def make_predict_step(
+    model: nn.Module,
+    predict_fn: Callable[[nn.Module, Any], Any],
+    *,
+    weights: str | Callable[[Any], Any] = "params",
+    precision: str | None = None,
+) -> Callable[[Any, Any], Any]:
+    """The prediction step `(state, batch) -> outputs`: any pytree that `predict_fn(model, batch)` returns; else as `make_eval_step`."""
+    return _evaluation(model, predict_fn, weights, precision)
+
+
+def _evaluation(
+    model: nn.Module, fn: Callable[[nn.Module, Any], Any], weights: str | Callable[[Any], Any], precision: str | None
+) -> Callable[[Any, Any], Any]:
+    shell = Shell(model)
+    autocast = _autocast(precision, shell.device_type)
+
+    def run(state: Any, batch: Any) -> Any:
+        params, buffers = _weights(state, weights)
+        frames = state.position.frames
+        key = state.rng.fold_in("eval", state.step, frames[-1].ticks if frames else 0)
+        with torch.no_grad(), autocast(), key.scope():
+            outputs, _ = shell.run(lambda: fn(model, batch), shell.tensors("params", params), buffers, train=False)
+        return outputs
+
+    return run
+
+
+def _weights(state: Any, weights: str | Callable[[Any], Any]) -> tuple[Any, Any]:
+    if weights == "params":
+        return state.params, state.buffers
+    if callable(weights):
+        chosen = weights(state)
+        return chosen if isinstance(chosen, tuple) else (chosen, state.buffers)
+    if weights not in state.memory:
+        raise ValueError(f"weights={weights!r}: no hook of this name is remembered in the state; there are {sorted(state.memory)}")
+    chosen = state.memory[weights]
+    if not isinstance(chosen, Mapping) or "params" not in chosen:
+        raise ValueError(f"weights={weights!r}: this hook remembers no 'params'")
+    return chosen["params"], chosen.get("buffers", state.buffers)
+
+
+# --- transformers ------------------------------------------------------------------------------------------------------
+
+
+def skip_nonfinite(step: Callable[[Any, Any], tuple[Any, Metrics]]) -> Callable[[Any, Any], tuple[Any, Metrics]]:
+    """`step`, but an update after which the loss or a parameter is not finite does not happen: all but `state.step` stays as it was.
+
+    The step's metrics are then `{"skipped": 1.0}` alone, so that no NaN reaches a mean. It waits for the device at each step.
+    """
+
+    @functools.wraps(step)
+    def wrapped(state: Any, batch: Any) -> tuple[Any, Metrics]:
+        new, metrics = step(state, batch)
+        tensors = [t for t in (metrics["loss"], *new.params.values()) if t.is_floating_point() or t.is_complex()]
+        if all(bool(torch.isfinite(t).all()) for t in tensors):
+            return new, {**metrics, "skipped": 0.0}
+        return state.replace(step=new.step), {"skipped": 1.0}
+
+    return wrapped
+
+
+__all__ = [
+    "EvalStep",
+    "LoopState",
+    "Step",
+    "make_eval_step",
+    "make_predict_step",
+    "make_train_step",
+    "skip_nonfinite",
+    "step",
+    "value_and_grad",
+]

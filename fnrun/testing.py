@@ -1,0 +1,143 @@
+"""The laws as assertions, to be called on one's own steps and programs. Each says what broke, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from fnrun import tree
+from fnrun.loops import Loop
+from fnrun.program import spy
+from fnrun.state import TrainState
+
+
+def assert_same(a: Any, b: Any, what: str) -> None:
+    """Assert that two trees are equal bit for bit; otherwise every difference is listed."""
+    differences = tree.diff(a, b)
+    assert not differences, f"{what}:\n" + "\n".join(f"  {d}" for d in differences[:20])
+
+
+def assert_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any, *, model: torch.nn.Module | None = None) -> None:
+    """Law 1: two calls of `step(state, batch)` give the same bits, and the arguments, `model` and the global generators are as they were.
+
+    >>> from fnrun import make_train_step, optim
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(), torch.nn.Linear(2, 1))
+    >>> train_step = make_train_step(model, lambda model, x: model(x).mean(), optim.sgd(0.1))
+    >>> assert_pure(train_step, TrainState.create(model, optim.sgd(0.1)), torch.ones(4, 2), model=model)
+    """
+    before = tree.snapshot((state, batch))
+    tensors = {} if model is None else dict(model.state_dict(keep_vars=True))
+    held = {name: (t, t.detach().clone(), t.requires_grad) for name, t in tensors.items()}
+    modes = [] if model is None else [m.training for m in model.modules()]
+    generators = _generators()
+    first = step(state, batch)
+    assert_same((state, batch), before, "the step changed its arguments")
+    assert_same(_generators(), generators, "the step moved a global generator")
+    second = step(state, batch)
+    assert_same(first, second, "two calls of the step differ")
+    assert_same((state, batch), before, "the second call changed the arguments")
+    if model is not None:
+        assert modes == [m.training for m in model.modules()], "the step changed the train/eval modes of the module"
+        after = model.state_dict(keep_vars=True)
+        assert list(after) == list(held), "the step changed the names of the module's tensors"
+        for name, (tensor, value, requires_grad) in held.items():
+            assert after[name] is tensor, f"the step left another tensor in the module: {name}"
+            assert tensor.requires_grad == requires_grad, f"the step changed requires_grad of the module's {name}"
+            assert tree.equal(tensor, value), f"the step changed the module's {name}"
+
+
+def _generators() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    return {"torch": torch.get_rng_state(), "python": (version, words, gauss), "numpy": repr(numpy["state"]["key"].tobytes()) + repr(numpy["state"]["pos"])}  # pyright: ignore[reportCallIssue,reportArgumentType]  # fmt: skip
+
+
+def states_seen(loop: Callable[..., Any], state: Any, data: Any) -> tuple[list[Any], tuple[Any, Any]]:
+    """Every state that an observer could see while `loop(state, data)` runs, at any depth, in order; and what the call returned."""
+    seen: list[Any] = []
+    token = spy.set(seen.append)
+    try:
+        return seen, loop(state, data)
+    finally:
+        spy.reset(token)
+
+
+def through_a_checkpoint(state: Any, like: Any) -> Any:
+    """`state`, saved to a real checkpoint in a temporary directory and restored."""
+    from fnrun.checkpoint import Checkpoints
+
+    with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        return checkpoints.restore(like=like)
+
+
+def assert_resumable(
+    loop: Callable[..., Any],
+    state: Any,
+    data: Any,
+    *,
+    limit: int = 20,
+    restored: Callable[[Any, Any], Any] = through_a_checkpoint,
+) -> None:
+    """Law 2: from every state that an observer could see, saved and restored, `loop` ends with the bits and metrics of the whole run.
+
+    Of more than `limit` states, `limit` are tried, evenly spaced, the first and the last among them. `restored(state, like)` says how a state
+    is saved and restored; by default through a real checkpoint.
+    """
+    seen, (end, metrics) = states_seen(loop, state, data)
+    assert seen, "no loop finished a tick: nothing to resume from"
+    chosen = seen if len(seen) <= limit else [seen[round(i * (len(seen) - 1) / (limit - 1))] for i in range(limit)]
+    for one in chosen:
+        again, again_metrics = loop(restored(one, state), data)
+        where = " > ".join(f"{frame.loop} tick {frame.ticks}" for frame in one.position.frames)
+        assert_same(end, again, f"resumed from {where}, the program ends in another state")
+        assert_same(metrics, again_metrics, f"resumed from {where}, the program ends with other metrics")
+
+
+def assert_observers_do_not_matter(loop: Loop, state: Any, data: Any) -> None:
+    """Law 3: `loop` ends with the same bits with its observers, without any, and with one more at every depth."""
+    end, metrics = loop(state, data)
+    for what, changed in (
+        ("without its observers", _with_observers(loop, lambda observers: ())),
+        ("with its observers in reverse", _with_observers(loop, lambda observers: tuple(reversed(observers)))),
+        ("with one more observer in every loop", _with_observers(loop, lambda observers: (*observers, _Reader()))),
+    ):
+        again, again_metrics = changed(state, data)
+        assert_same(end, again, f"{what}, the program ends in another state")
+        assert_same(metrics, again_metrics, f"{what}, the program ends with other metrics")
+
+
+class _Reader:
+    """An observer that does what it can to disturb: it reads, draws and folds."""
+
+    name = "fnrun.testing reader"
+
+    def fold(self, folded: Any, before: Any, metrics: Any, examples: int) -> Any:
+        return (folded or 0) + examples
+
+    def __call__(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        for value in tree.leaves(metrics):
+            if isinstance(value, torch.Tensor):
+                value.tolist()
+        _ = torch.rand(1), random.random(), np.random.rand()
+
+
+def _with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
+    if not dataclasses.is_dataclass(step) or isinstance(step, type):
+        return step
+    fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    inner: dict[str, Any] = {}
+    if "step" in fields:
+        inner["step"] = _with_observers(fields["step"], change)
+    if isinstance(fields.get("steps"), dict):
+        inner["steps"] = {name: _with_observers(member, change) for name, member in fields["steps"].items()}
+    if isinstance(step, Loop):
+        inner["observers"] = change(tuple(step.observers))
+    return dataclasses.replace(step, **inner)
