@@ -1,0 +1,283 @@
+"""Batches of examples that a data set fetches, in this process or in workers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
+
+from fnrun.data import ambient
+from fnrun.data.arrays import Order, passes
+from fnrun.data.stream import Stream, walk
+from fnrun.rng import Key
+from fnrun.state import Cursor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loader(Stream):
+    """See `loader`."""
+
+    dataset: Any
+    rows: int
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    workers: int
+    collate: Callable[[list[Any]], Any]
+    name: str | None
+
+    @cached_property
+    def _source(self) -> str:
+        order = "shuffled" if self.shuffle else "in order"
+        last = ", short last batch dropped" if self.drop_last else ""
+        mark = getattr(self.dataset, "fingerprint", None)
+        mark = mark() if callable(mark) else mark
+        content = f", content {mark}" if mark is not None else ""
+        return f"{type(self.dataset).__name__} of {self.rows} examples, {self.batch_size} a batch, {order}{last}{content}"
+
+    @property
+    def source(self) -> str:
+        return self._source
+
+    def __len__(self) -> int:
+        return passes(self.rows, self.batch_size, self.drop_last)
+
+    def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
+        fetch = _Fetch(self.dataset, self.collate, key)
+        asks = _Asks(self, key, cursor, replay)
+        made = _in_workers(fetch, asks, self.workers) if self.workers else map(fetch.__getitem__, asks)
+        try:
+            for batch, (_, _, after) in zip(made, walk(cursor, len(self), replay), strict=True):
+                yield batch, Cursor(*after, self.source)
+        finally:
+            getattr(made, "close", lambda: None)()
+
+
+def loader(
+    dataset: Any,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    workers: int = 0,
+    collate: Callable[[list[Any]], Any] | None = None,
+    name: str | None = None,
+) -> Loader:
+    """The stream of a map-style `torch.utils.data.Dataset`, or of anything with `len()` and `[index]`, fetched by `workers` processes.
+
+    For each example torch's, Python's and NumPy's ambient generators are seeded from the key, the epoch and the example's position in the
+    pass, and for `collate` (torch's default if not given) from that of the batch. So what is random in them is the same with any number of
+    workers and after a resume; in this process the generators are left as they were. A data set with `__getitems__` is given whole
+    batches, and seeded once for each. `dataset[index]` must not depend on what was fetched before: an example may be fetched twice.
+
+    Workers live as long as the iteration, across passes. They leave Ctrl-C and signals to the process group to the parent. What is raised
+    in the data set arrives with its own traceback and a note that names the example.
+
+    `fingerprint`, an attribute or a method of the data set, tells the source of this stream from another of the same length. The short last batch
+    comes as it is, unless `drop_last`; so a `batch_size` above the number of examples gives one short batch, and with `drop_last` is an error.
+
+    Raises ValueError for an empty data set, a batch size below 1 or a negative number of workers, TypeError for an iterable-style data set.
+
+    >>> stream = loader(torch.utils.data.TensorDataset(torch.arange(5)), 2)
+    >>> next(stream.iterate(Key(0), Cursor(batch=1)))[0]
+    [tensor([2, 3])]
+    """
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise TypeError(
+            f"{type(dataset).__name__} has no len() or no [index]; if it has state_dict() and load_state_dict(), use data.stateful"
+        )
+    if workers < 0:
+        raise ValueError(f"workers must be 0 or more, not {workers}")
+    passes(len(dataset), batch_size, drop_last)
+    return Loader(dataset, len(dataset), batch_size, shuffle, drop_last, workers, collate or default_collate, name)
+
+
+class _Ask(NamedTuple):
+    """One batch to fetch: which it is, the position of its first example in the pass, and the examples."""
+
+    epoch: int
+    batch: int
+    position: int
+    indices: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asks:
+    """What is to be fetched from a cursor on."""
+
+    stream: Loader
+    key: Key
+    cursor: Cursor
+    replay: bool
+
+    def __iter__(self) -> Iterator[_Ask]:
+        stream = self.stream
+        order = Order(self.key, stream.rows, stream.batch_size, stream.shuffle)
+        for epoch, batch, _ in walk(self.cursor, len(stream), self.replay):
+            order.fill(epoch, batch)
+            yield _Ask(epoch, batch, batch * stream.batch_size, order.block[order.within(batch)].tolist())
+
+
+class _Fetch:
+    """`fetch[ask]` is the batch, a function of the key and the ask; the ambient generators are left as they were.
+
+    In its first batch all generators are seeded for every example, afterwards those that were drawn from. Should another one move after
+    all, the batch is fetched again with that one seeded too: the result is that of seeding all of them, always.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], key: Key) -> None:
+        self.dataset, self.collate, self.key = dataset, collate, key
+        self.whole = _fetches_batches(dataset)
+        self.generators = (ambient.Torch(), ambient.Python(), ambient.NumPy())
+        self.drawn: list[Any] | None = None  # not known before the first batch
+
+    def __getitem__(self, ask: _Ask) -> Any:
+        saved = [(generator, generator.save()) for generator in self.generators]
+        known = self.drawn
+        while True:
+            moved = []
+            try:
+                batch = self._first(ask) if known is None else self._batch(ask, known)
+            finally:
+                for generator, state in saved:
+                    if generator.moved(state):
+                        generator.restore(state)
+                        moved.append(generator)
+            if known is None or all(generator in known for generator in moved):
+                return batch
+            known = self.drawn = [*known, *(generator for generator in moved if generator not in known)]
+
+    def _first(self, ask: _Ask) -> Any:
+        drawn: list[Any] = []
+
+        def watched(make: Callable[[], Any]) -> Any:
+            marks = [(generator, generator.save()) for generator in self.generators]
+            made = make()
+            drawn.extend(g for g, mark in marks if g not in drawn and g.moved(mark))
+            return made
+
+        batch = self._batch(ask, self.generators, watched)
+        self.drawn = drawn
+        return batch
+
+    def _batch(self, ask: _Ask, drawn: Sequence[Any], run: Callable[[Callable[[], Any]], Any] = lambda make: make()) -> Any:
+        """The batch, with the generators in `drawn` seeded for each example and for the collation."""
+        of_pass = self.key.fold_in(ask.epoch) if drawn else self.key
+
+        def seeded(make: Callable[[], Any], *path: int | str) -> Any:
+            if drawn:
+                key = of_pass.fold_in(*path)
+                for generator in drawn:
+                    generator.seed(key)
+            return run(make)
+
+        if self.whole:
+            with _named(f"the examples {ask.indices} (batch {ask.batch} of epoch {ask.epoch})"):
+                examples = seeded(lambda: self.dataset.__getitems__(ask.indices), "examples", ask.batch)
+        elif not drawn:
+            examples = _fetched(self.dataset, ask)
+        else:
+            examples = []
+            for position, index in enumerate(ask.indices, ask.position):
+                one = _Ask(ask.epoch, ask.batch, position, [index])
+                examples += seeded(lambda one=one: _fetched(self.dataset, one), "example", position)
+        with _named(f"collate, for the examples {ask.indices} (batch {ask.batch} of epoch {ask.epoch})"):
+            return seeded(lambda: self.collate(examples), "collate", ask.batch)
+
+
+def _fetched(dataset: Any, ask: _Ask) -> list[Any]:
+    examples: list[Any] = []
+    try:
+        for index in ask.indices:
+            examples.append(dataset[index])
+    except Exception as error:
+        at = len(examples)
+        raise _noted(error, f"example {ask.indices[at]} (position {ask.position + at} of epoch {ask.epoch})") from error.__cause__
+    return examples
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _noted(error, what) from error.__cause__
+
+
+def _noted(error: Exception, what: str) -> Exception:
+    """`error` with a note where it was raised. A StopIteration would end the iteration in silence, so it becomes a RuntimeError."""
+    if isinstance(error, StopIteration):
+        wrapped = RuntimeError(f"the data set raised StopIteration for {what}")
+        wrapped.__cause__ = error
+        return wrapped
+    error.add_note(f"raised in the data set for {what}")
+    return error
+
+
+def _fetches_batches(dataset: Any) -> bool:
+    """Whether `dataset` fetches whole batches itself. A `Subset` has the method, and hands over to the set below only if that has it too."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return bool(getattr(dataset, "__getitems__", None))
+
+
+# --- workers -----------------------------------------------------------------------------------------------------------
+
+#: Signals that are for the parent alone.
+PARENTS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _in_workers(fetch: _Fetch, asks: _Asks, workers: int) -> Iterator[Any]:
+    live = _started(fetch, asks, workers)
+    try:
+        yield from live
+    finally:
+        live._shutdown_workers()
+
+
+def _started(fetch: _Fetch, asks: _Asks, workers: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*fork")  # JAX and Python warn of threads, none of which a worker uses
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
+        loader = DataLoader(
+            fetch,  # pyright: ignore[reportArgumentType]
+            sampler=asks,  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=torch.accelerator.is_available(),
+            worker_init_fn=_leave_signals,
+            generator=torch.Generator(),
+        )
+        with _blocked(PARENTS):
+            return iter(loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@contextlib.contextmanager
+def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
+    """Signals that arrive within wait until the end: a worker must not run the parent's handlers before it has its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals(worker: int) -> None:
+    """In a worker: Ctrl-C and what is sent to the process group are for the parent, which ends its workers itself, with SIGTERM if it must."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS)

@@ -1,0 +1,132 @@
+"""Streams that can only say where they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Iterator
+from typing import Any, Protocol
+
+from fnrun import tree
+from fnrun.data.stream import Stream
+from fnrun.rng import Key
+from fnrun.state import Cursor
+
+
+class SaysWhere(Protocol):
+    """An iterable, an iteration of which is one pass, that goes on where `load_state_dict` puts it."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stateful(Stream):
+    """See `stateful`."""
+
+    iterable: SaysWhere
+    name: str | None
+    first: list[Any] = dataclasses.field(default_factory=list, repr=False)  # the iterable's state before its first use
+
+    @property
+    def source(self) -> str:
+        mark = getattr(self.iterable, "fingerprint", None)
+        mark = mark() if callable(mark) else mark
+        return f"stateful {type(self.iterable).__name__}" + (f", content {mark}" if mark is not None else "")
+
+    def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
+        begin = self._enter(cursor)
+        if replay and cursor.batch:
+            if cursor.epoch:
+                raise ValueError(
+                    f"a stateful stream cannot go back to the beginning of epoch {cursor.epoch} from batch {cursor.batch} of it"
+                )
+            begin = self.first[0]
+        epoch, batch, source = cursor.epoch, cursor.batch, self.source
+        while True:
+            items = self._pass(key.fold_in(epoch), batch)
+            try:
+                for item, last, memo in items:
+                    batch += 1
+                    yield item, Cursor(epoch + 1, 0, source, memo) if last else Cursor(epoch, batch, source, memo)
+            finally:
+                items.close()
+            if replay:
+                self.iterable.load_state_dict(tree.snapshot(begin))
+            epoch, batch = epoch + (not replay), 0
+
+    def _enter(self, cursor: Cursor) -> Any:
+        """Bring the iterable to the cursor; the state in which it is then."""
+        untouched = not self.first
+        if untouched:
+            self.first.append(tree.snapshot(self.iterable.state_dict()))
+        if cursor.memo is None:
+            if cursor.epoch or cursor.batch:
+                raise ValueError(
+                    f"the position (epoch {cursor.epoch}, batch {cursor.batch}) does not say in which state the stream was there"
+                )
+            if untouched:
+                return self.first[0]
+        state = self.first[0] if cursor.memo is None else cursor.memo
+        self.iterable.load_state_dict(tree.snapshot(state))
+        return state
+
+    def _pass(self, key: Key, batch: int) -> Generator[tuple[Any, bool, Any]]:
+        """The items of a pass, each with whether it is the last, and the iterable's state after it: so the next is fetched before it is given."""
+        live: Any = None
+        none = object()
+
+        def following(at: int) -> Any:
+            with key.fold_in("batch", at).scope(host=True):
+                return next(live, none)
+
+        try:
+            for _ in range(2):  # a stream that was left at the end of a pass may say once more that the pass is over
+                with key.fold_in("pass").scope(host=True):
+                    live = iter(self.iterable)
+                item = following(batch)
+                if item is not none:
+                    break
+            else:
+                raise ValueError(f"{self.source} has no batch in a pass")
+            last = False
+            while not last:
+                memo = tree.snapshot(self.iterable.state_dict())
+                batch += 1
+                ahead = following(batch)
+                last = ahead is none
+                yield item, last, tree.snapshot(self.iterable.state_dict()) if last else memo
+                item = ahead
+        finally:
+            for end in ("close", "_shutdown_workers"):  # a generator's; a DataLoader iterator's
+                getattr(live, end, lambda: None)()
+
+
+def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
+    """The stream of an iterable with `state_dict` and `load_state_dict`, such as torchdata's `StatefulDataLoader`: an iteration is a pass.
+
+    Its state, copied, travels with each batch and is kept in the position; it must be a pytree of tensors and plain values. The next
+    batch is fetched before one is given, since only then it is known whether the pass has ended. The iterable itself is live:
+    one iteration at a time. In this process the ambient generators are seeded for each batch from the key, and left as they were; what
+    the iterable's own workers draw is its own affair, as is how many batches a pass has.
+
+    A `fingerprint`, an attribute or a method of the iterable, tells it from others.
+
+    >>> class Count:
+    ...     at = 0
+    ...     def __iter__(self):
+    ...         while self.at < 2:
+    ...             self.at += 1
+    ...             yield self.at
+    ...         self.at = 0
+    ...     def state_dict(self):
+    ...         return {"at": self.at}
+    ...     def load_state_dict(self, state):
+    ...         self.at = state["at"]
+    >>> batch, after = next(stateful(Count()).iterate(Key(0), Cursor()))
+    >>> batch, after.memo, next(stateful(Count()).iterate(Key(0), after))[0]
+    (1, {'at': 1}, 2)
+    """
+    if not (hasattr(iterable, "state_dict") and hasattr(iterable, "load_state_dict")):
+        raise TypeError(f"a {type(iterable).__name__} has no state_dict() and load_state_dict(): it cannot say where it is")
+    return Stateful(iterable, name)
