@@ -35,14 +35,13 @@ class Shell:
         self.lock = _locks.setdefault(model, threading.RLock())
         self.device_type = next((t.device.type for t in (*parameters.values(), *buffers.values())), "cpu")
         index = {id(tensor): i for i, tensor in enumerate((*parameters.values(), *buffers.values()))}
-        containers: list[Any] = []
-        for module in model.modules():
-            containers += [module._parameters, module._buffers]
-            if isinstance(module, nn.RNNBase):  # a second list of its weights, which is what its kernels are given
-                containers.append(module._flat_weights)
-        entries = [(c, k, t) for c in containers for k, t in (c.items() if isinstance(c, dict) else enumerate(c))]
+        containers = [c for module in model.modules() for c in (module._parameters, module._buffers)]
+        entries = [(container, key, tensor) for container in containers for key, tensor in container.items()]
         self._slots = [(container, key, index[id(tensor)]) for container, key, tensor in entries if tensor is not None]
         self._empty = [(container, key) for container, key, tensor in entries if tensor is None]
+        # Recurrent layers keep a second list of their weights, which they make anew in a call that finds others in the slots.
+        recurrent = [module.__dict__ for module in model.modules() if isinstance(module, nn.RNNBase)]
+        self._lists = [(d, key) for d in recurrent for key in ("_flat_weights", "_flat_weight_refs") if key in d]
         self._buffer_slots = {i: (container, key) for container, key, i in self._slots if i >= len(self.params)}
 
     def tensors(self, what: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -57,11 +56,11 @@ class Shell:
         self, fn: Callable[[], Any], params: list[torch.Tensor], buffers: Mapping[str, torch.Tensor], *, train: bool
     ) -> tuple[Any, dict[str, torch.Tensor]]:
         """`fn()` while the module holds these tensors, and the buffers that it leaves behind; those passed in are never written to."""
-        originals = self.tensors("buffers", buffers)
-        tensors = [*params, *(b.clone() for b in originals)]
+        tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))]
         modes = self.modes if train else self.eval_modes
         with self.lock:
             saved = [container[key] for container, key, _ in self._slots]
+            lists = [container[key] for container, key in self._lists]
             changed = [(module, module.training) for module, mode in modes if module.training != mode]
             try:
                 for container, key, i in self._slots:
@@ -77,14 +76,12 @@ class Shell:
                     container[key] = tensor
                 for container, key in self._empty:
                     container[key] = None
+                for (container, key), value in zip(self._lists, lists, strict=True):
+                    container[key] = value
                 for module, mode in changed:
                     module.training = mode
-        kept = zip(self.buffers, originals, tensors[len(params) :], values, strict=True)
-        return result, {
-            # A buffer that nobody wrote to stays the same object: equality is then seen without looking, and storage is shared.
-            name: original if value is copy and copy._version == 0 else value.detach()
-            for name, original, copy, value in kept
-        }
+        # All are new, also those that nobody wrote to: batch norm's kernels write without counting up `_version`, so one cannot tell.
+        return result, {name: b.detach() if b.requires_grad else b for name, b in zip(self.buffers, values, strict=True)}
 
 
 def call(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
-from fnrun.checkpoint import Checkpoints
+from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.hooks.monitor import monitored
 from fnrun.state import LoopState, due
+
+logger = logging.getLogger("fnrun")
+
+#: So many saves may fail in a row before training ends: a full disk may be emptied, a lost one does not come back.
+MAX_FAILURES = 3
 
 
 class _Checkpoint:
@@ -16,19 +23,34 @@ class _Checkpoint:
         self.checkpoints, self.monitor, self.keep, self.every = checkpoints, monitor, keep, every
         self.mode: Literal["min", "max"] = mode
         self._saved: tuple[int, ...] | None = None
+        self._failures = 0
 
     def open(self, program: Any, state: LoopState) -> None:
         self._saved = state.position.order if state.position.ticks else None  # a state that stands somewhere came from a checkpoint
+        self._failures = 0
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        self.checkpoints.poll()
+        self._surviving(self.checkpoints.poll)
         if due(state, self.every):
             if self.monitor is not None:
                 monitored("checkpoint", self.monitor, metrics)
-            self._save(state, metrics)
+            self._surviving(lambda: self._save(state, metrics))
+
+    def _surviving(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except CheckpointError as error:
+            self._failures += 1
+            self._saved = None
+            if self._failures >= MAX_FAILURES:
+                raise
+            logger.error("%s. Training goes on, the next save is tried in full", error)
 
     def _save(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        self.checkpoints.save(state, metrics, monitor=self.monitor, mode=self.mode)
+        before = self._saved
+        self.checkpoints.save(state, metrics, monitor=self.monitor, mode=self.mode)  # raises if the save before this one failed
+        if before is not None:
+            self._failures = 0
         self._saved = state.position.order
         if self.keep is not None:
             self.checkpoints.prune(self.keep)
@@ -44,9 +66,12 @@ def checkpoint(
 ) -> Any:
     """Save the whole state on each n-th step (in a loop of training steps) or round (elsewhere), in the background.
 
-    `keep` of them stay, besides the best by `monitor` and the newest. However the program ends (its last round, a stop, an interrupt, an
-    exception), the state of the last finished tick is saved. Raises ValueError where no step reports the monitored metric.
+    `keep` of them stay, besides the best by `monitor`. However the program ends (its last round, a stop, an interrupt, an exception), the
+    state of the last finished tick is saved. A save that fails is logged and training goes on; the third in a row raises CheckpointError.
+    Raises ValueError where no step reports the monitored metric.
     """
     if mode not in ("min", "max"):
         raise ValueError(f"checkpoint: mode is 'min' or 'max', not {mode!r}")
+    if keep is not None and keep < 1:
+        raise ValueError(f"checkpoint: keep is at least 1, not {keep!r}")
     return _Checkpoint(checkpoints, monitor, mode, keep, every)

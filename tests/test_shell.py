@@ -1,0 +1,123 @@
+"""A module as a function of its tensors."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fnrun
+from fnrun.shell import Shell
+
+
+def tensors(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, {n: b.clone() for n, b in model.named_buffers()}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_use_the_tensors_they_are_given(kind):
+    """They keep a second list of their weights."""
+    model, other = kind(3, 4, num_layers=2), kind(3, 4, num_layers=2)
+    x = torch.randn(5, 2, 3)
+    params, buffers = tensors(other)
+    outputs, _ = fnrun.call(model, params, buffers, x)
+    assert torch.equal(outputs[0], other(x)[0])
+    leaves = {name: p.requires_grad_() for name, p in params.items()}
+    grads = torch.autograd.grad(fnrun.call(model, leaves, buffers, x)[0][0].sum(), list(leaves.values()))
+    assert all(g.abs().sum() > 0 for g in grads)
+    assert all(a is b for a, b in zip(model._flat_weights, model.parameters(), strict=True))
+
+
+def test_tied_weights_stay_tied():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    out, _ = fnrun.call(model, {"0.weight": torch.eye(3) * 2}, {}, torch.ones(1, 3))
+    assert out.tolist() == [[4.0, 4.0, 4.0]]
+
+
+def test_buffers_come_back_new_and_what_was_passed_in_is_untouched():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False))
+    model.register_buffer("constant", torch.ones(1))
+    params, buffers = tensors(model)
+    _, after = fnrun.call(model, params, buffers, torch.randn(8, 2))
+    assert torch.equal(after["constant"], buffers["constant"])
+    assert not torch.equal(after["0.running_mean"], buffers["0.running_mean"])
+    assert int(buffers["0.num_batches_tracked"]) == 0
+    _, after = fnrun.call(model, params, buffers, torch.randn(8, 2), train=False)
+    assert all(torch.equal(after[name], buffers[name]) for name in buffers)
+
+
+def test_a_buffer_that_is_assigned_anew_is_collected():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("n", torch.zeros(()))
+
+        def forward(self, x):
+            self.n = self.n + 1
+            return x
+
+    model = Counts()
+    original = model.n
+    _, after = fnrun.call(model, {}, {"n": torch.tensor(4.0)}, torch.ones(1))
+    assert after["n"].item() == 5
+    assert model.n is original
+
+
+def test_the_module_is_put_back_also_when_it_raises():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.register_buffer("seen", torch.zeros(1))
+            self.register_buffer("none", None)
+
+        def forward(self, x):
+            self.seen.add_(1)
+            self.none = torch.ones(1)
+            raise RuntimeError("in the forward")
+
+    model = Fails()
+    weight, seen = model.weight, model.seen
+    with pytest.raises(RuntimeError, match="in the forward"):
+        fnrun.call(model, {"weight": torch.ones(1)}, {"seen": torch.ones(1)}, 0)
+    assert model.weight is weight
+    assert model.seen is seen
+    assert model.seen.item() == 0
+    assert model.none is None
+
+
+def test_modes_are_those_of_when_the_step_was_made():
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
+    model[1].eval()
+    shell = Shell(model)
+    model.eval()
+    seen = []
+    shell.run(lambda: seen.append((model.training, model[0].training, model[1].training)), shell.tensors("params", tensors(model)[0]), tensors(model)[1], train=True)  # fmt: skip
+    assert seen == [(True, True, False)]
+    assert not model.training
+
+
+def test_names_that_do_not_match_are_named():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"missing \['bias'\], unexpected \['biass'\]"):
+        fnrun.call(model, {"weight": torch.ones(2, 2), "biass": torch.ones(2)}, {}, torch.ones(1, 2))
+
+
+def test_two_threads_may_call_one_module():
+    model = nn.Linear(4, 4, bias=False)
+    results = {}
+
+    def work(i):
+        for _ in range(50):
+            out, _ = fnrun.call(model, {"weight": torch.eye(4) * i}, {}, torch.ones(1, 4))
+            results.setdefault(i, set()).add(out.sum().item())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (1, 2, 3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert results == {1: {4.0}, 2: {8.0}, 3: {12.0}}
