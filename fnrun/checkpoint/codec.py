@@ -15,7 +15,7 @@ import re
 import struct as binary
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -73,6 +73,10 @@ class Leaf(msgspec.Struct, omit_defaults=True):
     def nbytes(self) -> int:
         """How many bytes are stored of it."""
         return math.prod(self.shape) * (TORCH_DTYPES[self.dtype].itemsize if self.kind == "tensor" else np.dtype(self.dtype).itemsize)
+
+    def origin(self, number: int) -> int:
+        """The leaf that holds the bytes of this one, which is the leaf of that number: itself, or the first of several that are one tensor."""
+        return number if self.shares is None else self.shares
 
     def spec(self) -> str:
         """What a leaf of the same kind must have in common with it, in words."""
@@ -362,7 +366,7 @@ class _Absent:
 ABSENT = _Absent()
 
 
-def selector(patterns: str | list[str] | tuple[str, ...] | None, leaves: list[Leaf]) -> Callable[[str], bool]:
+def selector(patterns: Sequence[str] | None, leaves: list[Leaf]) -> Callable[[str], bool]:
     """Whether a path is among `patterns`: `*` stands for anything within one entry, `**` for any number of entries.
 
     >>> wanted = selector(["params/**"], [Leaf("params/0.weight", "tensor")])
@@ -371,7 +375,7 @@ def selector(patterns: str | list[str] | tuple[str, ...] | None, leaves: list[Le
     """
     if patterns is None:
         return lambda path: True
-    globs = [pattern.split("/") for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    globs = [pattern.split("/") for pattern in patterns]
     for glob in globs:
         if not any(_matches(glob, leaf.path.split("/")) for leaf in leaves):
             known = sorted({prefix for leaf in leaves for prefix in _prefixes(leaf.path)})
@@ -415,7 +419,7 @@ class Mismatch(NamedTuple):
 class Matcher:
     """What to restore, given what was saved, what a fresh state looks like (or ABSENT) and which leaves are wanted."""
 
-    def __init__(self, manifest: Manifest, patterns: str | list[str] | tuple[str, ...] | None) -> None:
+    def __init__(self, manifest: Manifest, patterns: Sequence[str] | None) -> None:
         self.leaves = manifest.leaves
         self.all = patterns is None
         self.wanted = selector(patterns, manifest.leaves)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import logging
 import math
 import os
@@ -21,7 +20,8 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,40 +50,37 @@ MANIFEST, DIGEST, ARRAYS = "manifest.json", "manifest.sha256", "arrays"
 
 
 def orbax() -> Any:
-    """`orbax.checkpoint.v1`, imported without what it leaves behind: a handler on the root logger, a warning at each fork.
+    """`orbax.checkpoint.v1`, imported here because it brings JAX.
 
-    JAX is kept to the CPU, where nobody else has imported it: left alone it reserves most of a GPU's memory for itself.
+    JAX is kept to the CPU where nobody else has imported it: left alone it reserves most of a GPU's memory for itself. It warns at each
+    fork, because a child that calls it may hang; a forked data worker never does.
     """
-    if "orbax.checkpoint" not in sys.modules:
-        root = logging.getLogger()
-        handlers = list(root.handlers)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            if "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ:
-                import jax
+    if "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ:
+        import jax
 
-                jax.config.update("jax_platforms", "cpu")
-            importlib.import_module("orbax.checkpoint")
-        for handler in root.handlers[:]:
-            if handler not in handlers:
-                root.removeHandler(handler)
-    # A forked data worker never calls JAX, so there is nothing to warn of.
+        jax.config.update("jax_platforms", "cpu")
+    with _quiet():
+        from orbax.checkpoint import v1 as ocp
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-    from orbax.checkpoint import v1 as ocp
-
     return ocp
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """absl logs each save at warning level in places; errors still come as exceptions."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep orbax's progress out of the program's log, and the handler off the root logger that absl leaves there when orbax logs."""
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    root = logging.getLogger()
+    handlers = list(root.handlers)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for handler in root.handlers[:]:
+            if handler not in handlers and type(handler) is logging.StreamHandler and handler.stream is sys.stderr:
+                root.removeHandler(handler)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
@@ -111,11 +108,29 @@ def _load_arrays(path: Path, dtypes: dict[int, np.dtype]) -> dict[int, np.ndarra
 def digest(manifest: Manifest, sources: dict[int, Any]) -> dict[int, np.ndarray]:
     """The bits of each leaf that is stored, after their digests have been entered in the manifest; waits for devices."""
     bits = {number: tree.array(source) if isinstance(source, torch.Tensor) else _flat(source) for number, source in sources.items()}
+    digests = dict(zip(bits, _each(_sha256, bits.values()), strict=True))
     for number, leaf in enumerate(manifest.leaves):
         if leaf.stored:
-            first = leaf.shares
-            leaf.sha256 = hashlib.sha256(bits[number].data).hexdigest() if first is None else manifest.leaves[first].sha256
+            leaf.sha256 = digests[leaf.origin(number)]
     return bits
+
+
+def _sha256(data: np.ndarray) -> str:
+    return hashlib.sha256(data.data).hexdigest()
+
+
+def _each(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """`function` of each item, on two threads: hashing and reading take as long as writing does, and hold no lock."""
+    items = list(items)
+    results: list[Any] = [None] * len(items)
+
+    def work(first: int) -> None:
+        for number in range(first, len(items), 2):
+            results[number] = function(items[number])
+
+    with ThreadPoolExecutor(2, "fnrun-checkpoint") as pool:
+        list(pool.map(work, range(min(2, len(items)))))
+    return results
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
@@ -128,7 +143,8 @@ def write(directory: Path, manifest: Manifest, bits: dict[int, np.ndarray]) -> N
     if arrays:
         _save_arrays(directory / ARRAYS, arrays)
     manifest.environment = environment()
-    manifest.files = {name: _file(directory / name, durably=True) for name in _names(directory)}
+    names = _names(directory)
+    manifest.files = dict(zip(names, _each(lambda name: _file(directory / name, durably=True), names), strict=True))
     encoded = msgspec.json.encode(manifest)
     _put(directory / MANIFEST, encoded)
     _put(directory / DIGEST, f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST}\n".encode())
@@ -260,7 +276,9 @@ def read_manifest(directory: Path) -> Manifest:
 
 def check_files(directory: Path, manifest: Manifest) -> None:
     """Compare every file with its digest, before anything opens one. Raises DamagedError, naming the first that differs."""
-    for name, expected in manifest.files.items():
+
+    def check(name: str) -> None:
+        expected = manifest.files[name]
         if name.startswith("/") or ".." in name.split("/"):
             raise DamagedError(f"{directory / MANIFEST} names the file {name!r}, outside of the checkpoint")
         path = directory / name
@@ -275,6 +293,8 @@ def check_files(directory: Path, manifest: Manifest) -> None:
         if found.sha256 != expected.sha256:
             raise DamagedError(f"{path} is damaged: its sha256 is not the one that was written; {_elsewhere(directory)}")
 
+    _each(check, manifest.files)
+
 
 def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[int, Any]:
     """These leaves, as tensors on the CPU and arrays, their digests checked."""
@@ -284,18 +304,20 @@ def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[
         arrays = {number: _bytes(array) for number, array in _load_arrays(directory / ARRAYS, places).items()} if places else {}
     except Exception as error:
         raise DamagedError(f"{directory / ARRAYS} cannot be read by orbax, though its files are as written: {error}") from error
-    found: dict[int, Any] = {}
-    for number in sorted(numbers, key=lambda number: leaves[number].array or 0):
+
+    def read(number: int) -> Any:
         leaf = leaves[number]
-        data = np.empty(0, np.uint8) if leaf.array is None else arrays[leaf.array]
-        if leaf.offset is not None:
-            data = data[leaf.offset : leaf.offset + leaf.nbytes]
-        if data.size != leaf.nbytes or hashlib.sha256(data.data).hexdigest() != leaf.sha256:
+        if leaf.array is None:
+            data = np.empty(0, np.uint8)
+        elif leaf.offset is None:
+            data = arrays.pop(leaf.array)
+        else:
+            data = arrays[leaf.array][leaf.offset : leaf.offset + leaf.nbytes]
+        if data.size != leaf.nbytes or _sha256(data) != leaf.sha256:
             raise DamagedError(f"{directory}: leaf {leaf.path} is not what was saved: its sha256 differs; {_elsewhere(directory)}")
-        found[number] = _tensor(leaf, data) if leaf.kind == "tensor" else _array(leaf, data)
-        if leaf.array is not None and leaf.offset is None:
-            del arrays[leaf.array]
-    return found
+        return _tensor(leaf, data) if leaf.kind == "tensor" else _array(leaf, data)
+
+    return dict(zip(numbers, _each(read, numbers), strict=True))
 
 
 def _bytes(array: Any) -> np.ndarray:

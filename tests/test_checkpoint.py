@@ -1,0 +1,909 @@
+"""Checkpoints: what is saved comes back, type and bit, or an error says what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import struct as binary
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import OrderedDict, defaultdict, deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fnrun import checkpoint, tree
+from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, codec, store
+from fnrun.rng import Key
+from fnrun.state import Cursor, Frame, Position, TrainState
+
+ROOT = Path(__file__).parent.parent
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@tree.struct
+class Box:
+    inside: Any
+    label: Any = tree.static(default="")
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+        self.head = nn.Linear(width, 2, bias=False)
+
+
+class Momentum:
+    def init(self, params: Any) -> Any:
+        return Pair({name: torch.zeros_like(p) for name, p in params.items()}, 0)
+
+
+def fresh(width: int = 4, seed: int = 0) -> TrainState:
+    torch.manual_seed(seed)
+    return TrainState.create(Net(width), Momentum(), seed=seed)
+
+
+def at(step: int, ticks: int | None = None, **memory: Any) -> TrainState:
+    """A state that follows from its step alone, bit for bit; one leaf is too large for a pack."""
+    generator = torch.Generator().manual_seed(step)
+    params = {"w": torch.randn(300, 300, generator=generator), "b": torch.randn(5, generator=generator)}
+    return TrainState(
+        params=params,
+        buffers={},
+        opt_state=(),
+        rng=Key(0),
+        step=step,
+        memory=memory,
+        position=Position(ticks=step if ticks is None else ticks),
+    )
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def python(code: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        **options,
+    )
+
+
+# --- round trips -------------------------------------------------------------------------------------------------------
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Any dtype, any bits (NaN payloads too), 0-d, empty, non-contiguous, and at times too large for a pack."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.sampled_from([(), (0,), (1,), (3,), (2, 3), (2, 0, 3), (1, 2, 2, 2), (200_000,)]))
+    size = math.prod(shape) * dtype.itemsize
+    bits = np.random.default_rng(draw(st.integers(0, 2**32))).integers(0, 2 if dtype == torch.bool else 256, size, np.uint8)
+    tensor = torch.from_numpy(bits).view(dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+    form = draw(st.sampled_from(["plain", "transposed", "strided", "expanded", "conjugate"]))
+    if form == "transposed":
+        return tensor.permute(tuple(reversed(range(tensor.dim()))))
+    if form == "strided" and tensor.dim() and tensor.shape[0] > 1:
+        return tensor[::2]
+    if form == "expanded":
+        return tensor[..., None].expand(*shape, 2) if tensor.numel() < 100 else tensor
+    return tensor.conj() if form == "conjugate" else tensor
+
+
+ARRAYS = st.builds(
+    lambda dtype, shape: np.arange(math.prod(shape)).reshape(shape).astype(dtype),
+    st.sampled_from(["<f4", ">f8", "<i2", "?", "<c16", "<U3", "S2", "<M8[s]", "<f2", "<U0", "<f16"]),
+    st.sampled_from([(), (0, 2), (3,), (2, 2)]),
+)
+FLOATS = st.one_of(
+    st.floats(),
+    st.sampled_from([-0.0, float("nan"), -float("nan"), float("inf"), binary.unpack(">d", bytes.fromhex("7ff8000000000123"))[0]]),
+)
+TEXT = st.one_of(st.text(max_size=5), st.sampled_from(["", ".", "a.b", "a/b", "~0", "é", "\ud800", "\n", "*", "00000"]))
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(2**62, 2**70),
+    FLOATS,
+    st.builds(complex, FLOATS, FLOATS),
+    TEXT,
+    st.binary(max_size=4),
+)
+KEYS = st.one_of(TEXT, st.integers(-3, 3), st.integers(2**70, 2**71), st.booleans(), st.none(), st.binary(max_size=2))
+TREES = st.recursive(
+    st.one_of(SCALARS, tensors(), ARRAYS),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(KEYS, inner, max_size=3),
+        st.dictionaries(TEXT, inner, max_size=3).map(OrderedDict),
+        st.dictionaries(TEXT, inner, max_size=2).map(lambda d: defaultdict(list, d)),
+        st.lists(inner, max_size=3).map(lambda items: deque(items, 4)),
+        st.builds(Pair, inner, inner),
+        st.builds(Box, inner, st.one_of(SCALARS, st.tuples(SCALARS, st.tuples(SCALARS)))),
+    ),
+    max_leaves=12,
+)
+
+
+def order(value: Any) -> Any:
+    """The keys of every dictionary within, in order, with their types, and the strides of tensors that have odd ones."""
+    node = codec._node(value, ())
+    if node is None:
+        return codec._strides(value) if isinstance(value, torch.Tensor) else None
+    return node.kind, [(type(key), key, order(child)) for key, child in node.items], repr(node.static)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(memory=st.dictionaries(TEXT, TREES, max_size=3))
+def test_whatever_is_saved_comes_back_type_and_bit(memory: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    state = at(1).replace(memory=memory)
+    with Checkpoints(tmp_path_factory.mktemp("round")) as checkpoints:
+        checkpoints.save(state)
+        for like in (None, at(2)):
+            back = checkpoints.restore(like)
+            assert tree.fingerprint(state) == tree.fingerprint(back)
+            assert order(state) == order(back)
+
+
+def test_a_fresh_state_takes_up_a_training(tmp_path: Path) -> None:
+    frames = (Frame("repeat", 2, {"loss": (torch.tensor(1.0), 3)}), Frame("epoch_loop", 5, folds={"log": deque([1.0], 50)}))
+    position = Position(frames, {"train": Cursor(1, 5, "8 rows", {"worker": [b"\0"]})}, ticks=21)
+    state = fresh(seed=1).replace(step=17, position=position, memory={"ema": {"head.weight": torch.ones(2)}}, stop="patience")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        assert tree.fingerprint(checkpoints.restore(like=fresh())) == tree.fingerprint(state)
+
+
+def test_tensors_that_are_one_stay_one_and_are_written_once(tmp_path: Path) -> None:
+    shared, array = torch.randn(500, 500), np.arange(4)
+    state = at(1, a=shared, b=[shared.view(500, 500)], c=shared.t(), d=array, e=array)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        back = checkpoints.restore().memory
+    assert back["a"] is back["b"][0]
+    assert back["c"] is not back["a"]
+    assert back["d"] is back["e"]
+    assert sum(path.stat().st_size for path in files(tmp_path)) < 2 * shared.nbytes + 1.5 * at(1).params["w"].nbytes
+
+
+def test_memory_layout_is_kept(tmp_path: Path) -> None:
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    one = torch.randn(4, 3, 1, 1).to(memory_format=torch.channels_last)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1, image=image, one=one, wide=torch.randn(3, 1).expand(3, 4)))
+        back = checkpoints.restore().memory
+    assert back["image"].is_contiguous(memory_format=torch.channels_last)
+    assert back["one"].stride() == one.stride()
+    assert back["wide"].is_contiguous()
+    assert all(leaf.data_ptr() % 64 == 0 for leaf in back.values())
+
+
+def test_small_leaves_overflow_into_several_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PACK", 1000)
+    state = at(1, many=[torch.randn(50) for _ in range(40)])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        assert tree.equal(checkpoints.restore(), state)
+        assert len({leaf.array for leaf in checkpoints.manifest().leaves} - {None}) > 5
+
+
+def test_orbax_alone_reads_the_arrays(tmp_path: Path) -> None:
+    ocp = store.orbax()
+    state = at(1, low=torch.randn(200_000).to(torch.bfloat16))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        leaves = {leaf.path: leaf for leaf in checkpoints.manifest().leaves}
+    arrays = ocp.load(tmp_path / "00000001-00000001" / "arrays")
+    w, b, low = leaves["params/w"], leaves["params/b"], leaves["memory/low"]
+    assert np.array_equal(arrays[f"{w.array:05d}"], state.params["w"].numpy())
+    assert np.array_equal(arrays[f"{b.array:05d}"][b.offset or 0 :][:20].view(np.float32), state.params["b"].numpy())
+    assert np.array_equal(arrays[f"{low.array:05d}"], state.memory["low"].view(torch.uint16).numpy())
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (len, r"memory/x is a builtins.builtin_function_or_method: a state holds"),
+        ({1, 2}, r"memory/x is a builtins.set"),
+        (np.float64(1), r"memory/x is a numpy.float64"),
+        (np.array([None]), r"memory/x is an array of object"),
+        (torch.eye(2).to_sparse(), r"memory/x: a torch.sparse_coo tensor cannot be saved"),
+        (torch.empty(2, device="meta"), r"memory/x is a meta tensor"),
+        (defaultdict(lambda: 0), r"memory/x: a defaultdict of <function"),
+        (Box(1, label=[1]), r"memory/x: the static field label is a list, not a plain scalar"),
+        ({torch.float32: 1}, r"memory/x: the key is a dtype, not a plain scalar"),
+        (NamedTuple("Local", [("a", int)])(1), r"memory/x: Local cannot be found again by name: define it at the top level"),
+    ],
+)
+def test_what_could_not_be_restored_is_refused_at_the_save(leaf: Any, message: str, tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=message):
+        checkpoints.save(at(1, x=leaf))
+    assert names(tmp_path) == []
+
+
+def test_a_state_is_filed_by_its_step(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"named by state.step, an int: this dict has None"):
+        Checkpoints(tmp_path).save({"a": 1})
+
+
+# --- like and select ---------------------------------------------------------------------------------------------------
+
+
+def test_a_mismatch_is_a_table(tmp_path: Path) -> None:
+    like = fresh()
+    params = dict(like.params)
+    params["head.wieght"] = params.pop("head.weight")
+    like = like.replace(params=params, buffers=like.buffers | {"body.1.running_mean": torch.zeros(4, dtype=torch.float64)})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(fresh())
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(like)
+        with pytest.raises(CheckpointError) as other:
+            checkpoints.restore(fresh(5).replace(opt_state=[{}, 0]))
+    assert str(error.value) == f"{tmp_path}/00000000-00000000 does not match the state that it is restored into:\n" + textwrap.dedent("""\
+          leaf                         saved                  expected
+          params/head.weight           tensor float32 (2, 4)  (unexpected)
+          params/head.wieght           (missing)              tensor float32 (2, 4)  (saved under a near name: params/head.weight)
+          buffers/body.1.running_mean  tensor float32 (4,)    tensor float64 (4,)""").replace("\n", "\n  ").replace("leaf  ", "  leaf  ", 1)
+    rows = [line.split("  ") for line in str(other.value).splitlines()]
+    rows = [[cell.strip() for cell in row if cell] for row in rows]
+    assert ["params/body.0.weight", "tensor float32 (4, 3)", "tensor float32 (5, 3)"] in rows
+    assert ["opt_state", f"namedtuple {__name__}:Pair of 2", "list of 2"] in rows
+
+
+@pytest.mark.parametrize(
+    ("saved", "like"),
+    [
+        (torch.zeros(2), torch.zeros(3)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
+        (torch.zeros(2), np.zeros(2, np.float32)),
+        (torch.tensor(1), 1),
+        (1, 1.0),
+        (True, 1),
+        (None, torch.zeros(2)),
+        (torch.zeros(2), None),
+        ((1, 2), [1, 2]),
+        ((1, 2), Pair(1, 2)),
+        ((1, 2), (1, 2, 3)),
+        ({"a": {"b": 1}}, {"a.b": 1}),
+        ({"a": {"b": 1}}, {"a/b": 1}),
+        ({"a": 1}, OrderedDict(a=1)),
+        ({1: 1}, {"1": 1}),
+        ({1: 1}, {True: 1}),
+        ({}, ()),
+        ({"a": {}}, {}),
+        ({}, {"a": {}}),
+        ({"a": 1}, {}),
+        (Box(1, "m"), Box(1, "km")),
+    ],
+)
+def test_optimizer_state_of_another_make_is_refused(saved: Any, like: Any, tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1).replace(opt_state=saved))
+        assert tree.equal(checkpoints.restore(at(2).replace(opt_state=saved)).opt_state, saved)
+        with pytest.raises(CheckpointError, match=r"does not match(.|\n)*opt_state"):
+            checkpoints.restore(at(2).replace(opt_state=like))
+
+
+@tree.struct
+class WithBuffer(TrainState):
+    replay: Any = ()
+    second: Any = dataclasses.field(default_factory=lambda: {"w": torch.zeros(2)})
+
+
+def test_what_is_empty_in_a_fresh_state_is_rebuilt_but_only_outside_of_parameters(tmp_path: Path) -> None:
+    like = WithBuffer(**{field.name: getattr(at(1), field.name) for field in dataclasses.fields(TrainState)})
+    state = like.replace(replay=[torch.ones(3), Pair(1, "a")], second={"w": torch.ones(2)}, stop="done")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        assert tree.equal(checkpoints.restore(like), state)
+        with pytest.raises(CheckpointError, match=r"second/w .*tensor float32 \(2,\) +tensor float32 \(3,\)"):
+            checkpoints.restore(like.replace(second={"w": torch.zeros(3)}))
+
+
+def test_select_restores_only_what_it_names(tmp_path: Path) -> None:
+    state, like = fresh(seed=1).replace(step=9, memory={"ema": {"a.b": torch.ones(2)}, "other": (1, None)}), fresh()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        back = checkpoints.restore(like, select=["params/**", "buffers/body.1.*"])
+        assert tree.equal((back.params, back.buffers, back.step), (state.params, state.buffers, 0))
+        assert back.opt_state is like.opt_state
+        assert back.memory is like.memory
+        back = checkpoints.restore(select="params/head.weight")
+        assert torch.equal(back.params.pop("head.weight"), state.params["head.weight"])
+        assert {value for value in tree.leaves(back) if value is not None} == set()
+        assert checkpoints.restore(like, select="memory/ema/**").memory == {
+            "ema": {"a.b": tree_equal_to(torch.ones(2))},
+            "other": (None, None),
+        }
+        other = like.replace(params={"head.weight": like.params["head.weight"]}, opt_state=None)
+        assert tree.equal(checkpoints.restore(other, select="params/head.*").params["head.weight"], state.params["head.weight"])
+        with pytest.raises(CheckpointError, match=r"params/body.0.bias +tensor float32 \(4,\) +\(unexpected\)"):
+            checkpoints.restore(other, select="params/**")
+        with pytest.raises(CheckpointError, match=r"no saved leaf matches 'parms/\*\*'; near: params"):
+            checkpoints.restore(select="parms/**")
+
+
+class tree_equal_to:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return tree.equal(self.value, other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def test_classes_are_only_those_that_are_loaded_and_registered(tmp_path: Path) -> None:
+    code = """
+        import sys, fnrun.state
+        from fnrun.checkpoint import Checkpoints, CheckpointError
+        try:
+            Checkpoints(sys.argv[1]).restore()
+        except CheckpointError as error:
+            print(error)
+    """
+    with Checkpoints(tmp_path / "a") as checkpoints:
+        checkpoints.save(at(1, x=Pair(1, 2)))
+    with Checkpoints(tmp_path / "b") as checkpoints:
+        checkpoints.save(at(1, x=Box(1)))
+    assert python(code, tmp_path / "a").stdout.startswith(f"memory/x: namedtuple {__name__}:Pair is not loaded: import the module")
+    assert python(code, tmp_path / "b").stdout.startswith(f"memory/x: struct {__name__}:Box is not loaded: import the module")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "namedtuple os:system",
+        "struct os:system",
+        "namedtuple builtins:tuple",
+        "namedtuple torch:Tensor",
+        "struct nowhere:X",
+        "object",
+        "eval x:y",
+        "",
+    ],
+)
+def test_a_forged_manifest_names_nothing_else(kind: str, tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1, x=Pair(1, 2)))
+        checkpoints.wait()
+        forge(tmp_path, lambda manifest: manifest["structure"]["children"][5]["children"][0].update(kind=kind))
+        with pytest.raises(CheckpointError):
+            checkpoints.restore()
+
+
+def forge(directory: Path, change: Any) -> None:
+    """Change the only checkpoint's manifest, and make its digest agree."""
+    (folder,) = [path for path in directory.iterdir() if path.name[0].isdigit()]
+    manifest = json.loads((folder / store.MANIFEST).read_text())
+    change(manifest)
+    for name, file in manifest["files"].items() if isinstance(manifest.get("files"), dict) else ():
+        if isinstance(file, dict) and (folder / name).is_file():
+            file |= {"size": (folder / name).stat().st_size, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+    data = json.dumps(manifest).encode()
+    (folder / store.MANIFEST).write_bytes(data)
+    (folder / store.DIGEST).write_text(f"{hashlib.sha256(data).hexdigest()}  {store.MANIFEST}\n")
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    found = []
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        found += [(value, key), *places(value[key])]
+    return found
+
+
+def test_a_fuzzed_manifest_is_an_error_of_ours(tmp_path: Path) -> None:
+    state = at(1, x=Pair(1, [torch.ones(3), np.ones(2), -0.0, 2**80]), y=Box({"a": b"b"}, (1, "m")))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        (folder,) = tmp_path.iterdir()
+        original = {name: (folder / name).read_bytes() for name in (store.MANIFEST, store.DIGEST)}
+        chance, refused = random.Random(0), 0
+        junk = [None, -1, 10**9, 2.5, "", "x", [], {}, [[1]], {"int": "z"}, {"tuple": 3}, {"a": 1, "b": 2}, "struct os:system", True]
+
+        def change(manifest: Any) -> None:
+            container, key = chance.choice([place for place in places(manifest) if place[1] != "sha256"])
+            if chance.random() < 0.2:
+                del container[key]
+            else:
+                container[key] = chance.choice(junk)
+
+        for _ in range(300):
+            forge(tmp_path, change)
+            try:
+                checkpoints.restore(chance.choice([None, at(2)]))
+            except CheckpointError:
+                refused += 1
+            for name, data in original.items():
+                (folder / name).write_bytes(data)
+    assert refused > 100
+
+
+# --- damage ------------------------------------------------------------------------------------------------------------
+
+
+def damaged_restore(checkpoints: Checkpoints) -> str:
+    with pytest.raises(DamagedError) as error:
+        checkpoints.restore()
+    assert "is missing" in str(error.value) or "damaged" in str(error.value) or "bytes" in str(error.value)
+    return str(error.value)
+
+
+def test_a_flipped_bit_anywhere_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1))
+        checkpoints.wait()
+        for path in files(tmp_path):
+            data = path.read_bytes()
+            for position in {0, len(data) - 1, *(chance.randrange(len(data)) for _ in range(25))} if data else ():
+                flipped = bytearray(data)
+                flipped[position] ^= 1 << chance.randrange(8)
+                path.write_bytes(flipped)
+                assert path.name in damaged_restore(checkpoints)
+            path.write_bytes(data)
+        assert tree.equal(checkpoints.restore(), at(1))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "delete", "grow", "directory"])
+def test_a_file_that_is_not_whole_is_an_error_that_names_it(damage: str, tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1))
+        checkpoints.wait()
+        for path in files(tmp_path):
+            data = path.read_bytes()
+            if not data and damage in ("truncate", "empty"):
+                continue
+            if damage in ("delete", "directory"):
+                path.unlink()
+                if damage == "directory":
+                    path.mkdir()
+            else:
+                path.write_bytes({"truncate": data[:-1], "empty": b"", "grow": data + b"\0"}[damage])
+            with pytest.raises(DamagedError, match=path.name.replace(".", r"\.")):
+                checkpoints.restore()
+            if damage == "directory":
+                path.rmdir()
+            path.write_bytes(data)
+        assert tree.equal(checkpoints.restore(), at(1))
+
+
+def test_a_leaf_is_checked_after_orbax_has_read_it(tmp_path: Path) -> None:
+    state = at(1)
+    needle = state.params["w"].numpy().tobytes()[:64]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        (path,) = [path for path in files(tmp_path) if needle in path.read_bytes()]
+        path.write_bytes(path.read_bytes().replace(needle, needle[:-1] + bytes([needle[-1] ^ 1])))
+        with pytest.raises(DamagedError, match=f"{path.name} is damaged"):
+            checkpoints.restore()
+        forge(tmp_path, lambda manifest: None)  # the file digests agree again: orbax opens it
+        with pytest.raises(DamagedError, match=r"leaf params/w is not what was saved|cannot be read by orbax"):
+            checkpoints.restore()
+
+
+def test_a_renamed_checkpoint_and_a_later_format_are_refused(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1))
+        checkpoints.wait()
+        (tmp_path / "00000001-00000001").rename(tmp_path / "00000002-00000002")
+        with pytest.raises(DamagedError, match=r"holds step 1, ticks 1: the directory was renamed; its name is 00000001-00000001"):
+            checkpoints.restore()
+        forge(tmp_path, lambda manifest: manifest.update(format=2))
+        with pytest.raises(CheckpointError, match=r"written in format 2; this version of fnrun reads format 1"):
+            checkpoints.restore()
+
+
+# --- which is which ----------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_directory_holds_nothing_and_is_not_made(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "none")
+    assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([], None, None)
+    with pytest.raises(CheckpointError, match="there is no checkpoint here"):
+        checkpoints.restore()
+    assert not (tmp_path / "none").exists()
+
+
+def test_two_at_one_step_are_told_apart_by_their_ticks(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for ticks in (9, 10, 11):
+            checkpoints.save(at(7, ticks, mark=ticks))
+        checkpoints.save(at(8, 12))
+        assert (checkpoints.steps(), checkpoints.latest()) == ([7, 8], 8)
+        assert checkpoints.restore(step=7).memory == {"mark": 11}
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 9; there are: 7, 7, 7, 8"):
+            checkpoints.restore(step=9)
+    assert names(tmp_path) == ["00000007-00000009", "00000007-00000010", "00000007-00000011", "00000008-00000012"]
+
+
+def test_the_same_state_is_written_once_and_another_one_beside_it(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1, a=1), {"loss": 0.5}, monitor="loss")
+        checkpoints.save(at(1, a=1))
+        checkpoints.save(at(1, a=1), {"loss": 0.5}, monitor="loss")
+        assert (checkpoints.steps(), names(tmp_path)) == ([1], ["00000001-00000001"])
+        checkpoints.save(at(1, a=True), {"loss": 0.6}, monitor="loss")
+        assert names_after(checkpoints) == ["00000001-00000001", "00000001-00000001.1"]
+        assert checkpoints.restore().memory["a"] is True
+        assert checkpoints.restore(step="best").memory["a"] == 1
+        checkpoints.prune(1)
+        assert names_after(checkpoints) == ["00000001-00000001", "00000001-00000001.1"]
+        checkpoints.save(at(2))
+        checkpoints.prune(1)
+        assert names_after(checkpoints) == ["00000001-00000001", "00000002-00000002"]
+
+
+def names_after(checkpoints: Checkpoints) -> list[str]:
+    checkpoints.wait()
+    return names(checkpoints.directory)
+
+
+def test_a_damaged_checkpoint_is_saved_again_beside(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1))
+        checkpoints.wait()
+        next(path for path in files(tmp_path) if path.name == "_METADATA").write_text("{")
+        checkpoints.save(at(1))
+        assert tree.equal(checkpoints.restore(), at(1))
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_future_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (10, 20, 30, 40):
+            checkpoints.save(at(step), {"loss": 1 / step}, monitor="loss")
+        assert caplog.records == []
+        state = checkpoints.restore(step=20)
+        assert checkpoints.latest() == 40
+        checkpoints.save(state.replace(step=25, position=Position(ticks=25)))
+        assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([10, 20, 25], 25, 20)
+        assert "goes on from step 25; moved aside as abandoned-*: 00000030-00000030, 00000040-00000040" in caplog.text
+        with pytest.raises(CheckpointError, match=r"there are: 10, 20, 25; abandoned-00000040-00000040 was given up .* rename it"):
+            checkpoints.restore(step=40)
+        checkpoints.save(at(40))
+        checkpoints.save(at(10))
+        assert checkpoints.latest() == 10
+        checkpoints.prune(1)
+        assert [name for name in names_after(checkpoints) if "40" in name] == [
+            "abandoned-00000040-00000040",
+            "abandoned-00000040-00000040-2",
+        ]
+
+
+def test_best_is_by_the_monitored_metric_and_never_a_nan(tmp_path: Path) -> None:
+    values = {1: float("nan"), 2: torch.tensor(0.5), 3: float("inf"), 4: 0.25, 5: np.float32(0.25), 6: 0.75, 7: None}
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(CheckpointError, match="there is no checkpoint here"):
+            checkpoints.restore(step="best")
+        for step, value in values.items():
+            checkpoints.save(at(step), {} if value is None else {"loss": value, "matrix": torch.eye(2)}, monitor="loss")
+        assert checkpoints.best() == 4
+        assert checkpoints.manifest(2).metrics == {"loss": 0.5}
+        assert math.isnan(float(checkpoints.manifest(1).metrics["loss"]))
+        assert checkpoints.restore(step="best").step == 4
+        checkpoints.save(at(8), {"acc": 0.5}, monitor="acc", mode="max")
+        checkpoints.save(at(9), {"acc": 0.7}, monitor="acc", mode="max")
+        checkpoints.save(at(10), {"acc": float("nan")}, monitor="acc", mode="max")
+        checkpoints.save(at(11), {"acc": 0.9})
+        assert checkpoints.best() == 9
+        with pytest.raises(ValueError, match="mode is 'min' or 'max', not 'maximum'"):
+            checkpoints.save(at(12), {"acc": 1}, monitor="acc", mode="maximum")  # pyright: ignore[reportArgumentType]
+
+
+def test_without_a_monitored_metric_none_is_best(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1), {"loss": 0.5})
+        checkpoints.save(at(2), {"loss": 0.5}, monitor="val/loss")
+        assert checkpoints.best() is None
+        with pytest.raises(CheckpointError, match="none is the best; metrics: loss"):
+            checkpoints.restore(step="best")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([0.0, 1.0, 2.0, float("nan"), None]), min_size=1, max_size=8),
+    keep=st.integers(1, 4),
+    each=st.booleans(),
+)
+def test_prune_never_deletes_the_newest_or_the_best(
+    values: list[float | None], keep: int, each: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    numbers = {step: value for step, value in enumerate(values) if value is not None and not math.isnan(value)}
+    with Checkpoints(tmp_path_factory.mktemp("prune")) as checkpoints:
+        for step, value in enumerate(values):
+            checkpoints.save(at(step), None if value is None else {"v": value}, monitor=None if value is None else "v", mode="max")
+            if each:
+                checkpoints.prune(keep)
+        best = checkpoints.best()
+        checkpoints.prune(keep)
+        assert set(checkpoints.steps()) == {*range(len(values))[-keep:], *([] if best is None else [best])}
+        assert best == max(numbers, key=lambda step: numbers[step], default=None)
+        assert len(names(checkpoints.directory)) == len(checkpoints.steps())
+
+
+def test_prune_leaves_what_it_cannot_judge(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(at(step))
+        checkpoints.wait()
+        (tmp_path / "00000001-00000001" / store.MANIFEST).write_text("{}")
+        checkpoints.prune(1)
+        assert checkpoints.steps() == [1, 3]
+        with pytest.raises(DamagedError, match="00000001-00000001"):
+            checkpoints.best()
+        with pytest.raises(ValueError, match="at least one"):
+            checkpoints.prune(0)
+
+
+def test_the_manifest_tells_config_and_environment(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        lr: float = 0.1
+
+    with Checkpoints(tmp_path, config=Config()) as checkpoints:
+        checkpoints.save(at(3, 4), {"loss": 2})
+        manifest = checkpoints.manifest()
+    assert (manifest.format, manifest.step, manifest.ticks, manifest.config, manifest.metrics) == (1, 3, 4, {"lr": 0.1}, {"loss": 2.0})
+    assert {"python", "torch", "numpy", "orbax.checkpoint", "jax", "threads", "platform"} <= set(manifest.environment)
+    assert set(manifest.files) == {path.relative_to(tmp_path / "00000003-00000004").as_posix() for path in files(tmp_path)} - {
+        store.MANIFEST,
+        store.DIGEST,
+    }
+
+
+def test_a_moved_directory_reads_the_same(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "a" / "b") as checkpoints:
+        checkpoints.save(at(1))
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert tree.equal(Checkpoints(tmp_path / "c" / "b").restore(), at(1))
+
+
+# --- behind the training -----------------------------------------------------------------------------------------------
+
+
+def test_save_returns_before_it_is_written_and_one_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, running, most = threading.Event(), [], []
+    write = store.write
+
+    def slow(*arguments: Any) -> None:
+        running.append(1)
+        most.append(len(running))
+        assert gate.wait(10)
+        write(*arguments)
+        running.pop()
+
+    monkeypatch.setattr(store, "write", slow)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1))
+        checkpoints.prune(1)
+        checkpoints.poll()
+        assert [name for name in names(tmp_path) if not name.startswith(".")] == []
+        threading.Timer(0.1, gate.set).start()
+        checkpoints.save(at(2))
+        assert "00000001-00000001" in names(tmp_path)
+        assert checkpoints.steps() == [1, 2]
+    assert most == [1, 1]
+
+
+def test_a_failure_behind_is_reported_once_and_the_next_save_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(at(1))
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_save_arrays", full)
+        checkpoints.save(at(2))
+        with pytest.raises(CheckpointError, match=rf"^{tmp_path}: step 2 was not saved: \[Errno 28\] No space left on device$"):
+            checkpoints.wait()
+        checkpoints.wait()
+        checkpoints.save(at(3))
+        assert checkpoints.steps() == [1]
+        with pytest.raises(CheckpointError, match="step 3 was not saved"):
+            checkpoints.poll()
+        checkpoints.poll()
+        checkpoints.save(at(4))
+        checkpoints.steps()
+    with pytest.raises(CheckpointError, match="step 4 was not saved"):
+        checkpoints.save(at(5))
+    assert (checkpoints.steps(), names(tmp_path)) == ([1, 5], ["00000001-00000001", "00000005-00000005"])
+    assert tree.equal(checkpoints.restore(), at(5))
+
+
+def test_leaving_the_context_waits_and_never_hides_the_error_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_save_arrays", full)
+    with pytest.raises(CheckpointError, match="step 1 was not saved"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1))
+    with pytest.raises(KeyError) as error, Checkpoints(tmp_path) as checkpoints:  # noqa: PT012
+        checkpoints.save(at(1))
+        raise KeyError("mine")
+    assert "step 1 was not saved" in error.value.__notes__[0]
+
+
+def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    checkpoints = Checkpoints(tmp_path / "file" / "checkpoints")
+    checkpoints.save(at(3))
+    with pytest.raises(CheckpointError, match=r"file/checkpoints: step 3 was not saved: .*Not a directory"):
+        checkpoints.wait()
+
+
+def test_leftovers_of_a_killed_process_are_no_checkpoints_and_are_cleaned_up_by_the_next_save(tmp_path: Path) -> None:
+    for name in (".tmp-00000009-00000009", ".tmp-delete-00000001-00000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("")
+    checkpoints = Checkpoints(tmp_path)
+    assert (checkpoints.steps(), len(names(tmp_path))) == ([], 2)
+    with checkpoints:
+        checkpoints.save(at(1))
+    assert names(tmp_path) == ["00000001-00000001"]
+
+
+def test_nothing_stays_behind(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1))
+        checkpoints.restore()
+    before = threading.enumerate()
+    handlers = list(logging.getLogger().handlers)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(2))
+        checkpoints.restore(like=at(2))
+    gc.collect()
+    assert threading.enumerate() == before == [threading.main_thread()]
+    assert logging.getLogger().handlers == handlers
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    code = """
+        import resource, signal, sys, torch
+        from fnrun.checkpoint import Checkpoints, CheckpointError
+        from tests.test_checkpoint import at
+        checkpoints = Checkpoints(sys.argv[1])
+        checkpoints.save(at(1))
+        checkpoints.wait()
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        checkpoints.save(at(2))
+        try:
+            checkpoints.wait()
+        except CheckpointError as error:
+            print("failed:", error)
+        print(checkpoints.steps())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        checkpoints.save(at(3))
+        print(checkpoints.steps(), checkpoints.latest())
+    """
+    ran = python(code, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    failed, after, recovered = ran.stdout.rsplit("\n", 3)[0], *ran.stdout.splitlines()[-2:]
+    assert failed.startswith(f"failed: {tmp_path}: step 2 was not saved: ")
+    assert (after, recovered) == ("[1]", "[1, 3] 3")
+    assert names(tmp_path) == ["00000001-00000001", "00000003-00000003"]
+    assert tree.equal(Checkpoints(tmp_path).restore(step=1), at(1))
+
+
+# --- processes ---------------------------------------------------------------------------------------------------------
+
+
+def test_orbax_is_imported_where_it_is_used() -> None:
+    code = """
+        import sys, fnrun.checkpoint
+        print([name for name in ("orbax", "jax", "tensorstore") if name in sys.modules])
+        assert fnrun.checkpoint.Checkpoints("nowhere").steps() == []
+        assert "jax" not in sys.modules
+    """
+    ran = python(code)
+    assert (ran.returncode, ran.stdout) == (0, "[]\n"), ran.stderr
+
+
+def test_another_process_resumes_and_one_that_does_not_wait_still_saves(tmp_path: Path) -> None:
+    code = """
+        import sys, torch, logging
+        from fnrun import tree
+        from fnrun.checkpoint import Checkpoints
+        from tests.test_checkpoint import at, fresh
+        checkpoints = Checkpoints(sys.argv[1])
+        state = checkpoints.restore(like=at(0))
+        assert tree.equal(state, at(4, x=(1, None)))
+        print(tree.fingerprint(state), logging.getLogger().handlers)
+        checkpoints.save(at(5))
+    """
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(4, x=(1, None)))
+    ran = python(code, tmp_path, env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONWARNINGS": "error"})
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout == f"{tree.fingerprint(at(4, x=(1, None)))} []\n"
+    assert tree.equal(Checkpoints(tmp_path).restore(step=5), at(5))
+
+
+def test_data_workers_are_forked_beside_a_save(tmp_path: Path) -> None:
+    code = """
+        import sys, torch
+        from torch.utils.data import DataLoader
+        from fnrun.checkpoint import Checkpoints
+        from tests.test_checkpoint import at
+        with Checkpoints(sys.argv[1]) as checkpoints:
+            for step in range(1, 5):
+                checkpoints.save(at(step))
+                total = sum(batch.sum() for batch in DataLoader(torch.arange(8.0), batch_size=2, num_workers=2))
+                assert total == 28
+            print(checkpoints.steps())
+    """
+    ran = python(code, tmp_path, env=os.environ | {"PYTHONWARNINGS": "error::RuntimeWarning"})
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "[1, 2, 3, 4]\n", "")
+
+
+SAVING = """
+    import sys
+    from fnrun.checkpoint import Checkpoints
+    from tests.test_checkpoint import at
+    checkpoints = Checkpoints(sys.argv[1])
+    step = checkpoints.latest() or 0
+    while True:
+        step += 1
+        checkpoints.save(at(step), {"loss": 1 / step}, monitor="loss")
+        checkpoints.prune(2)
+"""
+
+
+def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path: Path) -> None:
+    chance, last = random.Random(0), 0
+    checkpoints = Checkpoints(tmp_path)
+    for _ in range(10):
+        with subprocess.Popen([sys.executable, "-c", textwrap.dedent(SAVING), str(tmp_path)], cwd=ROOT) as child:
+            while (checkpoints.latest() or 0) == last:
+                assert child.poll() is None
+                time.sleep(0.001)
+            time.sleep(chance.random() * 0.2)
+            child.kill()
+        last = checkpoints.latest() or 0
+        for step in checkpoints.steps():
+            assert tree.equal(checkpoints.restore(step=step, like=at(0)), at(step))
+
+
+def test_the_public_names() -> None:
+    assert set(checkpoint.__all__) == {"Checkpoints", "CheckpointError", "DamagedError", "Manifest"}
+    assert issubclass(DamagedError, CheckpointError)
