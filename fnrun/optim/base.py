@@ -1,0 +1,146 @@
+"""What an optimizer is: two pure functions, and how they compose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from fnrun.rng import Key
+
+
+class Init(Protocol):
+    """`params -> state`: what is remembered before the first update, whole, so that its structure never changes afterwards."""
+
+    def __call__(self, params: Any, /) -> Any: ...
+
+
+class Update(Protocol):
+    """`(grads, state, params) -> (grads or params, state)`; nothing that comes in is written to.
+
+    `grads` has the structure of `params`; None stands for a parameter that the loss did not reach, which is left alone.
+    `key` is the step's randomness, `step` the training step (an int).
+    """
+
+    def __call__(self, grads: Any, state: Any, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """Changes gradients on their way to an optimizer: `update(grads, state, params, *, key, step) -> (grads, state)`.
+
+    `parts` are the members of a chain; `keyed` says that the transform draws random numbers, so that a chain gives it a key of its own.
+    """
+
+    init: Init
+    update: Update
+    parts: tuple[Any, ...] = ()
+    keyed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """`init(params) -> opt_state`, `update(grads, opt_state, params, *, key=None, step=None) -> (params, opt_state)`: pure functions.
+
+    It may offer `scale_loss(opt_state, loss) -> loss`, applied before the gradient is taken (loss scaling), and
+    `eval_params(opt_state, params) -> params`, the weights to evaluate with (schedule-free); None where it does not.
+    """
+
+    init: Init
+    update: Update
+    scale_loss: Callable[[Any, Any], Any] | None = None
+    eval_params: Callable[[Any, Any], Any] | None = None
+    parts: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """A function from optimizer to optimizer that may stand in a chain: there it wraps all that comes after it."""
+
+    wrap: Callable[[Optimizer], Optimizer]
+    parts: tuple[Any, ...] = ()
+
+    def __call__(self, optimizer: Optimizer) -> Optimizer:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"expected an Optimizer to wrap, not a {type(optimizer).__name__}: put transforms into a chain with it")
+        return self.wrap(optimizer)
+
+
+def chain(*parts: Any) -> Any:
+    """Transforms one after the other, from left to right, and the optimizer that they end in.
+
+    The state is the tuple of the members' states. A chain without an optimizer at its end is itself a transform; chaining is associative,
+    state and bits: a chain within a chain is the same as its members. `accumulate`, `apply_if_finite`, `lookahead`, `freeze_until` and
+    `dynamic_loss_scale` wrap all that comes after them.
+
+    Raises TypeError where an optimizer stands before the end, and for anything that is neither transform nor optimizer.
+
+    >>> import torch
+    >>> from fnrun import optim
+    >>> optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.5))
+    >>> params = {"x": torch.tensor([1.0, 1.0])}
+    >>> state = optimizer.init(params)
+    >>> params, state = optimizer.update({"x": torch.tensor([3.0, 4.0])}, state, params)
+    >>> params["x"]
+    tensor([0.7000, 0.6000])
+    """
+    flat = tuple(member for part in parts for member in (getattr(part, "parts", ()) or (part,)))
+    for i, member in enumerate(flat):
+        if not isinstance(member, (Transform, Optimizer, Wrapper)):
+            raise TypeError(
+                f"chain takes transforms and at the end an optimizer; argument {i + 1} is a {type(member).__name__}: {member!r}"
+            )
+        if isinstance(member, Optimizer) and i + 1 < len(flat):
+            raise TypeError(
+                f"the optimizer of a chain is its last member; member {i + 1} of {len(flat)} is one: it returns parameters, not gradients"
+            )
+    if len(flat) == 1:
+        return flat[0]
+    first = next((i for i, member in enumerate(flat) if isinstance(member, Wrapper)), None)
+    if first is not None:
+        if not isinstance(flat[-1], Optimizer):
+            return Wrapper(lambda optimizer: chain(*flat, optimizer), flat)
+        return dataclasses.replace(chain(*flat[:first], flat[first](chain(*flat[first + 1 :]))), parts=flat)
+    if flat and isinstance(flat[-1], Optimizer):
+        return _ending(flat)
+    init, update = _sequence(flat)
+    return Transform(init, update, flat, any(member.keyed for member in flat))
+
+
+def _sequence(transforms: tuple[Transform, ...]) -> tuple[Init, Update]:
+    updates = [(transform.update, i if transform.keyed else None) for i, transform in enumerate(transforms)]
+
+    def init(params: Any, /) -> tuple[Any, ...]:
+        return tuple(transform.init(params) for transform in transforms)
+
+    def update(grads: Any, state: Any, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, tuple[Any, ...]]:
+        states = []
+        for (update, place), old in zip(updates, state, strict=False):  # a chain that ends in an optimizer keeps its state last
+            own = key if place is None or key is None else key.fold_in("chain", place)
+            grads, new = update(grads, old, params, key=own, step=step)
+            states.append(new)
+        return grads, tuple(states)
+
+    return init, update
+
+
+def _ending(members: tuple[Any, ...]) -> Optimizer:
+    optimizer: Optimizer = members[-1]
+    init_transforms, transform = _sequence(members[:-1])
+
+    def init(params: Any, /) -> tuple[Any, ...]:
+        return (*init_transforms(params), optimizer.init(params))
+
+    def update(grads: Any, state: Any, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, tuple[Any, ...]]:
+        grads, states = transform(grads, state, params, key=key, step=step)
+        params, last = optimizer.update(grads, state[-1], params, key=key, step=step)
+        return params, (*states, last)
+
+    scale_loss, eval_params = optimizer.scale_loss, optimizer.eval_params
+    return Optimizer(
+        init,
+        update,
+        None if scale_loss is None else lambda state, loss: scale_loss(state[-1], loss),
+        None if eval_params is None else lambda state, params: eval_params(state[-1], params),
+        members,
+    )

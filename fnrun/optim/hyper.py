@@ -1,0 +1,159 @@
+"""Hyperparameters: numbers and schedules are configuration, `leaf` makes one a tensor in the state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from fnrun.optim.lists import read
+from fnrun.tree import join, node, struct
+
+Number = float | Tensor
+Hyper = Any  # a number, a schedule `step -> number`, or a leaf
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaf:
+    """A hyperparameter that lives in the optimizer state, beginning at `value`."""
+
+    value: Tensor
+
+
+def leaf(value: Number) -> Leaf:
+    """Make a hyperparameter a tensor in the optimizer state instead of configuration: saved, swept over (one value a member), differentiated.
+
+    A number becomes a float64 scalar; a tensor is taken as it is (a copy). Read it with `hyperparams`, change it with `set_hyperparam`.
+
+    >>> from fnrun import optim
+    >>> optimizer = optim.sgd(optim.leaf(0.1))
+    >>> hyperparams(optimizer.init({"x": torch.zeros(1)}))
+    {'lr': tensor(0.1000, dtype=torch.float64), 'lr_scale': tensor(1., dtype=torch.float64)}
+    """
+    return Leaf(value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64))
+
+
+@struct
+class Hyperparams:
+    """The part of a state that hyperparameters need: how many updates were applied, which schedules are functions of, and the leaves."""
+
+    count: Any
+    leaves: dict[str, Tensor]
+
+
+class Settings:
+    """Named hyperparameters of one transform or optimizer, and their values at a state."""
+
+    def __init__(self, **values: Hyper) -> None:
+        self.constants = {name: value for name, value in values.items() if not callable(value) and not isinstance(value, Leaf)}
+        self.schedules = [(name, value) for name, value in values.items() if callable(value)]
+        self.leaves = {name: value.value for name, value in values.items() if isinstance(value, Leaf)}
+        for name, value in self.constants.items():
+            if not isinstance(value, (int, float, Tensor)):
+                raise TypeError(f"{name} is a number, a schedule or optim.leaf(number), not {value!r} ({type(value).__name__})")
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all are plain numbers, so that nothing needs to be remembered."""
+        return not self.schedules and not self.leaves
+
+    def init(self, **leaves: float) -> Hyperparams:
+        """The memory at the beginning; `leaves` are further ones that are always there."""
+        always = {name: torch.tensor(value, dtype=torch.float64) for name, value in leaves.items()}
+        return Hyperparams(0, {**{name: value.clone() for name, value in self.leaves.items()}, **always})
+
+    def now(self, state: Any) -> tuple[dict[str, Any], Any]:
+        """The values now, and the memory one update on; without schedules and leaves there is none, and `state` stays as it is."""
+        if self.fixed:
+            return self.constants, state
+        return self.at(state, read(state.count)), Hyperparams(state.count + 1, state.leaves)
+
+    def at(self, state: Hyperparams, count: Any) -> dict[str, Any]:
+        """The values now: numbers where they can be known without waiting for a device, else tensors."""
+        values = dict(self.constants)
+        for name, schedule in self.schedules:
+            values[name] = schedule(count)
+        for name, value in state.leaves.items():
+            values[name] = read(value)
+        return values
+
+
+def constant(name: str, value: Hyper, *, least: float = 0.0, below: float = float("inf")) -> None:
+    """Raise ValueError where a hyperparameter that is a number lies outside `[least, below)`."""
+    if isinstance(value, (int, float)) and not least <= value < below:
+        bounds = f"at least {least:g}" if below == float("inf") else f"from {least:g} up to, but not, {below:g}"
+        raise ValueError(f"{name} is {bounds}, not {value!r}")
+
+
+# --- reaching leaves through chains and partitions ----------------------------------------------------------------------
+
+
+def hyperparams(opt_state: Any) -> dict[str, Tensor]:
+    """The hyperparameters that live in the state, by name: `lr_scale` of each optimizer, and those made with `leaf`.
+
+    In a partition the label comes first (`decay/lr_scale`). The place in a chain is named (`0/...`) only where names would be the same.
+
+    >>> from fnrun import optim
+    >>> optimizer = optim.chain(optim.clip_by_global_norm(optim.leaf(1.0)), optim.adamw(1e-3))
+    >>> sorted(hyperparams(optimizer.init({"x": torch.zeros(1)})))
+    ['lr_scale', 'max_norm']
+    """
+    return {name: value for name, _, value in _named(opt_state)}
+
+
+def set_hyperparam(opt_state: Any, path: str, value: Number) -> Any:
+    """The state with one hyperparameter changed: `path` is a name of `hyperparams`, or its end, which then means all that end so.
+
+    The new value takes dtype and device of the old one and broadcasts to its shape; a tensor's gradient flows through.
+    Raises KeyError, with the names that there are, where nothing matches.
+
+    >>> from fnrun import optim
+    >>> state = optim.adamw(1e-3).init({"x": torch.zeros(1)})
+    >>> hyperparams(set_hyperparam(state, "lr_scale", 0.1))
+    {'lr_scale': tensor(0.1000, dtype=torch.float64)}
+    """
+    named = _named(opt_state)
+    wanted = {place for name, place, _ in named if name == path or name.endswith("/" + path)}
+    if not wanted:
+        raise KeyError(f"no hyperparameter {path!r} in this state; there are: {', '.join(name for name, *_ in named) or 'none'}")
+    leaves, spec = optree.tree_flatten(opt_state)
+    places = optree.treespec_paths(spec)
+    changed = [_cast(value, old) if join(place) in wanted else old for place, old in zip(places, leaves, strict=True)]
+    return optree.tree_unflatten(spec, changed)
+
+
+def _cast(value: Number, old: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(old).expand_as(old).clone()
+    return torch.full_like(old, value)
+
+
+def _named(opt_state: Any) -> list[tuple[str, str, Tensor]]:
+    found = list(_find(opt_state, (), (), ()))
+    short = ["/".join(labels) for labels, *_ in found]
+    return [
+        (name if short.count(name) == 1 else "/".join(full), place, value)
+        for name, (_, full, place, value) in zip(short, found, strict=True)
+    ]
+
+
+def _find(state: Any, labels: tuple[str, ...], full: tuple[str, ...], place: tuple[Any, ...]) -> Iterator[Any]:
+    """Each leaf: its labels, its labels with the places in chains, its path in the state, its value."""
+    if isinstance(state, Hyperparams):
+        for name, value in state.leaves.items():
+            yield (*labels, name), (*full, name), join((*place, "leaves", name)), value
+        return
+    at = node(state)
+    if at is None:
+        return
+    for entry, child in zip(at.entries, at.children, strict=True):
+        if isinstance(state, Mapping):
+            yield from _find(child, (*labels, str(entry)), (*full, str(entry)), (*place, entry))
+        elif at.kind.startswith("struct"):
+            yield from _find(child, labels, full, (*place, entry))
+        else:
+            yield from _find(child, labels, (*full, str(entry)), (*place, entry))

@@ -1,0 +1,118 @@
+"""Arithmetic on lists of tensors, in two ways with one vocabulary: a rule is written once and runs either way.
+
+`foreach` calls torch's `_foreach` kernels. `each` calls the plain operations leaf by leaf, out of place: it works under `torch.func`,
+under `torch.compile`, where gradients flow through, and with numbers that are tensors.
+A trailing underscore says that the first list is the rule's own and not needed any more: `foreach` writes over it, `each` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Where torch keeps the kernels that it does not export by name.
+kernels: Any = torch
+
+
+def _over(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def operation(xs: Any, *args: Any, **options: Any) -> Any:
+        kernel(xs, *args, **options)
+        return xs
+
+    return operation
+
+
+def _leafwise(fn: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    def operation(xs: Any, *args: Any, **options: Any) -> list[Tensor]:
+        rows = [a if isinstance(a, (list, tuple)) else [a] * len(xs) for a in args]
+        return [fn(*row, **options) for row in zip(xs, *rows, strict=True)]
+
+    return operation
+
+
+def _add(x: Tensor, y: Any, alpha: Any = 1) -> Tensor:
+    return x + y * alpha if isinstance(alpha, Tensor) else torch.add(x, y, alpha=alpha)
+
+
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, value: Any = 1) -> Tensor:
+    return x + value * a * b if isinstance(value, Tensor) else torch.addcmul(x, a, b, value=value)
+
+
+def _addcdiv(x: Tensor, a: Tensor, b: Tensor, value: Any = 1) -> Tensor:
+    return x + value * a / b if isinstance(value, Tensor) else torch.addcdiv(x, a, b, value=value)
+
+
+def _lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
+    return x + weight * (y - x) if isinstance(weight, Tensor) else torch.lerp(x, y, weight)
+
+
+_EACH = {
+    "add": _add,
+    "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
+    "lerp": _lerp,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "sqrt": torch.sqrt,
+    "abs": torch.abs,
+    "neg": torch.neg,
+    "sign": torch.sign,
+    "maximum": torch.maximum,
+}
+
+
+def _foreach() -> SimpleNamespace:
+    fresh = {name: getattr(kernels, f"_foreach_{name}") for name in _EACH}
+    over = {f"{name}_": _over(getattr(kernels, f"_foreach_{name}_")) for name in _EACH}
+    return SimpleNamespace(**fresh, **over, clone=kernels._foreach_clone, norm=kernels._foreach_norm)
+
+
+def _each() -> SimpleNamespace:
+    fresh = {name: _leafwise(fn) for name, fn in _EACH.items()}
+    over = {f"{name}_": operation for name, operation in fresh.items()}
+    return SimpleNamespace(**fresh, **over, clone=_leafwise(torch.clone), norm=_leafwise(torch.linalg.vector_norm))
+
+
+Ops = SimpleNamespace
+foreach: Ops = _foreach()
+each: Ops = _each()
+
+
+def eager() -> bool:
+    """Whether operations run as they are called: no compiler and no `torch.func` transform looks on."""
+    return not torch.compiler.is_compiling() and kernels._C._functorch.peek_interpreter_stack() is None
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def plain(*lists: Any) -> bool:
+    """Whether kernels that write in place may compute on copies of these tensors: ordinary ones, and no gradient flows through."""
+    if not eager():
+        return False
+    for tensors in lists:
+        if not _PLAIN.issuperset(map(type, tensors)):
+            return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for tensors in lists for t in tensors))
+
+
+def ops_for(*lists: Any) -> Ops:
+    """`foreach` where the tensors are plain, else `each`."""
+    return foreach if plain(*lists) else each
+
+
+def read(value: Any) -> Any:
+    """A number that is a tensor on the host, as a Python number; anything else as it is, because reading it would wait for a device."""
+    if type(value) is Tensor and value.is_cpu and eager() and not (value.requires_grad and torch.is_grad_enabled()):
+        return value.item()
+    return value
+
+
+def is_zero(value: Any) -> bool:
+    """Whether it is the number 0, so that a term can be left out; a tensor never is."""
+    return not isinstance(value, Tensor) and value == 0

@@ -1,0 +1,227 @@
+"""How a rule becomes an optimizer: what it remembers, which kernels run it, and which parameters it leaves alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from fnrun.optim.base import Optimizer
+from fnrun.optim.hyper import Hyperparams, Settings
+from fnrun.optim.lists import Ops, each, foreach, kernels, plain, read
+from fnrun.reports import report
+from fnrun.rng import Key
+from fnrun.tree import struct
+
+Lists = dict[str, list[Any]]
+
+
+class Rule(NamedTuple):
+    """The mathematics of one optimizer.
+
+    `slots` names what is remembered of each parameter, and makes its beginning. `update(ops, params, grads, slots, values, t)` returns
+    the new parameters and slots; `t` is 1 at the first update of these parameters. It writes to nothing but what it made itself.
+    `fused(params, grads, slots, values, steps, t)` does the same in place, with one of torch's fused kernels.
+    """
+
+    slots: Mapping[str, Callable[[Tensor], Tensor | None]]
+    update: Callable[[Ops, list[Tensor], list[Tensor], Lists, dict[str, Any], Any], tuple[list[Tensor], Lists]]
+    fused: Callable[[list[Tensor], list[Tensor], Lists, dict[str, Any], list[Tensor], Any], None] | None = None
+
+
+@struct
+class Misses:
+    """How many updates each leaf missed because it had no gradient: torch counts the steps of each parameter, one count for all is cheaper.
+
+    `each` is looked at only where `total` is not 0.
+    """
+
+    total: Any
+    each: Tensor
+
+    @classmethod
+    def none(cls, leaves: int) -> Misses:
+        return cls(0, torch.zeros(leaves, dtype=torch.int64))
+
+    def record(self, grads: Sequence[Any]) -> Misses:
+        absent = torch.tensor([g is None for g in grads])
+        return Misses(self.total + int(absent.sum()), self.each + absent.to(self.each))
+
+
+@struct
+class RuleState:
+    """What an optimizer remembers: the count of applied updates and the hyperparameter leaves, and slots with the structure of the parameters."""
+
+    hyper: Hyperparams
+    slots: dict[str, Any]
+    misses: Misses
+
+
+def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], Any] | None = None) -> Optimizer:
+    """The optimizer that follows `rule`, with `lr_scale` beside its hyperparameters."""
+
+    def init(params: Any, /) -> RuleState:
+        leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
+        with torch.no_grad():
+            slots = {name: spec.unflatten([None if p is None else begin(p) for p in leaves]) for name, begin in rule.slots.items()}
+        return RuleState(settings.init(lr_scale=1.0), slots, Misses.none(len(leaves)))
+
+    def update(grads: Any, state: RuleState, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, RuleState]:
+        leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
+        flat: list[Any] = spec.flatten_up_to(grads)
+        slots = {name: spec.flatten_up_to(tree) for name, tree in state.slots.items()}
+        count = read(state.hyper.count)
+        values = settings.at(state.hyper, count)
+        values["lr"] = values["lr"] * values.pop("lr_scale")
+        report("lr", values["lr"])
+        misses = state.misses
+        missing = any(g is None for g in flat)
+        if missing or type(misses.total) is not int or misses.total:
+            groups = list(_by_age(flat, misses))
+            misses = misses.record(flat) if missing else misses
+            new, slots = _grouped(rule, groups, leaves, flat, slots, values, count)
+        else:
+            new, slots = run(rule, leaves, flat, slots, values, count + 1)
+        hyper = Hyperparams(state.hyper.count + 1, state.hyper.leaves)
+        return spec.unflatten(new), RuleState(hyper, {name: spec.unflatten(slot) for name, slot in slots.items()}, misses)
+
+    return Optimizer(init, update, eval_params=eval_params)
+
+
+def _by_age(grads: list[Any], misses: Misses) -> Iterator[tuple[Any, list[int]]]:
+    """The leaves that have a gradient, by how many updates they missed; each for itself where that is known on a device only."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    missed = [read(m) for m in misses.each.unbind()]
+    for i, grad in enumerate(grads):
+        if grad is not None and isinstance(missed[i], int):
+            groups[missed[i]].append(i)
+        elif grad is not None:
+            yield missed[i], [i]
+    yield from groups.items()
+
+
+def _grouped(
+    rule: Rule, groups: list[tuple[Any, list[int]]], params: list[Any], grads: list[Any], slots: Lists, values: dict[str, Any], count: Any
+) -> tuple[list[Any], Lists]:
+    params, slots = list(params), {name: list(slot) for name, slot in slots.items()}
+    for missed, members in groups:
+        chosen = {name: [slot[i] for i in members] for name, slot in slots.items()}
+        new, changed = run(rule, [params[i] for i in members], [grads[i] for i in members], chosen, values, count + 1 - missed)
+        for place, i in enumerate(members):
+            params[i] = new[place]
+            for name, slot in changed.items():
+                slots[name][i] = slot[place]
+    return params, slots
+
+
+# --- which kernels ------------------------------------------------------------------------------------------------------
+
+_donated: ContextVar[bool] = ContextVar("donated", default=False)
+
+
+@contextlib.contextmanager
+def donation(allowed: bool = True) -> Iterator[None]:
+    """Within, the fused kernels may write over the parameters and slots that come in: for who owns them and will not look again."""
+    token = _donated.set(allowed)
+    try:
+        yield
+    finally:
+        _donated.reset(token)
+
+
+def own(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors to write over: copies, or these themselves where they are donated. Every kernel that works in place gets its tensors here."""
+    return tensors if _donated.get() or not tensors else list(kernels._foreach_clone(tensors))
+
+
+def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any) -> tuple[list[Any], Lists]:
+    """One update of all leaves at one age: by a fused kernel, by foreach kernels, or leaf by leaf out of place."""
+    if not params:
+        return params, slots
+    if not plain(params, grads):
+        return _out_of_place(rule, params, grads, slots, values, t)
+    if any(p.dtype.is_complex for p in params):
+        return _as_real(rule, params, grads, slots, values, t)
+    numbers = all(not isinstance(value, Tensor) for name, value in values.items() if name != "lr")
+    if rule.fused is not None and numbers and (kinds := _fusable(params)):
+        return _fused(rule, kinds, params, grads, slots, values, t)
+    if numbers and not isinstance(t, Tensor) and not isinstance(values["lr"], Tensor):
+        new, slots = rule.update(foreach, params, grads, slots, values, t)
+        return list(new), slots
+    return _out_of_place(rule, params, grads, slots, values, t)
+
+
+_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _fusable(params: list[Tensor]) -> set[Any]:
+    """The kinds of tensors among `params`, each of which takes one call; empty where a fused kernel does not take one of them."""
+    kinds = {(p.dtype, p.device) for p in params}
+    return kinds if all(dtype in _FUSED_DTYPES and device.type in ("cpu", "cuda") for dtype, device in kinds) else set()
+
+
+def _fused(
+    rule: Rule, kinds: set[Any], params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any
+) -> tuple[list[Any], Lists]:
+    assert rule.fused is not None
+    if len(kinds) > 1:
+        by_kind: dict[Any, list[int]] = defaultdict(list)
+        for i, p in enumerate(params):
+            by_kind[p.dtype, p.device].append(i)
+        return _grouped(rule, [(0, members) for members in by_kind.values()], params, grads, slots, values, t - 1)
+    with torch.no_grad():
+        new = own(params)
+        slots = {name: own(slot) for name, slot in slots.items()}
+        if not all(all(map(Tensor.is_contiguous, tensors)) for tensors in (new, grads, *slots.values())):
+            grads, slots = _like(new, grads), {name: _like(new, slot) for name, slot in slots.items()}
+        device = new[0].device
+        steps = t.to(device, torch.float32) if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=device)
+        rule.fused(new, grads, slots, values, [steps] * len(new), t)
+    return new, slots
+
+
+def _like(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors laid out in memory as the parameters are, for the fused kernels walk over memory and not over indices."""
+    return [x if x.stride() == p.stride() else torch.empty_like(p).copy_(x) for p, x in zip(params, tensors, strict=True)]
+
+
+def _out_of_place(
+    rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any
+) -> tuple[list[Any], Lists]:
+    """Leaf by leaf; numbers that are tensors are float64, and results go back to the dtype that was there."""
+    if any(p.dtype.is_complex for p in params):
+        return _as_real(rule, params, grads, slots, values, t)
+    device = params[0].device
+    values = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+    t = t.to(device, torch.float64) if isinstance(t, Tensor) else t
+    new, changed = rule.update(each, params, grads, slots, values, t)
+    return _cast(new, params), {name: _cast(slot, slots[name]) for name, slot in changed.items()}
+
+
+def _cast(new: list[Any], old: list[Any]) -> list[Any]:
+    return [x if x is None or x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(new, old, strict=True)]
+
+
+def _as_real(
+    rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any
+) -> tuple[list[Any], Lists]:
+    """Complex leaves as pairs of real numbers, as in torch."""
+    twin = [p.dtype.is_complex for p in params]
+    real = {name: _real(slot) for name, slot in slots.items()}
+    new, changed = run(rule, _real(params), _real(grads), real, values, t)
+    back = {name: _complex(slot, [x is not None and x.dtype.is_complex for x in slots[name]]) for name, slot in changed.items()}
+    return _complex(new, twin), back
+
+
+def _real(tensors: list[Any]) -> list[Any]:
+    return [torch.view_as_real(x) if x is not None and x.dtype.is_complex else x for x in tensors]
+
+
+def _complex(tensors: list[Any], twin: list[bool]) -> list[Any]:
+    return [torch.view_as_complex(x.contiguous()) if is_complex else x for x, is_complex in zip(tensors, twin, strict=True)]

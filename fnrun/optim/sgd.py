@@ -1,0 +1,57 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnrun.optim.base import Optimizer
+from fnrun.optim.hyper import Hyper, Settings, constant
+from fnrun.optim.lists import is_zero, kernels
+from fnrun.optim.rule import Rule, optimizer
+
+
+def sgd(lr: Hyper = 1e-3, momentum: Hyper = 0.0, *, dampening: Hyper = 0.0, nesterov: bool = False, weight_decay: Hyper = 0.0) -> Optimizer:
+    """Stochastic gradient descent, torch's rule (bit for bit that of `torch.optim.SGD(fused=True)`).
+
+    With g the gradient plus `weight_decay` times the parameter: b ← g at a parameter's first update, then b ← momentum · b + (1 − dampening) · g;
+    p ← p − lr · b, or with nesterov p ← p − lr · (g + momentum · b).
+
+    Raises ValueError for a negative number, and for nesterov without momentum or with dampening.
+
+    >>> optimizer = sgd(0.1, momentum=0.9)
+    >>> params = {"x": torch.tensor([1.0])}
+    >>> params, state = optimizer.update({"x": torch.tensor([2.0])}, optimizer.init(params), params)
+    >>> params
+    {'x': tensor([0.8000])}
+    """
+    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        constant(name, value)
+    plain = is_zero(momentum)
+    if nesterov and (plain or not is_zero(dampening)):
+        raise ValueError("sgd: nesterov wants a momentum and no dampening")
+    settings = Settings(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+
+    def update(ops: Any, p: Any, g: Any, slots: Any, h: Any, t: Any) -> Any:
+        if not is_zero(h["weight_decay"]):
+            g = ops.add(g, p, alpha=h["weight_decay"])
+        if plain:
+            return ops.add(p, g, alpha=-h["lr"]), {}
+        if isinstance(t, Tensor):
+            later = ops.add_(ops.mul(slots["momentum_buffer"], h["momentum"]), g, alpha=1 - h["dampening"])
+            b = later if is_zero(h["dampening"]) else [torch.where(t == 1, x, y) for x, y in zip(g, later, strict=True)]
+        elif t == 1:
+            b = ops.clone(g)
+        else:
+            b = ops.add_(ops.mul(slots["momentum_buffer"], h["momentum"]), g, alpha=1 - h["dampening"])
+        return ops.add(p, ops.add(g, b, alpha=h["momentum"]) if nesterov else b, alpha=-h["lr"]), {"momentum_buffer": list(b)}
+
+    def fused(p: Any, g: Any, slots: Any, h: Any, steps: Any, t: Any) -> None:
+        # Where only the device knows whether it is the first step, the zeros that the buffer begins with give the same, undampened.
+        first = not isinstance(t, Tensor) and t == 1
+        kernels._fused_sgd_(p, g, slots.get("momentum_buffer", []), nesterov=nesterov, is_first_step=first, maximize=False, **h)
+
+    slots = {} if plain else {"momentum_buffer": torch.zeros_like}
+    return optimizer(Rule(slots, update, fused), settings)
