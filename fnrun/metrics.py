@@ -292,12 +292,15 @@ def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> To
             folds = {**folds, name: _merge(name, folds[name], value) if name in folds else value}
         else:
             raise TypeError(f"metric {name!r} is a {type(value).__name__}: a metric is a tensor, a number or a fold (see fnrun.metrics)")
-    if folds and not folds.keys().isdisjoint([*tensors, *numbers]):
-        name = next(name for name in [*tensors, *numbers] if name in folds)
-        raise TypeError(f"metric {name!r} is a {type(folds[name]).__name__} in one tick and a plain value in another")
-    means = _add(old.means, tensors, examples)
-    fresh = tuple(name for name in metrics if name not in old.names)
-    return Totals(old.names + fresh if fresh else old.names, means, numbers, folds)
+    means = _add(old.means, tensors, examples) if tensors else old.means
+    names = old.names
+    if folds or not metrics.keys() <= set(names):
+        plain = [name for stack in means for name in stack.names]
+        for name in folds:
+            if name in plain or name in numbers:
+                raise TypeError(f"metric {name!r} is a {type(folds[name]).__name__} in one tick and a plain value in another")
+        names = (*names, *(name for name in metrics if name not in names))
+    return Totals(names, means, numbers, folds)
 
 
 def _add(means: tuple[Means, ...], tensors: dict[str, Tensor], examples: int) -> tuple[Means, ...]:
@@ -305,8 +308,7 @@ def _add(means: tuple[Means, ...], tensors: dict[str, Tensor], examples: int) ->
     added: list[Means] = []
     for stack in means:
         present: Sequence[str] = stack.names
-        if not tensors.keys() >= set(present):
-            absent = [name for name in present if name not in tensors]
+        if absent := [name for name in present if name not in tensors]:
             if len(absent) == len(present):
                 added.append(stack)
                 continue
@@ -325,9 +327,10 @@ def _add(means: tuple[Means, ...], tensors: dict[str, Tensor], examples: int) ->
 
 
 def _stack(names: Sequence[str], values: list[Tensor], total: Tensor) -> Tensor:
+    shape = total.shape[1:]
     for name, value in zip(names, values, strict=True):
-        if value.shape != total.shape[1:]:
-            raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(total.shape[1:])} in the ticks before")
+        if value.shape != shape:
+            raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(shape)} in the ticks before")
     stacked = torch.stack(values)
     return stacked.detach() if stacked.requires_grad else stacked
 

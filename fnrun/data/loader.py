@@ -136,90 +136,95 @@ class _Fetch:
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], key: Key) -> None:
         self.dataset, self.collate, self.key = dataset, collate, key
         self.whole = _fetches_batches(dataset)
-        self.generators = (ambient.Torch(), ambient.Python(), ambient.NumPy())
-        self.drawn: list[Any] | None = None  # not known before the first batch
+        self.drawn: list[ambient.Generator] | None = None  # not known before the first batch
 
     def __getitem__(self, ask: _Ask) -> Any:
-        saved = [(generator, generator.save()) for generator in self.generators]
-        known = self.drawn
+        saved = [(generator, generator.save()) for generator in ambient.generators()]
+        drawn = self.drawn
         while True:
             moved = []
             try:
-                batch = self._first(ask) if known is None else self._batch(ask, known)
+                batch = self._first(ask) if drawn is None else self._batch(ask, _seeding(drawn))
             finally:
                 for generator, state in saved:
                     if generator.moved(state):
                         generator.restore(state)
                         moved.append(generator)
-            if known is None or all(generator in known for generator in moved):
+            if drawn is None or all(generator in drawn for generator in moved):
                 return batch
-            known = self.drawn = [*known, *(generator for generator in moved if generator not in known)]
+            drawn = self.drawn = [*drawn, *(generator for generator in moved if generator not in drawn)]
 
     def _first(self, ask: _Ask) -> Any:
-        drawn: list[Any] = []
+        drawn: list[ambient.Generator] = []
+        marks: list[tuple[ambient.Generator, Any]] = []
 
-        def watched(make: Callable[[], Any]) -> Any:
-            marks = [(generator, generator.save()) for generator in self.generators]
-            made = make()
-            drawn.extend(g for g, mark in marks if g not in drawn and g.moved(mark))
-            return made
+        def look() -> None:
+            drawn.extend(generator for generator, mark in marks if generator not in drawn and generator.moved(mark))
 
-        batch = self._batch(ask, self.generators, watched)
+        def seed(key: Key) -> None:
+            look()
+            for generator in ambient.generators():
+                generator.seed(key)
+            marks[:] = [(generator, generator.mark()) for generator in ambient.generators()]
+
+        batch = self._batch(ask, seed)
+        look()
         self.drawn = drawn
         return batch
 
-    def _batch(self, ask: _Ask, drawn: Sequence[Any], run: Callable[[Callable[[], Any]], Any] = lambda make: make()) -> Any:
-        """The batch, with the generators in `drawn` seeded for each example and for the collation."""
-        of_pass = self.key.fold_in(ask.epoch) if drawn else self.key
+    def _batch(self, ask: _Ask, seed: Callable[[Key], None] | None) -> Any:
+        """The batch; `seed` is called before each example, and before the collation."""
+        of_pass = self.key.fold_in(ask.epoch) if seed is not None else self.key
+        what = "the examples"
+        try:
+            if self.whole:
+                if seed is not None:
+                    seed(of_pass.fold_in("examples", ask.batch))
+                examples = self.dataset.__getitems__(ask.indices)
+            else:
+                examples = self._one_by_one(ask, of_pass, seed)
+            what = "collating the examples"
+            if seed is not None:
+                seed(of_pass.fold_in("collate", ask.batch))
+            return self.collate(examples)
+        except Exception as error:
+            _note(error, f"{what} {ask.indices} (batch {ask.batch} of epoch {ask.epoch})")
+            if isinstance(error, StopIteration):  # it would end the iteration in silence
+                raise RuntimeError("the data set raised StopIteration") from error
+            raise
 
-        def seeded(make: Callable[[], Any], *path: int | str) -> Any:
-            if drawn:
-                key = of_pass.fold_in(*path)
-                for generator in drawn:
-                    generator.seed(key)
-            return run(make)
-
-        if self.whole:
-            with _named(f"the examples {ask.indices} (batch {ask.batch} of epoch {ask.epoch})"):
-                examples = seeded(lambda: self.dataset.__getitems__(ask.indices), "examples", ask.batch)
-        elif not drawn:
-            examples = _fetched(self.dataset, ask)
-        else:
-            examples = []
-            for position, index in enumerate(ask.indices, ask.position):
-                one = _Ask(ask.epoch, ask.batch, position, [index])
-                examples += seeded(lambda one=one: _fetched(self.dataset, one), "example", position)
-        with _named(f"collate, for the examples {ask.indices} (batch {ask.batch} of epoch {ask.epoch})"):
-            return seeded(lambda: self.collate(examples), "collate", ask.batch)
-
-
-def _fetched(dataset: Any, ask: _Ask) -> list[Any]:
-    examples: list[Any] = []
-    try:
-        for index in ask.indices:
-            examples.append(dataset[index])
-    except Exception as error:
-        at = len(examples)
-        raise _noted(error, f"example {ask.indices[at]} (position {ask.position + at} of epoch {ask.epoch})") from error.__cause__
-    return examples
-
-
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise _noted(error, what) from error.__cause__
+    def _one_by_one(self, ask: _Ask, of_pass: Key, seed: Callable[[Key], None] | None) -> list[Any]:
+        dataset, examples = self.dataset, []
+        of_example = of_pass.fold_in("example") if seed is not None else of_pass
+        try:
+            for index in ask.indices:
+                if seed is not None:
+                    seed(of_example.fold_in(ask.position + len(examples)))
+                examples.append(dataset[index])
+        except Exception as error:
+            at = len(examples)
+            _note(error, f"example {ask.indices[at]} (position {ask.position + at} of epoch {ask.epoch})")
+            raise
+        return examples
 
 
-def _noted(error: Exception, what: str) -> Exception:
-    """`error` with a note where it was raised. A StopIteration would end the iteration in silence, so it becomes a RuntimeError."""
-    if isinstance(error, StopIteration):
-        wrapped = RuntimeError(f"the data set raised StopIteration for {what}")
-        wrapped.__cause__ = error
-        return wrapped
-    error.add_note(f"raised in the data set for {what}")
-    return error
+def _seeding(generators: Sequence[ambient.Generator]) -> Callable[[Key], None] | None:
+    if not generators:
+        return None
+    if len(generators) == 1:
+        return generators[0].seed
+
+    def seed(key: Key) -> None:
+        for generator in generators:
+            generator.seed(key)
+
+    return seed
+
+
+def _note(error: Exception, what: str) -> None:
+    begin = "raised in the data set, for "
+    if not any(note.startswith(begin) for note in getattr(error, "__notes__", ())):
+        error.add_note(begin + what)
 
 
 def _fetches_batches(dataset: Any) -> bool:
