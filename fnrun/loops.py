@@ -553,8 +553,10 @@ def _outermost(loop: Loop, state: S, data: Any, interrupt: Callable[[], str | No
     program = Program(loop, state, interrupt)
     token = here.set(None)
     try:
-        program.latest = state = program.begin(_loops(loop), state)
-        program.unclaimed(state)
+        loops = _loops(loop)
+        program.latest = state = program.begin(loops, state)
+        if any(isinstance(each, (_EpochLoop, _StepLoop)) for each in loops):  # an evaluation has no hooks, and reads what they remember
+            program.unclaimed(state)
         result = loop._run(state, data, Here(program))
     except Unwind as unwound:
         program.close(program.latest, unwound.reason)

@@ -249,15 +249,16 @@ def _autocast(precision: str | None, device_type: str) -> Callable[[], Any]:
 def _accumulated(gradients: Callable[..., Any], buffers: Any, batch: Any, pieces: int) -> tuple[list[Any], Any, Metrics]:
     examples = folds.examples(batch)
     total: list[Any] = []
-    metrics: Any = None
+    totals: Any = None
     for micro in _micro_batches(batch, min(pieces, examples), examples):
         size = folds.examples(micro)
         grads, buffers, values = gradients(buffers, micro)
         weight = size / examples
         scaled = [None if g is None else g * weight for g in grads]
         total = scaled if not total else [a if b is None else b if a is None else a + b for a, b in zip(total, scaled, strict=True)]
-        metrics = folds.fold(metrics, {name: _detach_all(value) for name, value in values.items()}, size)
-    return total, buffers, metrics
+        totals = folds.fold(totals, {name: _detach_all(value) for name, value in values.items()}, size)
+    means = {name: value for name, value in folds.compute(totals).items() if name in totals.names and name not in totals.folds}
+    return total, buffers, {**means, **totals.folds}
 
 
 def _micro_batches(batch: Any, pieces: int, examples: int) -> list[Any]:

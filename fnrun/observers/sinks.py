@@ -54,8 +54,13 @@ class _Console:
             logger.setLevel(logging.INFO)
 
     def write(self, record: Record) -> None:
-        values = "  ".join(f"{name} {_short(value)}" for name, value in record.metrics.items() if isinstance(value, (int, float)))
-        logger.info("epoch %d  step %d  %s", record.epoch, record.step, values)
+        groups: dict[str, list[str]] = {}
+        for name, value in record.metrics.items():
+            if isinstance(value, (int, float)):
+                group, _, short = name.rpartition("/")
+                groups.setdefault(group, []).append(f"{short} {_short(value)}")
+        parts = [f"{group}: {' '.join(values)}" if group else " ".join(values) for group, values in groups.items()]
+        logger.info("epoch %d  step %d  %s", record.epoch, record.step, "  ".join(parts))
 
     def flush(self) -> None:
         pass
@@ -71,8 +76,8 @@ def console() -> Sink:
 
 def _short(value: float) -> str:
     if isinstance(value, int) or not math.isfinite(value) or value == 0:
-        return str(value)
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.3e}"
+        return f"{value:g}"
+    return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"
 
 
 class _JsonLines:
