@@ -350,14 +350,27 @@ def test_select_restores_only_what_it_names(tmp_path: Path) -> None:
         assert {value for value in tree.leaves(back) if value is not None} == set()
         assert checkpoints.restore(like, select="memory/ema/**").memory == {
             "ema": {"a.b": tree_equal_to(torch.ones(2))},
-            "other": (None, None),
+            "other": None,
         }
         other = like.replace(params={"head.weight": like.params["head.weight"]}, opt_state=None)
         assert tree.equal(checkpoints.restore(other, select="params/head.*").params["head.weight"], state.params["head.weight"])
         with pytest.raises(CheckpointError, match=r"params/body.0.bias +tensor float32 \(4,\) +\(unexpected\)"):
             checkpoints.restore(other, select="params/**")
-        with pytest.raises(CheckpointError, match=r"no saved leaf matches 'parms/\*\*'; near: params"):
+        with pytest.raises(CheckpointError, match=r"nothing that was saved matches 'parms/\*\*'; near: params"):
             checkpoints.restore(select="parms/**")
+
+
+def test_what_is_not_selected_needs_no_class_and_may_be_empty(tmp_path: Path) -> None:
+    code = """
+        import sys, fnrun.state
+        from fnrun.checkpoint import Checkpoints
+        state = Checkpoints(sys.argv[1]).restore(select=["params/**", "buffers/**", "memory/**", "step"])
+        print(sorted(state.params), state.buffers, state.opt_state, state.rng, state.step, state.memory, state.position)
+    """
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1).replace(opt_state=Pair(1, Box(torch.ones(2)))))
+    ran = python(code, tmp_path)
+    assert (ran.stdout, ran.stderr) == ("['b', 'w'] {} None None 1 {} None\n", "")
 
 
 class tree_equal_to:
@@ -678,11 +691,19 @@ def test_the_manifest_tells_config_and_environment(tmp_path: Path) -> None:
     @dataclasses.dataclass(frozen=True)
     class Config:
         lr: float = 0.1
+        clip: tuple[float, ...] = (float("inf"), -0.0)
+        seed: int = 2**70
 
     with Checkpoints(tmp_path, config=Config()) as checkpoints:
         checkpoints.save(at(3, 4), {"loss": 2})
         manifest = checkpoints.manifest()
-    assert (manifest.format, manifest.step, manifest.ticks, manifest.config, manifest.metrics) == (1, 3, 4, {"lr": 0.1}, {"loss": 2.0})
+    assert (manifest.format, manifest.step, manifest.ticks, manifest.config, manifest.metrics) == (
+        1,
+        3,
+        4,
+        {"lr": 0.1, "clip": [math.inf, -0.0], "seed": 2**70},
+        {"loss": 2.0},
+    )
     assert {"python", "torch", "numpy", "orbax.checkpoint", "jax", "threads", "platform"} <= set(manifest.environment)
     assert set(manifest.files) == {path.relative_to(tmp_path / "00000003-00000004").as_posix() for path in files(tmp_path)} - {
         store.MANIFEST,

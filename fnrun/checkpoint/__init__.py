@@ -61,7 +61,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, *, config: Any = None) -> None:
         self.directory = Path(directory)
-        self.config = msgspec.to_builtins(config)
+        self.config = codec.encode_config(config)
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._opened = False

@@ -194,6 +194,25 @@ def constant(value: Any) -> Any:
     raise ValueError(f"unknown constant {kind!r}")
 
 
+def encode_config(value: Any) -> Any:
+    """A config as JSON: what msgspec makes of it, and floats that JSON does not have (it would write null)."""
+    value = msgspec.to_builtins(value)
+    if isinstance(value, dict):
+        return {key: encode_config(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode_config(item) for item in value]
+    return encode_constant(value) if isinstance(value, float) else value
+
+
+def config(value: Any) -> Any:
+    """What `encode_config` made `value` of, in plain containers."""
+    if isinstance(value, list):
+        return [config(item) for item in value]
+    if isinstance(value, dict):
+        return constant(value) if set(value) == {"float"} and isinstance(value["float"], str) else {k: config(v) for k, v in value.items()}
+    return value
+
+
 def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -366,10 +385,12 @@ class _Absent:
 ABSENT = _Absent()
 
 
-def selector(patterns: Sequence[str] | None, leaves: list[Leaf]) -> Callable[[str], bool]:
+def selector(patterns: Sequence[str] | None, known: Sequence[str]) -> Callable[[str], bool]:
     """Whether a path is among `patterns`: `*` stands for anything within one entry, `**` for any number of entries.
 
-    >>> wanted = selector(["params/**"], [Leaf("params/0.weight", "tensor")])
+    Raises CheckpointError for a pattern that matches none of the `known` paths.
+
+    >>> wanted = selector(["params/**"], ["params", "params/0.weight"])
     >>> wanted("params/0.weight"), wanted("buffers/0.mean")
     (True, False)
     """
@@ -377,12 +398,11 @@ def selector(patterns: Sequence[str] | None, leaves: list[Leaf]) -> Callable[[st
         return lambda path: True
     globs = [pattern.split("/") for pattern in patterns]
     for glob in globs:
-        if not any(_matches(glob, leaf.path.split("/")) for leaf in leaves):
-            known = sorted({prefix for leaf in leaves for prefix in _prefixes(leaf.path)})
+        if not any(_matches(glob, path.split("/")) for path in known):
             near = difflib.get_close_matches("/".join(glob).rstrip("*/"), known, cutoff=0.5)
-            hint = f"near: {', '.join(near)}" if near else _overview(leaves)
-            raise CheckpointError(f"select: no saved leaf matches {'/'.join(glob)!r}; {hint}")
-    return lambda path: any(_matches(glob, path.split("/")) for glob in globs)
+            hint = f"near: {', '.join(near)}" if near else f"saved: {', '.join(path for path in known if path and '/' not in path)}"
+            raise CheckpointError(f"select: nothing that was saved matches {'/'.join(glob)!r}; {hint}")
+    return functools.cache(lambda path: any(_matches(glob, path.split("/")) for glob in globs))
 
 
 def _matches(glob: list[str], entries: list[str]) -> bool:
@@ -399,13 +419,12 @@ def _entry(glob: str) -> re.Pattern[str]:
     return re.compile("".join(parts), re.DOTALL)
 
 
-def _prefixes(path: str) -> Iterator[str]:
-    entries = path.split("/")
-    return ("/".join(entries[: n + 1]) for n in range(len(entries)))
-
-
-def _overview(leaves: list[Leaf]) -> str:
-    return "saved: " + ", ".join(list(dict.fromkeys(leaf.path.split("/")[0] for leaf in leaves))[:20])
+def _paths(structure: Node | int, path: tuple[Any, ...] = ()) -> Iterator[str]:
+    """The paths of all containers and leaves."""
+    yield text(path)
+    if isinstance(structure, Node):
+        for key, child in structure.items():
+            yield from _paths(child, (*path, key))
 
 
 class Mismatch(NamedTuple):
@@ -422,7 +441,7 @@ class Matcher:
     def __init__(self, manifest: Manifest, patterns: Sequence[str] | None) -> None:
         self.leaves = manifest.leaves
         self.all = patterns is None
-        self.wanted = selector(patterns, manifest.leaves)
+        self.wanted = selector(patterns, [] if patterns is None else list(_paths(manifest.structure)))
         self.wrong: list[Mismatch] = []
 
     def match(self, saved: Any, like: Any, path: tuple[Any, ...] = ()) -> Any:
@@ -430,8 +449,8 @@ class Matcher:
         if saved is ABSENT:
             self._only_in(like, path)
             return Keep(like)
-        if like is not ABSENT and not self.all and not self._any(saved) and not self._any_of(like, path):
-            return Keep(like)
+        if not self.all and not self._any(saved, path) and (like is ABSENT or not self._any_of(like, path)):
+            return Keep(None if like is ABSENT else like)
         free = path[:1] != () and path[0] in FREE
         if like is not ABSENT and self._rebuilt(saved, like, path, free):
             like = ABSENT
@@ -456,7 +475,7 @@ class Matcher:
     def _leaf(self, number: int, like: Any, node: _Described | None, path: tuple[Any, ...], free: bool) -> Any:
         saved = self.leaves[number]
         if like is ABSENT:
-            return Pick(number, None) if self.wanted(saved.path) else Keep(None)
+            return Pick(number, None)
         if node is not None or (not free and leaf_of(like, path).spec() != saved.spec()):
             self.wrong.append(Mismatch(saved.path, saved.spec(), _words(like)))
             return Keep(like)
@@ -481,14 +500,12 @@ class Matcher:
                 children.append(self.match(ABSENT, child, (*path, typed[1])))
         return Branch(saved.kind, keys, saved.static, children, cls)
 
-    def _any(self, saved: Any) -> bool:
-        if isinstance(saved, int):
-            return self.wanted(self.leaves[saved].path)
-        return any(self._any(child) for child in saved.children)
+    def _any(self, saved: Any, path: tuple[Any, ...]) -> bool:
+        return self.wanted(text(path)) or (isinstance(saved, Node) and any(self._any(child, (*path, key)) for key, child in saved.items()))
 
     def _any_of(self, like: Any, path: tuple[Any, ...]) -> bool:
         node = _node(like, path)
-        return self.wanted(text(path)) if node is None else any(self._any_of(child, (*path, key)) for key, child in node.items)
+        return self.wanted(text(path)) or (node is not None and any(self._any_of(child, (*path, key)) for key, child in node.items))
 
     def _only_in(self, like: Any, path: tuple[Any, ...]) -> None:
         node = _node(like, path)

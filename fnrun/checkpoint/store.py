@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import struct as binary
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 
 from fnrun import tree
-from fnrun.checkpoint.codec import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest
+from fnrun.checkpoint.codec import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest, config
 
 #: Smaller leaves are packed: an array costs orbax about a millisecond, whatever its size.
 PACKED = 256 * 1024
@@ -269,7 +270,8 @@ def read_manifest(directory: Path) -> Manifest:
             raise CheckpointError(f"{directory / MANIFEST} is written in format {version}; this version of fnrun reads format {FORMAT}")
         manifest = msgspec.json.decode(encoded, type=Manifest)
         manifest.check()
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        manifest.config = config(manifest.config)
+    except (ValueError, TypeError, KeyError, RecursionError, binary.error) as error:
         raise DamagedError(f"{directory / MANIFEST} is not a manifest: {error}; {_elsewhere(directory)}") from error
     return manifest
 
