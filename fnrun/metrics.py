@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from fnrun import tree
 from fnrun.tree import struct
 
 
-@runtime_checkable
 class Fold(Protocol):
     """What is known of the data seen so far: a pytree of fixed size."""
 
@@ -285,49 +284,45 @@ def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> To
         if isinstance(value, Tensor):
             tensors[name] = value
         elif isinstance(value, Real):
-            known = numbers.get(name)
-            number = float(value)
-            numbers = {**numbers, name: known.add(number, examples) if known else Means((name,), number, 1.0, examples or 1)}
-        elif isinstance(value, Fold):
+            known = numbers.get(name) or Means((name,), 0.0, 0.0, examples or 1)
+            numbers = {**numbers, name: known.add(float(value), examples)}
+        elif hasattr(value, "merge") and hasattr(value, "compute"):
             folds = {**folds, name: _merge(name, folds[name], value) if name in folds else value}
         else:
             raise TypeError(f"metric {name!r} is a {type(value).__name__}: a metric is a tensor, a number or a fold (see fnrun.metrics)")
-    means = _add(old.means, tensors, examples) if tensors else old.means
-    names = old.names
-    if folds or not metrics.keys() <= set(names):
-        plain = [name for stack in means for name in stack.names]
+    means = _add(old.means, tensors, examples)
+    fresh = [name for name in metrics if name not in old.names]
+    if folds:
+        plain = {*numbers, *(name for stack in means for name in stack.names)}
         for name in folds:
-            if name in plain or name in numbers:
+            if name in plain:
                 raise TypeError(f"metric {name!r} is a {type(folds[name]).__name__} in one tick and a plain value in another")
-        names = (*names, *(name for name in metrics if name not in names))
-    return Totals(names, means, numbers, folds)
+    return Totals((*old.names, *fresh) if fresh else old.names, means, numbers, folds)
 
 
 def _add(means: tuple[Means, ...], tensors: dict[str, Tensor], examples: int) -> tuple[Means, ...]:
     """`means` with the tensors of a tick. Those that no longer come together are parted, so there are never more of them than names."""
     added: list[Means] = []
     for stack in means:
-        present: Sequence[str] = stack.names
-        if absent := [name for name in present if name not in tensors]:
-            if len(absent) == len(present):
-                added.append(stack)
-                continue
-            present = [name for name in present if name in tensors]
-            added.append(stack.only(absent))
+        present: Sequence[str] = [name for name in stack.names if name in tensors]
+        if not present:
+            added.append(stack)
+            continue
+        if len(present) < len(stack.names):
+            added.append(stack.only([name for name in stack.names if name not in tensors]))
             stack = stack.only(present)
-        added.append(stack.add(_stack(present, [tensors.pop(name) for name in present], stack.total), examples))
-    if not tensors:
-        return tuple(added)
-    groups: dict[Any, list[str]] = {}
-    for name, value in tensors.items():
-        groups.setdefault((value.shape, value.dtype, value.device), []).append(name)
-    for names in groups.values():
-        added.append(Means(tuple(names), _wide(torch.stack([tensors[name] for name in names]).detach()), 1.0, examples or 1))
+        added.append(stack.add(_stacked(present, [tensors.pop(name) for name in present], stack.total.shape[1:]), examples))
+    if tensors:
+        groups: dict[Any, list[str]] = {}
+        for name, value in tensors.items():
+            groups.setdefault((value.shape, value.dtype, value.device), []).append(name)
+        for (shape, _, _), names in groups.items():
+            value = _wide(_stacked(names, [tensors[name] for name in names], shape))
+            added.append(Means(tuple(names), torch.zeros_like(value), 0.0, examples or 1).add(value, examples))
     return tuple(added)
 
 
-def _stack(names: Sequence[str], values: list[Tensor], total: Tensor) -> Tensor:
-    shape = total.shape[1:]
+def _stacked(names: Sequence[str], values: list[Tensor], shape: torch.Size) -> Tensor:
     for name, value in zip(names, values, strict=True):
         if value.shape != shape:
             raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(shape)} in the ticks before")
