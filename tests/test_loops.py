@@ -1,0 +1,399 @@
+"""What each combinator does: where it begins and ends, what it reports, what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+
+import pytest
+import torch
+
+import fnrun
+from fnrun import data, hooks
+from fnrun.loops import Loop
+from fnrun.testing import assert_same, states_seen
+from tests.programs import Counter, fresh, train
+
+
+def batches(n):
+    return [torch.full((1 + i % 2,), float(i)) for i in range(n)]
+
+
+def traced(name, log):
+    """A step and an eval step that write down when they were called."""
+
+    @fnrun.step
+    def step(state, batch):
+        log.append(name)
+        return state, {"n": 1.0}
+
+    def eval_step(state, batch):
+        log.append(name)
+        return {"n": 1.0}
+
+    return eval_step if name == "V" else step
+
+
+class TestMetrics:
+    def test_a_plain_tensor_is_a_mean_over_examples(self):
+        step = fnrun.step(lambda state, batch: (state, {"x": batch.mean()}))
+        _, metrics = fnrun.epoch_loop(step)(fresh(), [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0])])
+        assert metrics["x"].item() == 4.0
+
+    def test_a_sequence_prefixes_and_a_repeat_gives_its_last_round(self):
+        seen = []
+        step = fnrun.step(lambda state, batch: (state, {"step": float(state.step)}))
+        loop = fnrun.repeat(
+            fnrun.sequence(train=fnrun.epoch_loop(step), val=fnrun.eval_loop(lambda state, batch: {"at": float(state.step)})), 2,
+            observers=[lambda state, metrics: seen.append(metrics)],
+        )  # fmt: skip
+        _, metrics = loop(fresh(), {"train": batches(2), "val": batches(1)})
+        assert seen == [{"train/step": pytest.approx(2 / 3), "val/at": 2.0}, metrics]
+        assert metrics["val/at"] == 4.0
+
+    def test_predict_gives_the_outputs_in_order(self):
+        state, outputs = fnrun.predict_loop(lambda state, batch: batch * 2)(fresh(), batches(3))
+        assert [o.tolist() for o in outputs] == [[0.0], [2.0, 2.0], [4.0]]
+        assert state.position.frames == ()
+
+
+class TestEvaluation:
+    def test_it_changes_nothing_but_the_count_of_ticks(self):
+        state, _ = fnrun.step_loop(train, 2)(fresh(), batches(3))
+        after, _ = fnrun.eval_loop(lambda state, batch: {"x": batch.sum()})(state, batches(2))
+        assert after.position.ticks == state.position.ticks + 2
+        assert_same(after.replace(position=state.position), state, "evaluation changed the state")
+
+    def test_with_steps_it_goes_on_through_its_own_stream(self):
+        seen = []
+        loop = fnrun.repeat(fnrun.eval_loop(lambda state, batch: seen.append(batch[0].item()) or {"x": 0.0}, steps=2), 3)
+        loop(fresh(), batches(3))
+        assert seen == [0.0, 1.0, 2.0, 0.0, 1.0, 2.0]
+
+    def test_a_pass_takes_no_position_from_training_over_the_same_stream(self):
+        shared = data.arrays(torch.arange(6.0), 2, shuffle=True, name="all")
+        program = fnrun.sequence(a=fnrun.step_loop(train, 2), b=fnrun.eval_loop(lambda s, b: {"x": b.sum()}), c=fnrun.epoch_loop(train))
+        state, metrics = program(fresh(), {"a": shared, "b": shared, "c": shared})
+        assert metrics["b/x"].item() == pytest.approx(15 / 3)
+        assert state.step == 3  # `c` goes on where `a` stopped
+
+    def test_other_data_may_be_evaluated_each_time(self):
+        loop = fnrun.eval_loop(lambda state, batch: {"x": batch.sum()})
+        state, _ = loop(fresh(), batches(2))
+        loop(state, batches(3))
+
+
+class TestHowOften:
+    @pytest.mark.parametrize(
+        ("times", "n", "begin", "expected"),
+        [(7, 3, 1, [3, 6, 7]), (7, 3, 5, [6, 7]), (12, [(0, 5), (11, 2)], 1, [5, 10, 12]), (12, [(0, 5), (10, 2)], 1, [5, 10, 12])],
+    )
+    def test_every(self, times, n, begin, expected):
+        seen = []
+        inner = fnrun.eval_loop(lambda state, batch: seen.append(state.step) or {"x": 0.0})
+        loop = fnrun.repeat(fnrun.sequence(train=fnrun.epoch_loop(train), val=fnrun.every(n, inner, begin=begin)), times)
+        loop(fresh(), {"train": batches(1), "val": batches(1)})
+        assert seen == expected
+
+    def test_every_without_the_last_outside_a_repeat_and_under_until(self):
+        seen = []
+        inner = fnrun.eval_loop(lambda state, batch: seen.append(state.step) or {"x": 0.0})
+        program = fnrun.sequence(train=fnrun.epoch_loop(train), val=fnrun.every(2, inner, last=False))
+        streams = {"train": batches(1), "val": batches(1)}
+        fnrun.repeat(program, 3)(fresh(), streams)
+        assert seen == [2]
+        program(fresh(), streams)
+        assert seen == [2, 1]
+        late = fnrun.sequence(train=fnrun.epoch_loop(train), val=fnrun.every(2, inner))
+        fnrun.repeat(late, until=lambda state: state.step >= 3)(fresh(), streams)
+        assert seen == [2, 1, 2]
+
+    def test_validation_by_step(self):
+        """Each 4 steps and at the end: 4, 8, 10."""
+        seen = []
+        program = fnrun.repeat(
+            fnrun.sequence(train=fnrun.step_loop(train, 4, until_step=10), val=fnrun.eval_loop(lambda s, b: seen.append(s.step) or {"x": 0.0})),
+            until=lambda state: state.step >= 10,
+        )  # fmt: skip
+        state, _ = program(fresh(), {"train": batches(3), "val": batches(1)})
+        assert seen == [4, 8, 10]
+        assert state.step == 10
+
+    def test_workflow_by_epoch_and_by_step(self):
+        log = []
+        streams = {"train": batches(3), "val": batches(2)}
+        by_epoch = {"train": fnrun.epoch_loop(traced("T", log)), "val": fnrun.eval_loop(traced("V", log))}
+        fnrun.workflow([("train", 2), ("val", 1)], times=3, **by_epoch)(fresh(), streams)
+        assert "".join(log) == "TTTTTT" "VV" "TTT" "VV"
+        log.clear()
+        by_step = {"train": fnrun.step_loop(traced("T", log), 1), "val": fnrun.eval_loop(traced("V", log), steps=1)}
+        fnrun.workflow([("train", 2), ("val", 1)], times=5, **by_step)(fresh(), streams)
+        assert "".join(log) == "TTVTTVTV"
+
+
+class TestResuming:
+    def test_a_longer_repeat_does_the_rest(self):
+        program, stream = lambda n: fnrun.repeat(fnrun.epoch_loop(train), n), batches(3)
+        seen, (end, _) = states_seen(program(5), fresh(), stream)
+        again, _ = program(5)(seen[-1], stream)
+        assert_same(again, end, "a state of the last tick has nothing left to do")
+        longer, _ = program(10)(seen[-1], stream)
+        assert_same(longer, program(10)(fresh(), stream)[0], "repeat(10) from the end of repeat(5)")
+        assert program(2)(end, stream)[0].step == 21  # a finished program trains again
+
+    def test_a_new_member_in_front_does_not_shift_the_place(self):
+        log = []
+        streams = {k: batches(2) for k in "abc"}
+        steps = {"a": fnrun.epoch_loop(traced("a", log)), "b": fnrun.epoch_loop(traced("b", log))}
+        seen, _ = states_seen(fnrun.sequence(**steps), fresh(), streams)
+        in_b = next(s for s in seen if s.position.frames[0].member == "b" and len(s.position.frames) == 2)
+        log.clear()
+        fnrun.sequence(c=fnrun.epoch_loop(traced("c", log)), **steps)(in_b, streams)
+        assert log == ["b"]
+
+    def test_a_hook_that_is_new_begins_and_one_that_is_gone_is_named(self):
+        stream = batches(4)
+        with_one = fnrun.epoch_loop(train, hooks=[Counter("one", None)])
+        seen, _ = states_seen(with_one, fresh(), stream)
+        two = fnrun.epoch_loop(train, hooks=[Counter("one", None), hooks.ema(0.5)])
+        state, _ = two(seen[1], stream)
+        assert state.memory["one"]["ticks"] == 4
+        assert state.memory["ema"]["updates"] == 2
+        with pytest.warns(UserWarning, match="hooks that the program does not show: one;"):
+            fnrun.epoch_loop(train, hooks=[hooks.ema(0.5)])(seen[1], stream)
+
+    def test_loops_behind_wrappers_begin_with_the_program(self):
+        inner = fnrun.epoch_loop(train, hooks=[Counter("hidden", None)])
+
+        @functools.wraps(inner)
+        def wrapper(state, x):
+            return inner(state, x)
+
+        seen, _ = states_seen(fnrun.sequence(first=fnrun.epoch_loop(train), second=wrapper), fresh(), {"first": batches(1), "second": batches(1)})
+        assert "hidden" in seen[0].memory
+
+    def test_the_context_of_a_program_ends_at_its_hooks(self):
+        """A hook or a step may run a program of its own, on a state of its own."""
+        inner, stream = fnrun.repeat(fnrun.epoch_loop(train), 2), batches(2)
+
+        def run_inside(state, metrics):
+            return state.replace(params={"x": inner(fresh(), stream)[0].params["x"]})
+
+        state, _ = fnrun.epoch_loop(train, hooks=[run_inside])(fresh(), stream)
+        assert torch.equal(state.params["x"], inner(fresh(), stream)[0].params["x"])
+
+    def test_a_loop_over_the_batches_of_a_loop(self):
+        inner = fnrun.epoch_loop(train)
+        tasks = [batches(2), batches(3)]
+        state, _ = fnrun.repeat(fnrun.epoch_loop(inner), 2)(fresh(), tasks)
+        assert state.step == 10
+        fnrun.testing.assert_resumable(fnrun.repeat(fnrun.epoch_loop(inner), 2), fresh(), tasks, restored=lambda s, like: s)
+
+
+class TestData:
+    def test_a_function_makes_its_stream_once_and_only_when_it_is_needed(self):
+        made = []
+
+        def make(name):
+            made.append(name)
+            return batches(2)
+
+        streams = {name: functools.partial(make, name) for name in ("train", "val", "never")}
+        program = fnrun.repeat(
+            fnrun.sequence(
+                train=fnrun.epoch_loop(train, observers=[lambda s, m: made.append("tick")]),
+                val=fnrun.eval_loop(lambda s, b: {"x": 0.0}),
+                never=fnrun.every(5, fnrun.epoch_loop(train), last=False),
+            ),
+            2,
+        )
+        program(fresh(), streams)
+        assert made == ["train", "tick", "tick", "val", "tick", "tick"]
+
+    def test_other_data_than_the_positions_is_refused_and_may_be_asked_for(self):
+        loop = fnrun.repeat(fnrun.epoch_loop(train), 2)
+        rows = torch.arange(8.0)
+        seen, _ = states_seen(loop, fresh(), data.arrays(rows, 2))
+        for other in (data.arrays(rows, 3), data.arrays(rows + 1, 2), data.arrays(rows, 2, shuffle=True)):
+            with pytest.raises(fnrun.ProgramError, match=r"the data of 'data' is not what the state's position \(epoch 0, batch 2\)") as error:
+                loop(seen[1], other)
+            assert "8 rows, 2 a batch, in order" in str(error.value)
+        state = seen[1].replace(position=seen[1].position.forget("data"))
+        loop(state, data.arrays(rows, 3))
+
+    def test_streams_may_share_a_name_and_take_turns(self):
+        seen = []
+        step = fnrun.step(lambda state, batch: (seen.append(batch.item()), (state, {}))[1])
+        stream = data.batches([torch.tensor(float(i)) for i in range(5)], name="shared")
+        loop = fnrun.sequence(a=fnrun.step_loop(step, 2), b=fnrun.step_loop(step, 2))
+        loop(fresh(), {"a": stream, "b": stream})
+        assert seen == [0.0, 1.0, 2.0, 3.0]
+
+
+class TestErrors:
+    def test_a_state_that_stands_in_another_program_is_refused_with_both_shown(self):
+        loop = fnrun.repeat(fnrun.sequence(train=fnrun.epoch_loop(train)), 3)
+        seen, _ = states_seen(loop, fresh(), {"train": batches(2)})
+        with pytest.raises(fnrun.ProgramError) as error:
+            fnrun.repeat(fnrun.epoch_loop(train), 3)(seen[0], batches(2))
+        message = str(error.value)
+        assert "repeat /, tick 0\n    sequence /, tick 0\n      epoch_loop /train, tick 1" in message
+        assert "repeat 3 times\n    epoch_loop\n      train" in message
+        assert "state.rewind()" in message
+        fnrun.repeat(fnrun.epoch_loop(train), 3)(seen[0].rewind(), batches(2))
+
+    def test_a_state_that_stands_deeper_than_the_program_is_refused(self):
+        seen, _ = states_seen(fnrun.repeat(fnrun.repeat(fnrun.epoch_loop(train), 2), 2), fresh(), batches(2))
+        with pytest.raises(fnrun.ProgramError, match="another program"):
+            fnrun.repeat(train, 2)(seen[0], batches(1)[0])
+
+    def test_an_eval_step_in_an_epoch_loop_and_the_reverse(self):
+        with pytest.raises(TypeError, match="a step in epoch_loop returns .state, metrics.. Is it an evaluation step"):
+            fnrun.epoch_loop(lambda state, batch: {"x": 1.0})(fresh(), batches(1))
+        with pytest.raises(TypeError, match="a step in eval_loop returns metrics, a dict"):
+            fnrun.eval_loop(train)(fresh(), batches(1))
+
+    def test_data_that_does_not_mirror_the_program(self):
+        loop = fnrun.sequence(train=fnrun.epoch_loop(train), val=fnrun.eval_loop(lambda s, b: {}))
+        with pytest.raises(fnrun.ProgramError, match=r"the data has nothing for \['val'\]"):
+            loop(fresh(), {"train": batches(1), "vall": batches(1)})
+        with pytest.raises(TypeError, match="a mapping with the keys"):
+            loop(fresh(), batches(1))
+        with pytest.raises(TypeError, match=r"data at 'train': .*data.loader"):
+            loop(fresh(), {"train": torch.utils.data.DataLoader([1]), "val": batches(1)})
+
+    def test_a_type_error_of_the_users_own_keeps_its_traceback(self):
+        def make():
+            raise TypeError("mine")
+
+        with pytest.raises(TypeError, match="^mine$") as caught:
+            fnrun.epoch_loop(train)(fresh(), make)
+        assert caught.traceback[-1].name == "make"
+
+    def test_two_hooks_of_one_name(self):
+        loop = fnrun.repeat(fnrun.epoch_loop(train, hooks=[hooks.ema(0.5)]), 2, hooks=[hooks.ema(0.9)])
+        with pytest.raises(fnrun.ProgramError, match="two hooks are named 'ema'"):
+            loop(fresh(), batches(1))
+
+    def test_what_is_no_hook_and_no_count(self):
+        with pytest.raises(TypeError, match="is no hook"):
+            fnrun.epoch_loop(train, hooks=[3])
+        for make in (lambda: fnrun.repeat(train, -1), lambda: fnrun.repeat(train, 2.5), lambda: fnrun.step_loop(train, True)):
+            with pytest.raises(ValueError, match="a whole number of at least 0"):
+                make()
+        with pytest.raises(ValueError, match="how often"):
+            fnrun.repeat(train)
+        with pytest.raises(ValueError, match="at least 1 round"):
+            fnrun.every(0, train)
+        with pytest.raises(ValueError, match=r"workflow: phases \['val'\]"):
+            fnrun.workflow([("train", 1), ("val", 1)], times=1, train=train)
+
+
+class Watching:
+    def __init__(self, fails_at=None):
+        self.log, self.fails_at = [], fails_at
+
+    def open(self, program, state):
+        self.log.append("open")
+
+    def __call__(self, state, metrics):
+        if state.step == self.fails_at:
+            raise RuntimeError("in the observer")
+        self.log.append(state.step)
+
+    def close(self, state, reason):
+        self.log.append((state.step, reason))
+
+
+class TestObservers:
+    def test_they_are_opened_once_and_closed_with_the_reason(self):
+        watching = Watching()
+        loop = fnrun.repeat(fnrun.epoch_loop(train, observers=[watching]), 2, observers=[watching])
+        loop(fresh(), batches(1))
+        assert watching.log == ["open", 1, 1, 2, 2, (2, None)]
+        watching.log.clear()
+        polls = iter([None] * 4 + ["SIGTERM"])
+        loop(fresh(), batches(1), interrupt=lambda: next(polls))
+        assert watching.log == ["open", 1, 1, (1, "SIGTERM")]
+
+    @pytest.mark.parametrize("where", ["step", "hook", "observer"])
+    def test_an_exception_arrives_as_it_is_and_they_see_the_last_good_state(self, where):
+        def fails(*args):
+            raise RuntimeError(f"in the {where}")
+
+        failing = fnrun.step(lambda s, b: fails() if where == "step" and s.step == 2 else (s, {}))
+        hook = [lambda s, m: fails() if where == "hook" and s.step == 3 else s]
+        first, second = Watching(), Watching(fails_at=3 if where == "observer" else None)
+        with pytest.raises(RuntimeError, match=f"in the {where}") as caught:
+            fnrun.epoch_loop(failing, hooks=hook, observers=[first, second])(fresh(), batches(5))
+        assert caught.traceback[-1].name in ("fails", "__call__")
+        assert first.log[-1] == (2, caught.value)
+        assert second.log[-1] == (2, caught.value)
+
+    def test_one_that_cannot_close_does_not_keep_the_others_open_nor_hide_the_cause(self):
+        class Fails(Watching):
+            def close(self, state, reason):
+                raise OSError("full")
+
+        last = Watching()
+        with pytest.raises(OSError, match="full"):
+            fnrun.epoch_loop(train, observers=[Fails(), last])(fresh(), batches(1))
+        assert last.log[-1] == (1, None)
+        with pytest.raises(ZeroDivisionError) as caught:
+            fnrun.epoch_loop(train, hooks=[lambda s, m: 1 / 0], observers=[Fails(), last])(fresh(), batches(1))
+        assert caught.value.__notes__ == ["and while closing: OSError: full"]
+
+    def test_those_that_save_come_last_with_the_sinks_flushed(self):
+        order = []
+
+        class Saves:
+            saves = True
+
+            def __call__(self, state, metrics):
+                order.append("save")
+
+        class Sink:
+            def __call__(self, state, metrics):
+                order.append("write")
+
+            def flush(self):
+                order.append("flush")
+
+        fnrun.epoch_loop(train, observers=[Saves(), Sink()])(fresh(), batches(1))
+        assert order[:3] == ["write", "flush", "save"]
+
+    def test_an_interrupt_leaves_no_trace_in_the_state(self):
+        loop, stream = fnrun.repeat(fnrun.epoch_loop(train), 3), batches(2)
+        polls = iter([None] * 5 + ["now"])
+        state, _ = loop(fresh(), stream, interrupt=lambda: next(polls))
+        assert state.stop is None
+        assert_same(loop(state, stream)[0], loop(fresh(), stream)[0], "after the interrupt")
+
+
+def test_a_program_can_be_printed():
+    program = fnrun.repeat(
+        fnrun.sequence(
+            train=fnrun.epoch_loop(train, hooks=[hooks.ema(0.9)]),
+            val=fnrun.every(2, fnrun.eval_loop(lambda s, b: {}), begin=4),
+        ),
+        10,
+        observers=[print],
+    )  # fmt: skip
+    out = io.StringIO()
+    print(program, file=out)
+    assert isinstance(program, Loop)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "repeat 10 times"
+    assert lines[1] == "  sequence"
+    assert lines[2] == "    train: epoch_loop"
+    assert lines[4] == "      hook ema"
+    assert "    val: every round, each 2, from 4, and the last" in lines
+    assert lines[-1] == "  observer print"
+
+
+def test_no_warning_where_nothing_is_wrong():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state, _ = fnrun.epoch_loop(train, hooks=[hooks.ema(0.5)])(fresh(), batches(2))
+        fnrun.eval_loop(lambda s, b: {"x": 0.0})(state, batches(1))
