@@ -7,9 +7,11 @@ container, a class that `fnrun.struct` has registered, or a NamedTuple that is a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib
 import math
 import re
 import struct as binary
@@ -585,6 +587,9 @@ def build(plan: Any, value: Callable[[Pick], Any], path: tuple[Any, ...] = ()) -
 
 def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
     family, _, name = plan.kind.partition(" ")
+    if plan.cls is None and name.startswith("fnrun."):  # our own classes need not have been imported by whoever looks into a checkpoint
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name.partition(":")[0])
     cls: Any = plan.cls or (tree.struct_class(name) if family == "struct" else _loaded_namedtuple(plan.kind))
     if cls is None or family not in ("struct", "namedtuple"):
         raise CheckpointError(f"{text(path) or 'the state'}: {plan.kind} is not loaded: import the module that defines it before restoring")
