@@ -23,6 +23,8 @@ from fnrun.rng import Key
 class Generator(Protocol):
     """An ambient generator."""
 
+    what: str
+
     def save(self) -> Any:
         """The state, to `restore` and to compare."""
         ...
@@ -41,6 +43,8 @@ class Generator(Protocol):
 
 class Torch:
     """torch's CPU generator."""
+
+    what = "torch's global generator"
 
     def save(self) -> Any:
         return torch.default_generator.get_state()
@@ -91,6 +95,8 @@ class _Mersenne:
 class Python(_Mersenne):
     """The generator of the module `random`."""
 
+    what = "Python's global generator (random)"
+
     def __init__(self) -> None:
         super().__init__()
         self.address = _address(random.getstate()[1])
@@ -113,6 +119,8 @@ class Python(_Mersenne):
 
 class NumPy(_Mersenne):
     """The generator of `np.random`."""
+
+    what = "NumPy's global generator (np.random)"
 
     def words(self) -> bytes | None:
         generator = np.random.get_bit_generator()  # pyright: ignore[reportAttributeAccessIssue]

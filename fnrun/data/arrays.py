@@ -12,6 +12,7 @@ import optree
 import torch
 
 from fnrun import tree
+from fnrun.data import ambient
 from fnrun.data.content import digest
 from fnrun.data.order import permutation
 from fnrun.data.stream import Stream, walk
@@ -99,10 +100,23 @@ class Arrays(Stream):
                 found = [leaf[rows].clone() for leaf in leaves]
             made = structure.unflatten(found)
             if self.transform is not None:
-                at = key.fold_in(epoch, "batch", batch)
-                with at.scope():
-                    made = self.transform(made, at)
+                made = _transformed(self.transform, made, key.fold_in(epoch, "batch", batch))
             yield made, Cursor(*after, self.source)
+
+
+def _transformed(transform: Callable[[Any, Key], Any], batch: Any, key: Key) -> Any:
+    """`transform(batch, key)`, with torch's generators seeded from the key; Python's and NumPy's must not be drawn from."""
+    hosts = [(generator, generator.save()) for generator in ambient.generators()[1:]]
+    with key.scope():
+        made = transform(batch, key)
+    for generator, state in hosts:
+        if generator.moved(state):
+            generator.restore(state)
+            raise RuntimeError(
+                f"the transform drew from {generator.what}, which would not repeat after a resume: "
+                "draw from torch's, or from random.Random(key.bits) or np.random.default_rng(key.bits)"
+            )
+    return made
 
 
 def arrays(

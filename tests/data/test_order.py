@@ -36,7 +36,7 @@ def test_positions_outside_are_refused():
 
 def test_small_sets_are_permuted_in_every_way_alike():
     for n in (2, 3, 4):
-        ways = {way: 0 for way in itertools.permutations(range(n))}
+        ways = dict.fromkeys(itertools.permutations(range(n)), 0)
         draws = 100 * len(ways)
         for seed in range(draws):
             ways[tuple(whole(Key(seed), n).tolist())] += 1

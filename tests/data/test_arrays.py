@@ -1,0 +1,151 @@
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fnrun import data
+from fnrun.data import content
+from fnrun.rng import Key
+from fnrun.state import Cursor
+from tests.data.streams import KEY, same, take, untouched
+
+
+def tree_of(rows):
+    return {"x": torch.arange(rows * 2.0).view(rows, 2), "more": (np.arange(rows),)}
+
+
+def jitter(batch, key):
+    torch.rand(3)
+    return {**batch, "noise": torch.rand(2), "keyed": torch.rand(2, generator=key.generator())}
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 10))
+def test_from_any_cursor_comes_the_tail(rows, batch_size, shuffle, drop_last, at):
+    drop_last = drop_last and rows >= batch_size
+    stream = data.arrays(tree_of(rows), batch_size, shuffle=shuffle, drop_last=drop_last, transform=jitter)
+    everything = take(stream, 16)
+    assert same(take(stream, 16 - at - 1, everything[at][1]), everything[at + 1 :])
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.booleans())
+def test_a_pass_has_every_row_once(rows, batch_size, shuffle):
+    stream = data.arrays(tree_of(rows), batch_size, shuffle=shuffle)
+    for epoch in range(2):
+        batches = [batch for batch, _ in take(stream, len(stream), Cursor(epoch=epoch))]
+        seen = torch.cat([batch["more"][0] for batch in batches]).tolist()
+        assert sorted(seen) == list(range(rows))
+        assert shuffle or seen == list(range(rows))
+        assert all(torch.equal(batch["x"][:, 0], batch["more"][0] * 2.0) for batch in batches)
+        assert {len(batch["x"]) for batch in batches[:-1]} <= {batch_size}
+
+
+def test_passes_and_keys_differ_in_order():
+    stream = data.arrays(torch.arange(50), 50, shuffle=True)
+    orders = [take(stream, 1, Cursor(epoch=e), key)[0][0].tolist() for e in range(3) for key in (Key(0), Key(1))]
+    assert len({tuple(order) for order in orders}) == 6
+
+
+def test_blocks_of_the_order_are_seamless(monkeypatch):
+    whole = take(data.arrays(torch.arange(100), 7, shuffle=True), 32)
+    monkeypatch.setattr(sys.modules["fnrun.data.arrays"], "BLOCK", 21)
+    assert same(take(data.arrays(torch.arange(100), 7, shuffle=True), 32), whole)
+
+
+def test_replay_gives_the_same_pass():
+    stream = data.arrays(torch.arange(10), 4, shuffle=True, transform=lambda batch, key: batch + torch.rand(()))
+    found = take(stream, 6, Cursor(epoch=2), replay=True)
+    assert same(found[:3], found[3:])
+    assert same(found[:3], take(stream, 3, Cursor(epoch=2)))
+
+
+def test_seeking_costs_nothing_however_many_rows():
+    stream = data.arrays(torch.zeros(1).expand(10**9), 10, shuffle=True)
+    assert len(stream) == 10**8
+    assert take(stream, 1, Cursor(epoch=5, batch=10**8 - 1))[0][1].epoch == 6
+
+
+def test_global_generators_are_never_moved():
+    with untouched():
+        take(data.arrays(tree_of(9), 2, shuffle=True, transform=jitter), 12)
+
+
+def test_a_transform_that_draws_elsewhere_is_told():
+    for draw in (random.random, np.random.rand):
+        with untouched(), pytest.raises(RuntimeError, match=r"key\.bits"):
+            take(data.arrays(tree_of(4), 2, transform=lambda batch, key, draw=draw: (batch, draw())), 1)
+
+
+def test_a_batch_owns_its_memory():
+    for shuffle in (False, True):
+        x = torch.arange(4.0)
+        stream = data.arrays(x, 2, shuffle=shuffle, transform=lambda batch, key: batch.mul_(0))
+        take(stream, 2)
+        assert x.tolist() == [0, 1, 2, 3]
+
+
+def test_read_only_arrays_are_fine():
+    x = np.arange(4)
+    x.flags.writeable = False
+    assert take(data.arrays(x, 4), 1)[0][0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "message"),
+    [
+        ({"image": torch.zeros(3), "label": torch.zeros(4)}, {}, "image has 3, label has 4"),
+        (torch.zeros(0, 2), {}, "empty"),
+        ({}, {}, "no array"),
+        (torch.zeros(3), {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        (torch.zeros(3), {"batch_size": 4, "drop_last": True}, "3 rows are fewer than batch_size=4"),
+        ({"x": torch.zeros(())}, {}, "x is a single number"),
+        ({"x": [1, 2]}, {}, "x/0 is a int"),
+        ({"x": np.array(["a"])}, {}, "x: can't convert"),
+    ],
+)
+def test_what_gives_no_batches_is_refused(tensors, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.arrays(tensors, **{"batch_size": 2, **options})
+
+
+def test_a_batch_larger_than_the_data_is_one_short_batch():
+    stream = data.arrays(torch.arange(3), 100)
+    assert len(stream) == 1
+    assert take(stream, 2)[1][0].tolist() == [0, 1, 2]
+
+
+def test_the_source_says_what_the_batches_are_made_of():
+    x = torch.arange(10.0)
+    source = data.arrays(x, 2).source
+    assert source == data.arrays(x.clone(), 2).source
+    assert source.startswith("arrays of 10 rows, 2 a batch, in order, content ")
+    for other in (
+        data.arrays(x, 3),
+        data.arrays(x, 2, shuffle=True),
+        data.arrays(x, 2, drop_last=True),
+        data.arrays(x + 1, 2),
+        data.arrays({"x": x}, 2),
+    ):
+        assert other.source != source
+
+
+def test_the_digest_of_large_content_reads_blocks_of_it(monkeypatch):
+    monkeypatch.setattr(content, "LIMIT", 4096)
+    x = torch.arange(100_000)
+    digest = content.digest(x)
+    assert digest == content.digest(x.clone())
+    assert sum(part.nbytes for part in content._parts(x, 4096 / x.nbytes)) < 4 * 4096
+    for at in (0, -1):
+        other = x.clone()
+        other[at] += 1
+        assert content.digest(other) != digest
+    assert content.digest(x[:-1]) != digest
+
+
+def test_nothing_is_kept_between_iterations():
+    stream = data.arrays(torch.arange(8), 2, shuffle=True)
+    a, b = stream.iterate(KEY, Cursor()), stream.iterate(KEY, Cursor())
+    assert all(same(next(a), next(b)) for _ in range(9))
