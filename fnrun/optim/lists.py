@@ -113,6 +113,20 @@ def read(value: Any) -> Any:
     return value
 
 
+def read_all(values: Tensor, like: list[Tensor]) -> list[Any]:
+    """The numbers of a vector, one for each of the tensors `like` them: Python numbers where the host knows them, else scalars beside them."""
+    if type(values) is Tensor and values.is_cpu and eager() and not (values.requires_grad and torch.is_grad_enabled()):
+        return values.tolist()
+    return [value.to(x.device) for value, x in zip(values.unbind(), like, strict=True)]
+
+
+def known(count: Any) -> Any:
+    """A count, as a Python int where the host knows it; under the compiler a tensor, so that one program serves all counts."""
+    if type(count) is int and torch.compiler.is_compiling():
+        return torch.full((), count, dtype=torch.int64)
+    return read(count)
+
+
 def is_zero(value: Any) -> bool:
     """Whether it is the number 0, so that a term can be left out; a tensor never is."""
     return not isinstance(value, Tensor) and value == 0

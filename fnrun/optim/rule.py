@@ -6,6 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optree
@@ -14,25 +15,27 @@ from torch import Tensor
 
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
-from fnrun.optim.lists import Ops, each, foreach, kernels, plain, read
+from fnrun.optim.lists import Ops, each, foreach, kernels, known, plain, read
 from fnrun.reports import report
 from fnrun.rng import Key
 from fnrun.tree import struct
 
-Lists = dict[str, list[Any]]
+Lists = dict[str, Any]  # slots: a list with an entry for each parameter; scalars: one tensor
 
 
 class Rule(NamedTuple):
     """The mathematics of one optimizer.
 
-    `slots` names what is remembered of each parameter, and makes its beginning. `update(ops, params, grads, slots, values, t)` returns
-    the new parameters and slots; `t` is 1 at the first update of these parameters. It writes to nothing but what it made itself.
+    `slots` names what is remembered of each parameter, and makes its beginning; `scalars` names numbers that are remembered of each, kept
+    together in one tensor. `update(ops, params, grads, slots, values, t)` returns the new parameters and slots (scalars among them); `t` is
+    1 at the first update of these parameters. It writes to nothing but what it made itself.
     `fused(params, grads, slots, values, steps, t)` does the same in place, with one of torch's fused kernels.
     """
 
     slots: Mapping[str, Callable[[Tensor], Tensor | None]]
     update: Callable[[Ops, list[Tensor], list[Tensor], Lists, dict[str, Any], Any], tuple[list[Tensor], Lists]]
     fused: Callable[[list[Tensor], list[Tensor], Lists, dict[str, Any], list[Tensor], Any], None] | None = None
+    scalars: Mapping[str, Callable[[list[Tensor]], Tensor]] = MappingProxyType({})
 
 
 @struct
@@ -56,10 +59,11 @@ class Misses:
 
 @struct
 class RuleState:
-    """What an optimizer remembers: the count of applied updates and the hyperparameter leaves, and slots with the structure of the parameters."""
+    """What an optimizer remembers: the count of applied updates and the hyperparameter leaves; slots with the structure of the parameters."""
 
     hyper: Hyperparams
     slots: dict[str, Any]
+    scalars: dict[str, Tensor]
     misses: Misses
 
 
@@ -70,13 +74,15 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
         with torch.no_grad():
             slots = {name: spec.unflatten([None if p is None else begin(p) for p in leaves]) for name, begin in rule.slots.items()}
-        return RuleState(settings.init(lr_scale=1.0), slots, Misses.none(len(leaves)))
+            scalars = {name: begin(leaves) for name, begin in rule.scalars.items()}
+        return RuleState(settings.init(lr_scale=1.0), slots, scalars, Misses.none(len(leaves)))
 
     def update(grads: Any, state: RuleState, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, RuleState]:
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
         flat: list[Any] = spec.flatten_up_to(grads)
         slots = {name: spec.flatten_up_to(tree) for name, tree in state.slots.items()}
-        count = read(state.hyper.count)
+        slots.update(state.scalars)
+        count = known(state.hyper.count)
         values = settings.at(state.hyper, count)
         values["lr"] = values["lr"] * values.pop("lr_scale")
         report("lr", values["lr"])
@@ -89,7 +95,8 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         else:
             new, slots = run(rule, leaves, flat, slots, values, count + 1)
         hyper = Hyperparams(state.hyper.count + 1, state.hyper.leaves)
-        return spec.unflatten(new), RuleState(hyper, {name: spec.unflatten(slot) for name, slot in slots.items()}, misses)
+        scalars = {name: slots[name] for name in rule.scalars}
+        return spec.unflatten(new), RuleState(hyper, {name: spec.unflatten(slots[name]) for name in rule.slots}, scalars, misses)
 
     return Optimizer(init, update, eval_params=eval_params)
 
@@ -112,12 +119,13 @@ def _grouped(
     params, slots = list(params), {name: list(slot) for name, slot in slots.items()}
     for missed, members in groups:
         chosen = {name: [slot[i] for i in members] for name, slot in slots.items()}
+        chosen = {name: torch.stack(slot) if name in rule.scalars else slot for name, slot in chosen.items()}
         new, changed = run(rule, [params[i] for i in members], [grads[i] for i in members], chosen, values, count + 1 - missed)
         for place, i in enumerate(members):
             params[i] = new[place]
             for name, slot in changed.items():
                 slots[name][i] = slot[place]
-    return params, slots
+    return params, {name: torch.stack(slot) if name in rule.scalars and slot else slot for name, slot in slots.items()}
 
 
 # --- which kernels ------------------------------------------------------------------------------------------------------
@@ -177,7 +185,7 @@ def _fused(
         return _grouped(rule, [(0, members) for members in by_kind.values()], params, grads, slots, values, t - 1)
     with torch.no_grad():
         new = own(params)
-        slots = {name: own(slot) for name, slot in slots.items()}
+        slots = {name: own(slot) for name, slot in slots.items()}  # no rule with a fused kernel has scalars
         if not all(all(map(Tensor.is_contiguous, tensors)) for tensors in (new, grads, *slots.values())):
             grads, slots = _like(new, grads), {name: _like(new, slot) for name, slot in slots.items()}
         device = new[0].device
@@ -201,7 +209,8 @@ def _out_of_place(
     values = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
     t = t.to(device, torch.float64) if isinstance(t, Tensor) else t
     new, changed = rule.update(each, params, grads, slots, values, t)
-    return _cast(new, params), {name: _cast(slot, slots[name]) for name, slot in changed.items()}
+    scalars = {name: changed.pop(name) for name in rule.scalars}
+    return _cast(new, params), {**{name: _cast(slot, slots[name]) for name, slot in changed.items()}, **scalars}
 
 
 def _cast(new: list[Any], old: list[Any]) -> list[Any]:
@@ -213,10 +222,11 @@ def _as_real(
 ) -> tuple[list[Any], Lists]:
     """Complex leaves as pairs of real numbers, as in torch."""
     twin = [p.dtype.is_complex for p in params]
-    real = {name: _real(slot) for name, slot in slots.items()}
+    real = {name: slot if name in rule.scalars else _real(slot) for name, slot in slots.items()}
     new, changed = run(rule, _real(params), _real(grads), real, values, t)
-    back = {name: _complex(slot, [x is not None and x.dtype.is_complex for x in slots[name]]) for name, slot in changed.items()}
-    return _complex(new, twin), back
+    for name in rule.slots:
+        changed[name] = _complex(changed[name], [x is not None and x.dtype.is_complex for x in slots[name]])
+    return _complex(new, twin), changed
 
 
 def _real(tensors: list[Any]) -> list[Any]:

@@ -1,0 +1,63 @@
+"""Schedule-free learning: an average of the iterates in place of a schedule that decays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from fnrun.optim.adam import adam_settings
+from fnrun.optim.base import Optimizer
+from fnrun.optim.hyper import Hyper
+from fnrun.optim.lists import is_zero, read_all
+from fnrun.optim.rule import Rule, RuleState, optimizer
+
+
+def schedule_free_adamw(
+    lr: Hyper = 2.5e-3,
+    betas: tuple[float, Hyper] = (0.9, 0.999),
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 0.0,
+    weight_lr_power: float = 2.0,
+) -> Optimizer:
+    """Schedule-free AdamW (Defazio et al., 2024), optax's rule; `lr` may warm up, and need not decay.
+
+    The parameters of the state are y, where gradients are taken: y = (1 − β₁) z + β₁ x. With v as in `adam`, and w the largest lr so far to
+    the power `weight_lr_power`: z ← z − lr · (g/(√(v/(1 − β₂ᵗ)) + eps) + weight_decay · y); x ← x + w/∑w · (z − x).
+    Evaluate with x: `eval_params(opt_state, params)`. Batch statistics, if there are any, are those of y.
+    """
+    beta1 = betas[0]
+    if callable(beta1) or not isinstance(beta1, (int, float)) or not 0.0 < beta1 <= 1.0:
+        raise ValueError(f"schedule_free_adamw: betas[0] is a number in (0, 1], because x is computed from y and z with it; got {beta1!r}")
+    settings = adam_settings(lr, (0.0, betas[1]), eps, weight_decay)
+
+    def update(ops: Any, y: Any, g: Any, slots: Any, h: Any, t: Any) -> Any:
+        v = ops.addcmul_(ops.mul(slots["exp_avg_sq"], h["beta2"]), g, g, 1 - h["beta2"])
+        step = ops.div(g, ops.add_(ops.sqrt_(ops.div(v, 1 - h["beta2"] ** t)), h["eps"]))
+        if not is_zero(h["weight_decay"]):
+            step = ops.add_(step, y, alpha=h["weight_decay"])
+        z = ops.add(slots["z"], step, alpha=-h["lr"])
+        x = average(ops, y, slots["z"])
+        lr_max = slots["lr_max"].clamp(min=h["lr"])
+        weights = lr_max**weight_lr_power
+        totals = slots["weight_sum"] + weights
+        shares = read_all(torch.where(totals > 0, weights / torch.where(totals > 0, totals, 1.0), 0.0), y)
+        x = ops.add_(ops.mul_(x, [1.0 - s for s in shares]), ops.mul(z, shares))
+        new = ops.add_(ops.mul_(x, beta1), z, alpha=1.0 - beta1)
+        return new, {"z": list(z), "exp_avg_sq": list(v), "lr_max": lr_max, "weight_sum": totals}
+
+    def average(ops: Any, y: Any, z: Any) -> Any:
+        return ops.div_(ops.add(y, z, alpha=-(1.0 - beta1)), beta1)
+
+    def eval_params(state: RuleState, params: Any) -> Any:
+        """x, the average that the parameters y are a mixture of."""
+        return optree.tree_map(lambda y, z: (y - (1.0 - beta1) * z) / beta1, params, state.slots["z"])
+
+    rule = Rule({"z": torch.clone, "exp_avg_sq": torch.zeros_like}, update, scalars={"lr_max": _zeros, "weight_sum": _zeros})
+    return optimizer(rule, settings, eval_params)
+
+
+def _zeros(leaves: list[Tensor]) -> Tensor:
+    return torch.zeros(len(leaves), dtype=torch.float64)
