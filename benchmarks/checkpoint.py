@@ -72,21 +72,21 @@ def torch_save(leaves: dict[str, torch.Tensor], folder: Path) -> Times:
 
 def dcp_sync(leaves: dict[str, torch.Tensor], folder: Path) -> Times:
     start = time.perf_counter()
-    dcp.save(dict(leaves), checkpoint_id=folder / "dcp", no_dist=True)
+    dcp.save(dict(leaves), checkpoint_id=folder / "dcp", no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
     sync_all(folder)
     saved = time.perf_counter()
-    dcp.load({name: torch.empty_like(leaf) for name, leaf in leaves.items()}, checkpoint_id=folder / "dcp", no_dist=True)
+    dcp.load({name: torch.empty_like(leaf) for name, leaf in leaves.items()}, checkpoint_id=folder / "dcp", no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
     return saved - start, saved - start, time.perf_counter() - saved
 
 
 def dcp_async(leaves: dict[str, torch.Tensor], folder: Path) -> Times:
     start = time.perf_counter()
-    future: Any = dcp.async_save(dict(leaves), checkpoint_id=folder / "dcp", no_dist=True)
+    future: Any = dcp.async_save(dict(leaves), checkpoint_id=folder / "dcp", no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
     held = time.perf_counter()
     future.result()
     sync_all(folder)
     saved = time.perf_counter()
-    dcp.load({name: torch.empty_like(leaf) for name, leaf in leaves.items()}, checkpoint_id=folder / "dcp", no_dist=True)
+    dcp.load({name: torch.empty_like(leaf) for name, leaf in leaves.items()}, checkpoint_id=folder / "dcp", no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
     return held - start, saved - start, time.perf_counter() - saved
 
 
@@ -95,12 +95,12 @@ def orbax_default(leaves: dict[str, torch.Tensor], folder: Path) -> Times:
 
     arrays = {f"{i:05d}": leaf.numpy() for i, leaf in enumerate(leaves.values())}
     start = time.perf_counter()
-    response = ocp.save_async(folder / "orbax", arrays)
+    response = ocp.save_async(str(folder / "orbax"), arrays)
     held = time.perf_counter()
     response.result()
     sync_all(folder)
     saved = time.perf_counter()
-    ocp.load(folder / "orbax")
+    ocp.load(str(folder / "orbax"))
     return held - start, saved - start, time.perf_counter() - saved
 
 

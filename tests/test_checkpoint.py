@@ -163,7 +163,7 @@ TREES = st.recursive(
 
 def order(value: Any) -> Any:
     """The keys of every dictionary within, in order, with their types, and the strides of tensors that have odd ones."""
-    node = codec._node(value, ())
+    node = codec.container(value, ())
     if node is None:
         return codec._strides(value) if isinstance(value, torch.Tensor) else None
     return node.kind, [(type(key), key, order(child)) for key, child in node.items], repr(node.static)

@@ -15,6 +15,7 @@ import concurrent.futures.thread  # noqa: F401  (its own clean-up at exit must c
 import contextlib
 import datetime
 import logging
+import os
 import re
 import threading
 import weakref
@@ -25,8 +26,8 @@ from typing import Any, Literal, NamedTuple, Self
 import msgspec
 import torch
 
-from fnrun.checkpoint import codec, store
-from fnrun.checkpoint.codec import CheckpointError, DamagedError, Manifest
+from fnrun.checkpoint import codec, match, store
+from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Manifest, constant, encode_config, scalars
 
 __all__ = ["CheckpointError", "Checkpoints", "DamagedError", "Manifest"]
 
@@ -61,7 +62,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, *, config: Any = None) -> None:
         self.directory = Path(directory)
-        self.config = codec.encode_config(config)
+        self.config = encode_config(config)
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._opened = False
@@ -96,7 +97,7 @@ class Checkpoints:
                 step=step,
                 ticks=ticks,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                metrics=codec.scalars(metrics or {}),
+                metrics=scalars(metrics or {}),
                 monitor=monitor,
                 mode=mode,
                 config=self.config,
@@ -225,8 +226,8 @@ class Checkpoints:
     def _entries(self) -> list[_Entry]:
         if not self.directory.is_dir():
             return []
-        matches = [_NAME.fullmatch(path.name) for path in self.directory.iterdir()]
-        return sorted(_Entry(int(m[2]), int(m[1]), int(m[3] or 0)) for m in matches if m)
+        found = [_NAME.fullmatch(path.name) for path in self.directory.iterdir()]
+        return sorted(_Entry(int(m[2]), int(m[1]), int(m[3] or 0)) for m in found if m)
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, in order. A save in flight is waited for, here and in what follows."""
@@ -324,8 +325,8 @@ class Checkpoints:
 
     def _build(self, directory: Path, manifest: Manifest, like: Any, select: str | Sequence[str] | None) -> Any:
         leaves = manifest.leaves
-        matcher = codec.Matcher(manifest, [select] if isinstance(select, str) else select)
-        plan = matcher.match(manifest.structure, codec.ABSENT if like is None else like)
+        matcher = match.Matcher(manifest, [select] if isinstance(select, str) else select)
+        plan = matcher.match(manifest.structure, match.ABSENT if like is None else like)
         if matcher.wrong:
             raise CheckpointError(f"{directory} does not match the state that it is restored into:\n{matcher.table()}")
         picks = list(codec.picks(plan))
@@ -337,7 +338,7 @@ class Checkpoints:
         def value(pick: codec.Pick) -> Any:
             first, leaf = origin[pick.number], leaves[pick.number]
             if not leaf.stored:
-                return codec.constant(leaf.value)
+                return constant(leaf.value)
             if leaf.kind == "ndarray":
                 return found[first]
             device = pick.device or beside.get(leaf.device) or torch.device("cpu")
@@ -402,6 +403,8 @@ def _content(manifest: Manifest) -> Any:
 
 
 _unfinished: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unfinished.clear)  # a data worker has nothing to finish
 
 
 def _finish_at_exit(checkpoints: Checkpoints) -> None:

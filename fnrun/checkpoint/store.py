@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from fnrun import tree
-from fnrun.checkpoint.codec import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest, config
+from fnrun.checkpoint.manifest import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest, config
 
 #: Smaller leaves are packed: an array costs orbax about a millisecond, whatever its size.
 PACKED = 256 * 1024

@@ -1,0 +1,218 @@
+"""What a checkpoint says of itself: the manifest, and how Python's scalars are written in JSON so that they come back bit for bit."""
+
+from __future__ import annotations
+
+import math
+import struct as binary
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from fnrun import tree
+
+#: The version of the format. A reader refuses a version that it does not know.
+FORMAT = 1
+
+TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+#: The kinds of containers whose keys go without saying.
+SEQUENCES = ("list", "tuple", "deque")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that could not be saved or restored: what was wrong, where, and what to do."""
+
+
+class DamagedError(CheckpointError):
+    """What is on disk is not what was saved. The checkpoint before it may be whole."""
+
+
+# --- the manifest ------------------------------------------------------------------------------------------------------
+
+
+class Leaf(msgspec.Struct, omit_defaults=True):
+    """One leaf. Where its bytes are: in orbax's array number `array`, whole or, in a pack of small leaves, from byte `offset` on."""
+
+    path: str
+    kind: str
+    value: Any = None
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] | None = None
+    device: str = ""
+    sha256: str = ""
+    array: int | None = None
+    offset: int | None = None
+    shares: int | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is a tensor or an array: with a digest, and bytes outside of the manifest."""
+        return self.kind in ("tensor", "ndarray")
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes are stored of it."""
+        return math.prod(self.shape) * (TORCH_DTYPES[self.dtype].itemsize if self.kind == "tensor" else np.dtype(self.dtype).itemsize)
+
+    def origin(self, number: int) -> int:
+        """The leaf that holds the bytes of this one, which is the leaf of that number: itself, or the first of several that are one tensor."""
+        return number if self.shares is None else self.shares
+
+    def spec(self) -> str:
+        """What a leaf of the same kind must have in common with it, in words."""
+        return f"{self.kind} {self.dtype} {tuple(self.shape)}" if self.stored else self.kind
+
+
+class Node(msgspec.Struct, omit_defaults=True):
+    """One container: its kind, the keys of its children (those of a sequence go without saying) and the children, leaves by number."""
+
+    kind: str
+    children: list[Node | int]
+    keys: list[Any] = []
+    static: list[Any] = []
+
+    def items(self) -> list[tuple[Any, Node | int]]:
+        """The children by key; keys are those of the container itself."""
+        keys = range(len(self.children)) if self.kind in SEQUENCES else [constant(key) for key in self.keys]
+        return list(zip(keys, self.children, strict=True))
+
+
+class File(msgspec.Struct):
+    """One file of a checkpoint."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, kw_only=True):
+    """Everything about a checkpoint except the bytes of its arrays."""
+
+    format: int = FORMAT
+    step: int
+    ticks: int
+    created: str
+    metrics: dict[str, float | str] = {}
+    monitor: str | None = None
+    mode: str = "min"
+    config: Any = None
+    environment: dict[str, str] = {}
+    structure: Node | int
+    leaves: list[Leaf]
+    files: dict[str, File] = {}
+
+    def value(self) -> float | None:
+        """The monitored metric as a number to be minimized; None if there is none, or if it is NaN."""
+        value = float(self.metrics.get(self.monitor or "", "nan"))
+        return None if math.isnan(value) else (-value if self.mode == "max" else value)
+
+    def check(self) -> None:
+        """Raise ValueError unless the structure names each leaf once, in order, and each leaf says where its bytes are."""
+        if list(_numbers(self.structure)) != list(range(len(self.leaves))):
+            raise ValueError("the structure does not name each leaf once")
+        for number, leaf in enumerate(self.leaves):
+            if leaf.shares is not None:
+                if not 0 <= leaf.shares < number or self.leaves[leaf.shares].spec() != leaf.spec():
+                    raise ValueError(f"{leaf.path} shares leaf {leaf.shares}")
+            elif leaf.stored and (leaf.array is None) != (leaf.nbytes == 0):
+                raise ValueError(f"{leaf.path} has no place")
+            elif leaf.stored and (len(leaf.sha256) != 64 or min((*leaf.shape, leaf.array or 0, leaf.offset or 0)) < 0):
+                raise ValueError(f"{leaf.path} is badly described")
+
+
+def _numbers(structure: Node | int) -> Iterator[int]:
+    if isinstance(structure, int):
+        yield structure
+    else:
+        for child in structure.children:
+            yield from _numbers(child)
+
+
+# --- constants ---------------------------------------------------------------------------------------------------------
+
+
+def encode_constant(value: Any) -> Any:
+    """A scalar or a tuple of scalars as JSON that comes back with its type and its bits.
+
+    >>> encode_constant((1, "a", -0.0, float("inf"), 2**70, b"a"))
+    {'tuple': [1, 'a', -0.0, {'float': '7ff0000000000000'}, {'int': '0x400000000000000000'}, {'bytes': '61'}]}
+    """
+    cls = type(value)
+    if value is None or cls is bool:
+        return value
+    if cls is int:
+        return value if -(2**63) <= value < 2**63 else {"int": hex(value)}
+    if cls is float:
+        return value if math.isfinite(value) else {"float": binary.pack(">d", value).hex()}
+    if cls is str:
+        return value if utf8(value) == value else {"str": value.encode("utf-8", "surrogatepass").hex()}
+    if cls is bytes:
+        return {"bytes": value.hex()}
+    if cls is complex:
+        return {"complex": [encode_constant(value.real), encode_constant(value.imag)]}
+    if cls is tuple:
+        return {"tuple": [encode_constant(item) for item in value]}
+    raise TypeError(f"a {cls.__name__}")
+
+
+def constant(value: Any) -> Any:
+    """What `encode_constant` made `value` of."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, data),) = value.items()
+    if kind == "int":
+        return int(data, 16)
+    if kind == "float":
+        return binary.unpack(">d", bytes.fromhex(data))[0]
+    if kind == "str":
+        return bytes.fromhex(data).decode("utf-8", "surrogatepass")
+    if kind == "bytes":
+        return bytes.fromhex(data)
+    if kind == "complex":
+        return complex(*(constant(part) for part in data))
+    if kind == "tuple":
+        return tuple(constant(item) for item in data)
+    raise ValueError(f"unknown constant {kind!r}")
+
+
+def encode_config(value: Any) -> Any:
+    """A config as JSON: what msgspec makes of it, and floats that JSON does not have (it would write null)."""
+    value = msgspec.to_builtins(value)
+    if isinstance(value, dict):
+        return {key: encode_config(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode_config(item) for item in value]
+    return encode_constant(value) if isinstance(value, float) else value
+
+
+def config(value: Any) -> Any:
+    """What `encode_config` made `value` of, in plain containers."""
+    if isinstance(value, list):
+        return [config(item) for item in value]
+    if isinstance(value, dict):
+        return constant(value) if set(value) == {"float"} and isinstance(value["float"], str) else {k: config(v) for k, v in value.items()}
+    return value
+
+
+def utf8(text: str) -> str:
+    """`text` as UTF-8 can hold it: what it cannot, lone surrogates, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def text(path: tuple[Any, ...]) -> str:
+    """A path in words."""
+    return utf8(tree.join(path))
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float | str]:
+    """The metrics that are one number, as JSON can hold them."""
+    found: dict[str, float | str] = {}
+    for name, value in metrics.items():
+        if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+            value = value.item()
+        if isinstance(value, (bool, int, float, np.number)):
+            number = float(value)
+            found[utf8(name)] = number if math.isfinite(number) else str(number)
+    return found

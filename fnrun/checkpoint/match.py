@@ -1,0 +1,193 @@
+"""What was saved, matched with a fresh state: what to restore and what to keep, or a table of what differs."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of
+from fnrun.checkpoint.manifest import CheckpointError, Manifest, Node, constant, text
+
+#: Fields of a state that must match `like` exactly. Elsewhere an empty container or None in `like` takes whatever was saved.
+EXACT = ("params", "buffers", "opt_state")
+
+
+class _Absent:
+    pass
+
+
+ABSENT = _Absent()
+
+
+def selector(patterns: Sequence[str] | None, known: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a path is among `patterns`: `*` stands for anything within one entry, `**` for any number of entries.
+
+    Raises CheckpointError for a pattern that matches none of the `known` paths.
+
+    >>> wanted = selector(["params/**"], ["params", "params/0.weight"])
+    >>> wanted("params/0.weight"), wanted("buffers/0.mean")
+    (True, False)
+    """
+    if patterns is None:
+        return lambda path: True
+    globs = [pattern.split("/") for pattern in patterns]
+    for glob in globs:
+        if not any(_matches(glob, path.split("/")) for path in known):
+            near = difflib.get_close_matches("/".join(glob).rstrip("*/"), known, cutoff=0.5)
+            hint = f"near: {', '.join(near)}" if near else f"saved: {', '.join(path for path in known if path and '/' not in path)}"
+            raise CheckpointError(f"select: nothing that was saved matches {'/'.join(glob)!r}; {hint}")
+    return functools.cache(lambda path: any(_matches(glob, path.split("/")) for glob in globs))
+
+
+def _matches(glob: list[str], entries: list[str]) -> bool:
+    if not glob:
+        return not entries
+    if glob[0] == "**":
+        return any(_matches(glob[1:], entries[n:]) for n in range(len(entries) + 1))
+    return bool(entries) and _entry(glob[0]).fullmatch(entries[0]) is not None and _matches(glob[1:], entries[1:])
+
+
+@functools.lru_cache
+def _entry(glob: str) -> re.Pattern[str]:
+    parts = ["[^/]*" if char == "*" else "[^/]" if char == "?" else re.escape(char) for char in glob]
+    return re.compile("".join(parts), re.DOTALL)
+
+
+def _paths(structure: Node | int, path: tuple[Any, ...] = ()) -> Iterator[str]:
+    """The paths of all containers and leaves."""
+    yield text(path)
+    if isinstance(structure, Node):
+        for key, child in structure.items():
+            yield from _paths(child, (*path, key))
+
+
+class Mismatch(NamedTuple):
+    """One line of the table: a leaf or container, what was saved there and what `like` has there."""
+
+    path: str
+    saved: str
+    expected: str
+
+
+class Matcher:
+    """What to restore, given what was saved, what a fresh state looks like (or ABSENT) and which leaves are wanted."""
+
+    def __init__(self, manifest: Manifest, patterns: Sequence[str] | None) -> None:
+        self.leaves = manifest.leaves
+        self.all = patterns is None
+        self.wanted = selector(patterns, [] if patterns is None else list(_paths(manifest.structure)))
+        self.wrong: list[Mismatch] = []
+
+    def match(self, saved: Any, like: Any, path: tuple[Any, ...] = ()) -> Any:
+        """A tree of Branch, Pick and Keep; what does not match is added to `wrong`."""
+        if saved is ABSENT:
+            self._only_in(like, path)
+            return Keep(like)
+        if not self.all and not self._any(saved, path) and (like is ABSENT or not self._any_of(like, path)):
+            return Keep(None if like is ABSENT else like)
+        free = path[:1] != () and path[0] in FREE
+        if like is not ABSENT and self._rebuilt(saved, like, path, free):
+            like = ABSENT
+        node = None if like is ABSENT else container(like, path)
+        if isinstance(saved, int):
+            return self._leaf(saved, like, node, path, free)
+        if like is not ABSENT and (node is None or node.kind != saved.kind):
+            self.wrong.append(Mismatch(text(path), self._words(saved), _words(like)))
+            return Keep(like)
+        if node is not None and not free and msgspec.json.encode(node.static) != msgspec.json.encode(saved.static):
+            self.wrong.append(Mismatch(text(path), _statics(saved.static), _statics(node.static)))
+        return self._branch(saved, node, path, free, None if like is ABSENT else type(like))
+
+    def _rebuilt(self, saved: Any, like: Any, path: tuple[Any, ...], free: bool) -> bool:
+        """Whether this place is the manifest's alone: by its field, or because `like` is empty there."""
+        node = container(like, path)
+        kind = node.kind if node else leaf_of(like, path).kind
+        same = kind == (self.leaves[saved].kind if isinstance(saved, int) else saved.kind)
+        empty = like is None or (node is not None and not node.items)
+        return (free or (empty and path[:1] != () and path[0] not in EXACT)) and not same
+
+    def _leaf(self, number: int, like: Any, node: Container | None, path: tuple[Any, ...], free: bool) -> Any:
+        saved = self.leaves[number]
+        if like is ABSENT:
+            return Pick(number, None)
+        if node is not None or (not free and leaf_of(like, path).spec() != saved.spec()):
+            self.wrong.append(Mismatch(saved.path, saved.spec(), _words(like)))
+            return Keep(like)
+        if not self.wanted(saved.path):
+            return Keep(like)
+        return Pick(number, like.device if isinstance(like, torch.Tensor) else None)
+
+    def _branch(self, saved: Node, node: Container | None, path: tuple[Any, ...], free: bool, cls: type | None) -> Branch:
+        ours = {_typed(key): child for key, child in saved.items()}
+        theirs = {_typed(key): child for key, child in node.items} if node else {}
+        rebuilt = node is None or free or (not node.items and path[:1] != () and path[0] not in EXACT)
+        children, keys = [], []
+        for typed, child in ours.items():
+            if typed not in theirs and not rebuilt:
+                self._only_saved(child, (*path, typed[1]))
+                continue
+            keys.append(typed[1])
+            children.append(self.match(child, theirs.get(typed, ABSENT), (*path, typed[1])))
+        for typed, child in theirs.items():
+            if typed not in ours and not (free and (self.all or saved.kind not in DICTS)):
+                keys.append(typed[1])
+                children.append(self.match(ABSENT, child, (*path, typed[1])))
+        return Branch(saved.kind, keys, saved.static, children, cls)
+
+    def _any(self, saved: Any, path: tuple[Any, ...]) -> bool:
+        return self.wanted(text(path)) or (isinstance(saved, Node) and any(self._any(child, (*path, key)) for key, child in saved.items()))
+
+    def _any_of(self, like: Any, path: tuple[Any, ...]) -> bool:
+        node = container(like, path)
+        return self.wanted(text(path)) or (node is not None and any(self._any_of(child, (*path, key)) for key, child in node.items))
+
+    def _only_in(self, like: Any, path: tuple[Any, ...]) -> None:
+        node = container(like, path)
+        if (node is None or not node.items) and self.wanted(text(path)):
+            self.wrong.append(Mismatch(text(path), "(missing)", _words(like)))
+        for key, child in node.items if node else ():
+            self._only_in(child, (*path, key))
+
+    def _only_saved(self, saved: Any, path: tuple[Any, ...]) -> None:
+        if isinstance(saved, int) or not saved.children:
+            if self.wanted(text(path)):
+                self.wrong.append(Mismatch(text(path), self._words(saved), "(unexpected)"))
+            return
+        for key, child in saved.items():
+            self._only_saved(child, (*path, key))
+
+    def _words(self, saved: Any) -> str:
+        return self.leaves[saved].spec() if isinstance(saved, int) else f"{saved.kind} of {len(saved.children)}"
+
+    def table(self, rows: int = 30) -> str:
+        """What does not match, a line each, with near names for what is missing."""
+        unexpected = [row.path for row in self.wrong if row.expected == "(unexpected)"]
+        lines = [Mismatch("leaf", "saved", "expected"), *(row._replace(path=row.path or "(root)") for row in self.wrong[:rows])]
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        shown = []
+        for line in lines:
+            near = difflib.get_close_matches(line.path, unexpected, n=1) if line.saved == "(missing)" else []
+            hint = f"  (saved under a near name: {near[0]})" if near else ""
+            shown.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + hint)
+        if len(self.wrong) > rows:
+            shown.append(f"  ... and {len(self.wrong) - rows} more")
+        return "\n".join(shown)
+
+
+def _words(like: Any) -> str:
+    node = container(like, ())
+    return leaf_of(like, ()).spec() if node is None else f"{node.kind} of {len(node.items)}"
+
+
+def _statics(static: list[Any]) -> str:
+    return "static " + ", ".join(f"{name}={constant(value)!r}" for name, value in static) if static else "no static fields"
+
+
+def _typed(key: Any) -> tuple[str, Any]:
+    return type(key).__name__, key
