@@ -35,7 +35,8 @@ class Stateful(Stream):
         return f"stateful {type(self.iterable).__name__}" + (f", content {mark}" if mark is not None else "")
 
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
-        begin = self._enter(cursor)
+        with key.fold_in("enter").scope(host=True):
+            begin = self._enter(cursor)
         if replay and cursor.batch:
             if cursor.epoch:
                 raise ValueError(
@@ -107,7 +108,8 @@ def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
 
     Its state, copied, travels with each batch and is kept in the position; it must be a pytree of tensors and plain values. The next
     batch is fetched before one is given, since only then it is known whether the pass has ended. The iterable itself is live:
-    one iteration at a time. In this process the ambient generators are seeded for each batch from the key, and left as they were; what
+    one iteration at a time. (Of torchdata's loader with `shuffle=True, generator=...` the passes after a resume are others: there, give the
+    generator to the sampler.) In this process the ambient generators are seeded for each batch from the key, and left as they were; what
     the iterable's own workers draw is its own affair, as is how many batches a pass has.
 
     A `fingerprint`, an attribute or a method of the iterable, tells it from others.

@@ -1,0 +1,255 @@
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
+
+from fnrun import data
+from fnrun.rng import Key
+from fnrun.state import Cursor
+from tests.data.streams import KEY, same, take, untouched
+
+
+class Augmented(Dataset):
+    """Draws from the generators in `draws`, for every `rarely`-th example."""
+
+    def __init__(self, rows=10, draws=("torch", "numpy", "python"), rarely=1):
+        self.rows, self.draws, self.rarely, self.fetched = rows, draws, rarely, []
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, index):
+        self.fetched.append(index)
+        example = {"index": index}
+        if index % self.rarely == 0:
+            if "torch" in self.draws:
+                example["torch"] = torch.randn(3)
+            if "numpy" in self.draws:
+                example["numpy"] = np.random.randn()  # one of two: the other stays in the generator's cache
+            if "python" in self.draws:
+                example["python"] = random.gauss(0, 1)
+        return example
+
+
+class Whole(Augmented):
+    def __getitems__(self, indices):
+        noise = torch.rand(())
+        return [{"index": i, "noise": noise, "more": np.random.rand()} for i in indices]
+
+
+def as_is(examples):
+    return examples
+
+
+def mixed(examples):
+    return default_collate(examples), np.random.rand(), torch.rand(2)
+
+
+draws = st.sets(st.sampled_from(["torch", "numpy", "python"]))
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.booleans(), st.booleans(), draws, st.integers(1, 5), st.integers(0, 8))
+def test_from_any_cursor_comes_the_tail(rows, batch_size, shuffle, drop_last, draws, rarely, at):
+    drop_last = drop_last and rows >= batch_size
+    stream = data.loader(Augmented(rows, draws, rarely), batch_size, shuffle=shuffle, drop_last=drop_last, collate=as_is)
+    everything = take(stream, 13)
+    assert same(take(stream, 13 - at - 1, everything[at][1]), everything[at + 1 :])
+
+
+@pytest.mark.parametrize("dataset", [Augmented(10), Augmented(10, rarely=4), Whole(10)], ids=["augmented", "rarely", "whole"])
+def test_the_bits_do_not_depend_on_the_workers(dataset):
+    def bits(workers, cursor=None):
+        stream = data.loader(dataset, 3, shuffle=True, workers=workers, collate=as_is)
+        return take(stream, 9, cursor)
+
+    alone = bits(0)
+    assert same(bits(1), alone)
+    assert same(bits(3, alone[4][1])[:4], alone[5:])
+
+
+def test_collation_draws_from_the_key_too():
+    alone, helped = (take(data.loader(Augmented(7), 3, workers=workers, collate=mixed), 7) for workers in (0, 2))
+    assert same(alone, helped)
+    assert len({float(batch[1]) for batch, _ in alone}) == 7
+
+
+def test_examples_are_seeded_by_their_position():
+    """The contract, spelled out: key, epoch, position in the pass."""
+    stream = data.loader(Augmented(6), 4, collate=as_is)
+    batch, _ = take(stream, 1, Cursor(epoch=2, batch=1))[0]
+    for position, example in zip((4, 5), batch, strict=True):
+        with KEY.fold_in(2, "example", position).scope(host=True):
+            assert same(example, Augmented(6)[position])
+
+
+@settings(max_examples=30)
+@given(draws, st.integers(1, 4), st.booleans())
+def test_global_generators_are_never_moved(draws, rarely, cached):
+    np.random.seed(1)
+    random.seed(1)
+    if cached:  # a second normal number lies ready in the caller's generators
+        np.random.randn()
+        random.gauss(0, 1)
+    with untouched():
+        take(data.loader(Augmented(9, draws, rarely), 2, collate=as_is), 12)
+
+
+def test_global_generators_are_never_moved_by_workers():
+    with untouched():
+        take(data.loader(Augmented(4), 2, workers=1), 3)
+
+
+def test_nothing_is_fetched_twice_or_thrown_away():
+    dataset = Augmented(100)
+    take(data.loader(dataset, 2, collate=as_is), 3, Cursor(epoch=1, batch=40))
+    assert dataset.fetched == [80, 81, 82, 83, 84, 85]
+
+
+def test_a_pass_has_every_example_once_and_replays():
+    stream = data.loader(TensorDataset(torch.arange(7)), 3, shuffle=True)
+    assert len(stream) == 3
+    batches = take(stream, 6, Cursor(epoch=1), replay=True)
+    assert sorted(torch.cat([batch[0] for batch, _ in batches[:3]]).tolist()) == list(range(7))
+    assert same(batches[:3], batches[3:])
+
+
+def test_workers_live_across_passes():
+    class Pid(Augmented):
+        def __getitem__(self, index):
+            return os.getpid()
+
+    stream = data.loader(Pid(2), 2, workers=1)
+    pids = {int(pid) for batch, _ in take(stream, 5, replay=True) for pid in batch}
+    assert len(pids) == 1
+    assert os.getpid() not in pids
+
+
+def test_a_subset_is_seeded_example_by_example():
+    stream = data.loader(Subset(Augmented(10), [7, 8, 9]), 3, collate=as_is)
+    batch, _ = take(stream, 1)[0]
+    assert len({example["numpy"] for example in batch}) == 3
+    with KEY.fold_in(0, "example", 0).scope(host=True):
+        assert same(batch[0], Augmented(10)[7])
+
+
+class Failing(Augmented):
+    def __init__(self, error):
+        super().__init__(6)
+        self.error = error
+
+    def __getitem__(self, index):
+        if index == 4:
+            raise self.error
+        return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [IndexError("beyond"), StopIteration("over"), OSError("unreadable")], ids=lambda e: type(e).__name__)
+def test_an_error_in_the_data_set_arrives_with_its_place(workers, error):
+    iterator = data.loader(Failing(error), 3, workers=workers).iterate(KEY, Cursor())
+    assert next(iterator)[0].tolist() == [0, 1, 2]
+    with pytest.raises((IndexError, OSError, RuntimeError)) as caught:
+        next(iterator)
+    text = str(caught.getrepr(style="short")) + str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
+    cause = caught.value.__cause__
+    text += "".join(getattr(cause, "__notes__", [])) + repr(cause)
+    assert "for example 4 (position 4 of epoch 0)" in text
+    assert "raise self.error" in text
+    assert str(error) in text
+
+
+def test_an_error_in_collate_names_the_batch():
+    def broken(examples):
+        raise TypeError("cannot stack")
+
+    with pytest.raises(TypeError, match="cannot stack") as caught:
+        take(data.loader(Augmented(6), 3, collate=broken), 1)
+    assert "collating the examples [0, 1, 2] (batch 0 of epoch 0)" in caught.value.__notes__[0]
+
+
+def test_a_killed_worker_is_an_error():
+    class Deadly(Augmented):
+        def __getitem__(self, index):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match=r"worker .*(killed|exited)"):
+        take(data.loader(Deadly(4), 2, workers=1), 1)
+
+
+class Signals(Dataset):
+    """Sends itself what a terminal sends, and tells how it stands."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGINT)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        own = [signal.getsignal(s) == default for s, default in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL))]
+        return os.getpgid(0) == os.getpid(), not blocked & {signal.SIGINT, signal.SIGTERM}, *own
+
+
+def test_workers_leave_signals_to_the_parent():
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        batch, _ = take(data.loader(Signals(), 2, workers=1), 1)[0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert all(bool(flag.all()) for flag in batch)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT, signal.SIGTERM}
+
+
+def test_closing_ends_the_workers():
+    class Pid(Augmented):
+        def __getitem__(self, index):
+            return os.getpid()
+
+    iterator = data.loader(Pid(50), 2, workers=2).iterate(KEY, Cursor())
+    pids = {int(next(iterator)[0][0]) for _ in range(4)}
+    iterator.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "error", "message"),
+    [
+        (Augmented(0), {}, ValueError, "empty"),
+        (Augmented(3), {"batch_size": 0}, ValueError, "at least 1, not 0"),
+        (Augmented(3), {"batch_size": 4, "drop_last": True}, ValueError, "3 rows are fewer than batch_size=4"),
+        (Augmented(3), {"workers": -1}, ValueError, "workers must be 0 or more"),
+        (Endless(), {}, TypeError, r"use data\.stateful"),
+        (iter([]), {}, TypeError, r"no len\(\)"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(dataset, options, error, message):
+    with pytest.raises(error, match=message):
+        data.loader(dataset, **{"batch_size": 2, **options})
+
+
+def test_the_source_says_what_the_batches_are_made_of():
+    dataset = Augmented(10)
+    assert data.loader(dataset, 4, shuffle=True).source == "Augmented of 10 examples, 4 a batch, shuffled"
+    assert data.loader(dataset, 4, shuffle=True, workers=3).source == data.loader(dataset, 4, shuffle=True).source
+    dataset.fingerprint = "abc"
+    assert (
+        data.loader(dataset, 4, drop_last=True).source
+        == "Augmented of 10 examples, 4 a batch, in order, short last batch dropped, content abc"
+    )
+
+
+def test_keys_differ():
+    stream = data.loader(Augmented(4), 4, collate=as_is)
+    assert not same(take(stream, 1, key=Key(1)), take(stream, 1, key=Key(2)))
