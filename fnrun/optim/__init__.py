@@ -5,34 +5,72 @@ from fnrun.optim.adam import adam, adamw
 from fnrun.optim.adam_variants import adamax, lamb, lion, nadam, radam
 from fnrun.optim.adaptive import adadelta, adagrad, rmsprop, rprop
 from fnrun.optim.base import Optimizer, Transform, Wrapper, chain
+from fnrun.optim.from_torch import from_torch
 from fnrun.optim.hyper import hyperparams, leaf, set_hyperparam
 from fnrun.optim.muon import muon
+from fnrun.optim.partition import decay_labels, layer_decay, masked, name_multipliers, partition, scaled_lr
 from fnrun.optim.schedule_free import schedule_free_adamw
 from fnrun.optim.sgd import sgd
-from fnrun.optim.transforms import clip_by_global_norm
+from fnrun.optim.transforms import (
+    adaptive_clip,
+    add_decayed_weights,
+    add_noise,
+    centralize,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    scale,
+    scale_by_schedule,
+    trace,
+    zero_nonfinite,
+)
+from fnrun.optim.wrappers import accumulate, apply_if_finite, dynamic_loss_scale, freeze, freeze_until, lookahead
 
 __all__ = [
     "Optimizer",
     "Transform",
     "Wrapper",
+    "accumulate",
     "adadelta",
     "adafactor",
     "adagrad",
     "adam",
     "adamax",
     "adamw",
+    "adaptive_clip",
+    "add_decayed_weights",
+    "add_noise",
+    "apply_if_finite",
+    "centralize",
     "chain",
     "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
+    "decay_labels",
+    "dynamic_loss_scale",
+    "freeze",
+    "freeze_until",
+    "from_torch",
     "hyperparams",
     "lamb",
+    "layer_decay",
     "leaf",
     "lion",
+    "lookahead",
+    "masked",
     "muon",
     "nadam",
+    "name_multipliers",
+    "partition",
     "radam",
     "rmsprop",
     "rprop",
+    "scale",
+    "scale_by_schedule",
+    "scaled_lr",
     "schedule_free_adamw",
     "set_hyperparam",
     "sgd",
+    "trace",
+    "zero_nonfinite",
 ]

@@ -59,6 +59,7 @@ class Wrapper:
 
     wrap: Callable[[Optimizer], Optimizer]
     parts: tuple[Any, ...] = ()
+    scales_loss: bool = False
 
     def __call__(self, optimizer: Optimizer) -> Optimizer:
         if not isinstance(optimizer, Optimizer):
@@ -96,6 +97,9 @@ def chain(*parts: Any) -> Any:
             )
     if len(flat) == 1:
         return flat[0]
+    scaling = next((i for i, member in enumerate(flat) if getattr(member, "scale_loss", None) or getattr(member, "scales_loss", False)), 0)
+    if any(isinstance(member, Transform) for member in flat[:scaling]):
+        raise ValueError("dynamic_loss_scale comes first in a chain: a transform before it would see the gradients of the scaled loss")
     first = next((i for i, member in enumerate(flat) if isinstance(member, Wrapper)), None)
     if first is not None:
         if not isinstance(flat[-1], Optimizer):

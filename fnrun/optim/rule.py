@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
-from fnrun.optim.lists import Ops, each, foreach, kernels, known, plain, read
+from fnrun.optim.lists import Ops, each, foreach, is_zero, kernels, known, plain, read
 from fnrun.reports import report
 from fnrun.rng import Key
 from fnrun.tree import struct
@@ -32,7 +32,7 @@ class Rule(NamedTuple):
     `fused(params, grads, slots, values, steps, t)` does the same in place, with one of torch's fused kernels.
     """
 
-    slots: Mapping[str, Callable[[Tensor], Tensor | None]]
+    slots: Mapping[str, Callable[..., Tensor | None]]
     update: Callable[[Ops, list[Tensor], list[Tensor], Lists, dict[str, Any], Any], tuple[list[Tensor], Lists]]
     fused: Callable[[list[Tensor], list[Tensor], Lists, dict[str, Any], list[Tensor], Any], None] | None = None
     scalars: Mapping[str, Callable[[list[Tensor]], Tensor]] = MappingProxyType({})
@@ -55,6 +55,12 @@ class Misses:
     def record(self, grads: Sequence[Any]) -> Misses:
         absent = torch.tensor([g is None for g in grads])
         return Misses(self.total + int(absent.sum()), self.each + absent.to(self.each))
+
+    def always(self, times: int) -> list[bool]:
+        """Which leaves were missed each of so many times."""
+        if is_zero(read(self.total)):
+            return [False] * len(self.each)
+        return (self.each == times).tolist()
 
 
 @struct
@@ -80,7 +86,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
     def update(grads: Any, state: RuleState, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, RuleState]:
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
         flat: list[Any] = spec.flatten_up_to(grads)
-        slots = {name: spec.flatten_up_to(tree) for name, tree in state.slots.items()}
+        slots: Lists = {name: spec.flatten_up_to(tree) for name, tree in state.slots.items()}
         slots.update(state.scalars)
         count = known(state.hyper.count)
         values = settings.at(state.hyper, count)
@@ -88,7 +94,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         report("lr", values["lr"])
         misses = state.misses
         missing = any(g is None for g in flat)
-        if missing or type(misses.total) is not int or misses.total:
+        if missing or not is_zero(read(misses.total)):
             groups = list(_by_age(flat, misses))
             misses = misses.record(flat) if missing else misses
             new, slots = _grouped(rule, groups, leaves, flat, slots, values, count)

@@ -12,6 +12,8 @@ from fnrun.optim.base import Transform
 from fnrun.optim.hyper import Hyper, Settings, constant
 from fnrun.optim.lists import eager, ops_for
 from fnrun.reports import report
+from fnrun.schedules import Schedule
+from fnrun.tree import struct
 
 
 def _with_settings(settings: Settings, apply: Any, keyed: bool = False) -> Transform:
@@ -60,7 +62,177 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
         norm = global_norm(grads)
         report("grad_norm", norm)
         report("clipped", (norm > h["max_norm"]).to(norm.dtype))
-        factor = (h["max_norm"] / norm).clamp(max=1.0)
-        return ops_for(grads).mul(grads, factor)
+        return _times(grads, (h["max_norm"] / norm).clamp(max=1.0))
 
     return _with_settings(Settings(max_norm=max_norm), apply)
+
+
+def clip_by_norm(max_norm: Hyper) -> Transform:
+    """Scale each leaf's gradient for itself so that its norm is at most `max_norm`. Reports `clipped`, the share of the leaves that it was."""
+    constant("max_norm", max_norm)
+
+    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        if not grads:
+            return grads
+        factors = [(h["max_norm"] / norm).clamp(max=1.0) for norm in ops_for(grads).norm(grads)]
+        report("clipped", _share(factors))
+        return _times(grads, factors)
+
+    return _with_settings(Settings(max_norm=max_norm), apply)
+
+
+def clip_by_value(max_value: Hyper) -> Transform:
+    """Each element of the gradient, kept within ±`max_value`.
+
+    >>> clip_by_value(1.0).update({"x": torch.tensor([-3.0, 0.5])}, (), {"x": torch.zeros(2)})[0]
+    {'x': tensor([-1.0000,  0.5000])}
+    """
+    constant("max_value", max_value)
+
+    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        return [g.clamp(-h["max_value"], h["max_value"]).to(g.dtype) for g in grads]
+
+    return _with_settings(Settings(max_value=max_value), apply)
+
+
+def adaptive_clip(clipping: Hyper = 0.01, eps: Hyper = 1e-3) -> Transform:
+    """Clip each unit's gradient to `clipping` times the norm of its weights, at least `eps` (Brock et al., 2021).
+
+    A unit is a row: all dimensions but the first; a leaf of at most one dimension is one unit. (optax's units are columns, as JAX stores
+    matrices.) Reports `clipped`, the share of the leaves in which a unit was.
+    """
+    constant("clipping", clipping)
+
+    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        if not grads:
+            return grads
+        limits = [_unit_norm(p).clamp(min=h["eps"]) * h["clipping"] for p in params]
+        factors = [(limit / _unit_norm(g).clamp(min=1e-6)).clamp(max=1.0) for limit, g in zip(limits, grads, strict=True)]
+        report("clipped", _share([factor.min() for factor in factors]))
+        return [(g * factor).to(g.dtype) for g, factor in zip(grads, factors, strict=True)]
+
+    return _with_settings(Settings(clipping=clipping, eps=eps), apply)
+
+
+def _unit_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) if x.ndim > 1 else None, keepdim=True)
+
+
+def _share(factors: list[Tensor]) -> Tensor:
+    return torch.stack([(factor < 1.0).to(torch.float32) for factor in factors]).mean()
+
+
+def _times(grads: list[Tensor], factor: Any) -> list[Tensor]:
+    scaled = ops_for(grads).mul(grads, factor)
+    return [x if x.dtype == g.dtype else x.to(g.dtype) for x, g in zip(scaled, grads, strict=True)]
+
+
+def add_decayed_weights(weight_decay: Hyper) -> Transform:
+    """g ← g + weight_decay · p: before an optimizer that is L2 regularization, as `weight_decay` of `sgd` and `adam`."""
+
+    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        return list(ops_for(grads, params, _tensors(h)).add(grads, params, alpha=h["weight_decay"])) if grads else grads
+
+    return _with_settings(Settings(weight_decay=weight_decay), apply)
+
+
+def _tensors(values: dict[str, Any]) -> list[Any]:
+    return [None] if any(isinstance(value, Tensor) for value in values.values()) else []  # None is not plain: no foreach kernel
+
+
+def scale(factor: Hyper) -> Transform:
+    """g ← factor · g.
+
+    >>> scale(-1.0).update({"x": torch.tensor([2.0])}, (), {"x": torch.zeros(1)})[0]
+    {'x': tensor([-2.])}
+    """
+
+    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        return _times(grads, h["factor"]) if grads else grads
+
+    return _with_settings(Settings(factor=factor), apply)
+
+
+def scale_by_schedule(schedule: Schedule) -> Transform:
+    """g ← schedule(n) · g, with n the count of updates that this transform has seen."""
+    return scale(schedule)
+
+
+def centralize() -> Transform:
+    """Subtract from each row of the gradient its mean (Yong et al., 2020): over all dimensions but the first, of leaves that have two or more."""
+
+    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        return [g - g.mean(tuple(range(1, g.ndim)), keepdim=True) if g.ndim > 1 else g for g in grads]
+
+    return _with_settings(Settings(), apply)
+
+
+def zero_nonfinite() -> Transform:
+    """0 in place of each NaN and infinity of the gradient. Reports `nonfinite`, how many there were. See also `apply_if_finite`."""
+
+    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        if not grads:
+            return grads
+        finite = [torch.isfinite(g) for g in grads]
+        counts = [(~there).sum() for there in finite]
+        report("nonfinite", torch.stack([count.to(counts[0].device) for count in counts]).sum().to(torch.float32))
+        return [torch.where(there, g, 0.0) for there, g in zip(finite, grads, strict=True)]
+
+    return _with_settings(Settings(), apply)
+
+
+def add_noise(eta: Hyper, gamma: float = 0.55) -> Transform:
+    """Add Gaussian noise of variance eta / (1 + n)^gamma to the gradient (Neelakantan et al., 2015), n counting the updates.
+
+    The noise is a function of the step's key alone: `update` raises ValueError without one.
+    """
+    constant("eta", eta)
+
+    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        if key is None:
+            raise ValueError("add_noise draws random numbers: give optimizer.update the step's key (key=state.rng.fold_in(...))")
+        generators: dict[Any, torch.Generator] = {}
+        noisy = []
+        for g in grads:
+            generator = generators.setdefault(g.device, key.fold_in("noise").generator(g.device))
+            noise = torch.randn(g.shape, dtype=g.dtype, device=g.device, generator=generator)
+            noisy.append((g + noise * (h["eta"] * h["shrink"]) ** 0.5).to(g.dtype))
+        return noisy
+
+    return _with_settings(Settings(eta=eta, shrink=lambda count: (1.0 + count) ** -gamma), apply, keyed=True)
+
+
+@struct
+class TraceState:
+    """The running sum, with the structure of the parameters, and the memory of the decay where it has one."""
+
+    hyper: Any
+    trace: Any
+
+
+def trace(decay: Hyper, nesterov: bool = False) -> Transform:
+    """Momentum as a transform (optax's): b ← g + decay · b, passed on in place of g; with nesterov g + decay · b is.
+
+    `chain(trace(0.9), sgd(lr))` is `sgd(lr, momentum=0.9)` as long as lr stays the same, and differs in nothing but its name.
+    """
+    constant("decay", decay)
+    settings = Settings(decay=decay)
+
+    def init(params: Any, /) -> TraceState:
+        return TraceState(() if settings.fixed else settings.init(), optree.tree_map(torch.zeros_like, params))
+
+    def update(grads: Any, state: TraceState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
+        values, hyper = settings.now(state.hyper)
+        leaves, spec = optree.tree_flatten(grads, none_is_leaf=True)
+        sums: list[Any] = spec.flatten_up_to(state.trace)
+        there = [i for i, g in enumerate(leaves) if g is not None]
+        if there:
+            g, b = [leaves[i] for i in there], [sums[i] for i in there]
+            ops = ops_for(g, b, _tensors(values))
+            b = ops.add_(ops.mul(b, values["decay"]), g)
+            passed = ops.add(g, ops.mul(b, values["decay"])) if nesterov else b
+            for i, total, new in zip(there, b, passed, strict=True):
+                sums[i], leaves[i] = total.to(sums[i].dtype), new.to(sums[i].dtype)
+        return spec.unflatten(leaves), TraceState(hyper, spec.unflatten(sums))
+
+    return Transform(init, update)

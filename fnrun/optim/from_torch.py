@@ -1,0 +1,240 @@
+"""Any `torch.optim.Optimizer` class as a pure optimizer: its memory is copied in before each step and taken out after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from fnrun.optim.base import Optimizer
+from fnrun.optim.hyper import Hyperparams, Leaf, Settings
+from fnrun.optim.lists import known, plain, read
+from fnrun.reports import report
+from fnrun.rng import Key
+from fnrun.tree import join, struct
+
+# How an entry of torch's memory stands in ours, whose structure never changes: not there (yet), there, there and None.
+ABSENT, PRESENT, NOTHING = 0, 1, 2
+
+#: Fields of every torch optimizer that are no memory of a training.
+_MACHINERY = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
+
+
+@struct
+class TorchState:
+    """The memory of a torch optimizer: `entries` by owner (a parameter's path, a group, the object itself) and name, and which are there."""
+
+    hyper: Hyperparams
+    entries: dict[str, dict[str, Any]]
+    there: Tensor
+
+
+def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> Optimizer:
+    """The pure optimizer that does what `cls(params, **kwargs)` does, for any class of `torch.optim` or from elsewhere: bit for bit.
+
+    A fresh object of `cls` does each step, on copies, with the memory that the state holds: nothing lives on in it between calls. `lr` and
+    other numbers in `kwargs` may be schedules or leaves. What `init` needs to know of the memory, it learns from two steps on copies.
+
+    Raises TypeError for a class whose steps need a closure (LBFGS) and for memory that is no data; RuntimeError under `torch.func`
+    transforms, `torch.compile` and where a gradient should flow through the update. Classes that draw random numbers do so from torch's
+    ambient generator, which a training step keys.
+
+    >>> optimizer = from_torch(torch.optim.NAdam, lr=0.1)
+    >>> params = {"x": torch.tensor([1.0])}
+    >>> params, state = optimizer.update({"x": torch.tensor([2.0])}, optimizer.init(params), params)
+    >>> params
+    {'x': tensor([0.9019])}
+    """
+    moving = {name: value for name, value in kwargs.items() if isinstance(value, Leaf) or (callable(value) and not isinstance(value, type))}
+    settings = Settings(**moving)
+    fixed = {name: value for name, value in kwargs.items() if name not in moving}
+
+    def build(params: dict[str, Tensor], values: Mapping[str, Any]) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+        """A fresh torch optimizer over copies of the parameters."""
+        copies = {path: p.detach().clone().requires_grad_() for path, p in params.items()}
+        return cls(list(copies.values()), **fixed, **values), copies
+
+    def init(params: Any, /) -> TorchState:
+        hyper = settings.init(lr_scale=1.0)
+        named = _named(params)
+        if not named:
+            return TorchState(hyper, {}, torch.zeros(0, dtype=torch.int8))
+        values = {name: value for name, value in settings.at(hyper, 0).items() if name != "lr_scale"}
+        with Key(0).scope():
+            fresh, _ = build(named, values)
+            before = _memory(fresh, {})
+            trial, copies = build(named, values)
+            for _ in range(2):
+                for p in copies.values():
+                    p.grad = torch.ones_like(p)
+                _step(trial)
+        memory = _memory(trial, copies)
+        entries = {
+            owner: {name: _blank(value, f"{cls.__name__}: {owner}/{name}") for name, value in fields.items()}
+            for owner, fields in memory.items()
+        }
+        # Of a group and of the object, what two steps changed is memory; the rest is configuration.
+        entries = {
+            owner: {n: v for n, v in fields.items() if owner not in before or not _same(before[owner].get(n), memory[owner][n])}
+            for owner, fields in entries.items()
+        }
+        entries = {owner: fields for owner, fields in entries.items() if fields}
+        return TorchState(hyper, entries, torch.zeros(sum(map(len, entries.values())), dtype=torch.int8))
+
+    def update(grads: Any, state: TorchState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
+        leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
+        flat: list[Any] = spec.flatten_up_to(grads)
+        values = settings.at(state.hyper, known(state.hyper.count))
+        scale = values.pop("lr_scale")
+        hyper = Hyperparams(state.hyper.count + 1, state.hyper.leaves)
+        named = _named(params)
+        if not named or all(g is None for g in flat):
+            return params, TorchState(hyper, state.entries, state.there)
+        if not plain(leaves, [g for g in flat if g is not None]):
+            raise RuntimeError(
+                f"from_torch({cls.__name__}): its own code runs in place: use one of fnrun.optim under torch.func or compile"
+            )
+        torch_optimizer, copies = build(named, values)
+        for group in torch_optimizer.param_groups:
+            group["lr"] = group["lr"] if is_one(scale) else group["lr"] * scale
+            report("lr", group["lr"])
+        _put(torch_optimizer, copies, state)
+        for p, g in zip(copies.values(), flat, strict=True):
+            p.grad = None if g is None else torch.empty_like(p).copy_(g)
+        _step(torch_optimizer)
+        new = [old if g is None else p.detach() for p, old, g in zip(copies.values(), leaves, flat, strict=True)]
+        return spec.unflatten(new), TorchState(hyper, *_take(torch_optimizer, copies, state))
+
+    return Optimizer(init, update)
+
+
+def is_one(scale: Any) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1.0
+
+
+def _named(params: Any) -> dict[str, Tensor]:
+    leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
+    return {join(path): p for path, p in zip(optree.treespec_paths(spec), leaves, strict=True)}
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        with torch.enable_grad():
+            optimizer.step()
+    except TypeError as error:
+        if "closure" in str(error):
+            raise TypeError(f"from_torch({type(optimizer).__name__}): its steps need a closure, which a pure update has not") from error
+        raise
+
+
+# --- torch's memory as named entries ------------------------------------------------------------------------------------
+
+
+def _owners(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Where the memory lives: a dictionary for each parameter, for each group, and the attributes of the object. Not copies: these themselves."""
+    names = {id(p): path for path, p in copies.items()}
+    owners: dict[str, dict[str, Any]] = {}
+    for owner, fields in optimizer.state.items():
+        if isinstance(owner, Tensor):
+            owners[f"param {names[id(owner)]}"] = fields
+        else:
+            owners.setdefault("shared", {})[str(owner)] = fields
+    for i, group in enumerate(optimizer.param_groups):
+        owners[f"group {i}"] = {name: value for name, value in group.items() if name != "params"}
+    owners["object"] = {name: value for name, value in vars(optimizer).items() if name not in _MACHINERY and _is_data(value)}
+    return owners
+
+
+def _is_data(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float, Tensor))
+
+
+def _memory(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The memory as entries by owner and name; what is nested within an entry has a name with slashes."""
+    owners = _owners(optimizer, copies)
+    return {
+        owner: {name: leaf for field, value in fields.items() for name, leaf in _flat(field, value)} for owner, fields in owners.items()
+    }
+
+
+def _flat(field: str, value: Any) -> list[tuple[str, Any]]:
+    paths, leaves, _ = optree.tree_flatten_with_path(value, none_is_leaf=True)
+    return [(join((field, *path)), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+
+
+def _blank(value: Any, where: str) -> Any:
+    """What stands for an entry that is not there yet."""
+    if isinstance(value, Tensor):
+        return torch.zeros_like(value.detach())
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return type(value)() if value is not None else None
+    raise TypeError(f"{where} is a {type(value).__name__}, which is no data that a state can hold")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b))
+    return type(a) is type(b) and a == b
+
+
+def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: TorchState) -> None:
+    """Copies of the entries that are there, into a fresh torch optimizer."""
+    codes = iter(state.there.tolist())
+    nested: dict[tuple[str, str], dict[str, Any]] = {}
+    for owner in sorted(state.entries):
+        for name in sorted(state.entries[owner]):
+            code = next(codes)
+            if code != ABSENT:
+                field, _, rest = name.partition("/")
+                nested.setdefault((owner, field), {})[rest] = None if code == NOTHING else _copy(state.entries[owner][name])
+    for (owner, field), values in nested.items():
+        value = values[""] if set(values) == {""} else _nest(values)
+        kind, _, rest = owner.partition(" ")
+        if kind == "param":
+            optimizer.state[copies[rest]][field] = value
+        elif kind == "group":
+            optimizer.param_groups[int(rest)][field] = value
+        elif kind == "object":
+            setattr(optimizer, field, value)
+        else:
+            optimizer.state[field] = value  # pyright: ignore[reportArgumentType]
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _nest(values: dict[str, Any]) -> Any:
+    """A list or a dictionary from its flat entries."""
+    children: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        first, _, rest = name.partition("/")
+        children.setdefault(first, {})[rest] = value
+    built = {name: child[""] if set(child) == {""} else _nest(child) for name, child in children.items()}
+    return [built[str(i)] for i in range(len(built))] if all(name.isdigit() for name in built) else built
+
+
+def _take(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: TorchState) -> tuple[dict[str, dict[str, Any]], Tensor]:
+    """The entries after a step, in the structure that `init` found, and which of them are there."""
+    memory = _memory(optimizer, copies)
+    for owner, fields in memory.items():
+        unknown = [name for name in fields if name not in state.entries.get(owner, {})]
+        if owner.startswith(("param", "shared")) and unknown:
+            raise TypeError(
+                f"from_torch({type(optimizer).__name__}): {owner} now remembers {unknown}, which it did not after its first two steps"
+            )
+    entries, codes = {}, []
+    for owner in sorted(state.entries):
+        entries[owner] = {}
+        for name in sorted(state.entries[owner]):
+            blank = state.entries[owner][name]
+            fields = memory.get(owner, {})
+            code = ABSENT if name not in fields else NOTHING if fields[name] is None else PRESENT
+            codes.append(code)
+            entries[owner][name] = (
+                fields[name].detach() if isinstance(fields.get(name), Tensor) else fields[name] if code == PRESENT else blank
+            )
+    return entries, torch.tensor(codes, dtype=torch.int8)

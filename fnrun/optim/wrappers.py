@@ -1,0 +1,342 @@
+"""Wrappers: from optimizer to optimizer, for what decides whether and when an update happens.
+
+Where the decision is known to the host it is a branch. Where only a device knows it, both outcomes are computed and the device selects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from fnrun.optim.base import Optimizer, Wrapper
+from fnrun.optim.lists import known, ops_for, read
+from fnrun.optim.rule import Misses, donation
+from fnrun.reports import report
+from fnrun.tree import struct
+
+
+def choose(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """`then()` or `otherwise()`; where the condition is a tensor that must not be waited for, both, selected leaf by leaf."""
+    if not isinstance(condition, Tensor):
+        return then() if condition else otherwise()
+    with donation(False):
+        return optree.tree_map(lambda a, b: _select(condition, a, b), then(), otherwise(), none_is_leaf=True)
+
+
+def _select(condition: Tensor, a: Any, b: Any) -> Any:
+    if a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b):
+        return a
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return torch.where(condition, a, b)
+    like = a if isinstance(a, Tensor) else b
+    a, b = (x.to(like) if isinstance(x, Tensor) else torch.full_like(like, x) for x in (a, b))
+    return torch.where(condition.to(like.device), a, b)
+
+
+def counts_on(device: torch.device | None, state: Any) -> Any:
+    """`state` with its Python numbers as tensors, for where only a device knows whether they go on."""
+    dtypes = {int: torch.int64, float: torch.float64}
+
+    def convert(leaf: Any) -> Any:
+        return torch.full((), leaf, dtype=dtypes[type(leaf)], device=device) if type(leaf) in dtypes else leaf
+
+    return optree.tree_map(convert, state, is_leaf=lambda leaf: isinstance(leaf, Misses))  # what is missing, the host knows
+
+
+def device_of(tree: Any) -> torch.device | None:
+    return next((leaf.device for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
+
+
+def all_finite(tensors: Sequence[Tensor | None]) -> Any:
+    """Whether every element is finite: a bool where the host knows it, else a tensor."""
+    there = [t for t in tensors if t is not None and t.numel()]
+    if not there:
+        return True
+    norms = ops_for(there).norm(there, math.inf)
+    device = norms[0].device
+    return read(torch.isfinite(torch.stack([n.to(device, torch.float32) for n in norms])).all())
+
+
+def wrapper(wrap: Callable[[Optimizer], Optimizer], optimizer: Optimizer | None) -> Any:
+    """The wrapper itself, for a chain, or where an optimizer is given what becomes of it."""
+    return Wrapper(wrap) if optimizer is None else Wrapper(wrap)(optimizer)
+
+
+def around(inner: Optimizer, init: Any, update: Any) -> Optimizer:
+    """An optimizer whose state keeps that of `inner` in a field of this name."""
+    scale_loss, eval_params = inner.scale_loss, inner.eval_params
+    return Optimizer(
+        init,
+        update,
+        None if scale_loss is None else lambda state, loss: scale_loss(state.inner, loss),
+        None if eval_params is None else lambda state, params: eval_params(state.inner, params),
+    )
+
+
+# --- accumulate ---------------------------------------------------------------------------------------------------------
+
+
+@struct
+class AccumulateState:
+    """The sum of the gradients so far, of how many batches, which leaves were missing in how many of them; the inner state."""
+
+    sums: Any
+    micro: Any
+    misses: Misses
+    inner: Any
+
+
+def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
+    """Update once in `n` batches, with the mean of their gradients; the steps between change no parameter.
+
+    Each of the n is a training step, with its own randomness; the partial sum is in the state, so that a checkpoint between them loses
+    nothing. What comes after it in the chain sees the updates only: schedules count these. `accumulate(n)` is for a chain,
+    `accumulate(n, optimizer)` the optimizer itself. (`make_train_step(accumulate=n)` cuts one batch into n instead.)
+
+    >>> from fnrun import optim
+    >>> optimizer = optim.chain(optim.accumulate(2), optim.sgd(1.0))
+    >>> params = {"x": torch.tensor([0.0])}
+    >>> state = optimizer.init(params)
+    >>> for g in (1.0, 3.0):
+    ...     params, state = optimizer.update({"x": torch.tensor([g])}, state, params)
+    ...     print(params["x"])
+    tensor([0.])
+    tensor([-2.])
+    """
+    if n < 1:
+        raise ValueError(f"accumulate: n is at least 1, not {n!r}")
+
+    def wrap(inner: Optimizer) -> Optimizer:
+        def init(params: Any, /) -> AccumulateState:
+            zeros = optree.tree_map(torch.zeros_like, params)
+            return AccumulateState(zeros, 0, Misses.none(len(optree.tree_leaves(params, none_is_leaf=True))), inner.init(params))
+
+        def update(grads: Any, state: AccumulateState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
+            leaves, spec = optree.tree_flatten(grads, none_is_leaf=True)
+            sums: list[Any] = spec.flatten_up_to(state.sums)
+            misses = state.misses
+            if any(g is None for g in leaves):
+                misses = misses.record(leaves)
+            there = [i for i, g in enumerate(leaves) if g is not None]
+            if there:
+                g, before = [leaves[i] for i in there], [sums[i] for i in there]
+                for i, total in zip(there, ops_for(g, before).add(before, g), strict=True):
+                    sums[i] = total
+            micro = known(state.micro)
+
+            def apply() -> Any:
+                mean = [None if missed else total / n for total, missed in zip(sums, misses.always(n), strict=True)]
+                new, after = inner.update(spec.unflatten(mean), state.inner, params, key=key, step=step)
+                zeros = [None if x is None else torch.zeros_like(x) for x in sums]
+                return new, AccumulateState(spec.unflatten(zeros), state.micro * 0, Misses.none(len(leaves)), after)
+
+            def hold() -> Any:
+                return params, AccumulateState(spec.unflatten(sums), state.micro + 1, misses, state.inner)
+
+            return choose(micro + 1 == n, apply, hold)
+
+        return around(inner, init, update)
+
+    return wrapper(wrap, optimizer)
+
+
+# --- apply_if_finite ----------------------------------------------------------------------------------------------------
+
+
+@struct
+class SkipState:
+    """How many updates were skipped, and the inner state."""
+
+    skipped: Any
+    inner: Any
+
+
+def apply_if_finite(optimizer: Optimizer | None = None) -> Any:
+    """Leave an update out whose gradient has a NaN or an infinity: parameters and memory, counts included, stay bit for bit as they were.
+
+    Reports `skipped` (1.0 where it was). It never waits for a device. For fp16 see `dynamic_loss_scale`.
+    """
+
+    def wrap(inner: Optimizer) -> Optimizer:
+        def init(params: Any, /) -> SkipState:
+            return counts_on(device_of(params), SkipState(0, inner.init(params)))
+
+        def update(grads: Any, state: SkipState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
+            finite = all_finite(optree.tree_leaves(grads, none_is_leaf=True))
+            report("skipped", _skipped(finite))
+            new, after = choose(
+                finite,
+                lambda: inner.update(grads, state.inner, params, key=key, step=step),
+                lambda: (params, state.inner),
+            )
+            return new, SkipState(
+                state.skipped + (~finite).to(torch.int64) if isinstance(finite, Tensor) else state.skipped + (not finite), after
+            )
+
+        return around(inner, init, update)
+
+    return wrapper(wrap, optimizer)
+
+
+def _skipped(finite: Any) -> Any:
+    return (~finite).to(torch.float32) if isinstance(finite, Tensor) else float(not finite)
+
+
+# --- lookahead ----------------------------------------------------------------------------------------------------------
+
+
+@struct
+class LookaheadState:
+    """The slow weights, the count of updates since they moved, the inner state."""
+
+    slow: Any
+    count: Any
+    inner: Any
+
+
+def lookahead(optimizer: Optimizer | None = None, *, sync_period: int = 6, slow_step_size: float = 0.5) -> Any:
+    """Lookahead (Zhang et al., 2019): each `sync_period` updates the slow weights go `slow_step_size` of the way to the fast ones.
+
+    The parameters are the fast weights, which then begin again from there.
+    """
+    if sync_period < 1 or not 0.0 <= slow_step_size <= 1.0:
+        raise ValueError(f"lookahead: sync_period is at least 1, slow_step_size from 0 to 1; got {sync_period!r} and {slow_step_size!r}")
+
+    def wrap(inner: Optimizer) -> Optimizer:
+        def init(params: Any, /) -> LookaheadState:
+            return LookaheadState(optree.tree_map(torch.clone, params), 0, inner.init(params))
+
+        def update(grads: Any, state: LookaheadState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
+            fast, after = inner.update(grads, state.inner, params, key=key, step=step)
+
+            def meet() -> Any:
+                slow = optree.tree_map(lambda s, f: s + slow_step_size * (f - s), state.slow, fast)
+                return slow, LookaheadState(slow, state.count * 0, after)
+
+            return choose(
+                known(state.count) + 1 == sync_period,
+                meet,
+                lambda: (fast, LookaheadState(state.slow, state.count + 1, after)),
+            )
+
+        return around(inner, init, update)
+
+    return wrapper(wrap, optimizer)
+
+
+# --- freeze -------------------------------------------------------------------------------------------------------------
+
+
+def freeze() -> Optimizer:
+    """The optimizer that changes nothing and remembers nothing: for the frozen part of a `partition`."""
+
+    def update(grads: Any, state: Any, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
+        return params, state
+
+    return Optimizer(lambda params, /: (), update)
+
+
+@struct
+class FreezeState:
+    """The count of updates, and the inner state."""
+
+    count: Any
+    inner: Any
+
+
+def freeze_until(step: int, optimizer: Optimizer | None = None) -> Any:
+    """Leave the parameters wholly alone for the first `step` updates, as if the loss did not reach them; then train them.
+
+    Their own moments begin at `step`, schedules have gone on meanwhile: what unfreezing a backbone does in torch.
+    """
+    begin = step
+
+    def wrap(inner: Optimizer) -> Optimizer:
+        def init(params: Any, /) -> FreezeState:
+            return FreezeState(0, inner.init(params))
+
+        def update(grads: Any, state: FreezeState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
+            nothing = optree.tree_map(lambda _: None, grads, none_is_leaf=True)
+            new, after = choose(
+                known(state.count) >= begin,
+                lambda: inner.update(grads, state.inner, params, key=key, step=step),
+                lambda: inner.update(nothing, state.inner, params, key=key, step=step),
+            )
+            return new, FreezeState(state.count + 1, after)
+
+        return around(inner, init, update)
+
+    return wrapper(wrap, optimizer)
+
+
+# --- loss scaling -------------------------------------------------------------------------------------------------------
+
+
+@struct
+class ScaleState:
+    """The factor on the loss, how many updates went well since it changed, and the inner state."""
+
+    scale: Tensor
+    good: Tensor
+    inner: Any
+
+
+def dynamic_loss_scale(
+    optimizer: Optimizer | None = None,
+    *,
+    init_scale: float = 2.0**16,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    growth_interval: int = 2_000,
+) -> Any:
+    """Loss scaling for fp16, by the rule of torch's GradScaler and without its wait for the device.
+
+    `make_train_step` multiplies the loss by the scale before it takes the gradient, `update` divides by it. A gradient that overflowed is
+    skipped, as by `apply_if_finite`, and the scale multiplied by `backoff_factor`; after `growth_interval` updates without one it is
+    multiplied by `growth_factor`. It stands first, or around all the rest: what comes after it sees gradients of the loss itself.
+    Reports `loss_scale` and `skipped`.
+    """
+    if not (init_scale > 0 and growth_factor > 1.0 > backoff_factor > 0.0 and growth_interval >= 1):
+        raise ValueError("dynamic_loss_scale: init_scale > 0, growth_factor > 1, backoff_factor between 0 and 1, growth_interval >= 1")
+
+    def wrap(inner: Optimizer) -> Optimizer:
+        if inner.scale_loss is not None:
+            raise ValueError("dynamic_loss_scale: the optimizer scales the loss already")
+
+        def init(params: Any, /) -> ScaleState:
+            device = device_of(params)
+            scale = torch.full((), init_scale, dtype=torch.float32, device=device)
+            return ScaleState(scale, torch.zeros((), dtype=torch.int64, device=device), counts_on(device, inner.init(params)))
+
+        def update(grads: Any, state: ScaleState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
+            leaves, spec = optree.tree_flatten(grads, none_is_leaf=True)
+            factor = state.scale.double().reciprocal().to(state.scale.dtype)
+            leaves = [None if g is None else (g * factor.to(g.device)).to(g.dtype) for g in leaves]
+            finite = all_finite(leaves)
+            report("loss_scale", state.scale)
+            report("skipped", _skipped(finite))
+            new, after = choose(
+                finite,
+                lambda: inner.update(spec.unflatten(leaves), state.inner, params, key=key, step=step),
+                lambda: (params, state.inner),
+            )
+            return new, ScaleState(*_adapt(state, finite), after)
+
+        def _adapt(state: ScaleState, finite: Any) -> tuple[Tensor, Tensor]:
+            well = torch.as_tensor(finite, device=state.scale.device)
+            good = torch.where(well, state.good + 1, 0)
+            grown = state.scale * growth_factor
+            grows = (good >= growth_interval) & torch.isfinite(grown)
+            least = torch.finfo(state.scale.dtype).tiny
+            scale = torch.where(well, torch.where(grows, grown, state.scale), (state.scale * backoff_factor).clamp(min=least))
+            return scale, torch.where(good >= growth_interval, 0, good)
+
+        return dataclasses.replace(around(inner, init, update), scale_loss=lambda state, loss: loss * state.scale)
+
+    return dataclasses.replace(Wrapper(wrap), scales_loss=True) if optimizer is None else wrap(optimizer)
