@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.func import vmap  # pyright: ignore[reportPrivateImportUsage]
 
 from fnrun import metrics, tree
 
+unhurried = settings(deadline=None)
 floats = st.floats(-100, 100, width=32)
 parts = st.lists(st.lists(floats, min_size=1, max_size=5), min_size=2, max_size=5)
 BUILDERS = [metrics.mean, metrics.sum, metrics.min, metrics.max, metrics.last, lambda v: metrics.mean(v, weight=2 * v.abs() + 1)]
@@ -21,6 +22,7 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("build", BUILDERS)
+@unhurried
 @given(parts=parts, split=st.integers(1, 4))
 def test_merging_is_associative(build, parts, split):
     folds = [build(torch.tensor(part)) for part in parts]
@@ -37,6 +39,7 @@ def test_merging_is_associative(build, parts, split):
     assert all(close(a, b) for a, b in zip(tree.leaves(left), tree.leaves(grouped), strict=True))
 
 
+@unhurried
 @given(parts)
 def test_merged_is_what_it_would_be_at_once(parts):
     folds = [torch.tensor(part, dtype=torch.float64) for part in parts]
@@ -95,6 +98,7 @@ def test_folds_go_through_vmap():
 # --- accuracy and confusion
 
 
+@unhurried
 @given(st.integers(0, 10**6), st.integers(1, 30), st.integers(2, 6), st.data())
 def test_accuracy_is_scikit_learns(seed, n, classes, draw):
     generator = torch.Generator().manual_seed(seed)
@@ -111,6 +115,7 @@ def test_accuracy_is_scikit_learns(seed, n, classes, draw):
     assert float(fold.compute()) == expected
 
 
+@unhurried
 @given(st.integers(0, 10**6), st.integers(0, 30), st.integers(2, 5))
 def test_confusion_is_scikit_learns(seed, n, classes):
     generator = torch.Generator().manual_seed(seed)
@@ -180,6 +185,7 @@ def folded(ticks, totals=None):
     return totals
 
 
+@unhurried
 @given(ticks)
 def test_totals_are_means_weighted_by_examples(ticks):
     found = metrics.compute(folded(ticks))
@@ -195,6 +201,7 @@ def test_totals_are_means_weighted_by_examples(ticks):
                 assert type(found["number"]) is float
 
 
+@unhurried
 @given(ticks, st.integers(0, 8))
 def test_totals_are_a_function_of_the_ticks(ticks, at):
     """Kept between any two ticks and taken up again: the same bits."""
@@ -206,6 +213,7 @@ def test_totals_are_a_function_of_the_ticks(ticks, at):
         assert tree.equal(kept, before)
 
 
+@unhurried
 @given(ticks)
 def test_a_name_is_folded_alone(ticks):
     """What else is measured changes no bit of a metric."""
@@ -213,6 +221,7 @@ def test_a_name_is_folded_alone(ticks):
     assert tree.equal(alone.get("b"), metrics.compute(folded(ticks)).get("b"))
 
 
+@unhurried
 @given(st.floats(-1e6, 1e6), st.integers(1, 1000))
 def test_the_mean_of_one_batch_is_its_value(value, n):
     found = metrics.compute(metrics.fold(None, {"x": torch.tensor(value, dtype=torch.float64), "y": value}, n))

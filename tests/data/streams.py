@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import settings
 
 from fnrun import tree
 from fnrun.data import Batches
@@ -17,6 +18,8 @@ from fnrun.rng import Key
 from fnrun.state import Cursor
 
 KEY = Key(7)
+
+unhurried = settings(deadline=None)  # on a busy machine a draw may take its time
 
 
 def take(stream: Batches, n: int, cursor: Cursor | None = None, key: Key = KEY, replay: bool = False) -> list[tuple[Any, Cursor]]:

@@ -11,7 +11,7 @@ from fnrun import data
 from fnrun.data import content
 from fnrun.rng import Key
 from fnrun.state import Cursor
-from tests.data.streams import KEY, same, take, untouched
+from tests.data.streams import KEY, same, take, unhurried, untouched
 
 
 def tree_of(rows):
@@ -23,6 +23,7 @@ def jitter(batch, key):
     return {**batch, "noise": torch.rand(2), "keyed": torch.rand(2, generator=key.generator())}
 
 
+@unhurried
 @given(st.integers(1, 12), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 10))
 def test_from_any_cursor_comes_the_tail(rows, batch_size, shuffle, drop_last, at):
     drop_last = drop_last and rows >= batch_size
@@ -31,6 +32,7 @@ def test_from_any_cursor_comes_the_tail(rows, batch_size, shuffle, drop_last, at
     assert same(take(stream, 16 - at - 1, everything[at][1]), everything[at + 1 :])
 
 
+@unhurried
 @given(st.integers(1, 12), st.integers(1, 5), st.booleans())
 def test_a_pass_has_every_row_once(rows, batch_size, shuffle):
     stream = data.arrays(tree_of(rows), batch_size, shuffle=shuffle)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, de
 from fnrun import data
 from fnrun.rng import Key
 from fnrun.state import Cursor
-from tests.data.streams import KEY, same, take, untouched
+from tests.data.streams import KEY, same, take, unhurried, untouched
 
 
 class Augmented(Dataset):
@@ -54,6 +54,7 @@ def mixed(examples):
 draws = st.sets(st.sampled_from(["torch", "numpy", "python"]))
 
 
+@unhurried
 @given(st.integers(1, 12), st.integers(1, 5), st.booleans(), st.booleans(), draws, st.integers(1, 5), st.integers(0, 8))
 def test_from_any_cursor_comes_the_tail(rows, batch_size, shuffle, drop_last, draws, rarely, at):
     drop_last = drop_last and rows >= batch_size
@@ -88,7 +89,7 @@ def test_examples_are_seeded_by_their_position():
             assert same(example, Augmented(6)[position])
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(draws, st.integers(1, 4), st.booleans())
 def test_global_generators_are_never_moved(draws, rarely, cached):
     np.random.seed(1)

@@ -7,17 +7,20 @@ from hypothesis import strategies as st
 
 from fnrun.data import permutation
 from fnrun.rng import Key
+from tests.data.streams import unhurried
 
 
 def whole(key: Key, n: int) -> np.ndarray:
     return permutation(key, n, np.arange(n))
 
 
+@unhurried
 @given(st.integers(1, 3000), st.integers())
 def test_it_is_a_permutation(n, seed):
     assert sorted(whole(Key(seed), n)) == list(range(n))
 
 
+@unhurried
 @given(st.integers(1, 10**12), st.integers(), st.data())
 def test_each_position_is_computed_alone(n, seed, draw):
     positions = np.array(draw.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))

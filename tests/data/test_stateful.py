@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fnrun import data, tree
 from fnrun.state import Cursor
-from tests.data.streams import KEY, same, take, untouched
+from tests.data.streams import KEY, same, take, unhurried, untouched
 
 
 class Shards:
@@ -40,6 +40,7 @@ class Shards:
         self.state = state
 
 
+@unhurried
 @given(st.integers(1, 4), st.booleans(), st.integers(0, 9), st.booleans())
 def test_from_any_cursor_comes_the_tail(n, resets, at, ahead):
     def stream():
@@ -51,6 +52,7 @@ def test_from_any_cursor_comes_the_tail(n, resets, at, ahead):
     assert same(take(stream(), 14 - at - 1, tree.snapshot(everything[at][1])), everything[at + 1 :])
 
 
+@unhurried
 @given(st.integers(1, 4), st.integers(0, 5))
 def test_replay_gives_the_first_pass_again_and_again(n, at):
     everything = take(data.stateful(Shards(n)), 12, replay=True)

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from fnrun import data
 from fnrun.state import Cursor
-from tests.data.streams import KEY, same, take
+from tests.data.streams import KEY, same, take, unhurried
 
 
 def listed(n):
     return data.batches([torch.tensor([float(i)]) for i in range(n)])
 
 
+@unhurried
 @given(st.integers(1, 4), st.integers(0, 9), st.booleans(), st.booleans())
 def test_from_any_cursor_comes_the_tail(n, at, ahead, replay):
     stream = listed(n).to("cpu") if ahead else listed(n)
