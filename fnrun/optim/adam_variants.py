@@ -65,8 +65,8 @@ def nadam(
         new = ops.addcdiv_(new, m, denominator, [-(h["lr"] * mu_next / (1.0 - s * mu_next)) for s in seen])
         return new, {"exp_avg": list(m), "exp_avg_sq": list(v), "mu_product": products}
 
-    slots = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like)
-    return optimizer(Rule(slots, update, scalars={"mu_product": _ones}), settings)
+    rule = Rule(dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like), update, scalars={"mu_product": _ones})
+    return optimizer(rule, settings)
 
 
 def radam(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Leaf, Settings
-from fnrun.optim.lists import known, plain, read
+from fnrun.optim.lists import eager, known
 from fnrun.reports import report
 from fnrun.rng import Key
 from fnrun.tree import join, struct
@@ -46,7 +46,7 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
     >>> params = {"x": torch.tensor([1.0])}
     >>> params, state = optimizer.update({"x": torch.tensor([2.0])}, optimizer.init(params), params)
     >>> params
-    {'x': tensor([0.9019])}
+    {'x': tensor([0.8944])}
     """
     moving = {name: value for name, value in kwargs.items() if isinstance(value, Leaf) or (callable(value) and not isinstance(value, type))}
     settings = Settings(**moving)
@@ -93,9 +93,10 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         named = _named(params)
         if not named or all(g is None for g in flat):
             return params, TorchState(hyper, state.entries, state.there)
-        if not plain(leaves, [g for g in flat if g is not None]):
+        if not eager() or (torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in flat)):
             raise RuntimeError(
-                f"from_torch({cls.__name__}): its own code runs in place: use one of fnrun.optim under torch.func or compile"
+                f"from_torch({cls.__name__}): torch's own code runs in place: take an optimizer of fnrun.optim under torch.func, "
+                "under torch.compile and where a gradient should flow through the update"
             )
         torch_optimizer, copies = build(named, values)
         for group in torch_optimizer.param_groups:
