@@ -362,7 +362,7 @@ def test_select_restores_only_what_it_names(tmp_path: Path) -> None:
 
 def test_what_is_not_selected_needs_no_class_and_may_be_empty(tmp_path: Path) -> None:
     code = """
-        import sys, fnrun.state
+        import sys
         from fnrun.checkpoint import Checkpoints
         state = Checkpoints(sys.argv[1]).restore(select=["params/**", "buffers/**", "memory/**", "step"])
         print(sorted(state.params), state.buffers, state.opt_state, state.rng, state.step, state.memory, state.position)
@@ -408,6 +408,8 @@ def test_classes_are_only_those_that_are_loaded_and_registered(tmp_path: Path) -
         "namedtuple builtins:tuple",
         "namedtuple torch:Tensor",
         "struct nowhere:X",
+        "struct fnrun.__main__:X",
+        "struct fnrun.nowhere:X",
         "object",
         "eval x:y",
         "",
@@ -734,7 +736,9 @@ def test_save_returns_before_it_is_written_and_one_is_in_flight(tmp_path: Path, 
 
     monkeypatch.setattr(store, "write", slow)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(at(1))
+        metrics = {"loss": 0.5}
+        checkpoints.save(at(1), metrics)
+        metrics.clear()
         checkpoints.prune(1)
         checkpoints.poll()
         assert [name for name in names(tmp_path) if not name.startswith(".")] == []
@@ -742,6 +746,7 @@ def test_save_returns_before_it_is_written_and_one_is_in_flight(tmp_path: Path, 
         checkpoints.save(at(2))
         assert "00000001-00000001" in names(tmp_path)
         assert checkpoints.steps() == [1, 2]
+        assert checkpoints.manifest(1).metrics == {"loss": 0.5}
     assert most == [1, 1]
 
 

@@ -85,7 +85,7 @@ class Checkpoints:
         if mode not in ("min", "max"):
             raise ValueError(f"mode is 'min' or 'max', not {mode!r}")
         step, ticks = _place(state)
-        description = codec.describe(state)
+        description, metrics = codec.describe(state), dict(metrics or {})
         ready = [torch.cuda.current_stream(device).record_event() for device in _devices(description.sources.values())]
         self._join()
         failure, self._failure = self._failure, None
@@ -97,7 +97,7 @@ class Checkpoints:
                 step=step,
                 ticks=ticks,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                metrics=scalars(metrics or {}),
+                metrics=scalars(metrics),
                 monitor=monitor,
                 mode=mode,
                 config=self.config,
