@@ -49,7 +49,7 @@ class Config:
     """of everything that is random"""
     dropout: float = 0.2
     """share of activations dropped"""
-    ema: float = 0.99
+    ema: float = 0.95
     """decay of the averaged weights that validation uses"""
     workers: int = 0
     """processes that load the training images"""

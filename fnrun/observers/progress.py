@@ -28,7 +28,7 @@ class _Progress:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[text]}"))
             # No refresh thread: a worker that is forked while it holds a lock would wait for ever.
             self._display = Progress(*columns, console=Console(), auto_refresh=False, transient=True)
             self._task = self._display.add_task("", total=1.0, text="")

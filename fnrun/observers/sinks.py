@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -48,6 +48,9 @@ class StdoutHandler(logging.StreamHandler):
 
 
 class _Console:
+    def __init__(self, hide: Sequence[str]) -> None:
+        self.hide = tuple(hide)
+
     def open(self, state: LoopState) -> None:
         if not logger.hasHandlers():
             logger.addHandler(StdoutHandler())
@@ -56,8 +59,8 @@ class _Console:
     def write(self, record: Record) -> None:
         groups: dict[str, list[str]] = {}
         for name, value in record.metrics.items():
-            if isinstance(value, (int, float)):
-                group, _, short = name.rpartition("/")
+            group, _, short = name.rpartition("/")
+            if isinstance(value, (int, float)) and short not in self.hide:
                 groups.setdefault(group, []).append(f"{short} {_short(value)}")
         parts = [f"{group}: {' '.join(values)}" if group else " ".join(values) for group, values in groups.items()]
         logger.info("epoch %d  step %d  %s", record.epoch, record.step, "  ".join(parts))
@@ -69,9 +72,9 @@ class _Console:
         pass
 
 
-def console() -> Sink:
-    """Lines for people, through the standard logger `fnrun` (to the standard output where nobody has configured logging)."""
-    return _Console()
+def console(hide: Sequence[str] = ("grad_norm", "clipped")) -> Sink:
+    """Lines for people, through the standard logger `fnrun` (to the standard output where nobody has configured logging), without `hide`."""
+    return _Console(hide)
 
 
 def _short(value: float) -> str:
