@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Leaf, Settings
-from fnrun.optim.lists import eager, known
-from fnrun.reports import report
+from fnrun.optim.lists import eager, known, note
 from fnrun.rng import Key
 from fnrun.tree import join, struct
 
@@ -101,7 +100,7 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         torch_optimizer, copies = build(named, values)
         for group in torch_optimizer.param_groups:
             group["lr"] = group["lr"] if is_one(scale) else group["lr"] * scale
-            report("lr", group["lr"])
+            note("lr", group["lr"])
         _put(torch_optimizer, copies, state)
         for p, g in zip(copies.values(), flat, strict=True):
             p.grad = None if g is None else torch.empty_like(p).copy_(g)

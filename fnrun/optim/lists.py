@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnrun.reports import report
+
 #: Where torch keeps the kernels that it does not export by name.
 kernels: Any = torch
 
@@ -125,6 +127,12 @@ def known(count: Any) -> Any:
     if type(count) is int and torch.compiler.is_compiling():
         return torch.full((), count, dtype=torch.int64)
     return read(count)
+
+
+def note(name: str, value: Any) -> None:
+    """`report`, but for code under the compiler, which cannot follow a report to where it is collected."""
+    if not torch.compiler.is_compiling():
+        report(name, value)
 
 
 def is_zero(value: Any) -> bool:

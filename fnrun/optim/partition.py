@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 from fnrun.optim.base import Optimizer, Transform
@@ -93,15 +94,10 @@ def _partition(grouped: _Groups, optimizer_of: Callable[[Any], Optimizer], label
         flat, states = spec.flatten_up_to(grads), {}
         for label in order(groups):
             members = groups.get(label, ())
-            own = None if key is None else key.fold_in("partition", label)
-            with collect() as reports:
-                new, states[label] = optimizer_of(label).update(
-                    {paths[i]: flat[i] for i in members}, state[label], {paths[i]: leaves[i] for i in members}, key=own, step=step
-                )
+            chosen = ({paths[i]: flat[i] for i in members}, state[label], {paths[i]: leaves[i] for i in members})
+            new, states[label] = _apart(label, optimizer_of(label).update, chosen, key, step)
             for i in members:
                 leaves[i] = new[paths[i]]
-            for name, value in reports.items():
-                report(f"{label}/{name}", value)
         return spec.unflatten(leaves), states
 
     def eval_params(state: Any, params: Any) -> Any:
@@ -116,6 +112,17 @@ def _partition(grouped: _Groups, optimizer_of: Callable[[Any], Optimizer], label
 
     offers = labels is not None and any(optimizer_of(label).eval_params is not None for label in labels)
     return Optimizer(init, update, eval_params=eval_params if offers else None)
+
+
+def _apart(label: Any, update: Any, arguments: tuple[Any, Any, Any], key: Any, step: int | None) -> Any:
+    """One group's update: with a key of its own, and its reports under its label."""
+    if torch.compiler.is_compiling():  # which can follow neither
+        return update(*arguments, key=key, step=step)
+    with collect() as reports:
+        result = update(*arguments, key=None if key is None else key.fold_in("partition", label), step=step)
+    for name, value in reports.items():
+        report(f"{label}/{name}", value)
+    return result
 
 
 def masked(inner: Any, mask: Labels) -> Any:

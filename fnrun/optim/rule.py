@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
-from fnrun.optim.lists import Ops, each, foreach, is_zero, kernels, known, plain, read
-from fnrun.reports import report
+from fnrun.optim.lists import Ops, each, foreach, is_zero, kernels, known, note, plain, read
 from fnrun.rng import Key
 from fnrun.tree import struct
 
@@ -91,7 +90,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         count = known(state.hyper.count)
         values = settings.at(state.hyper, count)
         values["lr"] = values["lr"] * values.pop("lr_scale")
-        report("lr", values["lr"])
+        note("lr", values["lr"])
         misses = state.misses
         missing = any(g is None for g in flat)
         if missing or not is_zero(read(misses.total)):

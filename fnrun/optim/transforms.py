@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Transform
 from fnrun.optim.hyper import Hyper, Settings, constant
-from fnrun.optim.lists import eager, ops_for
-from fnrun.reports import report
+from fnrun.optim.lists import eager, note, ops_for
 from fnrun.schedules import Schedule
 from fnrun.tree import struct
 
@@ -60,8 +59,8 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
         if not grads:
             return grads
         norm = global_norm(grads)
-        report("grad_norm", norm)
-        report("clipped", (norm > h["max_norm"]).to(norm.dtype))
+        note("grad_norm", norm)
+        note("clipped", (norm > h["max_norm"]).to(norm.dtype))
         return _times(grads, (h["max_norm"] / norm).clamp(max=1.0))
 
     return _with_settings(Settings(max_norm=max_norm), apply)
@@ -75,7 +74,7 @@ def clip_by_norm(max_norm: Hyper) -> Transform:
         if not grads:
             return grads
         factors = [(h["max_norm"] / norm).clamp(max=1.0) for norm in ops_for(grads).norm(grads)]
-        report("clipped", _share(factors))
+        note("clipped", _share(factors))
         return _times(grads, factors)
 
     return _with_settings(Settings(max_norm=max_norm), apply)
@@ -108,7 +107,7 @@ def adaptive_clip(clipping: Hyper = 0.01, eps: Hyper = 1e-3) -> Transform:
             return grads
         limits = [_unit_norm(p).clamp(min=h["eps"]) * h["clipping"] for p in params]
         factors = [(limit / _unit_norm(g).clamp(min=1e-6)).clamp(max=1.0) for limit, g in zip(limits, grads, strict=True)]
-        report("clipped", _share([factor.min() for factor in factors]))
+        note("clipped", _share([factor.min() for factor in factors]))
         return [(g * factor).to(g.dtype) for g, factor in zip(grads, factors, strict=True)]
 
     return _with_settings(Settings(clipping=clipping, eps=eps), apply)
@@ -175,7 +174,7 @@ def zero_nonfinite() -> Transform:
             return grads
         finite = [torch.isfinite(g) for g in grads]
         counts = [(~there).sum() for there in finite]
-        report("nonfinite", torch.stack([count.to(counts[0].device) for count in counts]).sum().to(torch.float32))
+        note("nonfinite", torch.stack([count.to(counts[0].device) for count in counts]).sum().to(torch.float32))
         return [torch.where(there, g, 0.0) for there, g in zip(finite, grads, strict=True)]
 
     return _with_settings(Settings(), apply)

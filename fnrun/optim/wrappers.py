@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fnrun.optim.base import Optimizer, Wrapper
-from fnrun.optim.lists import known, ops_for, read
+from fnrun.optim.lists import known, note, ops_for, read
 from fnrun.optim.rule import Misses, donation
-from fnrun.reports import report
 from fnrun.tree import struct
 
 
@@ -25,6 +24,8 @@ def choose(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]
     """`then()` or `otherwise()`; where the condition is a tensor that must not be waited for, both, selected leaf by leaf."""
     if not isinstance(condition, Tensor):
         return then() if condition else otherwise()
+    if torch.compiler.is_compiling():  # which donates by itself, and follows no context
+        return optree.tree_map(lambda a, b: _select(condition, a, b), then(), otherwise(), none_is_leaf=True)
     with donation(False):
         return optree.tree_map(lambda a, b: _select(condition, a, b), then(), otherwise(), none_is_leaf=True)
 
@@ -169,7 +170,7 @@ def apply_if_finite(optimizer: Optimizer | None = None) -> Any:
 
         def update(grads: Any, state: SkipState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
             finite = all_finite(optree.tree_leaves(grads, none_is_leaf=True))
-            report("skipped", _skipped(finite))
+            note("skipped", _skipped(finite))
             new, after = choose(
                 finite,
                 lambda: inner.update(grads, state.inner, params, key=key, step=step),
@@ -319,8 +320,8 @@ def dynamic_loss_scale(
             factor = state.scale.double().reciprocal().to(state.scale.dtype)
             leaves = [None if g is None else (g * factor.to(g.device)).to(g.dtype) for g in leaves]
             finite = all_finite(leaves)
-            report("loss_scale", state.scale)
-            report("skipped", _skipped(finite))
+            note("loss_scale", state.scale)
+            note("skipped", _skipped(finite))
             new, after = choose(
                 finite,
                 lambda: inner.update(spec.unflatten(leaves), state.inner, params, key=key, step=step),
