@@ -61,7 +61,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, *, config: Any = None) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # orbax takes no other, and the process may change its directory
         self.config = encode_config(config)
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
