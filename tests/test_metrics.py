@@ -129,6 +129,7 @@ def test_top_k_of_one_is_the_first_highest():
     labels = torch.tensor([0, 1, 2])
     assert float(metrics.accuracy(ties, labels).compute()) == pytest.approx(1 / 3)
     assert float(metrics.accuracy(ties, labels, k=2).compute()) == pytest.approx(2 / 3)
+    assert float(metrics.accuracy(torch.ones(3, 3), labels, k=2).compute()) == pytest.approx(2 / 3)
     assert float(metrics.accuracy(torch.full((4, 3), float("nan")), torch.tensor([2, 2, 1, 1]), k=2).compute()) == 0
 
 

@@ -57,6 +57,11 @@ def test_blocks_of_the_order_are_seamless(monkeypatch):
     assert same(take(data.arrays(torch.arange(100), 7, shuffle=True), 32), whole)
 
 
+def test_every_batch_draws_its_own():
+    drawn = [batch for batch, _ in take(data.arrays(torch.zeros(4), 2, transform=lambda batch, key: float(torch.rand(()))), 4)]
+    assert len(set(drawn)) == 4
+
+
 def test_replay_gives_the_same_pass():
     stream = data.arrays(torch.arange(10), 4, shuffle=True, transform=lambda batch, key: batch + torch.rand(()))
     found = take(stream, 6, Cursor(epoch=2), replay=True)

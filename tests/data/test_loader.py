@@ -80,13 +80,34 @@ def test_collation_draws_from_the_key_too():
     assert len({float(batch[1]) for batch, _ in alone}) == 7
 
 
-def test_examples_are_seeded_by_their_position():
+def test_examples_are_seeded_by_their_position_and_collation_by_its_batch():
     """The contract, spelled out: key, epoch, position in the pass."""
-    stream = data.loader(Augmented(6), 4, collate=as_is)
-    batch, _ = take(stream, 1, Cursor(epoch=2, batch=1))[0]
+    stream = data.loader(Augmented(6), 4, shuffle=True, collate=lambda examples: (examples, np.random.rand()))
+    (batch, drawn), _ = take(stream, 1, Cursor(epoch=2, batch=1))[0]
     for position, example in zip((4, 5), batch, strict=True):
         with KEY.fold_in(2, "example", position).scope(host=True):
-            assert same(example, Augmented(6)[position])
+            assert same(example, Augmented(6)[example["index"]])
+    with KEY.fold_in(2, "collate", 1).scope(host=True):
+        assert drawn == np.random.rand()
+
+
+def test_a_normal_number_that_lies_ready_is_not_taken():
+    """The second of two is in a cache: a draw would take it without moving the generator's words."""
+
+    class Late(Augmented):
+        def __getitem__(self, index):
+            return (np.random.randn(), random.gauss(0, 1)) if index == 5 else (0.0, 0.0)
+
+    found = []
+    for draw in (False, True):
+        np.random.seed(1)
+        random.seed(1)
+        if draw:
+            np.random.randn()
+            random.gauss(0, 1)
+        with untouched():
+            found.append(take(data.loader(Late(6), 2, collate=as_is), 3))
+    assert same(*found)
 
 
 @settings(max_examples=30, deadline=None)
