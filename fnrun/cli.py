@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import os
+import shutil
 import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, Union
 
@@ -44,7 +45,7 @@ class Interrupt:
         # Not through logging: a handler may hold its lock where the signal arrives.
         os.write(2, f"\n{self.signal.name}: finishing the step and saving; once more to stop at once\n".encode())
 
-    @contextmanager
+    @contextlib.contextmanager
     def listening(self) -> Iterator[Interrupt]:
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -235,7 +236,7 @@ EVALUATED = ("params/**", "buffers/**", "memory/**", "rng/**", "step", "stop", "
 # --- what people read --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def _logging(run: Run) -> Iterator[None]:
     """The logger `fnrun` to the terminal and, with the time, to the run's log."""
     from fnrun.observers.sinks import StdoutHandler
@@ -262,7 +263,16 @@ def _logging(run: Run) -> Iterator[None]:
 
 
 def _command(run: Run, verb: str, *flags: str) -> str:
-    return " ".join(["python -m", run.experiment, verb, str(run.path), *flags])
+    return " ".join([_python(), "-m", run.experiment, verb, str(run.path), *flags])
+
+
+def _python() -> str:
+    """How this interpreter is called from here: `python` where that is what the shell finds."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    with contextlib.suppress(ValueError):
+        return str(Path(sys.executable).relative_to(Path.cwd()))
+    return sys.executable
 
 
 def _summary(run: Run) -> None:

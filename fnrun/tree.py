@@ -205,9 +205,9 @@ def _differences(a: Any, b: Any, path: tuple[Any, ...]) -> Iterator[Difference]:
     elif left is None or right is None or left.kind != right.kind:
         yield Difference(join(path), "type", f"{_kind(a, left)} and {_kind(b, right)}")
     else:
-        if left.static != right.static:
+        if repr(left.static) != repr(right.static):  # as in the fingerprint: 1 is not True, a NaN is itself
             yield Difference(join(path), "static fields", f"{left.static} and {right.static}")
-        ours, theirs = (dict(zip(map(_typed, n.entries), n.children)) for n in (left, right))  # noqa: B905
+        ours, theirs = ({_typed(entry): child for entry, child in zip(n.entries, n.children, strict=True)} for n in (left, right))
         for key in [key for key in ours if key not in theirs]:
             yield Difference(join((*path, key[1])), "missing", _brief(ours[key]))
         for key in [key for key in theirs if key not in ours]:

@@ -125,7 +125,7 @@ class TestHowOften:
         streams = {"train": batches(3), "val": batches(2)}
         by_epoch = {"train": fnrun.epoch_loop(traced("T", log)), "val": fnrun.eval_loop(traced("V", log))}
         fnrun.workflow([("train", 2), ("val", 1)], times=3, **by_epoch)(fresh(), streams)
-        assert "".join(log) == "TTTTTT" "VV" "TTT" "VV"
+        assert "".join(log) == "TTTTTTVVTTTVV"
         log.clear()
         by_step = {"train": fnrun.step_loop(traced("T", log), 1), "val": fnrun.eval_loop(traced("V", log), steps=1)}
         fnrun.workflow([("train", 2), ("val", 1)], times=5, **by_step)(fresh(), streams)
@@ -170,7 +170,9 @@ class TestResuming:
         def wrapper(state, x):
             return inner(state, x)
 
-        seen, _ = states_seen(fnrun.sequence(first=fnrun.epoch_loop(train), second=wrapper), fresh(), {"first": batches(1), "second": batches(1)})
+        seen, _ = states_seen(
+            fnrun.sequence(first=fnrun.epoch_loop(train), second=wrapper), fresh(), {"first": batches(1), "second": batches(1)}
+        )
         assert "hidden" in seen[0].memory
 
     def test_the_context_of_a_program_ends_at_its_hooks(self):
@@ -216,7 +218,9 @@ class TestData:
         rows = torch.arange(8.0)
         seen, _ = states_seen(loop, fresh(), data.arrays(rows, 2))
         for other in (data.arrays(rows, 3), data.arrays(rows + 1, 2), data.arrays(rows, 2, shuffle=True)):
-            with pytest.raises(fnrun.ProgramError, match=r"the data of 'data' is not what the state's position \(epoch 0, batch 2\)") as error:
+            with pytest.raises(
+                fnrun.ProgramError, match=r"the data of 'data' is not what the state's position \(epoch 0, batch 2\)"
+            ) as error:
                 loop(seen[1], other)
             assert "8 rows, 2 a batch, in order" in str(error.value)
         state = seen[1].replace(position=seen[1].position.forget("data"))

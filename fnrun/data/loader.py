@@ -137,6 +137,8 @@ class _Fetch:
         self.dataset, self.collate, self.key = dataset, collate, key
         self.whole = _fetches_batches(dataset)
         self.drawn: list[ambient.Generator] | None = None  # not known before the first batch
+        for generator in ambient.generators():
+            generator.save()  # NumPy takes milliseconds to say where its words are: once here, not in every worker
 
     def __getitem__(self, ask: _Ask) -> Any:
         saved = [(generator, generator.save()) for generator in ambient.generators()]

@@ -49,7 +49,8 @@ class _Log:
     def _record(self, state: LoopState, path: str, values: dict[str, Any], clock: dict[str, float]) -> Record:
         prefix = path.strip("/") + "/" if path.strip("/") else ""
         streams = state.position.streams
-        epochs = [streams[prefix[:-1]].epoch] if prefix[:-1] in streams else [cursor.epoch for cursor in streams.values()]
+        cursors = [streams[prefix[:-1]]] if prefix[:-1] in streams else streams.values()
+        epochs = [cursor.epoch + (cursor.batch > 0) for cursor in cursors]  # the pass that the tick belongs to, from 1
         named = {prefix + name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
         return Record(state.position.order, state.step, max(epochs, default=0), named, clock)
 

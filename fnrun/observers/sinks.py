@@ -17,7 +17,7 @@ logger = logging.getLogger("fnrun")
 
 
 class Record(NamedTuple):
-    """One line: when in the run (`Position.order`, step, epoch), metrics by name, and what was timed."""
+    """One line: when in the run (`Position.order`, step, and the epoch at work, from 1), metrics by name, and what was timed."""
 
     order: tuple[int, ...]
     step: int

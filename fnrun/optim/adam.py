@@ -9,7 +9,7 @@ import torch
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyper, Settings, constant
 from fnrun.optim.lists import is_zero, kernels
-from fnrun.optim.rule import Rule, optimizer
+from fnrun.optim.rule import Rule, optimizer, steps
 
 
 def adam(
@@ -81,9 +81,9 @@ def _adam(lr: Hyper, betas: tuple[Hyper, Hyper], eps: Hyper, weight_decay: Hyper
 
     kernel = kernels._fused_adamw_ if decoupled else kernels._fused_adam_
 
-    def fused(p: Any, g: Any, slots: Any, h: Any, steps: Any, t: Any) -> None:
+    def fused(p: Any, g: Any, slots: Any, h: Any, t: Any) -> None:
         largest = slots["max_exp_avg_sq"] if amsgrad else []
-        kernel(p, g, slots["exp_avg"], slots["exp_avg_sq"], largest, steps, amsgrad=amsgrad, maximize=False, **h)
+        kernel(p, g, slots["exp_avg"], slots["exp_avg_sq"], largest, steps(p, t), amsgrad=amsgrad, maximize=False, **h)
 
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
     return optimizer(Rule(dict.fromkeys(names, torch.zeros_like), update, fused), settings)

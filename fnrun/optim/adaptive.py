@@ -11,7 +11,7 @@ from fnrun.optim.adam_variants import decay
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyper, Settings, constant
 from fnrun.optim.lists import is_zero, kernels
-from fnrun.optim.rule import Rule, optimizer
+from fnrun.optim.rule import Rule, optimizer, steps
 
 
 def adagrad(
@@ -36,8 +36,8 @@ def adagrad(
         rate = -h["lr"] / (1 + (t - 1) * h["lr_decay"])
         return ops.addcdiv(p, ops.mul(g, rate), ops.add_(ops.sqrt(s), h["eps"])), {"sum": list(s)}
 
-    def fused(p: Any, g: Any, slots: Any, h: Any, steps: Any, t: Any) -> None:
-        kernels._fused_adagrad_(p, g, slots["sum"], steps, maximize=False, **h)
+    def fused(p: Any, g: Any, slots: Any, h: Any, t: Any) -> None:
+        kernels._fused_adagrad_(p, g, slots["sum"], steps(p, t), maximize=False, **h)
 
     def begin(p: Tensor) -> Tensor:
         value = initial_accumulator_value

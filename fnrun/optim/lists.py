@@ -7,10 +7,12 @@ A trailing underscore says that the first list is the rule's own and not needed 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -90,7 +92,9 @@ def eager() -> bool:
     return not torch.compiler.is_compiling() and kernels._C._functorch.peek_interpreter_stack() is None
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_LEAVES = _PLAIN | {type(None)}
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def plain(*lists: Any) -> bool:
@@ -100,7 +104,36 @@ def plain(*lists: Any) -> bool:
     for tensors in lists:
         if not _PLAIN.issuperset(map(type, tensors)):
             return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for tensors in lists for t in tensors))
+    return not flows(*lists)
+
+
+def flows(*lists: Any) -> bool:
+    """Whether a gradient flows through one of these tensors."""
+    return torch.is_grad_enabled() and any(True in map(_requires_grad, tensors) for tensors in lists)
+
+
+class Flat:
+    """Flattens trees with None as a leaf. It remembers the last structure: to check a tree against one is cheaper than to find it out."""
+
+    def __init__(self) -> None:
+        self.spec: Any = None
+
+    def __call__(self, tree: Any) -> tuple[list[Any], Any]:
+        """The leaves of `tree` and its structure."""
+        spec = self.spec
+        if spec is None or torch.compiler.is_compiling():
+            return self._anew(tree)
+        try:
+            leaves = spec.flatten_up_to(tree)
+        except (ValueError, TypeError):
+            return self._anew(tree)
+        return (leaves, spec) if _LEAVES.issuperset(map(type, leaves)) else self._anew(tree)
+
+    def _anew(self, tree: Any) -> tuple[list[Any], Any]:
+        leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
+        if not torch.compiler.is_compiling():
+            self.spec = spec
+        return leaves, spec
 
 
 def ops_for(*lists: Any) -> Ops:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
-from fnrun.optim.lists import Ops, each, foreach, is_zero, kernels, known, note, plain, read
+from fnrun.optim.lists import Flat, Ops, each, flows, foreach, is_zero, kernels, known, note, plain, read
 from fnrun.rng import Key
 from fnrun.tree import struct
 
@@ -28,12 +31,12 @@ class Rule(NamedTuple):
     `slots` names what is remembered of each parameter, and makes its beginning; `scalars` names numbers that are remembered of each, kept
     together in one tensor. `update(ops, params, grads, slots, values, t)` returns the new parameters and slots (scalars among them); `t` is
     1 at the first update of these parameters. It writes to nothing but what it made itself.
-    `fused(params, grads, slots, values, steps, t)` does the same in place, with one of torch's fused kernels.
+    `fused(params, grads, slots, values, t)` does the same in place, with one of torch's fused kernels.
     """
 
     slots: Mapping[str, Callable[..., Tensor | None]]
     update: Callable[[Ops, list[Tensor], list[Tensor], Lists, dict[str, Any], Any], tuple[list[Tensor], Lists]]
-    fused: Callable[[list[Tensor], list[Tensor], Lists, dict[str, Any], list[Tensor], Any], None] | None = None
+    fused: Callable[[list[Tensor], list[Tensor], Lists, dict[str, Any], Any], None] | None = None
     scalars: Mapping[str, Callable[[list[Tensor]], Tensor]] = MappingProxyType({})
 
 
@@ -72,8 +75,13 @@ class RuleState:
     misses: Misses
 
 
+_is_none = partial(operator.is_, None)
+
+
 def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], Any] | None = None) -> Optimizer:
     """The optimizer that follows `rule`, with `lr_scale` beside its hyperparameters."""
+
+    flatten = Flat()
 
     def init(params: Any, /) -> RuleState:
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
@@ -83,7 +91,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         return RuleState(settings.init(lr_scale=1.0), slots, scalars, Misses.none(len(leaves)))
 
     def update(grads: Any, state: RuleState, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, RuleState]:
-        leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
+        leaves, spec = flatten(params)
         flat: list[Any] = spec.flatten_up_to(grads)
         slots: Lists = {name: spec.flatten_up_to(tree) for name, tree in state.slots.items()}
         slots.update(state.scalars)
@@ -92,7 +100,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         values["lr"] = values["lr"] * values.pop("lr_scale")
         note("lr", values["lr"])
         misses = state.misses
-        missing = any(g is None for g in flat)
+        missing = any(map(_is_none, flat))
         if missing or not is_zero(read(misses.total)):
             groups = list(_by_age(flat, misses))
             misses = misses.record(flat) if missing else misses
@@ -157,46 +165,54 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     """One update of all leaves at one age: by a fused kernel, by foreach kernels, or leaf by leaf out of place."""
     if not params:
         return params, slots
+    dtypes = {p.dtype for p in params}
+    if not dtypes.isdisjoint(_COMPLEX):
+        return _as_real(rule, params, grads, slots, values, t)
     if not plain(params, grads):
         return _out_of_place(rule, params, grads, slots, values, t)
-    if any(p.dtype.is_complex for p in params):
-        return _as_real(rule, params, grads, slots, values, t)
-    numbers = all(not isinstance(value, Tensor) for name, value in values.items() if name != "lr")
-    if rule.fused is not None and numbers and (kinds := _fusable(params)):
-        return _fused(rule, kinds, params, grads, slots, values, t)
-    if numbers and not isinstance(t, Tensor) and not isinstance(values["lr"], Tensor):
+    tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
+    if rule.fused is not None and dtypes <= _FUSED and (not tensors or (tensors == ["lr"] and not flows([values["lr"]]))):
+        devices = set(map(Tensor.get_device, params))
+        if len(dtypes) == len(devices) == 1:
+            if params[0].device.type in ("cpu", "cuda") and not flows(*slots.values()):
+                return _fused(rule, params, grads, slots, values, t)
+        else:
+            return _kind_by_kind(rule, params, grads, slots, values, t)
+    if not tensors and not isinstance(t, Tensor):
         new, slots = rule.update(foreach, params, grads, slots, values, t)
         return list(new), slots
     return _out_of_place(rule, params, grads, slots, values, t)
 
 
-_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FUSED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
 
 
-def _fusable(params: list[Tensor]) -> set[Any]:
-    """The kinds of tensors among `params`, each of which takes one call; empty where a fused kernel does not take one of them."""
-    kinds = {(p.dtype, p.device) for p in params}
-    return kinds if all(dtype in _FUSED_DTYPES and device.type in ("cpu", "cuda") for dtype, device in kinds) else set()
-
-
-def _fused(
-    rule: Rule, kinds: set[Any], params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any
+def _kind_by_kind(
+    rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any
 ) -> tuple[list[Any], Lists]:
+    """A fused call takes leaves of one dtype on one device."""
+    kinds: dict[Any, list[int]] = defaultdict(list)
+    for i, p in enumerate(params):
+        kinds[p.dtype, p.device].append(i)
+    return _grouped(rule, [(0, members) for members in kinds.values()], params, grads, slots, values, t - 1)
+
+
+def _fused(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any) -> tuple[list[Any], Lists]:
     assert rule.fused is not None
-    if len(kinds) > 1:
-        by_kind: dict[Any, list[int]] = defaultdict(list)
-        for i, p in enumerate(params):
-            by_kind[p.dtype, p.device].append(i)
-        return _grouped(rule, [(0, members) for members in by_kind.values()], params, grads, slots, values, t - 1)
-    with torch.no_grad():
-        new = own(params)
-        slots = {name: own(slot) for name, slot in slots.items()}  # no rule with a fused kernel has scalars
-        if not all(all(map(Tensor.is_contiguous, tensors)) for tensors in (new, grads, *slots.values())):
-            grads, slots = _like(new, grads), {name: _like(new, slot) for name, slot in slots.items()}
-        device = new[0].device
-        steps = t.to(device, torch.float32) if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=device)
-        rule.fused(new, grads, slots, values, [steps] * len(new), t)
+    new = own(params)
+    slots = {name: own(slot) for name, slot in slots.items()}  # no rule with a fused kernel has scalars
+    if not all(map(Tensor.is_contiguous, itertools.chain(new, grads, *slots.values()))):
+        grads, slots = _like(new, grads), {name: _like(new, slot) for name, slot in slots.items()}
+    rule.fused(new, grads, slots, values, t)
     return new, slots
+
+
+def steps(params: list[Tensor], t: Any) -> list[Tensor]:
+    """`t` as fused kernels want it: a float32 scalar for each parameter, here one for all."""
+    device = params[0].device
+    scalar = t.to(device, torch.float32) if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=device)
+    return [scalar] * len(params)
 
 
 def _like(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
@@ -208,8 +224,6 @@ def _out_of_place(
     rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any
 ) -> tuple[list[Any], Lists]:
     """Leaf by leaf; numbers that are tensors are float64, and results go back to the dtype that was there."""
-    if any(p.dtype.is_complex for p in params):
-        return _as_real(rule, params, grads, slots, values, t)
     device = params[0].device
     values = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
     t = t.to(device, torch.float64) if isinstance(t, Tensor) else t

@@ -48,7 +48,7 @@ def sgd(lr: Hyper = 1e-3, momentum: Hyper = 0.0, *, dampening: Hyper = 0.0, nest
             b = ops.add_(ops.mul(slots["momentum_buffer"], h["momentum"]), g, alpha=1 - h["dampening"])
         return ops.add(p, ops.add(g, b, alpha=h["momentum"]) if nesterov else b, alpha=-h["lr"]), {"momentum_buffer": list(b)}
 
-    def fused(p: Any, g: Any, slots: Any, h: Any, steps: Any, t: Any) -> None:
+    def fused(p: Any, g: Any, slots: Any, h: Any, t: Any) -> None:
         # Where only the device knows whether it is the first step, the zeros that the buffer begins with give the same, undampened.
         first = not isinstance(t, Tensor) and t == 1
         kernels._fused_sgd_(p, g, slots.get("momentum_buffer", []), nesterov=nesterov, is_first_step=first, maximize=False, **h)

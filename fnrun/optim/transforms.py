@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Transform
 from fnrun.optim.hyper import Hyper, Settings, constant
-from fnrun.optim.lists import eager, note, ops_for
+from fnrun.optim.lists import Flat, eager, note, ops_for
 from fnrun.schedules import Schedule
 from fnrun.tree import struct
 
@@ -18,12 +18,14 @@ from fnrun.tree import struct
 def _with_settings(settings: Settings, apply: Any, keyed: bool = False) -> Transform:
     """The transform that does `apply(grads, params, values, key)` to the lists of leaves that have a gradient."""
 
+    flatten = Flat()
+
     def init(params: Any, /) -> Any:
         return () if settings.fixed else settings.init()
 
     def update(grads: Any, state: Any, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
         values, state = settings.now(state)
-        leaves, spec = optree.tree_flatten(grads, none_is_leaf=True)
+        leaves, spec = flatten(grads)
         if any(g is None for g in leaves):
             there = [i for i, g in enumerate(leaves) if g is not None]
             weights = spec.flatten_up_to(params)
@@ -215,14 +217,14 @@ def trace(decay: Hyper, nesterov: bool = False) -> Transform:
     `chain(trace(0.9), sgd(lr))` is `sgd(lr, momentum=0.9)` as long as lr stays the same, and differs in nothing but its name.
     """
     constant("decay", decay)
-    settings = Settings(decay=decay)
+    settings, flatten = Settings(decay=decay), Flat()
 
     def init(params: Any, /) -> TraceState:
         return TraceState(() if settings.fixed else settings.init(), optree.tree_map(torch.zeros_like, params))
 
     def update(grads: Any, state: TraceState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
         values, hyper = settings.now(state.hyper)
-        leaves, spec = optree.tree_flatten(grads, none_is_leaf=True)
+        leaves, spec = flatten(grads)
         sums: list[Any] = spec.flatten_up_to(state.trace)
         there = [i for i, g in enumerate(leaves) if g is not None]
         if there:

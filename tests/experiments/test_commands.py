@@ -25,8 +25,8 @@ def test_train_ends_with_a_summary(finished):
     path, output = finished
     assert f"a new run in {path}" in output
     assert "val/accuracy" in output
-    assert f"evaluate  python -m experiments.digits evaluate {path} --checkpoint best" in output
-    assert f"resume    python -m experiments.digits resume {path}" in output
+    assert f" -m experiments.digits evaluate {path} --checkpoint best\n" in output
+    assert f" -m experiments.digits resume {path}\n" in output
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in path.iterdir()} == {"config.yaml", "environment.json", "checkpoints", "metrics.jsonl", "run.log", "curves.png"}
     assert "Traceback" not in output
@@ -77,7 +77,7 @@ def test_a_signal_saves_and_says_how_to_go_on(sent, code, tmp_path):
         (os.killpg if sent == signal.SIGINT else os.kill)(process.popen.pid, sent)
         assert process.finish() == code, process.output
     assert f"interrupted by {sent.name} at step" in process.output
-    assert f"python -m experiments.digits resume {path}" in process.output
+    assert f" -m experiments.digits resume {path}\n" in process.output
     assert "Traceback" not in process.output
     run("resume", path)
     run("train", *args, "--out", tmp_path / "left-alone")

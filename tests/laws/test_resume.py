@@ -178,6 +178,7 @@ class _As:
 
 def test_early_stopping_and_its_patience_survive(tmp_path):
     """The stop comes in the same round, whichever round the run was restored in."""
+
     def program():
         return fnrun.repeat(
             fnrun.sequence(val=fnrun.eval_loop(lambda state, batch: {"loss": batch[0, state.position.frames[0].ticks]})),
