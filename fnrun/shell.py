@@ -35,7 +35,7 @@ class Shell:
         self.lock = _locks.setdefault(model, threading.RLock())
         self.device_type = next((t.device.type for t in (*parameters.values(), *buffers.values())), "cpu")
         index = {id(tensor): i for i, tensor in enumerate((*parameters.values(), *buffers.values()))}
-        containers = [c for module in model.modules() for c in (module._parameters, module._buffers)]
+        containers: list[dict[str, Any]] = [c for module in model.modules() for c in (module._parameters, module._buffers)]
         entries = [(container, key, tensor) for container in containers for key, tensor in container.items()]
         self._slots = [(container, key, index[id(tensor)]) for container, key, tensor in entries if tensor is not None]
         self._empty = [(container, key) for container, key, tensor in entries if tensor is None]

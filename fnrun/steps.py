@@ -15,8 +15,7 @@ import optree
 import torch
 from torch import nn
 
-from fnrun import metrics as folds
-from fnrun import tree
+from fnrun import metrics as folds, tree
 from fnrun.reports import collect
 from fnrun.shell import Shell
 from fnrun.state import LoopState, S, TrainState

@@ -253,7 +253,7 @@ class TestErrors:
             fnrun.repeat(train, 2)(seen[0], batches(1)[0])
 
     def test_an_eval_step_in_an_epoch_loop_and_the_reverse(self):
-        with pytest.raises(TypeError, match="a step in epoch_loop returns .state, metrics.. Is it an evaluation step"):
+        with pytest.raises(TypeError, match=r"a step in epoch_loop returns .state, metrics.. Is it an evaluation step"):
             fnrun.epoch_loop(lambda state, batch: {"x": 1.0})(fresh(), batches(1))
         with pytest.raises(TypeError, match="a step in eval_loop returns metrics, a dict"):
             fnrun.eval_loop(train)(fresh(), batches(1))
@@ -271,7 +271,7 @@ class TestErrors:
         def make():
             raise TypeError("mine")
 
-        with pytest.raises(TypeError, match="^mine$") as caught:
+        with pytest.raises(TypeError, match=r"^mine$") as caught:
             fnrun.epoch_loop(train)(fresh(), make)
         assert caught.traceback[-1].name == "make"
 

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch.func import vmap  # pyright: ignore[reportPrivateImportUsage]
 
 from fnrun import metrics, tree

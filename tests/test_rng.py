@@ -7,8 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from fnrun.rng import Key
 
@@ -54,9 +53,13 @@ def test_a_scope_leaves_the_generators_as_they_were(host):
     with Key(1).scope(host=host):
         first = torch.rand(2).tolist(), *([random.random(), np.random.rand()] if host else [])
     assert state() == before
-    with pytest.raises(ZeroDivisionError), Key(1).scope(host=host):
-        torch.rand(2)
-        raise ZeroDivisionError
+
+    def fails():
+        with Key(1).scope(host=host):
+            raise ZeroDivisionError(torch.rand(2))
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert state() == before
     _ = torch.rand(5), random.random(), np.random.rand()
     with Key(1).scope(host=host):

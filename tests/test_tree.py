@@ -13,8 +13,7 @@ import numpy as np
 import optree
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch.utils import _pytree as torch_pytree
 
 from fnrun import tree
