@@ -34,25 +34,15 @@ def adafactor(
     def update(ops: Any, p: Any, g: Any, slots: Any, h: Any, t: Any) -> Any:
         fresh = t**beta2_decay
         rate = _least(h["lr"], 1 / t**0.5)
-        new, rows, columns, variances = [], [], [], []
-        for x, grad, row, column, variance in zip(p, g, slots["row_var"], slots["col_var"], slots["variance"], strict=True):
-            floor = torch.finfo(x.dtype).eps if eps[0] is None else eps[0]
-            size = _most(read(x.norm()) / x.numel() ** 0.5, eps[1]) * rate
-            if grad.ndim > 1:
-                row = _mix(row, grad.norm(dim=-1, keepdim=True).square() / grad.shape[-1], fresh)
-                column = _mix(column, grad.norm(dim=-2, keepdim=True).square() / grad.shape[-2], fresh)
-                estimate = row @ column / row.mean(dim=-2, keepdim=True).clamp(min=floor)
-            else:
-                estimate = variance = _mix(variance, grad * grad, fresh)
-            step = estimate.clamp(min=floor * floor).rsqrt() * grad
-            size = size / _most(read(step.norm()) / (step.numel() ** 0.5 * d), 1.0)
-            if not is_zero(h["weight_decay"]):
-                x = x * (1 - h["lr"] * h["weight_decay"])
-            new.append(x - size * step if isinstance(size, Tensor) else torch.add(x, step, alpha=-size))
-            rows.append(row)
-            columns.append(column)
-            variances.append(variance)
-        return new, {"row_var": rows, "col_var": columns, "variance": variances}
+        floors = [torch.finfo(x.dtype).eps if eps[0] is None else eps[0] for x in p]
+        sizes = [_most(read(norm) / x.numel() ** 0.5, eps[1]) * rate for norm, x in zip(ops.norm(p), p, strict=True)]
+        estimates, new = _variances(ops, g, slots, floors, fresh)
+        step = ops.mul_(ops.rsqrt_(ops.clamp_min_(estimates, [floor * floor for floor in floors])), g)
+        norms = [read(norm) / (x.numel() ** 0.5 * d) for norm, x in zip(ops.norm(step), step, strict=True)]
+        step = ops.mul_(step, [-size / _most(norm, 1.0) for size, norm in zip(sizes, norms, strict=True)])
+        if is_zero(h["weight_decay"]):
+            return ops.add(p, step), new
+        return ops.add_(ops.mul(p, 1 - h["lr"] * h["weight_decay"]), step), new
 
     slots = {"row_var": _row, "col_var": _column, "variance": _whole}
     return optimizer(Rule(slots, update), Settings(lr=lr, weight_decay=weight_decay))
@@ -72,8 +62,28 @@ def _whole(p: Tensor) -> Tensor | None:
     return torch.zeros_like(p) if p.ndim < 2 else None
 
 
-def _mix(old: Tensor, new: Tensor, weight: Any) -> Tensor:
-    return old + weight * (new - old) if isinstance(weight, Tensor) else torch.lerp(old, new, weight)
+def _variances(ops: Any, g: Any, slots: Any, floors: list[float], fresh: Any) -> tuple[list[Tensor], Any]:
+    """An estimate of g² for each leaf, to be written over, and the slots that it is made of."""
+    new = {name: list(slot) for name, slot in slots.items()}
+    estimates: list[Any] = [None] * len(g)
+    wide, flat = ([i for i, x in enumerate(g) if (x.ndim > 1) == many] for many in (True, False))
+    if wide:
+        for name, dim in (("row_var", -1), ("col_var", -2)):
+            means = [g[i].norm(dim=dim, keepdim=True) for i in wide]
+            means = ops.div_(ops.mul_(means, means), [g[i].shape[dim] for i in wide])
+            _put(new[name], wide, ops.lerp([slots[name][i] for i in wide], means, fresh))
+        totals = ops.clamp_min_([new["row_var"][i].mean(dim=-2, keepdim=True) for i in wide], [floors[i] for i in wide])
+        _put(estimates, wide, ops.div_([new["row_var"][i] @ new["col_var"][i] for i in wide], totals))
+    if flat:
+        squares = [g[i] * g[i] for i in flat]
+        _put(new["variance"], flat, ops.lerp([slots["variance"][i] for i in flat], squares, fresh))
+        _put(estimates, flat, ops.clone([new["variance"][i] for i in flat]))
+    return estimates, new
+
+
+def _put(into: list[Any], places: list[int], values: Any) -> None:
+    for i, value in zip(places, values, strict=True):
+        into[i] = value
 
 
 def _most(a: Any, b: float) -> Any:

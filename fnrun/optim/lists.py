@@ -67,6 +67,8 @@ _EACH = {
     "neg": torch.neg,
     "sign": torch.sign,
     "maximum": torch.maximum,
+    "rsqrt": torch.rsqrt,
+    "clamp_min": torch.clamp_min,
 }
 
 
