@@ -17,6 +17,8 @@ from fnrun.tree import join, struct
 
 # How an entry of torch's memory stands in ours, whose structure never changes: not there (yet), there, there and None.
 ABSENT, PRESENT, NOTHING = 0, 1, 2
+#: Containers without entries, and how they stand there.
+_EMPTY: dict[type, int] = {list: 3, dict: 4, tuple: 5}
 
 #: Fields of every torch optimizer that are no memory of a training.
 _MACHINERY = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
@@ -63,24 +65,19 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
             return TorchState(hyper, {}, torch.zeros(0, dtype=torch.int8))
         values = {name: value for name, value in settings.at(hyper, 0).items() if name != "lr_scale"}
         with Key(0).scope():
-            fresh, _ = build(named, values)
-            before = _memory(fresh, {})
+            before = _memory(*build(named, values))
             trial, copies = build(named, values)
             for _ in range(2):
                 for p in copies.values():
                     p.grad = torch.ones_like(p)
                 _step(trial)
-        memory = _memory(trial, copies)
-        entries = {
-            owner: {name: _blank(value, f"{cls.__name__}: {owner}/{name}") for name, value in fields.items()}
-            for owner, fields in memory.items()
-        }
-        # Of a group and of the object, what two steps changed is memory; the rest is configuration.
-        entries = {
-            owner: {n: v for n, v in fields.items() if owner not in before or not _same(before[owner].get(n), memory[owner][n])}
-            for owner, fields in entries.items()
-        }
-        entries = {owner: fields for owner, fields in entries.items() if fields}
+        entries: dict[str, dict[str, Any]] = {}
+        for owner, fields in _memory(trial, copies).items():
+            # Of a group and of the object, what two steps changed is memory; the rest is configuration.
+            old = before.get(owner, {}) if owner.startswith(("group", "object")) else {}
+            moved = {name: value for name, value in fields.items() if name not in old or not _same(old[name], value)}
+            if moved:
+                entries[owner] = {name: _blank(value, f"{cls.__name__}: {owner}/{name}") for name, value in moved.items()}
         return TorchState(hyper, entries, torch.zeros(sum(map(len, entries.values())), dtype=torch.int8))
 
     def update(grads: Any, state: TorchState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
@@ -161,23 +158,29 @@ def _memory(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> d
 
 
 def _flat(field: str, value: Any) -> list[tuple[str, Any]]:
-    paths, leaves, _ = optree.tree_flatten_with_path(value, none_is_leaf=True)
+    paths, leaves, _ = optree.tree_flatten_with_path(value, none_is_leaf=True, is_leaf=_is_empty)
     return [(join((field, *path)), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+
+
+def _is_empty(value: Any) -> bool:
+    return type(value) in _EMPTY and not value
 
 
 def _blank(value: Any, where: str) -> Any:
     """What stands for an entry that is not there yet."""
     if isinstance(value, Tensor):
         return torch.zeros_like(value.detach())
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return type(value)() if value is not None else None
+    if value is None or _is_empty(value):
+        return None
+    if isinstance(value, (bool, int, float, str)):
+        return type(value)()
     raise TypeError(f"{where} is a {type(value).__name__}, which is no data that a state can hold")
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and bool(torch.equal(a, b))
-    return type(a) is type(b) and a == b
+    return type(a) is type(b) and not isinstance(a, Tensor) and a == b
 
 
 def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: TorchState) -> None:
@@ -189,7 +192,7 @@ def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: 
             code = next(codes)
             if code != ABSENT:
                 field, _, rest = name.partition("/")
-                nested.setdefault((owner, field), {})[rest] = None if code == NOTHING else _copy(state.entries[owner][name])
+                nested.setdefault((owner, field), {})[rest] = _value(code, state.entries[owner][name])
     for (owner, field), values in nested.items():
         value = values[""] if set(values) == {""} else _nest(values)
         kind, _, rest = owner.partition(" ")
@@ -203,8 +206,17 @@ def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: 
             optimizer.state[field] = value  # pyright: ignore[reportArgumentType]
 
 
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _code(name: str, fields: Mapping[str, Any]) -> int:
+    if name not in fields:
+        return ABSENT
+    value = fields[name]
+    return NOTHING if value is None else _EMPTY[type(value)] if _is_empty(value) else PRESENT
+
+
+def _value(code: int, entry: Any) -> Any:
+    if code == PRESENT:
+        return entry.detach().clone() if isinstance(entry, Tensor) else entry
+    return next((kind() for kind, its_code in _EMPTY.items() if its_code == code), None)
 
 
 def _nest(values: dict[str, Any]) -> Any:
@@ -232,7 +244,7 @@ def _take(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state:
         for name in sorted(state.entries[owner]):
             blank = state.entries[owner][name]
             fields = memory.get(owner, {})
-            code = ABSENT if name not in fields else NOTHING if fields[name] is None else PRESENT
+            code = _code(name, fields)
             codes.append(code)
             entries[owner][name] = (
                 fields[name].detach() if isinstance(fields.get(name), Tensor) else fields[name] if code == PRESENT else blank
