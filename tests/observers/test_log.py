@@ -1,0 +1,108 @@
+"""Lines of metrics: windows, names, sinks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+import fnrun
+from fnrun import observers
+from fnrun.observers.sinks import Record
+from tests.programs import fresh
+
+
+def counted(**hooks_and_observers):
+    step = fnrun.step(lambda state, batch: (state, {"n": float(state.step), "vector": torch.tensor([1.0, float(state.step)])}))
+    return fnrun.epoch_loop(step, **hooks_and_observers)
+
+
+class Kept:
+    """A sink that keeps its records."""
+
+    def __init__(self):
+        self.records = []
+
+    def open(self, state):
+        pass
+
+    def write(self, record):
+        self.records.append(record)
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_a_line_is_the_mean_of_its_window_weighted_by_examples():
+    kept = Kept()
+    loop = fnrun.repeat(fnrun.sequence(train=counted(observers=[observers.log(2, to=[kept])])), 2)
+    loop(fresh(), {"train": [torch.zeros(1), torch.zeros(3), torch.zeros(1)]})
+    # steps 0 1 | 2 and, in the next epoch, 3 | 4 5: windows end at each second step and with the epoch
+    assert [(r.step, r.epoch, r.metrics["train/n"]) for r in kept.records] == [(2, 1, 0.75), (4, 2, 3.0), (6, 2, pytest.approx(4.25))]
+    assert kept.records[0].metrics["train/vector"] == [1.0, 0.75]
+    assert [r.order for r in kept.records] == [(2, 0, 0, 2), (4, 1, 0, 1), (6, 1, 0, 3)]
+    assert {"time", "elapsed", "seconds_per_tick"} == kept.records[0].clock.keys()
+
+
+def test_in_an_outer_loop_it_counts_rounds_and_keeps_the_names():
+    kept = Kept()
+    loop = fnrun.repeat(fnrun.sequence(train=counted()), 4, observers=[observers.log(2, to=[kept])])
+    loop(fresh(), {"train": [torch.zeros(1)]})
+    assert [(r.step, r.metrics["train/n"]) for r in kept.records] == [(2, 0.5), (4, 2.5)]
+
+
+def test_two_logs_in_one_loop_need_two_names_only_if_their_windows_differ():
+    kept = Kept()
+    counted(observers=[observers.log(1, to=[kept], name="a"), observers.log(3, to=[kept], name="b")])(fresh(), [torch.zeros(1)] * 3)
+    assert [r.metrics["n"] for r in kept.records] == [0.0, 1.0, 2.0, 1.0]
+
+
+def test_jsonl_has_no_numbers_that_json_lacks(tmp_path):
+    sink = observers.jsonl(tmp_path / "deep" / "metrics.jsonl")
+    sink.open(fresh())
+    sink.write(Record((3, 1), 3, 1, {"a": math.nan, "b": -math.inf, "c": [1.0, math.inf], "d": {"x": 1}}, {"time": 1.0}))
+    sink.flush()
+    sink.close()
+    line = json.loads((tmp_path / "deep" / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert line == {"ticks": 3, "at": "1", "step": 3, "epoch": 1, "a": "NaN", "b": "-Infinity", "c": [1.0, "Infinity"], "d": {"x": 1}, "clock": {"time": 1.0}}  # fmt: skip
+
+
+def test_jsonl_refuses_a_metric_by_the_name_of_a_field(tmp_path):
+    sink = observers.jsonl(tmp_path / "m.jsonl")
+    sink.open(fresh())
+    with pytest.raises(ValueError, match=r"metrics cannot be named \['step'\]"):
+        sink.write(Record((0,), 0, 0, {"step": 1.0}, {}))
+    sink.close()
+
+
+def test_console_prints_a_line_of_the_logger(caplog):
+    with caplog.at_level(logging.INFO, logger="fnrun"):
+        observers.console().write(
+            Record((1,), 50, 3, {"train/loss": 0.51234, "train/lr": 1e-5, "val/accuracy": 1.0, "train/clipped": 1.0}, {})
+        )
+    assert caplog.messages == ["epoch 3  step 50  train: loss 0.5123 lr 1.00e-05  val: accuracy 1.0000"]
+
+
+def test_without_configured_logging_the_console_is_the_standard_output():
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, fnrun; from fnrun import observers;"
+        "step = fnrun.step(lambda state, batch: (state, {'loss': 1.5}));"
+        "fnrun.epoch_loop(step, observers=[observers.log(1)])(fnrun.TrainState.create(torch.nn.Linear(1, 1)), [torch.zeros(1)])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "epoch 1  step 1  loss 1.5000\n"
+    assert out.stderr == ""
+
+
+def test_log_every_none():
+    with pytest.raises(ValueError, match="at least 1"):
+        observers.log(0)

@@ -1,0 +1,55 @@
+"""The assertions find what they are for: each is given something that breaks its law."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fnrun
+from fnrun.testing import assert_observers_do_not_matter, assert_resumable
+from tests.programs import fresh, train
+
+STREAM = [torch.ones(1), torch.zeros(1)]
+
+
+def test_a_hook_that_remembers_in_itself_does_not_resume():
+    class Hidden:
+        name = "hidden"
+
+        def __init__(self):
+            self.calls = 0
+
+        def init(self, state):
+            self.calls = 0
+            return {}
+
+        def after(self, state, metrics):
+            self.calls += 1
+            return state.replace(params={"x": state.params["x"] * self.calls})
+
+    with pytest.raises(AssertionError, match=r"resumed from epoch_loop / tick 1, the program ends in another state"):
+        assert_resumable(fnrun.epoch_loop(train, hooks=[Hidden()]), fresh(), STREAM, limit=2)
+
+
+def test_a_step_that_counts_its_calls_does_not_resume():
+    calls = iter(range(1000))
+
+    @fnrun.step
+    def step(state, batch):
+        return state, {"calls": float(next(calls))}
+
+    with pytest.raises(AssertionError, match="ends with other metrics"):
+        assert_resumable(fnrun.epoch_loop(step), fresh(), STREAM, restored=lambda state, like: state)
+
+
+def test_an_observer_that_writes_into_the_state_matters():
+    def meddles(state, metrics):
+        state.params["x"].add_(1.0)
+
+    with pytest.raises(AssertionError, match="without its observers, the program ends in another state"):
+        assert_observers_do_not_matter(fnrun.epoch_loop(train, observers=[meddles]), fresh(), STREAM)
+
+
+def test_a_program_in_which_nothing_happens_proves_nothing():
+    with pytest.raises(AssertionError, match="nothing to resume from"):
+        assert_resumable(fnrun.step_loop(train, 0), fresh(), STREAM)
