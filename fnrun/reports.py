@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,12 +21,15 @@ def report(name: str, value: Any) -> None:
         collected[name] = value
 
 
-@contextlib.contextmanager
-def collect() -> Iterator[dict[str, Any]]:
-    """Within, reports are collected into the dictionary that is yielded; a `collect` further in takes its own."""
-    reports: dict[str, Any] = {}
-    token = _collected.set(reports)
-    try:
-        yield reports
-    finally:
-        _collected.reset(token)
+class collect:
+    """`with collect() as reports:` collects into the dictionary `reports` what is reported within; a `collect` further in takes its own."""
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> dict[str, Any]:
+        reports: dict[str, Any] = {}
+        self._token = _collected.set(reports)
+        return reports
+
+    def __exit__(self, *exc: object) -> None:
+        _collected.reset(self._token)

@@ -6,11 +6,10 @@ not from how often somebody drew before.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import operator
 import random
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,15 +37,15 @@ class Key:
     path: bytes = b""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seed", _integer(self.seed))
         if not self.path:
+            object.__setattr__(self, "seed", _integer(self.seed))
             object.__setattr__(self, "path", _hash(b"fnrun", self.seed))
 
     def fold_in(self, *data: int | str) -> Key:
         """The key for `data`: ints of any size or strings. `fold_in(a, b)` is `fold_in(a).fold_in(b)`."""
         path = self.path
         for datum in data:
-            path = _hash(path, datum if isinstance(datum, str) else _integer(datum))
+            path = _hash(path, datum if type(datum) in (str, int) else _integer(datum))
         return Key(self.seed, path)
 
     def split(self, n: int) -> tuple[Key, ...]:
@@ -70,20 +69,31 @@ class Key:
             random.seed(self.bits)
             np.random.seed(int.from_bytes(self.path[8:12], "little"))
 
-    @contextlib.contextmanager
-    def scope(self, *, host: bool = False) -> Iterator[None]:
+    def scope(self, *, host: bool = False) -> Scope:
         """Within, the ambient generators are seeded from this key; afterwards they are as they were, also when the body raises."""
+        return Scope(self, host)
+
+
+class Scope:
+    """What `Key.scope` returns; a class and not a generator function, for each training step opens one."""
+
+    __slots__ = ("_host", "_key", "_saved")
+
+    def __init__(self, key: Key, host: bool) -> None:
+        self._key, self._host = key, host
+
+    def __enter__(self) -> None:
         saved = [(generator, generator.get_state()) for generator in _ambient()]
-        python, numpy = (random.getstate(), np.random.get_state()) if host else (None, None)
-        self.seed_ambient(host=host)
-        try:
-            yield
-        finally:
-            for generator, state in saved:
-                generator.set_state(state)
-            if python is not None and numpy is not None:
-                random.setstate(python)
-                np.random.set_state(numpy)
+        self._saved = saved, (random.getstate(), np.random.get_state()) if self._host else None
+        self._key.seed_ambient(host=self._host)
+
+    def __exit__(self, *exc: object) -> None:
+        generators, host = self._saved
+        for generator, state in generators:
+            generator.set_state(state)
+        if host is not None:
+            random.setstate(host[0])
+            np.random.set_state(host[1])
 
 
 def _ambient() -> tuple[torch.Generator, ...]:
@@ -92,7 +102,7 @@ def _ambient() -> tuple[torch.Generator, ...]:
     return (torch.default_generator,)
 
 
-def _integer(value: int) -> int:
+def _integer(value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"a key takes ints and strings, not {value!r} ({type(value).__name__})")
     return operator.index(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -111,11 +112,17 @@ class TrainState:
 
     def replace(self, **changes: Any) -> Self:
         """The state with these fields changed."""
-        return dataclasses.replace(self, **changes)
+        kept = {name: getattr(self, name) for name in _fields(type(self)) if name not in changes}
+        return type(self)(**kept, **changes)
 
     def rewind(self) -> Self:
         """The state with its open frames given up and its stop cleared: a program called on it begins anew. Streams stay where they are."""
         return self.replace(position=dataclasses.replace(self.position, frames=()), stop=None)
+
+
+@functools.cache
+def _fields(cls: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 class LoopState(Protocol):

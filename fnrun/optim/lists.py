@@ -15,6 +15,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.utils import _pytree as torch_pytree
 
 from fnrun.reports import report
 
@@ -112,6 +113,13 @@ def plain(*lists: Any) -> bool:
 def flows(*lists: Any) -> bool:
     """Whether a gradient flows through one of these tensors."""
     return torch.is_grad_enabled() and any(True in map(_requires_grad, tensors) for tensors in lists)
+
+
+def tree_map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`fn` over the leaves, None among them; by torch's own pytrees under the compiler, which cannot follow optree into every structure."""
+    if torch.compiler.is_compiling():
+        return torch_pytree.tree_map(fn, tree, *rest)
+    return optree.tree_map(fn, tree, *rest, none_is_leaf=True)
 
 
 class Flat:

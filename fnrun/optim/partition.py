@@ -34,6 +34,8 @@ class _Groups:
     def of(self, params: Any) -> tuple[list[Any], Any, list[str], dict[Any, list[int]]]:
         """The leaves of `params`, their structure and paths, and for each label the places of its leaves."""
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
+        if self.last is not None and torch.compiler.is_compiling():  # which cannot compare structures; they are those that it began with
+            return leaves, spec, self.last[2], self.last[3]
         shapes = [getattr(leaf, "shape", None) for leaf in leaves]
         last = self.last
         if last is None or last[0] != spec or last[1] != shapes:

@@ -31,13 +31,15 @@ class Rule(NamedTuple):
     `slots` names what is remembered of each parameter, and makes its beginning; `scalars` names numbers that are remembered of each, kept
     together in one tensor. `update(ops, params, grads, slots, values, t)` returns the new parameters and slots (scalars among them); `t` is
     1 at the first update of these parameters. It writes to nothing but what it made itself.
-    `fused(params, grads, slots, values, t)` does the same in place, with one of torch's fused kernels.
+    `fused(params, grads, slots, values, t)` does the same in place, with one of torch's fused kernels; where
+    the first update differs, only if the host knows `t`.
     """
 
     slots: Mapping[str, Callable[..., Tensor | None]]
     update: Callable[[Ops, list[Tensor], list[Tensor], Lists, dict[str, Any], Any], tuple[list[Tensor], Lists]]
     fused: Callable[[list[Tensor], list[Tensor], Lists, dict[str, Any], Any], None] | None = None
     scalars: Mapping[str, Callable[[list[Tensor]], Tensor]] = MappingProxyType({})
+    first_differs: bool = False
 
 
 @struct
@@ -55,8 +57,8 @@ class Misses:
         return cls(0, torch.zeros(leaves, dtype=torch.int64))
 
     def record(self, grads: Sequence[Any]) -> Misses:
-        absent = torch.tensor([g is None for g in grads])
-        return Misses(self.total + int(absent.sum()), self.each + absent.to(self.each))
+        absent = [int(g is None) for g in grads]
+        return Misses(self.total + sum(absent), self.each + torch.tensor(absent, dtype=torch.int64, device=self.each.device))
 
     def always(self, times: int) -> list[bool]:
         """Which leaves were missed each of so many times."""
@@ -171,7 +173,8 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     if not plain(params, grads):
         return _out_of_place(rule, params, grads, slots, values, t)
     tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
-    if rule.fused is not None and dtypes <= _FUSED and (not tensors or (tensors == ["lr"] and not flows([values["lr"]]))):
+    fusable = rule.fused is not None and not (rule.first_differs and isinstance(t, Tensor))
+    if fusable and dtypes <= _FUSED and (not tensors or (tensors == ["lr"] and not flows([values["lr"]]))):
         devices = set(map(Tensor.get_device, params))
         if len(dtypes) == len(devices) == 1:
             if params[0].device.type in ("cpu", "cuda") and not flows(*slots.values()):

@@ -54,4 +54,4 @@ def sgd(lr: Hyper = 1e-3, momentum: Hyper = 0.0, *, dampening: Hyper = 0.0, nest
         kernels._fused_sgd_(p, g, slots.get("momentum_buffer", []), nesterov=nesterov, is_first_step=first, maximize=False, **h)
 
     slots = {} if plain else {"momentum_buffer": torch.zeros_like}
-    return optimizer(Rule(slots, update, fused), settings)
+    return optimizer(Rule(slots, update, fused, first_differs=not is_zero(dampening)), settings)

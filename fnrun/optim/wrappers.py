@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fnrun.optim.base import Optimizer, Wrapper
-from fnrun.optim.lists import known, note, ops_for, read
+from fnrun.optim.lists import known, note, ops_for, read, tree_map
 from fnrun.optim.rule import Misses, donation
 from fnrun.tree import struct
 
@@ -25,9 +25,9 @@ def choose(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]
     if not isinstance(condition, Tensor):
         return then() if condition else otherwise()
     if torch.compiler.is_compiling():  # which donates by itself, and follows no context
-        return optree.tree_map(lambda a, b: _select(condition, a, b), then(), otherwise(), none_is_leaf=True)
+        return tree_map(lambda a, b: _select(condition, a, b), then(), otherwise())
     with donation(False):
-        return optree.tree_map(lambda a, b: _select(condition, a, b), then(), otherwise(), none_is_leaf=True)
+        return tree_map(lambda a, b: _select(condition, a, b), then(), otherwise())
 
 
 def _select(condition: Tensor, a: Any, b: Any) -> Any:
@@ -217,7 +217,7 @@ def lookahead(optimizer: Optimizer | None = None, *, sync_period: int = 6, slow_
             fast, after = inner.update(grads, state.inner, params, key=key, step=step)
 
             def meet() -> Any:
-                slow = optree.tree_map(lambda s, f: s + slow_step_size * (f - s), state.slow, fast)
+                slow = tree_map(lambda s, f: s if s is None else s + slow_step_size * (f - s), state.slow, fast)
                 return slow, LookaheadState(slow, state.count * 0, after)
 
             return choose(
@@ -263,7 +263,7 @@ def freeze_until(step: int, optimizer: Optimizer | None = None) -> Any:
             return FreezeState(0, inner.init(params))
 
         def update(grads: Any, state: FreezeState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
-            nothing = optree.tree_map(lambda _: None, grads, none_is_leaf=True)
+            nothing = tree_map(lambda _: None, grads)
             new, after = choose(
                 known(state.count) >= begin,
                 lambda: inner.update(grads, state.inner, params, key=key, step=step),
