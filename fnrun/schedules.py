@@ -33,7 +33,7 @@ _NUMBERS = SimpleNamespace(
 
 
 def _pick(values: Sequence[float], i: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=i.device)[i]
+    return torch.tensor(values, dtype=torch.float64, device=i.device)[i.long()]
 
 
 _TENSORS = SimpleNamespace(
@@ -43,7 +43,7 @@ _TENSORS = SimpleNamespace(
     least=lambda t, bound: t.clamp(min=bound),
     most=lambda t, bound: t.clamp(max=bound),
     where=torch.where,
-    count=lambda boundaries, t: sum((t >= b).to(torch.int64) for b in boundaries),
+    count=lambda boundaries, t: sum(((t >= b).to(torch.float64) for b in boundaries), torch.zeros_like(t)),
     pick=_pick,
     fill=lambda value, t: torch.full_like(t, value),
 )

@@ -192,7 +192,9 @@ def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: 
             code = next(codes)
             if code != ABSENT:
                 field, _, rest = name.partition("/")
-                nested.setdefault((owner, field), {})[rest] = _value(code, state.entries[owner][name])
+                nested.setdefault((owner, field), {})[rest] = _value(
+                    code, state.entries[owner][name], copies.get(owner.removeprefix("param "))
+                )
     for (owner, field), values in nested.items():
         value = values[""] if set(values) == {""} else _nest(values)
         kind, _, rest = owner.partition(" ")

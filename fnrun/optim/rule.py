@@ -31,15 +31,15 @@ class Rule(NamedTuple):
     `slots` names what is remembered of each parameter, and makes its beginning; `scalars` names numbers that are remembered of each, kept
     together in one tensor. `update(ops, params, grads, slots, values, t)` returns the new parameters and slots (scalars among them); `t` is
     1 at the first update of these parameters. It writes to nothing but what it made itself.
-    `fused(params, grads, slots, values, t)` does the same in place, with one of torch's fused kernels; where
-    the first update differs, only if the host knows `t`.
+    `fused(params, grads, slots, values, t)` does the same in place, with one of torch's fused kernels, where
+    `fusable(values, t)` says that it can.
     """
 
     slots: Mapping[str, Callable[..., Tensor | None]]
     update: Callable[[Ops, list[Tensor], list[Tensor], Lists, dict[str, Any], Any], tuple[list[Tensor], Lists]]
     fused: Callable[[list[Tensor], list[Tensor], Lists, dict[str, Any], Any], None] | None = None
     scalars: Mapping[str, Callable[[list[Tensor]], Tensor]] = MappingProxyType({})
-    first_differs: bool = False
+    fusable: Callable[[dict[str, Any], Any], bool] = lambda values, t: True
 
 
 @struct
@@ -173,7 +173,7 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     if not plain(params, grads):
         return _out_of_place(rule, params, grads, slots, values, t)
     tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
-    fusable = rule.fused is not None and not (rule.first_differs and isinstance(t, Tensor))
+    fusable = rule.fused is not None and rule.fusable(values, t)
     if fusable and dtypes <= _FUSED and (not tensors or (tensors == ["lr"] and not flows([values["lr"]]))):
         devices = set(map(Tensor.get_device, params))
         if len(dtypes) == len(devices) == 1:

@@ -53,5 +53,9 @@ def sgd(lr: Hyper = 1e-3, momentum: Hyper = 0.0, *, dampening: Hyper = 0.0, nest
         first = not isinstance(t, Tensor) and t == 1
         kernels._fused_sgd_(p, g, slots.get("momentum_buffer", []), nesterov=nesterov, is_first_step=first, maximize=False, **h)
 
+    def fusable(h: Any, t: Any) -> bool:
+        """The kernel takes no buffer without momentum, and has to be told when a buffer begins where that makes a difference."""
+        return plain or not (is_zero(h["momentum"]) or (isinstance(t, Tensor) and not is_zero(h["dampening"])))
+
     slots = {} if plain else {"momentum_buffer": torch.zeros_like}
-    return optimizer(Rule(slots, update, fused, first_differs=not is_zero(dampening)), settings)
+    return optimizer(Rule(slots, update, fused, fusable=fusable), settings)
