@@ -192,9 +192,7 @@ def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: 
             code = next(codes)
             if code != ABSENT:
                 field, _, rest = name.partition("/")
-                nested.setdefault((owner, field), {})[rest] = _value(
-                    code, state.entries[owner][name], copies.get(owner.removeprefix("param "))
-                )
+                nested.setdefault((owner, field), {})[rest] = _value(code, state.entries[owner][name])
     for (owner, field), values in nested.items():
         value = values[""] if set(values) == {""} else _nest(values)
         kind, _, rest = owner.partition(" ")
