@@ -218,7 +218,8 @@ def lookahead(optimizer: Optimizer | None = None, *, sync_period: int = 6, slow_
 
             def meet() -> Any:
                 slow = tree_map(lambda s, f: s if s is None else s + slow_step_size * (f - s), state.slow, fast)
-                return slow, LookaheadState(slow, state.count * 0, after)
+                again = tree_map(lambda s: s if s is None else s.clone(), slow)  # of its own: parameters may be donated
+                return again, LookaheadState(slow, state.count * 0, after)
 
             return choose(
                 known(state.count) + 1 == sync_period,
