@@ -12,13 +12,22 @@ def report(name: str, value: Any) -> None:
     """Make `value` (a tensor, a number, or a fold of `fnrun.metrics`) one of the metrics of the step under way.
 
     Callable from anywhere inside a step: a module's forward, an optimizer's update. Outside a step it does nothing.
-    Of several reports under one name the last one counts.
+    Of several reports under one name the last one counts, and a metric that the step returns under that name comes before it.
+    Raises ValueError for the name `loss`, which is the loss's own.
 
     >>> report("attention/entropy", 1.5)      # outside a step: nothing happens
     """
     collected = _collected.get()
-    if collected is not None:
-        collected[name] = value
+    if collected is None:
+        return
+    if name == "loss":
+        raise ValueError("report: 'loss' is the name of the loss itself; call the value something else")
+    collected[name] = value
+
+
+def collecting() -> object | None:
+    """What collects at the moment: the same object within one step, another within a step further in, None outside."""
+    return _collected.get()
 
 
 class collect:

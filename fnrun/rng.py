@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import os
 import random
+import threading
 from typing import Any
 
 import numpy as np
 import torch
 
 from fnrun.tree import struct
+
+
+#: The ambient generators are one for the process, and so is the module that a step borrows: who uses them holds this lock.
+ambient_lock = threading.RLock()
+
+
+def _lock_of_a_fork() -> None:
+    global ambient_lock
+    ambient_lock = threading.RLock()  # the thread that held it is not in the child
+
+
+os.register_at_fork(after_in_child=_lock_of_a_fork)
 
 
 @struct(eq=True)
@@ -70,30 +84,38 @@ class Key:
             np.random.seed(int.from_bytes(self.path[8:12], "little"))
 
     def scope(self, *, host: bool = False) -> Scope:
-        """Within, the ambient generators are seeded from this key; afterwards they are as they were, also when the body raises."""
+        """Within, the ambient generators are seeded from this key; afterwards they are as they were, also when the body raises.
+
+        Other threads wait at their own scopes meanwhile: there is one set of generators.
+        """
         return Scope(self, host)
 
 
 class Scope:
     """What `Key.scope` returns; a class and not a generator function, for each training step opens one."""
 
-    __slots__ = ("_host", "_key", "_saved")
+    __slots__ = ("_host", "_key", "_lock", "_saved")
 
     def __init__(self, key: Key, host: bool) -> None:
         self._key, self._host = key, host
 
     def __enter__(self) -> None:
+        self._lock = ambient_lock
+        self._lock.acquire()
         saved = [(generator, generator.get_state()) for generator in _ambient()]
         self._saved = saved, (random.getstate(), np.random.get_state()) if self._host else None
         self._key.seed_ambient(host=self._host)
 
     def __exit__(self, *exc: object) -> None:
         generators, host = self._saved
-        for generator, state in generators:
-            generator.set_state(state)
-        if host is not None:
-            random.setstate(host[0])
-            np.random.set_state(host[1])
+        try:
+            for generator, state in generators:
+                generator.set_state(state)
+            if host is not None:
+                random.setstate(host[0])
+                np.random.set_state(host[1])
+        finally:
+            self._lock.release()
 
 
 def _ambient() -> tuple[torch.Generator, ...]:

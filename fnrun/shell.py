@@ -7,15 +7,14 @@ looks the slots up by name at each call, and any module works unchanged.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+from fnrun import rng
+from fnrun.state import buffers_of
 
 
 class Shell:
@@ -25,42 +24,51 @@ class Shell:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        parameters, buffers = dict(model.named_parameters()), buffers_of(model)
+        named = {**parameters, **buffers}
         self.name = type(model).__name__
         self.params = tuple(parameters)
         self.trained = tuple(name for name, p in parameters.items() if p.requires_grad)
         self.buffers = tuple(buffers)
         self.modes = [(module, module.training) for module in model.modules()]
         self.eval_modes = [(module, False) for module, _ in self.modes]
-        self.lock = _locks.setdefault(model, threading.RLock())
-        self.device_type = next((t.device.type for t in (*parameters.values(), *buffers.values())), "cpu")
-        index = {id(tensor): i for i, tensor in enumerate((*parameters.values(), *buffers.values()))}
-        containers: list[dict[str, Any]] = [c for module in model.modules() for c in (module._parameters, module._buffers)]
-        entries = [(container, key, tensor) for container in containers for key, tensor in container.items()]
-        self._slots = [(container, key, index[id(tensor)]) for container, key, tensor in entries if tensor is not None]
-        self._empty = [(container, key) for container, key, tensor in entries if tensor is None]
-        # Recurrent layers keep a second list of their weights, which they make anew in a call that finds others in the slots.
-        recurrent = [module.__dict__ for module in model.modules() if isinstance(module, nn.RNNBase)]
-        self._lists = [(d, key) for d in recurrent for key in ("_flat_weights", "_flat_weight_refs") if key in d]
-        self._buffer_slots = {i: (container, key) for container, key, i in self._slots if i >= len(self.params)}
+        self.device_type = next((t.device.type for t in named.values()), "cpu")
+        index = {id(tensor): i for i, tensor in enumerate(named.values())}
+        self._slots: list[tuple[dict[str, Any], str, int]] = []
+        self._empty: list[tuple[dict[str, Any], str, str]] = []
+        for path, module in model.named_modules():
+            for container in (module._parameters, module._buffers):
+                for key, tensor in container.items():
+                    if tensor is None:
+                        self._empty.append((container, key, f"{path}.{key}".lstrip(".")))
+                    else:
+                        self._slots.append((container, key, index[id(tensor)]))
+        places = {i: (container, key) for container, key, i in self._slots}
+        self._places = [places[len(parameters) + i] for i in range(len(buffers))]
+        self._borrowed = [_Attributes(path, module) for path, module in model.named_modules()]
 
     def tensors(self, what: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """`tensors` in the order of the model's names. Raises ValueError, with the names, where the two don't match."""
         names = self.params if what == "params" else self.buffers
-        if len(tensors) != len(names) or any(name not in tensors for name in names):
-            missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
-            raise ValueError(f"the state's {what} are not those of {self.name}: missing {missing}, unexpected {extra}")
-        return [tensors[name] for name in names]
+        if len(tensors) == len(names):
+            try:
+                return [tensors[name] for name in names]
+            except KeyError:
+                pass
+        missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
+        raise ValueError(f"the state's {what} are not those of {self.name}: missing {missing}, unexpected {extra}")
 
     def run(
         self, fn: Callable[[], Any], params: list[torch.Tensor], buffers: Mapping[str, torch.Tensor], *, train: bool
     ) -> tuple[Any, dict[str, torch.Tensor]]:
-        """`fn()` while the module holds these tensors, and the buffers that it leaves behind; those passed in are never written to."""
+        """`fn()` while the module holds these tensors, and the buffers that it leaves behind; those passed in are never written to.
+
+        Raises ValueError, with the name, for a buffer that the call makes, or takes away: the state has no place for it.
+        """
         tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))]
         modes = self.modes if train else self.eval_modes
-        with self.lock:
+        with rng.ambient_lock:
             saved = [container[key] for container, key, _ in self._slots]
-            lists = [container[key] for container, key in self._lists]
             changed = [(module, module.training) for module, mode in modes if module.training != mode]
             try:
                 for container, key, i in self._slots:
@@ -69,19 +77,56 @@ class Shell:
                     for module, mode in modes:
                         module.training = mode
                 result = fn()
-                after = [self._buffer_slots[i] for i in range(len(params), len(tensors))]
-                values = [container[key] for container, key in after]
+                values = [container.get(key) for container, key in self._places]
+                strays = self._strays(values)
             finally:
+                for attributes in self._borrowed:
+                    attributes.put_back()
                 for (container, key, _), tensor in zip(self._slots, saved, strict=True):
                     container[key] = tensor
-                for container, key in self._empty:
+                for container, key, _ in self._empty:
                     container[key] = None
-                for (container, key), value in zip(self._lists, lists, strict=True):
-                    container[key] = value
                 for module, mode in changed:
                     module.training = mode
+        if strays:
+            raise ValueError(
+                f"{self.name}: the call made or took away the buffers {strays}, and the state cannot follow: give them a tensor in "
+                "__init__, or run the module once before you create the state and the step"
+            )
         # All are new, also those that nobody wrote to: batch norm's kernels write without counting up `_version`, so one cannot tell.
-        return result, {name: b.detach() if b.requires_grad else b for name, b in zip(self.buffers, values, strict=True)}
+        return result, {name: b.detach() if b.requires_grad else b for name, b in zip(self.buffers, values, strict=True)}  # pyright: ignore[reportOptionalMemberAccess,reportReturnType]  # fmt: skip
+
+    def _strays(self, values: list[Any]) -> list[str]:
+        gone = [name for name, value in zip(self.buffers, values, strict=True) if value is None]
+        filled = [path for container, key, path in self._empty if container.get(key) is not None]
+        return [*gone, *filled, *(name for attributes in self._borrowed for name in attributes.new_buffers())]
+
+
+class _Attributes:
+    """What a call may leave in a module besides tensors in slots, and how it is taken out again.
+
+    Tensors that are plain attributes (the weight of `weight_norm`, what a forward keeps for later) would keep a graph alive and tell one
+    call from the next. Recurrent layers make a second list of their weights anew in a call that finds others in the slots.
+    """
+
+    __slots__ = ("buffers", "dict", "kept", "names", "path", "size")
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path, self.dict = path, module.__dict__
+        self.buffers, self.size, self.names = module._buffers, len(module._buffers), frozenset(module._buffers)
+        lists = ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ()
+        self.kept = {k: v for k, v in self.dict.items() if isinstance(v, torch.Tensor) or k in lists}
+
+    def new_buffers(self) -> list[str]:
+        return [f"{self.path}.{key}".lstrip(".") for key in self.buffers if key not in self.names] if len(self.buffers) > self.size else []
+
+    def put_back(self) -> None:
+        for key in [key for key, value in self.dict.items() if isinstance(value, torch.Tensor) and key not in self.kept]:
+            del self.dict[key]
+        self.dict.update(self.kept)
+        if len(self.buffers) > self.size:
+            for key in [key for key in self.buffers if key not in self.names]:
+                del self.buffers[key]
 
 
 def call(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -53,11 +54,14 @@ class Position:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """What checkpoints and log lines are ordered by: the ticks, then each open loop's own. Of two states of a run, the later has the higher."""
+        """What checkpoints and log lines are ordered by: the ticks, then each open loop's own. Of two states of a run, the later has the higher.
+
+        A program that has come to its end, or has not done anything yet, is later than all that was before it at the same ticks.
+        """
         own = [frame.ticks for frame in self.frames]
         while own and not own[-1]:
             own.pop()  # a loop that has begun and done nothing yet
-        return (self.ticks, *own)
+        return (self.ticks, *own) if own else (self.ticks, sys.maxsize)
 
     def forget(self, *streams: str) -> Position:
         """The position with these streams at their beginning again, whatever they are made of."""
@@ -81,6 +85,7 @@ class TrainState:
     buffers: dict[str, torch.Tensor]
     opt_state: Any
     rng: Key
+    _: dataclasses.KW_ONLY
     step: int = 0
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     position: Position = dataclasses.field(default_factory=Position)
@@ -104,7 +109,7 @@ class TrainState:
         trained = {name: params[name] for name, p in named.items() if p.requires_grad}
         return cls(
             params=params,
-            buffers={name: b.detach().clone() for name, b in model.named_buffers()},
+            buffers={name: b.detach().clone() for name, b in buffers_of(model).items()},
             opt_state=optimizer.init(trained) if optimizer is not None else None,
             rng=Key(seed),
             **fields,
@@ -120,16 +125,20 @@ class TrainState:
         return self.replace(position=dataclasses.replace(self.position, frames=()), stop=None)
 
 
+def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of `model` by name; one that is a parameter's tensor too is a parameter."""
+    params = {id(p) for p in model.parameters()}
+    return {name: b for name, b in model.named_buffers() if id(b) not in params}
+
+
 @functools.cache
 def _fields(cls: Any) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(cls))
 
 
 class LoopState(Protocol):
-    """What loops need of a state, whatever else it holds."""
+    """What loops need of a state, whatever else it holds. One without a `rng` draws the order of its data from `Key(0)`."""
 
-    @property
-    def rng(self) -> Key: ...
     @property
     def step(self) -> int: ...
     @property

@@ -11,12 +11,14 @@ import hashlib
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, dataclass_transform, overload
 
 import numpy as np
 import optree
 import optree.dataclasses
 import torch
+from optree.registry import __GLOBAL_NAMESPACE as EVERYWHERE  # pyright: ignore[reportPrivateUsage]
 from torch.utils import _pytree as torch_pytree
 
 T = TypeVar("T")
@@ -54,34 +56,47 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
     if cls is None:
         return lambda cls: struct(cls, eq=eq)  # pyright: ignore[reportCallIssue]
     cls = dataclasses.dataclass(frozen=True, slots=True, eq=eq)(cls)
-    optree.dataclasses.register_node(cls, namespace="")
-    fields = dataclasses.fields(cls)
-    names = tuple(f.name for f in fields if f.metadata.get("pytree_node", True))
-    statics = tuple(f.name for f in fields if f.name not in names)
+    names = tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("pytree_node", True))
+    statics = tuple(f.name for f in dataclasses.fields(cls) if f.name not in names)
 
-    def flatten(node: Any) -> tuple[list[Any], Any]:
-        return [getattr(node, name) for name in names], tuple(getattr(node, name) for name in statics)
+    def flatten(node: Any) -> tuple[list[Any], Any, tuple[str, ...]]:
+        return [getattr(node, name) for name in names], tuple(getattr(node, name) for name in statics), names
 
-    def unflatten(children: Any, context: Any) -> Any:
-        return cls(**dict(zip(names, children, strict=True)), **dict(zip(statics, context, strict=True)))
+    def unflatten(context: Any, children: Any) -> Any:
+        # Past `__init__`: what stands in a field while a tree is mapped (a mask, an axis, a spec) need not be a valid value.
+        node = object.__new__(cls)
+        for name, value in (*zip(names, children, strict=True), *zip(statics, context, strict=True)):
+            object.__setattr__(node, name, value)
+        return node
 
     def flatten_with_keys(node: Any) -> Any:
-        children, context = flatten(node)
-        return [(torch_pytree.GetAttrKey(n), c) for n, c in zip(names, children, strict=True)], context
+        return [(torch_pytree.GetAttrKey(name), getattr(node, name)) for name in names], flatten(node)[1]
 
-    name = class_name(cls)
-    torch_pytree.register_pytree_node(cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)
-    _structs[name] = cls
+    optree.register_pytree_node(cls, flatten, unflatten, path_entry_type=optree.DataclassEntry, namespace=EVERYWHERE)
+    torch_pytree.register_pytree_node(
+        cls, lambda node: flatten(node)[:2], lambda children, context: unflatten(context, children), flatten_with_keys_fn=flatten_with_keys
+    )
+    _structs[class_name(cls)] = cls
     return cls
+
+
+def module_name(module: str) -> str:
+    """The name by which others import `module`; it differs only for the one that runs as `__main__`."""
+    if module != "__main__":
+        return module
+    main = sys.modules["__main__"]
+    if spec := getattr(main, "__spec__", None):
+        return spec.name.removesuffix(".__main__")
+    try:
+        parts = Path(main.__file__ or "").resolve().relative_to(Path.cwd()).with_suffix("").parts
+    except (AttributeError, ValueError):
+        return module
+    return ".".join(parts) if parts and all(part.isidentifier() for part in parts) else module
 
 
 def class_name(cls: type) -> str:
     """`module:qualname`, with the real name of a module that runs as `__main__`: the same in the run and in what imports it later."""
-    module = cls.__module__
-    if module == "__main__":
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        module = spec.name.removesuffix(".__main__") if spec else module
-    return f"{module}:{cls.__qualname__}"
+    return f"{module_name(cls.__module__)}:{cls.__qualname__}"
 
 
 def struct_class(name: str) -> type | None:

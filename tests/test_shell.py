@@ -77,6 +77,8 @@ def test_the_module_is_put_back_also_when_it_raises():
         def forward(self, x):
             self.seen.add_(1)
             self.none = torch.ones(1)
+            self.register_buffer("new", torch.ones(1))
+            self.kept = self.weight * 2
             raise RuntimeError("in the forward")
 
     model = Fails()
@@ -87,6 +89,8 @@ def test_the_module_is_put_back_also_when_it_raises():
     assert model.seen is seen
     assert model.seen.item() == 0
     assert model.none is None
+    assert not hasattr(model, "new")
+    assert not hasattr(model, "kept")
 
 
 def test_modes_are_those_of_when_the_step_was_made():
@@ -106,6 +110,54 @@ def test_names_that_do_not_match_are_named():
         fnrun.call(model, {"weight": torch.ones(2, 2), "biass": torch.ones(2)}, {}, torch.ones(1, 2))
 
 
+class Strays(nn.Module):
+    def __init__(self, do):
+        super().__init__()
+        self.do = do
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("none", None)
+
+    def forward(self, x):
+        self.do(self)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("do", "name"),
+    [
+        (lambda m: setattr(m, "none", torch.ones(1)), "none"),
+        (lambda m: m.register_buffer("new", torch.ones(1)), "new"),
+        (lambda m: setattr(m, "seen", None), "seen"),
+    ],
+)
+def test_a_buffer_that_a_call_makes_or_takes_away_is_named(do, name):
+    model = Strays(do)
+    with pytest.raises(ValueError, match=rf"made or took away the buffers \['0.{name}'\].*run the module once"):
+        fnrun.call(nn.Sequential(model), {}, {"0.seen": torch.ones(1)}, 0)
+    assert set(model._buffers) == {"seen", "none"}
+    assert model.none is None
+
+
+def test_a_buffer_that_is_a_parameter_is_the_parameter():
+    model = nn.Linear(2, 2, bias=False)
+    model.register_buffer("alias", model.weight)
+    optimizer = fnrun.optim.sgd(0.5)
+    state = fnrun.TrainState.create(model, optimizer)
+    assert state.buffers == {}
+    after, _ = fnrun.make_train_step(model, lambda model, x: model.alias.sum() + model(x).sum() * 0, optimizer)(state, torch.ones(1, 2))
+    assert torch.equal(after.params["weight"], state.params["weight"] - 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_old_weight_norm_leaves_no_graph_behind():
+    model = torch.nn.utils.weight_norm(nn.Linear(2, 2))
+    with torch.no_grad():
+        model(torch.ones(1, 2))
+    params, buffers = tensors(model)
+    fnrun.call(model, {n: p.requires_grad_() for n, p in params.items()}, buffers, torch.ones(1, 2))
+    assert not model.weight.requires_grad
+
+
 def test_two_threads_may_call_one_module():
     model = nn.Linear(4, 4, bias=False)
     results = {}
@@ -121,3 +173,27 @@ def test_two_threads_may_call_one_module():
     for t in threads:
         t.join()
     assert results == {1: {4.0}, 2: {8.0}, 3: {12.0}}
+
+
+def test_two_threads_give_the_bits_of_one():
+    """Steps of two modules that share a layer, with dropout: the generators are one for the process."""
+    shared = nn.Linear(4, 4)
+    models = [nn.Sequential(shared, nn.Dropout(0.5)), nn.Sequential(shared, nn.Dropout(0.5), nn.Linear(4, 4))]
+    optimizer = fnrun.optim.sgd(0.1)
+    steps = [fnrun.make_train_step(m, lambda m, x: m(x).square().mean(), optimizer) for m in models]
+    states = [fnrun.TrainState.create(m, optimizer, seed=i) for i, m in enumerate(models)]
+    expected = [fnrun.tree.fingerprint(step(state, torch.ones(2, 4))[0]) for step, state in zip(steps, states, strict=True)]
+    before, weight, found = torch.get_rng_state(), shared.weight, [set(), set()]
+
+    def work(i):
+        for _ in range(60):
+            found[i].add(fnrun.tree.fingerprint(steps[i](states[i], torch.ones(2, 4))[0]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert found == [{expected[0]}, {expected[1]}]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert shared.weight is weight
