@@ -11,13 +11,15 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any, ClassVar
 
 from fnrun import metrics as folds
 from fnrun.data import Batches
-from fnrun.program import Here, Hook, Observer, Program, ProgramError, Unwind, here
+from fnrun.program import ASIDE, Here, Hook, Observer, Program, ProgramError, Unwind, here, spy
+from fnrun.reports import collecting
 from fnrun.state import Cursor, Frame, Position, S
+from fnrun.steps import is_step
 
 Metrics = dict[str, Any]
 AnyHook = Hook | Callable[[Any, Metrics], Any]
@@ -39,17 +41,27 @@ class Loop:
     over_data: ClassVar[bool] = False  # whether x is a stream of batches
 
     def __post_init__(self) -> None:
+        for what, parts in (("hooks", self.hooks), ("observers", self.observers)):
+            if not isinstance(parts, (list, tuple)):
+                raise TypeError(f"{what}= takes a list, not {parts!r}")
         hooks = tuple(_flatten(self.hooks))
         for part, what in [*((hook, "hook") for hook in hooks), *((observer, "observer") for observer in self.observers)]:
-            if not callable(part) and not isinstance(part, Hook):
-                raise TypeError(f"{part!r} is no {what}: it is not callable, nor does it have name, init and after")
+            if isinstance(part, Loop) or (not callable(part) and not isinstance(part, Hook)):
+                raise TypeError(
+                    f"{part!r} is no {what}: a {what} is a function of (state, metrics), or has the methods of fnrun.{what.title()}"
+                )
+        names = [getattr(observer, "name", None) for observer in self.observers if hasattr(observer, "fold")]
+        if None in names or len(set(names)) < len(names):
+            raise ValueError(f"observers of one loop that fold need names of their own, to keep what they gather: {names}")
         object.__setattr__(self, "hooks", hooks)
         object.__setattr__(self, "observers", tuple(sorted(self.observers, key=_saves)))
 
     def __call__(self, state: S, data: Any, *, interrupt: Callable[[], str | None] | None = None) -> tuple[S, Metrics]:
         at = here.get()
-        if at is None or len(state.position.frames) < at.depth:  # a state that did not come down this path is of a program of its own
+        if at is None:
             return _outermost(self, state, data, interrupt)
+        if at is ASIDE or at.program.reports is not collecting() or len(state.position.frames) < at.depth:
+            return _aside(self, state, data, interrupt)
         return self._run(at.program.begin(_loops(self), state), data, at)
 
     # What a combinator says of itself: steps within, where it ends, and what a tick is.
@@ -90,6 +102,9 @@ class Loop:
     def _run(self, state: Any, data: Any, at: Here) -> tuple[Any, Any]:
         depth, program = at.depth, at.program
         name = f"{self.kind} {at.path or '/'}"
+        if at.opened is not None:
+            at.opened.append(name)
+            name += f" #{len(at.opened)}" if len(at.opened) > 1 else ""
         frames = state.position.frames
         if len(frames) == depth:
             state = _framed(state, (*frames, Frame(name)))
@@ -99,7 +114,7 @@ class Loop:
         befores = [getattr(hook, "before") for hook in self.hooks if hasattr(hook, "before")]  # noqa: B009
         afters = [hook.after if isinstance(hook, Hook) else hook for hook in self.hooks]
         gatherers: list[Any] = [observer for observer in self.observers if hasattr(observer, "fold")]
-        token = here.set(None)  # a loop that a hook or an observer calls is no part of this program
+        token = here.set(ASIDE)  # a loop that a hook or an observer calls is no part of this program
         try:
             while True:
                 if reason := state.stop or (program.interrupt() if program.interrupt is not None else None):
@@ -119,14 +134,15 @@ class Loop:
                     raise elsewhere(state, program)
                 examples = folds.examples(x) if self.over_data else 1
                 program.examples += examples
-                gathered = {o.name: o.fold(frame.folds.get(o.name), before, metrics, examples) for o in gatherers}
+                plain = self._plain(metrics) if afters or self.observers else {}
+                gathered = {o.name: o.fold(frame.folds.get(o.name), before, plain, examples) for o in gatherers}
                 totals = self._total(frame.totals, metrics, examples)
                 frame = Frame(name, frame.ticks + 1, totals, gathered, self._next_member(frame))
                 position = state.position
                 moved = position.streams if streams is None else {**position.streams, **streams}
                 state = state.replace(position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data))
                 if afters or self.observers:
-                    values = folds.values(metrics) if isinstance(metrics, dict) else {"outputs": metrics}
+                    values = self._values(plain, metrics)
                     for hook in afters:
                         state = hook(state, values)
                     for observer in self.observers:
@@ -142,8 +158,16 @@ class Loop:
     def _close(self, state: Any, data: Any, at: Here) -> Any:
         return state
 
+    def _plain(self, metrics: Any) -> dict[str, Any]:
+        """The metrics without what predicting loops within have put out."""
+        return {name: value for name, value in metrics.items() if not isinstance(value, list)}
+
+    def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
+        """What hooks and observers are given."""
+        return folds.values(plain)
+
     def _call(self, step: AnyStep, state: Any, x: Any, at: Here) -> Any:
-        token = here.set(at)
+        token = here.set(at._replace(opened=[]))
         try:
             return step(state, x)
         finally:
@@ -170,7 +194,7 @@ class _OverData(Loop):
         return at.over_batch
 
     def _stream(self, data: Any, at: Here) -> tuple[str, Batches]:
-        name, stream = at.program.stream(data, at.path)
+        name, stream = at.program.stream(data, at)
         return (f"{self.kind} {name}" if self._passing(at) else name), stream
 
     def _cursor(self, state: Any, frame: Frame, data: Any, at: Here) -> Cursor:
@@ -193,6 +217,9 @@ class _OverData(Loop):
                 "Is it an evaluation step? Those belong in eval_loop"
             )
         return result
+
+    def _plain(self, metrics: Any) -> dict[str, Any]:
+        return metrics
 
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
         return folds.fold(totals, metrics, examples)
@@ -277,6 +304,12 @@ class _PredictLoop(_EvalLoop):
 
     def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
         return state, self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True))
+
+    def _plain(self, metrics: Any) -> dict[str, Any]:
+        return {}
+
+    def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
+        return {"outputs": metrics}
 
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
         return (*(totals or ()), metrics)
@@ -488,7 +521,7 @@ def repeat(
     return _Repeat(step=step, times=None if times is None else _count(times, "times"), until=until, hooks=hooks, observers=observers)
 
 
-def sequence(hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), **steps: AnyStep) -> Loop:
+def sequence(*, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), **steps: AnyStep) -> Loop:
     """`steps` one after the other: their names pick the data (`data["train"]`) and prefix the metrics (`train/loss`)."""
     return _Sequence(steps=_members(steps), hooks=hooks, observers=observers)
 
@@ -513,7 +546,7 @@ def every(n: int | Sequence[tuple[int, int]], step: AnyStep, *, begin: int = 1, 
     `n` may change: `[(0, 5), (20, 1)]` is each 5th, and from round 20 each. Outside a repeat it always works; where the repeat's end is not
     known (`until`) there is no last round.
     """
-    intervals = ((0, n),) if isinstance(n, int) else tuple(sorted(n))
+    intervals = ((0, n),) if isinstance(n, int) else tuple(sorted(n)) if isinstance(n, (list, tuple)) else ()
     if not intervals or any(interval < 1 for _, interval in intervals):
         raise ValueError(f"every: an interval is at least 1 round, not {n!r}")
     return _Every(intervals, step, begin, last)
@@ -536,7 +569,7 @@ def _members(steps: Mapping[str, AnyStep]) -> dict[str, AnyStep]:
 
 def _flatten(hooks: Iterable[Any]) -> Iterator[Any]:
     for hook in hooks:
-        if isinstance(inner := getattr(hook, "hooks", None), tuple) and not isinstance(hook, Hook):
+        if isinstance(inner := getattr(hook, "composed_hooks", None), tuple):
             yield from _flatten(inner)
         else:
             yield hook
@@ -551,10 +584,10 @@ def _saves(observer: Any) -> bool:
 
 def _outermost(loop: Loop, state: S, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[S, Any]:
     program = Program(loop, state, interrupt)
-    token = here.set(None)
+    loops = _loops(loop)
+    token = here.set(ASIDE)
     try:
-        loops = _loops(loop)
-        program.latest = state = program.begin(loops, state)
+        program.latest = state = program.begin(_hidden(loop), program.begin(loops, state), hidden=True)
         if any(isinstance(each, (_EpochLoop, _StepLoop)) for each in loops):  # an evaluation has no hooks, and reads what they remember
             program.unclaimed(state)
         result = loop._run(state, data, Here(program))
@@ -570,27 +603,54 @@ def _outermost(loop: Loop, state: S, data: Any, interrupt: Callable[[], str | No
     return result
 
 
-def is_step(step: Any) -> bool:
-    """Whether `step` is known to hold no loops: fnrun's own steps, and what says so of itself."""
-    return getattr(step, "is_step", False)
+def _aside(loop: Loop, state: Any, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[Any, Any]:
+    """A program of its own, run by a hook, an observer or a step of another: the open frames are not its, and come back with its result."""
+    frames = state.position.frames
+    watching = spy.set(None)
+    try:
+        end, metrics = _outermost(loop, _framed(state, ()), data, interrupt)
+    finally:
+        spy.reset(watching)
+    return (_framed(end, frames) if frames else end), metrics
 
 
-def _loops(step: Any, seen: frozenset[int] = frozenset()) -> list[Loop]:
-    """The loops of a program, outermost first, as far as they can be seen: through wrappers by what they close over.
+def _loops(step: Any) -> list[Loop]:
+    """The loops of a program that stand in it openly, outermost first."""
+    if not isinstance(step, (Loop, _Every)):
+        return []
+    inner = [loop for _, each in step.inner() for loop in _loops(each)]
+    return [step, *inner] if isinstance(step, Loop) else inner
 
-    One that is hidden better than that begins when it is first called.
+
+def _hidden(step: Any, seen: frozenset[int] = frozenset()) -> list[Loop]:
+    """The loops that wrappers hold: in what they close over, were given, belong to or name.
+
+    Their hooks begin with the program, so that a state remembers them from the start. What is hidden better begins when it is called.
     """
     if id(step) in seen or is_step(step):
         return []
     seen = seen | {id(step)}
     if isinstance(step, (Loop, _Every)):
-        inner = [loop for _, each in step.inner() for loop in _loops(each, seen)]
-        return [step, *inner] if isinstance(step, Loop) else inner
+        return [loop for _, each in step.inner() for loop in _hidden(each, seen)]
+    found: list[Loop] = []
+    for each in _held(step):
+        if isinstance(each, (Loop, _Every)):
+            found += [*_loops(each), *_hidden(each, seen)]
+        elif isinstance(each, (FunctionType, MethodType, functools.partial)):
+            found += _hidden(each, seen)
+    return found
+
+
+def _held(step: Any) -> Iterable[Any]:
     if isinstance(step, functools.partial):
-        held = [step.func, *step.args, *step.keywords.values()]
-    else:
-        held = [cell.cell_contents for cell in getattr(step, "__closure__", None) or () if cell != CellType()]
-    return [loop for each in held if isinstance(each, (Loop, _Every, FunctionType, functools.partial)) for loop in _loops(each, seen)]
+        return [step.func, *step.args, *step.keywords.values()]
+    if isinstance(step, MethodType):
+        return [step.__func__, *getattr(step.__self__, "__dict__", {}).values()]
+    if isinstance(step, FunctionType):
+        cells = [cell.cell_contents for cell in step.__closure__ or () if cell != CellType()]
+        named = [step.__globals__.get(name) for name in step.__code__.co_names]
+        return [*cells, *(step.__defaults__ or ()), *(each for each in named if isinstance(each, (Loop, _Every)))]
+    return getattr(step, "__dict__", {}).values()
 
 
 def elsewhere(state: Any, program: Program) -> ProgramError:
@@ -620,4 +680,10 @@ def _drawn(name: str, step: Any, depth: int) -> Iterator[str]:
     if isinstance(step, Loop):
         for what, parts in (("hook", step.hooks), ("observer", step.observers)):
             for part in parts:
-                yield f"{indent}  {what} {getattr(part, 'name', None) or getattr(part, '__qualname__', type(part).__name__)}"
+                yield f"{indent}  {what} {_named(part)}"
+
+
+def _named(part: Any) -> str:
+    if hasattr(part, "hook"):  # one that acts now and then: it goes by the name of what it holds back
+        return f"{_named(part.hook)}, now and then"
+    return getattr(part, "name", None) or getattr(part, "__qualname__", type(part).__name__)

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from fnrun.data import Batches, as_batches
+from fnrun.reports import collecting
+from fnrun.rng import Key
 from fnrun.state import Cursor, LoopState
 
 
@@ -52,9 +54,12 @@ class Here(NamedTuple):
     path: str = ""
     round: tuple[int, int | None] | None = None  # of the nearest repeat: its index, and how many there are where that is known
     over_batch: bool = False  # within a loop over data: what comes down is one of its batches
+    opened: list[str] | None = None  # the loops that this one call has opened so far; a wrapper may open several, one after the other
 
 
+#: None outside of every program; where a hook, an observer or a lawful step of a program runs, `ASIDE`.
 here: ContextVar[Here | None] = ContextVar("here", default=None)
+ASIDE: Any = Here(None)  # pyright: ignore[reportArgumentType]
 
 
 #: Called with the finished state of every tick, at every depth: for `fnrun.testing`, which must see loops that it was not given.
@@ -89,8 +94,9 @@ class Program:
         self.latest: Any = state
         self.examples = 0  # that went through the loops in this call
         self.lengths: dict[str, int | None] = {}  # how many ticks a frame's loop will have, by the frame's name, where that is known
+        self.reports = collecting()
         self._spy = spy.get()
-        self._streams: dict[str, tuple[Any, Batches]] = {}
+        self._streams: dict[tuple[str, int], tuple[Any, Batches]] = {}  # by path and depth: the data of a loop
         self._made: dict[int, tuple[Any, Any]] = {}  # by a function's id, which is its own as long as the function is held here
         self._live: dict[str, Live] = {}
         self._begun: dict[int, Any] = {}
@@ -105,15 +111,18 @@ class Program:
 
     # --- hooks and observers
 
-    def begin(self, loops: Iterable[Any], state: Any) -> Any:
-        """Give each new hook its first memory, and open each new observer. Safe to call again: what has begun is left alone."""
-        fresh = [loop for loop in loops if id(loop) not in self._begun]
-        for loop in fresh:
-            self._begun[id(loop)] = loop
-            for hook in loop.hooks:
-                if isinstance(hook, Hook):
-                    state = self._remember(hook, state)
-        for observer in [o for loop in fresh for o in loop.observers]:
+    def begin(self, loops: Iterable[Any], state: Any, *, hidden: bool = False) -> Any:
+        """Give each new hook its first memory and, unless the loops are hidden in wrappers and may never run, open each new observer.
+
+        Safe to call again: what has begun is left alone.
+        """
+        for loop in loops:
+            if id(loop) not in self._begun:
+                self._begun[id(loop)] = loop
+                for hook in loop.hooks:
+                    if isinstance(hook, Hook):
+                        state = self._remember(hook, state)
+        for observer in [] if hidden else [o for loop in loops for o in loop.observers]:
             if not any(observer is known for known in self._observers):
                 self._observers.append(observer)
                 if hasattr(observer, "open"):
@@ -166,17 +175,17 @@ class Program:
 
     # --- streams
 
-    def stream(self, value: Any, path: str) -> tuple[str, Batches]:
-        """The name and the stream of the data at `path`; a function that makes the stream is called once."""
-        known = self._streams.get(path)
+    def stream(self, value: Any, at: Here) -> tuple[str, Batches]:
+        """The name and the stream of the data of the loop at `at`; a function that makes the stream is called once."""
+        known = self._streams.get((at.path, at.depth))
         if known is None or known[0] is not value:
             made = self._make(value)
             try:
                 stream = as_batches(made)
             except TypeError as error:
-                raise TypeError(f"data at {path.removeprefix('/') or 'the top'!r}: {error}") from None
-            known = self._streams[path] = (value, stream)
-        return known[1].name or path.removeprefix("/") or "data", known[1]
+                raise TypeError(f"data at {at.path.removeprefix('/') or 'the top'!r}: {error}") from None
+            known = self._streams[at.path, at.depth] = (value, stream)
+        return known[1].name or at.path.removeprefix("/") or "data", known[1]
 
     def _make(self, value: Any) -> Any:
         if not callable(value) or hasattr(value, "iterate"):
@@ -204,7 +213,8 @@ class Program:
         if live is None or live.stream is not stream or (live.epoch, live.batch) != (cursor.epoch, cursor.batch):
             if live is not None:
                 getattr(live.iterator, "close", lambda: None)()
-            live = Live(stream, stream.iterate(state.rng.fold_in("data", name), cursor, replay=replay), cursor.epoch, cursor.batch)
+            key = getattr(state, "rng", Key(0)).fold_in("data", name)
+            live = Live(stream, stream.iterate(key, cursor, replay=replay), cursor.epoch, cursor.batch)
         try:
             batch, after = next(live.iterator)
         except StopIteration:

@@ -18,7 +18,6 @@ import torch
 
 from fnrun.tree import struct
 
-
 #: The ambient generators are one for the process, and so is the module that a step borrows: who uses them holds this lock.
 ambient_lock = threading.RLock()
 

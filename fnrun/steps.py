@@ -6,6 +6,7 @@ import functools
 import itertools
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +19,7 @@ from torch import nn
 from fnrun import metrics as folds, tree
 from fnrun.reports import collect
 from fnrun.shell import Shell
-from fnrun.state import LoopState, S, TrainState
+from fnrun.state import S, TrainState
 
 if TYPE_CHECKING:
     from fnrun.optim import Optimizer
@@ -38,8 +39,48 @@ class EvalStep(Protocol):
     def __call__(self, state: Any, batch: Any, /) -> Metrics: ...
 
 
-#: How many first calls of a step are watched for Python's and NumPy's generators: looking costs 100 us, a step should not.
-WATCHED_CALLS = 3
+class _Watch:
+    """Tells a step, in its first calls, that it moves Python's or NumPy's generator, and puts them back. Later calls go unwatched: a look
+    costs 100 us.
+    """
+
+    CALLS = 3
+
+    def __init__(self, name: str, wanted: bool) -> None:
+        self.name, self.left = name, self.CALLS if wanted else 0
+
+    def __enter__(self) -> None:
+        self.before = None
+        if self.left:
+            self.left -= 1
+            self.before = random.getstate(), np.random.get_state(legacy=False)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.before is None:
+            return
+        python, numpy = self.before
+        moved_python, moved_numpy = random.getstate() != python, not tree.equal(np.random.get_state(legacy=False), numpy)
+        names = [name for name, moved in (("Python", moved_python), ("NumPy", moved_numpy)) if moved]
+        if names:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            warnings.warn(
+                f"{self.name} draws from the global generator of {' and '.join(names)}, which is not keyed by the state: two calls differ and "
+                "a resumed run is another run. Use torch's, or make the step with host_random=True",
+                stacklevel=3,
+            )
+
+
+#: Functions that are known to be steps, and to hold no loops that belong to the program around them.
+_steps: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def is_step(fn: Any) -> bool:
+    """Whether `fn` was made by `fnrun.step` or one of the makers here."""
+    try:
+        return fn in _steps
+    except TypeError:
+        return False
 
 
 def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random: bool = False) -> Any:
@@ -63,48 +104,29 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
 
     @functools.wraps(fn)
     def detached(state: S, batch: Any) -> tuple[S, Metrics]:
-        new, metrics = inner(state, batch)
-        return optree.tree_map(_detach, new), metrics  # pyright: ignore[reportReturnType,reportArgumentType]
+        result: Any = inner(state, batch)
+        return (tree.map(_detach, result[0]), *result[1:]) if isinstance(result, tuple) else result
 
     return _lawful(detached, host_random)
 
 
 def _lawful(fn: Callable[[S, Any], tuple[S, Metrics]], host_random: bool) -> Callable[[S, Any], tuple[S, Metrics]]:
     """`step` for a function whose new state is known to be detached: looking at every leaf would cost as much as a small model."""
-    watched = 0 if not host_random else WATCHED_CALLS
+    name = getattr(fn, "__qualname__", repr(fn))
+    watch = _Watch(name, wanted=not host_random)
 
     @functools.wraps(fn)
-    def lawful(state: S, batch: Any) -> tuple[S, Metrics]:
-        nonlocal watched
-        watch = watched < WATCHED_CALLS
-        watched += watch
-        before = (random.getstate(), np.random.get_state()) if watch else None
-        with state.rng.fold_in("train", state.step).scope(host=host_random), collect() as reports:
-            new, metrics = fn(state, batch)
-        if before is not None:
-            _put_back(*before)
-        metrics = {name: _detach_all(value) for name, value in {**metrics, **reports}.items()}
+    def lawful(state: Any, batch: Any) -> tuple[Any, Metrics]:
+        with watch, state.rng.fold_in("train", state.step).scope(host=host_random), collect() as reports:
+            result = fn(state, batch)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+            raise TypeError(f"{name} returned {type(result).__name__}: a step returns (state, metrics), metrics a dict")
+        new, metrics = result
+        metrics = {name: _detach_all(value) for name, value in {**reports, **metrics}.items()}
         return new.replace(step=state.step + 1), metrics
 
-    setattr(lawful, "is_step", True)  # noqa: B010
+    _steps.add(lawful)
     return lawful
-
-
-def _put_back(python: Any, numpy: Any) -> None:
-    names = [name for name, moved in (("Python", random.getstate() != python), ("NumPy", _moved(numpy))) if moved]
-    if names:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        warnings.warn(
-            f"the step draws from the global generator of {' and '.join(names)}, which is not keyed by the state: two calls differ and a "
-            "resumed run is another run. Use torch's, or make the step with host_random=True",
-            stacklevel=3,
-        )
-
-
-def _moved(before: Any) -> bool:
-    now: Any = np.random.get_state()
-    return now[2:] != before[2:] or not np.array_equal(now[1], before[1])
 
 
 def _detach(leaf: Any) -> Any:
@@ -147,7 +169,7 @@ def _grad(loss: Any, leaves: list[torch.Tensor], scaled: Any) -> list[torch.Tens
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"a loss is a scalar tensor, this one is {what}: take its mean or sum")
     if not loss.requires_grad:
-        raise ValueError("the loss depends on no trained parameter: was it detached, or made under torch.no_grad()?")
+        raise ValueError("the loss depends on no trained parameter: was it detached, or made under torch.no_grad() or inference_mode()?")
     return list(torch.autograd.grad(scaled, leaves, allow_unused=True))
 
 
@@ -182,6 +204,9 @@ def make_train_step(
     >>> state.step, sorted(metrics)
     (1, ['loss', 'lr'])
     """
+    if not hasattr(optimizer, "update"):
+        kind = type(optimizer).__name__
+        raise TypeError(f"an optimizer here is a pair of pure functions, not a {kind}: optim.{kind.lower()}(...) or optim.from_torch(...)")
     shell = Shell(model)
     if not shell.trained:
         raise ValueError(f"{shell.name} has no parameter to train: all have requires_grad=False, or there are none")
@@ -207,7 +232,11 @@ def make_train_step(
             grads = _grad(loss, leaves, scaled)
         return grads, buffers, {"loss": loss, **metrics}
 
+    expected: list[str] = []
+
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        if not expected:  # once: afterwards the state comes from this step
+            expected.extend(_remembered(optimizer, {name: state.params[name] for name in trained if name in state.params}, state.opt_state))
         if accumulate == 1:
             grads, buffers, metrics = gradients(state, state.buffers, batch)
         else:
@@ -223,6 +252,18 @@ def make_train_step(
 
     train_step.__qualname__ = train_step.__name__ = f"train_step({shell.name})"
     return _lawful(train_step, host_random)
+
+
+def _remembered(optimizer: Optimizer, params: dict[str, torch.Tensor], opt_state: Any) -> list[str]:
+    """The paths of what `optimizer` remembers of `params`. Raises ValueError where that is not what the state holds."""
+    wanted, held = tree.paths({"opt_state": optimizer.init(params)}), tree.paths({"opt_state": opt_state})
+    if wanted != held:
+        missing, extra = [p for p in wanted if p not in held][:5], [p for p in held if p not in wanted][:5]
+        raise ValueError(
+            f"the state's opt_state is not that of this optimizer and these trained parameters: missing {missing}, unexpected {extra}. "
+            "Create the state with the same optimizer, and freeze parameters before both"
+        )
+    return wanted or ["nothing"]
 
 
 def _loss_and_metrics(result: Any) -> tuple[Any, Metrics]:
@@ -251,7 +292,9 @@ def _accumulated(gradients: Callable[..., Any], buffers: Any, batch: Any, pieces
     totals: Any = None
     for micro in _micro_batches(batch, min(pieces, examples), examples):
         size = folds.examples(micro)
-        grads, buffers, values = gradients(buffers, micro)
+        with collect() as reports:
+            grads, buffers, values = gradients(buffers, micro)
+        values = {**reports, **values}
         weight = size / examples
         scaled = [None if g is None else g * weight for g in grads]
         total = scaled if not total else [a if b is None else b if a is None else a + b for a, b in zip(total, scaled, strict=True)]
@@ -261,12 +304,17 @@ def _accumulated(gradients: Callable[..., Any], buffers: Any, batch: Any, pieces
 
 
 def _micro_batches(batch: Any, pieces: int, examples: int) -> list[Any]:
+    """The batch cut along its examples: tensors and arrays of that length, and lists with an entry for each example."""
     edges = [examples * i // pieces for i in range(pieces + 1)]
 
-    def cut(leaf: Any, start: int, end: int) -> Any:
-        return leaf[start:end] if isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) == examples else leaf
+    def entries(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == examples and not any(isinstance(v, (torch.Tensor, np.ndarray)) for v in value)
 
-    return [tree.map(lambda leaf, a=a, b=b: cut(leaf, a, b), batch) for a, b in itertools.pairwise(edges)]
+    def cut(leaf: Any, start: int, end: int) -> Any:
+        whole = isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim and len(leaf) == examples
+        return leaf[start:end] if whole or entries(leaf) else leaf
+
+    return [optree.tree_map(lambda leaf, a=a, b=b: cut(leaf, a, b), batch, is_leaf=entries) for a, b in itertools.pairwise(edges)]
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
@@ -278,14 +326,15 @@ def make_eval_step(
     *,
     weights: str | Callable[[Any], Any] = "params",
     precision: str | None = None,
+    host_random: bool = False,
 ) -> Callable[[Any, Any], Metrics]:
     """The evaluation step `(state, batch) -> metrics`, in eval mode and without gradients.
 
     `metric_fn(model, batch)` returns a dict of metrics, or what a `loss_fn` returns. `weights` says whose: the state's own (`"params"`), those
     that a hook remembers (its name, as `"ema"`), or a function of the state that returns `params` or `(params, buffers)`.
-    Randomness within is keyed by the training step and the batch's place in the pass.
+    Randomness within is keyed by the training step and the batch's place in the pass; `host_random` as in `make_train_step`.
     """
-    run = _evaluation(model, metric_fn, weights, precision)
+    run = _evaluation(model, metric_fn, weights, precision, host_random)
 
     def eval_step(state: Any, batch: Any) -> Metrics:
         with collect() as reports:
@@ -293,8 +342,9 @@ def make_eval_step(
         if not isinstance(result, Mapping):
             loss, metrics = _loss_and_metrics(result)
             result = {"loss": loss, **metrics}
-        return {**result, **reports}
+        return {**reports, **result}
 
+    _steps.add(eval_step)
     return eval_step
 
 
@@ -304,22 +354,26 @@ def make_predict_step(
     *,
     weights: str | Callable[[Any], Any] = "params",
     precision: str | None = None,
+    host_random: bool = False,
 ) -> Callable[[Any, Any], Any]:
     """The prediction step `(state, batch) -> outputs`: any pytree that `predict_fn(model, batch)` returns; else as `make_eval_step`."""
-    return _evaluation(model, predict_fn, weights, precision)
+    predict_step = _evaluation(model, predict_fn, weights, precision, host_random)
+    _steps.add(predict_step)
+    return predict_step
 
 
 def _evaluation(
-    model: nn.Module, fn: Callable[[nn.Module, Any], Any], weights: str | Callable[[Any], Any], precision: str | None
+    model: nn.Module, fn: Callable[[nn.Module, Any], Any], weights: str | Callable[[Any], Any], precision: str | None, host: bool
 ) -> Callable[[Any, Any], Any]:
     shell = Shell(model)
+    watch = _Watch(f"the evaluation of {shell.name}", wanted=not host)
     autocast = _autocast(precision, shell.device_type)
 
     def run(state: Any, batch: Any) -> Any:
         params, buffers = _weights(state, weights)
         frames = state.position.frames
         key = state.rng.fold_in("eval", state.step, frames[-1].ticks if frames else 0)
-        with torch.no_grad(), autocast(), key.scope():
+        with watch, torch.no_grad(), autocast(), key.scope(host=host):
             outputs, _ = shell.run(lambda: fn(model, batch), shell.tensors("params", params), buffers, train=False)
         return outputs
 
@@ -347,27 +401,17 @@ def skip_nonfinite(step: Callable[[Any, Any], tuple[Any, Metrics]]) -> Callable[
     """`step`, but an update after which the loss or a parameter is not finite does not happen: all but `state.step` stays as it was.
 
     The step's metrics are then `{"skipped": 1.0}` alone, so that no NaN reaches a mean. It waits for the device at each step.
+    It goes around a step and inside a loop; around a loop it is refused (TypeError), for what loops keep cannot be taken back.
     """
 
     @functools.wraps(step)
     def wrapped(state: Any, batch: Any) -> tuple[Any, Metrics]:
         new, metrics = step(state, batch)
+        if new.position is not state.position:
+            raise TypeError("skip_nonfinite goes around a step, inside the loop: epoch_loop(skip_nonfinite(step))")
         tensors = [t for t in (metrics["loss"], *new.params.values()) if t.is_floating_point() or t.is_complex()]
         if all(bool(torch.isfinite(t).all()) for t in tensors):
             return new, {**metrics, "skipped": 0.0}
         return state.replace(step=new.step), {"skipped": 1.0}
 
     return wrapped
-
-
-__all__ = [
-    "EvalStep",
-    "LoopState",
-    "Step",
-    "make_eval_step",
-    "make_predict_step",
-    "make_train_step",
-    "skip_nonfinite",
-    "step",
-    "value_and_grad",
-]

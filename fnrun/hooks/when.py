@@ -13,7 +13,7 @@ AnyHook = Any  # a Hook or a function (state, metrics) -> state
 
 @dataclasses.dataclass(frozen=True)
 class _Composed:
-    hooks: tuple[AnyHook, ...]
+    composed_hooks: tuple[AnyHook, ...]
 
     def __call__(self, state: Any, metrics: dict[str, Any]) -> Any:
         raise TypeError("a composed hook belongs in a loop's hooks=[...], which takes it apart")
@@ -68,5 +68,5 @@ def every(n: int, hook: AnyHook) -> AnyHook:
 
 def _conditional(condition: Callable[[Any], bool], hook: AnyHook) -> AnyHook:
     if isinstance(hook, _Composed):
-        return _Composed(tuple(_conditional(condition, inner) for inner in hook.hooks))
+        return _Composed(tuple(_conditional(condition, inner) for inner in hook.composed_hooks))
     return _WhenRemembering(condition, hook) if hasattr(hook, "after") else _When(condition, hook)
