@@ -604,14 +604,14 @@ def _outermost(loop: Loop, state: S, data: Any, interrupt: Callable[[], str | No
 
 
 def _aside(loop: Loop, state: Any, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[Any, Any]:
-    """A program of its own, run by a hook, an observer or a step of another: the open frames are not its, and come back with its result."""
-    frames = state.position.frames
+    """A program of its own, run by a hook, an observer or a step of another, whose position is not its own and comes back with its result."""
+    around = state.position
     watching = spy.set(None)
     try:
-        end, metrics = _outermost(loop, _framed(state, ()), data, interrupt)
+        end, metrics = _outermost(loop, state.replace(position=Position()) if around.frames else state, data, interrupt)
     finally:
         spy.reset(watching)
-    return (_framed(end, frames) if frames else end), metrics
+    return (end.replace(position=around) if around.frames else end), metrics
 
 
 def _loops(step: Any) -> list[Loop]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import warnings
@@ -185,6 +186,94 @@ class TestResuming:
         state, _ = fnrun.epoch_loop(train, hooks=[run_inside])(fresh(), stream)
         assert torch.equal(state.params["x"], inner(fresh(), stream)[0].params["x"])
 
+    def test_a_loop_that_a_hook_or_an_observer_runs_on_the_same_state_is_a_program_of_its_own(self):
+        steps, scores = [], []
+        inner, probe, stream = fnrun.epoch_loop(train), fnrun.eval_loop(lambda s, b: {"x": float(s.step)}), batches(3)
+
+        def hook(state, metrics):
+            after, _ = inner(state, stream)
+            steps.append(after.step - state.step)
+            assert after.position is state.position
+            return state
+
+        def observer(state, metrics):
+            scores.append(probe(state, stream)[1]["x"])
+
+        loop = fnrun.epoch_loop(train, hooks=[hook], observers=[observer])
+        fnrun.testing.assert_resumable(loop, fresh(), stream, restored=lambda s, like: s)
+        assert set(steps) == {3}
+        assert scores[:3] == [1.0, 2.0, 3.0]
+
+    def test_a_step_may_run_a_program_and_is_one_tick(self):
+        @fnrun.step
+        def meta(state, batch):
+            inner, metrics = fnrun.step_loop(train, 2)(state, [batch, batch])
+            return inner, metrics
+
+        loop = fnrun.repeat(fnrun.epoch_loop(meta), 2)
+        fnrun.testing.assert_resumable(loop, fresh(), batches(2), restored=lambda s, like: s)
+        seen, _ = states_seen(loop, fresh(), batches(2))
+        assert {len(s.position.frames) for s in seen} == {1, 2}
+
+    def test_a_wrapper_with_two_loops_goes_on_in_the_first_and_is_refused_in_the_second(self):
+        """What came before the second is not in the state: a sequence keeps it."""
+        a, b = fnrun.epoch_loop(train), fnrun.epoch_loop(train)
+
+        def both(state, x):
+            state, _ = a(state, x)
+            return b(state, x)
+
+        loop, stream = fnrun.repeat(both, 2), batches(3)
+        seen, (end, _) = states_seen(loop, fresh(), stream)
+        assert end.step == 12
+        assert_same(loop(seen[1], stream)[0], end, "from the first")
+        with pytest.raises(fnrun.ProgramError, match="epoch_loop / #2, tick 1"):
+            loop(seen[3], stream)
+
+    def test_predictions_in_a_sequence_are_no_metrics(self):
+        metrics_seen = []
+        predict = fnrun.predict_loop(lambda s, b: {"y": b, "id": "a"}, observers=[lambda s, m: metrics_seen.append(m["outputs"]["id"])])
+        program = fnrun.repeat(
+            fnrun.sequence(train=fnrun.epoch_loop(train), predict=predict), 2, observers=[fnrun.observers.log(to=[]), lambda s, m: metrics_seen.append(sorted(m))]
+        )  # fmt: skip
+        _, results = program(fresh(), {"train": batches(1), "predict": batches(2)})
+        assert metrics_seen == ["a", "a", ["train/loss", "train/size"]] * 2
+        assert [out["y"].tolist() for out in results["predict"]] == [[0.0], [1.0, 1.0]]
+        fnrun.testing.assert_resumable(program, fresh(), {"train": batches(1), "predict": batches(2)}, restored=lambda s, like: s)
+
+    def test_a_state_may_have_fields_of_its_own(self, tmp_path):
+        @fnrun.struct
+        class Gan(fnrun.TrainState):
+            d_params: dict
+            rounds: int = 0
+
+        @fnrun.step
+        def step(state, batch):
+            return state.replace(d_params={"w": state.d_params["w"] + torch.rand(1)}, rounds=state.rounds + 1), {
+                "d": state.d_params["w"].sum()
+            }
+
+        state = Gan.create(torch.nn.Linear(1, 1), seed=2, d_params={"w": torch.zeros(1)})
+        fnrun.testing.assert_resumable(fnrun.repeat(fnrun.epoch_loop(step, hooks=[hooks.ema(0.5)]), 2), state, batches(2))
+        axes = fnrun.tree.map(lambda leaf: 0 if isinstance(leaf, torch.Tensor) else None, state)
+        assert axes.rng.seed is None
+
+    def test_a_state_needs_only_step_memory_position_and_stop(self):
+        @fnrun.struct
+        class Least:
+            step: int = 0
+            memory: dict = dataclasses.field(default_factory=dict)
+            position: fnrun.Position = dataclasses.field(default_factory=fnrun.Position)
+            stop: str | None = None
+
+            def replace(self, **changes):
+                return dataclasses.replace(self, **changes)
+
+        stream = data.arrays(torch.arange(4.0), 2, shuffle=True)
+        state, metrics = fnrun.epoch_loop(lambda s, b: (s.replace(step=s.step + 1), {"x": b.sum()}))(Least(), stream)
+        assert state.step == 2
+        assert metrics["x"].item() == 3.0
+
     def test_a_loop_over_the_batches_of_a_loop(self):
         inner = fnrun.epoch_loop(train)
         tasks = [batches(2), batches(3)]
@@ -280,7 +369,25 @@ class TestErrors:
         with pytest.raises(fnrun.ProgramError, match="two hooks are named 'ema'"):
             loop(fresh(), batches(1))
 
+    def test_observers_that_would_share_what_they_gather(self):
+        with pytest.raises(ValueError, match=r"need names of their own.*'log', 'log'"):
+            fnrun.epoch_loop(train, observers=[fnrun.observers.log(1, to=[]), fnrun.observers.log(3, to=[])])
+
+    def test_skip_nonfinite_around_a_loop(self):
+        with pytest.raises(TypeError, match="goes around a step, inside the loop"):
+            fnrun.skip_nonfinite(fnrun.epoch_loop(train))(fresh(), batches(1))
+
+    def test_a_step_that_returns_nothing(self):
+        with pytest.raises(TypeError, match=r"<lambda> returned NoneType: a step returns .state, metrics."):
+            fnrun.epoch_loop(fnrun.step(lambda state, batch: None))(fresh(), batches(1))
+
     def test_what_is_no_hook_and_no_count(self):
+        with pytest.raises(TypeError, match="hooks= takes a list"):
+            fnrun.epoch_loop(train, hooks=hooks.ema(0.5))
+        with pytest.raises(TypeError, match="is no hook"):
+            fnrun.repeat(train, 2, hooks=[fnrun.epoch_loop(train)])
+        with pytest.raises(ValueError, match="at least 1 round"):
+            fnrun.every(0.5, train)
         with pytest.raises(TypeError, match="is no hook"):
             fnrun.epoch_loop(train, hooks=[3])
         for make in (lambda: fnrun.repeat(train, -1), lambda: fnrun.repeat(train, 2.5), lambda: fnrun.step_loop(train, True)):

@@ -113,6 +113,30 @@ def test_accumulation_is_the_mean_gradient_of_the_whole_batch():
         torch.testing.assert_close(b["loss"], a["loss"])
 
 
+def test_micro_batches_cut_arrays_and_lists_too_and_fold_reports():
+    model, seen = nn.Linear(1, 1), []
+
+    def loss_fn(model, batch):
+        seen.append((len(batch["x"]), batch["numpy"].tolist(), batch["text"], batch["scale"]))
+        fnrun.report("mean", batch["x"].mean())
+        return model(batch["x"]).mean()
+
+    batch = {"x": torch.arange(4.0).view(4, 1), "numpy": np.arange(4), "text": list("abcd"), "scale": [1.0, 2.0]}
+    state = fnrun.TrainState.create(model, optim.sgd(0.1))
+    _, values = fnrun.make_train_step(model, loss_fn, optim.sgd(0.1), accumulate=2)(state, batch)
+    assert seen == [(2, [0, 1], ["a", "b"], [1.0, 2.0]), (2, [2, 3], ["c", "d"], [1.0, 2.0])]
+    assert metrics.values(values)["mean"].item() == 1.5
+
+
+def test_an_evaluation_that_moves_numpys_generator_is_told_so():
+    model = nn.Linear(1, 1)
+    state = fnrun.TrainState.create(model)
+    with pytest.warns(UserWarning, match="the evaluation of Linear draws from the global generator of NumPy"):
+        fnrun.make_eval_step(model, lambda model, x: {"r": np.random.rand()})(state, torch.ones(1, 1))
+    step = fnrun.make_eval_step(model, lambda model, x: {"r": np.random.rand()}, host_random=True)
+    assert step(state, torch.ones(1, 1)) == step(state, torch.ones(1, 1))
+
+
 def test_reports_from_the_middle_of_a_forward_are_metrics():
     class Reports(nn.Linear):
         def forward(self, x):
@@ -229,6 +253,24 @@ class TestErrors:
     def test_a_model_with_nothing_to_train(self):
         with pytest.raises(ValueError, match="no parameter to train"):
             fnrun.make_train_step(nn.Linear(1, 1).requires_grad_(False), lambda model, x: 0, optim.sgd(0.1))
+
+    def test_an_optimizer_that_is_none(self):
+        with pytest.raises(TypeError, match=r"not a SGD: optim.sgd.* or optim.from_torch"):
+            fnrun.make_train_step(nn.Linear(1, 1), lambda model, x: 0, torch.optim.SGD([torch.zeros(1)], 0.1))
+
+    @pytest.mark.parametrize("other", [None, optim.adamw(0.1), optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1))])
+    def test_a_state_of_another_optimizer(self, other):
+        model = nn.Linear(2, 3)
+        step = fnrun.make_train_step(model, lambda model, x: model(x).mean(), optim.sgd(0.1, momentum=0.5))
+        with pytest.raises(ValueError, match=r"opt_state is not that of this optimizer.*missing"):
+            step(fnrun.TrainState.create(model, other), torch.ones(1, 2))
+
+    def test_freezing_between_the_state_and_the_step(self):
+        model = nn.Linear(2, 3)
+        state = fnrun.TrainState.create(model, optim.adamw(0.1))
+        model.bias.requires_grad_(False)
+        with pytest.raises(ValueError, match="freeze parameters before both"):
+            fnrun.make_train_step(model, lambda model, x: model(x).mean(), optim.adamw(0.1))(state, torch.ones(1, 2))
 
     def test_an_unknown_precision(self):
         with pytest.raises(ValueError, match="None, 'bf16' or 'fp16', not 'half'"):
