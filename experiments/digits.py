@@ -122,9 +122,7 @@ def build(config: Config, run: fnrun.Run) -> fnrun.Experiment:
     saving = observers.checkpoint(run.checkpoints, monitor="val/accuracy", mode="max", keep=3)
     return fnrun.Experiment(
         state=lambda: fnrun.TrainState.create(model, optimizer, seed=config.seed),
-        program=fnrun.repeat(
-            fnrun.sequence(train=train, val=val), config.epochs, observers=[observers.log(to=sinks, name="epoch"), saving]
-        ),
+        program=fnrun.repeat(fnrun.sequence(train=train, val=val), config.epochs, observers=[observers.log(to=sinks), saving]),
         data={
             "train": lambda: data.loader(Digits(True, shift=True), config.batch_size, shuffle=True, workers=config.workers),
             "val": lambda: data.loader(Digits(False, shift=False), 360),

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -15,9 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, Union
 
+import msgspec
 import tyro
 
+from fnrun.program import ProgramError
 from fnrun.run import Experiment, Run, RunError
+from fnrun.tree import module_name
 
 Build = Callable[[Any, Run], Experiment]
 
@@ -42,8 +46,8 @@ class Interrupt:
         self.signal = signal.Signals(number)
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
-        # Not through logging: a handler may hold its lock where the signal arrives.
-        os.write(2, f"\n{self.signal.name}: finishing the step and saving; once more to stop at once\n".encode())
+        with contextlib.suppress(OSError):  # not through logging: a handler may hold its lock where the signal arrives
+            os.write(2, f"\n{self.signal.name}: finishing the step and saving; once more to stop at once\n".encode())
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Interrupt]:
@@ -65,15 +69,20 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
     Exit codes: 0 done, 130 and 143 interrupted by Ctrl-C and SIGTERM, with a checkpoint saved.
     """
     args = list(sys.argv[1:] if args is None else args)
-    name, config_type = _experiment(build), _config_type(build)
+    name, config_type = module_name(build.__module__), _config_type(build)
     command = _parse(args, name, config_type)
     try:
-        if isinstance(command, _Train):
-            code = _train(build, name, command)
-        elif isinstance(command, _Resume):
-            code = _resume(build, name, command)
-        else:
+        if isinstance(command, _Evaluate):
             code = _evaluate(build, name, command)
+        else:
+            with Interrupt().listening() as interrupt:
+                code = (_train if isinstance(command, _Train) else _resume)(build, name, command, interrupt)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        sys.stdout = None  # whoever read the output has gone
+        code = 1
     except Exception as error:
         if command.debug or not _users_fault(error):
             raise
@@ -85,7 +94,6 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
 def _users_fault(error: Exception) -> bool:
     """Whether the message says all there is to say: errors about runs, checkpoints, programs, and the disk under them."""
     from fnrun.checkpoint import CheckpointError
-    from fnrun.program import ProgramError
 
     return isinstance(error, (RunError, CheckpointError, ProgramError))
 
@@ -152,13 +160,6 @@ def _flags(args: list[str], name: str, config_type: type, default: Any = None) -
     return tyro.cli(Union[commands], prog=f"python -m {name}", args=args, config=CONFIG)  # noqa: UP007  # pyright: ignore[reportCallIssue,reportArgumentType]
 
 
-def _experiment(build: Build) -> str:
-    if build.__module__ != "__main__":
-        return build.__module__
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
-
-
 def _config_type(build: Build) -> type:
     parameters = list(inspect.signature(build).parameters)
     hint = typing.get_type_hints(build).get(parameters[0]) if parameters else None
@@ -170,38 +171,72 @@ def _config_type(build: Build) -> type:
 # --- the commands ------------------------------------------------------------------------------------------------------
 
 
-def _train(build: Build, name: str, command: _Train) -> int:
+def _train(build: Build, name: str, command: Any, interrupt: Interrupt) -> int:
     run = Run.create(name, command.config, command.out)
+    try:
+        experiment = _built(build, run)
+        state = experiment.state()
+    except BaseException:
+        shutil.rmtree(run.path)  # nothing has begun: the command, corrected, may have the place
+        raise
     with _logging(run):
         logger.info("%s: a new run in %s", name, run.path)
-        experiment = build(run.config, run)
-        return _go(run, experiment, experiment.state())
+        return _go(run, experiment, state, interrupt)
 
 
-def _resume(build: Build, name: str, command: _Resume) -> int:
-    run = Run.open(command.run, type(command.config), name).extended(command.config)
+def _resume(build: Build, name: str, command: Any, interrupt: Interrupt) -> int:
+    before = Run.open(command.run, type(command.config), name)
+    run = dataclasses.replace(before, config=command.config)
+    experiment = _built(build, run)
+    state = experiment.state()
     with _logging(run):
-        experiment = build(run.config, run)
-        state = experiment.state()
         if run.checkpoints.latest() is None:
             logger.info("%s has no checkpoint yet: starting at step 0", run.path)
         else:
             state = run.checkpoints.restore(like=state)
             logger.info("resuming %s at step %d", run.path, state.step)
-        return _go(run, experiment, state)
+        changes = list(_changes(msgspec.to_builtins(before.config), msgspec.to_builtins(run.config), ""))
+        if changes:
+            logger.info("changed: %s", ", ".join(changes))
+            run.write_config()
+            if state.stop:
+                logger.info("going on after: %s", state.stop)
+                state = state.replace(stop=None)
+        try:
+            return _go(run, experiment, state, interrupt)
+        except ProgramError:
+            before.write_config()  # refused: the run is what it was
+            raise
 
 
-def _go(run: Run, experiment: Experiment, state: Any) -> int:
+def _built(build: Build, run: Run) -> Experiment:
+    """The experiment; a value that the config's type allows and something in `build` does not is the user's to correct."""
+    try:
+        return build(run.config, run)
+    except ValueError as error:
+        raise RunError(f"the experiment cannot be built with this config: {error} (--debug shows where)") from error
+
+
+def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield f"{name} {old} -> {new}"
+
+
+def _go(run: Run, experiment: Experiment, state: Any, interrupt: Interrupt) -> int:
     began = state.position.ticks
     stopped = state.stop
-    with Interrupt().listening() as interrupt, run.checkpoints:
+    with run.checkpoints:
         state, _ = experiment.program(state, experiment.data, interrupt=interrupt)
     if interrupt.signal is not None and state.position.frames:
-        logger.info("interrupted by %s at step %d, saved. To go on:\n  %s", interrupt.signal.name, state.step, _command(run, "resume"))
+        saved = "saved" if state.position.ticks else "before the first step"
+        logger.info("interrupted by %s at step %d, %s. To go on:\n  %s", interrupt.signal.name, state.step, saved, _command(run, "resume"))
         return 128 + interrupt.signal
     if state.position.ticks == began:
         ended = f"was stopped ({stopped})" if stopped else "is finished"
-        logger.info("%s %s: %d steps. Longer: %s with more epochs", run.path, ended, state.step, _command(run, "resume"))
+        logger.info("%s %s: %d steps. To go on, change its config: resume with more epochs, for one", run.path, ended, state.step)
     elif state.stop:
         logger.info("stopped at step %d: %s", state.step, state.stop)
     _summary(run)
@@ -219,7 +254,7 @@ def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
         step = int(command.checkpoint)
     if run.checkpoints.latest() is None:
         raise RunError(f"{run.path} has no checkpoint yet")
-    experiment = build(run.config, run)
+    experiment = _built(build, run)
     if experiment.evaluate is None:
         raise RunError(f"{name} does not say how to evaluate: build returns an Experiment without evaluate=")
     # Without the optimizer's memory: what the evaluation does not read is not loaded.
@@ -254,6 +289,10 @@ def _logging(run: Run) -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
+    except OSError as error:
+        if error.filename is not None and run.path.absolute() in Path(error.filename).absolute().parents:
+            raise RunError(f"cannot write {error.filename}: {error.strerror}") from error
+        raise
     finally:
         for handler in handlers:
             logger.removeHandler(handler)
@@ -263,7 +302,7 @@ def _logging(run: Run) -> Iterator[None]:
 
 
 def _command(run: Run, verb: str, *flags: str) -> str:
-    return " ".join([_python(), "-m", run.experiment, verb, str(run.path), *flags])
+    return shlex.join([_python(), "-m", run.experiment, verb, str(run.path), *flags])
 
 
 def _python() -> str:
@@ -290,7 +329,7 @@ def _summary(run: Run) -> None:
     print(f"run       {run.path}")
     if picture is not None:
         print(f"plot      {picture}")
-    print(f"evaluate  {_command(run, 'evaluate', '--checkpoint best')}")
+    print(f"evaluate  {_command(run, 'evaluate', '--checkpoint', 'best')}")
     print(f"resume    {_command(run, 'resume')}")
 
 

@@ -129,6 +129,8 @@ class Loop:
                     state = _framed(state, (*state.position.frames[:depth], frame, *state.position.frames[depth + 1 :]))
                 for hook in befores if between else ():
                     state = hook(state, x)
+                if self.over_data:
+                    program.open()
                 state, metrics = self._turn(state, x, frame, at)
                 if len(state.position.frames) != depth + 1:
                     raise elsewhere(state, program)

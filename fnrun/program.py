@@ -35,7 +35,7 @@ class Observer(Protocol):
 
     It may have, each optional:
 
-    - `open(program, state)`, before the first tick, and `close(state, reason)` at the end: None for a program that came to its end, the text
+    - `open(program, state)`, before the first batch is worked on, and `close(state, reason)` at the end: None for a program that came to its end, the text
       of the stop or interrupt, or the exception; `state` is that of the last tick that every observer has seen, its frames still open.
     - `name` and `fold(folded, before, metrics, examples) -> folded`, a pytree that the loop keeps in its frame
       (`state.position.frames[-1].folds[name]`), so that what is gathered over ticks survives a kill. It gets None at first, the state before
@@ -102,6 +102,7 @@ class Program:
         self._begun: dict[int, Any] = {}
         self._hooks: dict[str, Any] = {}
         self._observers: list[Any] = []
+        self._unopened: list[tuple[Any, Any]] = []
 
     def seen(self, state: Any) -> None:
         """`state` is the finished state of a tick, and every observer has seen it."""
@@ -112,7 +113,7 @@ class Program:
     # --- hooks and observers
 
     def begin(self, loops: Iterable[Any], state: Any, *, hidden: bool = False) -> Any:
-        """Give each new hook its first memory and, unless the loops are hidden in wrappers and may never run, open each new observer.
+        """Give each new hook its first memory and, unless the loops are hidden in wrappers and may never run, note each new observer.
 
         Safe to call again: what has begun is left alone.
         """
@@ -125,9 +126,15 @@ class Program:
         for observer in [] if hidden else [o for loop in loops for o in loop.observers]:
             if not any(observer is known for known in self._observers):
                 self._observers.append(observer)
-                if hasattr(observer, "open"):
-                    observer.open(self, state)
+                self._unopened.append((observer, state))
         return state
+
+    def open(self) -> None:
+        """Open the observers that are not open yet. Not before the first batch: a program that refuses its data must not cut a log."""
+        while self._unopened:
+            observer, state = self._unopened.pop(0)
+            if hasattr(observer, "open"):
+                observer.open(self, state)
 
     def _remember(self, hook: Hook, state: Any) -> Any:
         if self._hooks.setdefault(hook.name, hook) is not hook:
@@ -161,7 +168,11 @@ class Program:
 
         for live in self._live.values():
             attempt(getattr(live.iterator, "close", lambda: None))
-        for observer in sorted(self._observers, key=lambda o: getattr(o, "saves", False)):
+        if not isinstance(reason, BaseException):
+            attempt(self.open)  # a program with nothing left to do
+        unopened = [observer for observer, _ in self._unopened]
+        opened = [observer for observer in self._observers if not any(observer is other for other in unopened)]
+        for observer in sorted(opened, key=lambda o: getattr(o, "saves", False)):
             if getattr(observer, "saves", False):
                 attempt(self.flush)
             if hasattr(observer, "close"):

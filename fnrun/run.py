@@ -124,17 +124,14 @@ class Run:
             raise RunError(f"{path} is a run of {raw['experiment']}, not of {experiment}")
         return cls(path, raw["experiment"], decode(raw["config"], config_type, str(file)) if config_type else raw["config"])
 
-    def extended(self, config: Any) -> Run:
-        """The run with another config, on disk too; the file is replaced whole."""
-        if msgspec.to_builtins(config) != msgspec.to_builtins(self.config):
-            content = {"experiment": self.experiment, "config": msgspec.to_builtins(config)}
-            new = self.path / ".config.yaml.new"
-            try:
-                _write(new, msgspec.yaml.encode(content))
-                new.replace(self.path / "config.yaml")
-            except OSError as error:
-                raise RunError(f"cannot write {self.path / 'config.yaml'}: {error.strerror or error}") from error
-        return dataclasses.replace(self, config=config)
+    def write_config(self) -> None:
+        """Make the config on disk this run's own; the file is replaced whole."""
+        new = self.path / ".config.yaml.new"
+        try:
+            _write(new, msgspec.yaml.encode({"experiment": self.experiment, "config": msgspec.to_builtins(self.config)}))
+            new.replace(self.path / "config.yaml")
+        except OSError as error:
+            raise RunError(f"cannot write {self.path / 'config.yaml'}: {error.strerror or error}") from error
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:

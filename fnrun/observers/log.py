@@ -16,14 +16,12 @@ from fnrun.state import LoopState, due
 class _Log:
     def __init__(self, every: int, to: Sequence[Sink], name: str) -> None:
         self.every, self.sinks, self.name = every, tuple(to), name
-        self._program: Any = None
         self._began = self._last = 0.0
         self._ticks = 0
 
     def open(self, program: Any, state: LoopState) -> None:
         self._began = self._last = time.perf_counter()
         self._ticks = 0
-        self._program = program
         for sink in self.sinks:
             sink.open(state)
 

@@ -16,7 +16,6 @@ class _Progress:
     def __init__(self, unit: str) -> None:
         self.unit = unit
         self._display: Any = None
-        self._opened = 0
         self._program: Any = None
 
     def open(self, program: Any, state: LoopState) -> None:
@@ -24,7 +23,7 @@ class _Progress:
         self._began = self._seen = time.perf_counter()
         self._examples, self._first, self._done = program.examples, None, 0.0
         self._text = ""
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -45,6 +46,14 @@ class StdoutHandler(logging.StreamHandler):
     @stream.setter
     def stream(self, value: Any) -> None:
         pass
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stdout is not None:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):  # nobody reads any more, and training goes on
+            super().handleError(record)
 
 
 class _Console:
@@ -90,9 +99,10 @@ class _JsonLines:
 
     def open(self, state: LoopState) -> None:
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._cut(state.position.order)
-            self._file = self.path.open("a", encoding="utf-8")
+            with _naming(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._cut(state.position.order)
+                self._file = self.path.open("a", encoding="utf-8")
 
     def _cut(self, order: tuple[int, ...]) -> None:
         """Keep the lines up to `order`: what a killed run wrote after its last checkpoint comes again."""
@@ -110,18 +120,31 @@ class _JsonLines:
         if taken:
             raise ValueError(f"{self.path.name}: metrics cannot be named {taken}: the line has fields of these names")
         line = {**place, **{name: _plain(value) for name, value in record.metrics.items()}, "clock": record.clock}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()  # a killed process loses nothing; a power cut nothing that came before a checkpoint (`flush`)
+        with _naming(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()  # a killed process loses nothing; a power cut nothing that came before a checkpoint (`flush`)
 
     def flush(self) -> None:
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with _naming(self.path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
             self.flush()
             self._file.close()
             self._file = None
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk does not say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _kept(file: IO[bytes], order: tuple[int, ...]) -> Iterator[int]:

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from fnrun.checkpoint import Checkpoints
-from tests.experiments.commands import Process, outcome, run
+from tests.experiments.commands import ENVIRONMENT, ROOT, Process, outcome, run
 
 SHORT = ["--epochs", 2, "--batch-size", 128]
 
@@ -94,6 +96,56 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0(tmp_path):
     assert Checkpoints(path / "checkpoints").latest() == 24
 
 
+def test_an_early_signal_leaves_a_run_that_can_be_resumed(tmp_path):
+    path = tmp_path / "a run"  # with a space: the printed command can be pasted
+    with Process("train", *SHORT, "--out", path) as process:
+        process.read_until("a new run in")
+        os.killpg(process.popen.pid, signal.SIGINT)
+        assert process.finish() == 130, process.output
+    assert "interrupted by SIGINT" in process.output
+    assert f"resume '{path}'" in process.output
+    assert "Traceback" not in process.output
+    run("resume", path)
+    assert Checkpoints(path / "checkpoints").latest() == 24
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished[0], path)
+    before = {p: p.read_bytes() for p in (path / "config.yaml", path / "metrics.jsonl")}
+    output = run("resume", path, "--batch-size", 64, "--epochs", 3, code=1)
+    assert "changed: epochs 2 -> 3, batch_size 128 -> 64" in output
+    assert {p: p.read_bytes() for p in before} == before
+    assert "is finished: 24 steps" in run("resume", path)
+
+
+def test_a_config_that_cannot_be_built_leaves_no_run_behind(tmp_path):
+    path = tmp_path / "run"
+    output = run("train", "--dropout", 2, "--out", path, code=1)
+    assert "cannot be built with this config: dropout probability has to be between 0 and 1" in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path):
+    path = tmp_path / "run"
+    with Process("train", *SHORT, "--out", path) as process:
+        process.read_until("a new run in")
+        process.popen.stdout.close()
+        process.popen.wait(120)
+        assert Checkpoints(path / "checkpoints").latest() == 24
+
+
+def test_as_a_script_it_is_the_same_experiment(tmp_path):
+    path = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "experiments/digits.py", "train", *map(str, SHORT), "--out", path],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"-m experiments.digits resume {path}" in done.stdout
+    assert "is finished" in run("resume", path)
+
+
 class TestMessages:
     """One clear line, an exit code that is not 0, and no traceback unless it was asked for."""
 
@@ -145,6 +197,13 @@ class TestMessages:
         output = self.refused("resume", path, "--batch-size", "64", "--epochs", "3")
         assert "the data of 'train' is not what the state's position" in output
         assert "128 a batch" in output
+
+    def test_a_log_that_cannot_be_written(self, finished, tmp_path):
+        path = tmp_path / "run"
+        shutil.copytree(finished[0], path)
+        (path / "metrics.jsonl").unlink()
+        (path / "metrics.jsonl").mkdir()
+        assert f"error: cannot write {path / 'metrics.jsonl'}: Is a directory" in self.refused("resume", path, "--epochs", "3")
 
     def test_a_damaged_checkpoint(self, finished, tmp_path):
         path = tmp_path / "run"

@@ -106,3 +106,26 @@ def test_without_configured_logging_the_console_is_the_standard_output():
 def test_log_every_none():
     with pytest.raises(ValueError, match="at least 1"):
         observers.log(0)
+
+
+def test_a_finished_program_that_trains_again_loses_no_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    loop = fnrun.repeat(counted(observers=[observers.log(1, to=[observers.jsonl(path)])]), 2, observers=[observers.log(to=[observers.jsonl(path)])])  # fmt: skip
+    state, _ = loop(fresh(), [torch.zeros(1)] * 2)
+    state, _ = loop(state, [torch.zeros(1)] * 2)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["ticks"], line["at"]) for line in lines] == [
+        (1, "0.1"), (2, "0.2"), (2, "1"), (3, "1.1"), (4, "1.2"), (4, "2"), (5, "0.1"), (6, "0.2"), (6, "1"), (7, "1.1"), (8, "1.2"), (8, "2"),
+    ]  # fmt: skip
+
+
+def test_a_program_that_refuses_its_data_does_not_cut_the_log(tmp_path):
+    path = tmp_path / "m.jsonl"
+    loop = counted(observers=[observers.log(1, to=[observers.jsonl(path)])])
+    loop(fresh(), [torch.zeros(1)] * 3)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="empty"):
+        loop(fresh(), [])
+    with pytest.raises(TypeError, match=r"data\.loader"):
+        loop(fresh(), torch.utils.data.DataLoader([1]))
+    assert path.read_text() == before
