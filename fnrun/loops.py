@@ -144,6 +144,7 @@ class Loop:
                 moved = position.streams if streams is None else {**position.streams, **streams}
                 state = state.replace(position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data))
                 if afters or self.observers:
+                    program.open()
                     values = self._values(plain, metrics)
                     for hook in afters:
                         state = hook(state, values)
