@@ -53,6 +53,10 @@ class Loop:
         names = [getattr(observer, "name", None) for observer in self.observers if hasattr(observer, "fold")]
         if None in names or len(set(names)) < len(names):
             raise ValueError(f"observers of one loop that fold need names of their own, to keep what they gather: {names}")
+        for part in (*hooks, *self.observers):
+            monitor, members = getattr(part, "monitor", None), _member_names(self)
+            if monitor is not None and members is not None and monitor.partition("/")[0] not in members:
+                raise ValueError(f"{getattr(part, 'name', part)}: no step reports {monitor!r}: the members here are {', '.join(map(repr, members))}")
         object.__setattr__(self, "hooks", hooks)
         object.__setattr__(self, "observers", tuple(sorted(self.observers, key=_saves)))
 
@@ -568,6 +572,13 @@ def _members(steps: Mapping[str, AnyStep]) -> dict[str, AnyStep]:
         if not callable(step):
             raise TypeError(f"{name} is no step: {step!r} is not callable")
     return dict(steps)
+
+
+def _member_names(step: Any) -> list[str] | None:
+    """The names that all metrics of `step` begin with, where that is known."""
+    if isinstance(step, _Members):
+        return list(step.steps)
+    return _member_names(step.step) if isinstance(step, (_Repeat, _Every)) else None
 
 
 def _flatten(hooks: Iterable[Any]) -> Iterator[Any]:

@@ -122,11 +122,16 @@ def _lawful(fn: Callable[[S, Any], tuple[S, Metrics]], host_random: bool) -> Cal
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(f"{name} returned {type(result).__name__}: a step returns (state, metrics), metrics a dict")
         new, metrics = result
-        metrics = {name: _detach_all(value) for name, value in {**reports, **metrics}.items()}
+        metrics = {name: _detach_all(value) for name, value in _with(metrics, reports).items()}
         return new.replace(step=state.step + 1), metrics
 
     _steps.add(lawful)
     return lawful
+
+
+def _with(metrics: Mapping[str, Any], reports: dict[str, Any]) -> Metrics:
+    """The metrics, and the reports of other names behind them."""
+    return {**metrics, **{name: value for name, value in reports.items() if name not in metrics}}
 
 
 def _detach(leaf: Any) -> Any:
@@ -294,7 +299,7 @@ def _accumulated(gradients: Callable[..., Any], buffers: Any, batch: Any, pieces
         size = folds.examples(micro)
         with collect() as reports:
             grads, buffers, values = gradients(buffers, micro)
-        values = {**reports, **values}
+        values = _with(values, reports)
         weight = size / examples
         scaled = [None if g is None else g * weight for g in grads]
         total = scaled if not total else [a if b is None else b if a is None else a + b for a, b in zip(total, scaled, strict=True)]
@@ -342,7 +347,7 @@ def make_eval_step(
         if not isinstance(result, Mapping):
             loss, metrics = _loss_and_metrics(result)
             result = {"loss": loss, **metrics}
-        return {**reports, **result}
+        return _with(result, reports)
 
     _steps.add(eval_step)
     return eval_step

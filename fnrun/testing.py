@@ -102,7 +102,10 @@ def assert_resumable(
 
 
 def assert_observers_do_not_matter(loop: Loop, state: Any, data: Any) -> None:
-    """Law 3: `loop` ends with the same bits with its observers, without any, and with one more at every depth."""
+    """Law 3: `loop` ends with the same bits with its observers, without any, and with one more in every loop.
+
+    Loops that a wrapper function holds keep the observers that they have.
+    """
     end, metrics = loop(state, data)
     for what, changed in (
         ("without its observers", _with_observers(loop, lambda observers: ())),

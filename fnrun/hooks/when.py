@@ -46,6 +46,10 @@ class _WhenRemembering:
     def name(self) -> str:
         return self.hook.name
 
+    @property
+    def monitor(self) -> str | None:
+        return getattr(self.hook, "monitor", None)
+
     def init(self, state: Any) -> Any:
         return self.hook.init(state)
 

@@ -17,6 +17,7 @@ MAX_FAILURES = 3
 
 
 class _Checkpoint:
+    name = "checkpoint"
     saves = True  # the loop calls it last in a tick, with every sink flushed
 
     def __init__(self, checkpoints: Checkpoints, monitor: str | None, mode: Literal["min", "max"], keep: int | None, every: int) -> None:

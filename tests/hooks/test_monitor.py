@@ -77,6 +77,20 @@ def test_a_name_that_no_step_reports(monitor):
         loop(fnrun.TrainState.create(nn.Linear(1, 1)), {"train": [torch.zeros(1)], "val": [torch.zeros(1)]})
 
 
+def test_a_member_that_does_not_exist_is_found_before_anything_runs():
+    """Also where validation would not have run for a long time."""
+    step = fnrun.step(lambda state, batch: (state, {"loss": 1.0}))
+    inner = fnrun.sequence(train=fnrun.epoch_loop(step), val=fnrun.every(50, fnrun.epoch_loop(step)))
+    for part in (
+        {"hooks": [hooks.early_stopping("valid/loss", patience=2)]},
+        {"observers": [fnrun.observers.checkpoint(None, monitor="valid/loss")]},
+    ):
+        with pytest.raises(ValueError, match="no step reports 'valid/loss': the members here are 'train', 'val'"):
+            fnrun.repeat(inner, 100, **part)
+    with pytest.raises(ValueError, match="early_stopping: no step reports 'loss'"):
+        fnrun.repeat(inner, 100, hooks=[hooks.every(2, hooks.early_stopping("loss", patience=2))])
+
+
 def test_options_that_are_none():
     with pytest.raises(ValueError, match="'min' or 'max', not 'up'"):
         hooks.early_stopping("loss", mode="up", patience=1)
