@@ -56,7 +56,9 @@ class Loop:
         for part in (*hooks, *self.observers):
             monitor, members = getattr(part, "monitor", None), _member_names(self)
             if monitor is not None and members is not None and monitor.partition("/")[0] not in members:
-                raise ValueError(f"{getattr(part, 'name', part)}: no step reports {monitor!r}: the members here are {', '.join(map(repr, members))}")
+                raise ValueError(
+                    f"{getattr(part, 'name', part)}: no step reports {monitor!r}: the members here are {', '.join(map(repr, members))}"
+                )
         object.__setattr__(self, "hooks", hooks)
         object.__setattr__(self, "observers", tuple(sorted(self.observers, key=_saves)))
 

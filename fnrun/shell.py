@@ -109,21 +109,28 @@ class _Attributes:
     call from the next. Recurrent layers make a second list of their weights anew in a call that finds others in the slots.
     """
 
-    __slots__ = ("buffers", "dict", "kept", "names", "path", "size")
+    __slots__ = ("buffers", "dict", "entries", "kept", "names", "path", "size", "unset")
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.dict = path, module.__dict__
         self.buffers, self.size, self.names = module._buffers, len(module._buffers), frozenset(module._buffers)
         lists = ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ()
         self.kept = {k: v for k, v in self.dict.items() if isinstance(v, torch.Tensor) or k in lists}
+        self.entries, self.unset = frozenset(self.dict), tuple(k for k, v in self.dict.items() if v is None and k not in lists)
 
     def new_buffers(self) -> list[str]:
         return [f"{self.path}.{key}".lstrip(".") for key in self.buffers if key not in self.names] if len(self.buffers) > self.size else []
 
     def put_back(self) -> None:
-        for key in [key for key, value in self.dict.items() if isinstance(value, torch.Tensor) and key not in self.kept]:
-            del self.dict[key]
-        self.dict.update(self.kept)
+        attributes = self.dict
+        if self.kept:
+            attributes.update(self.kept)
+        for key in self.unset:
+            if isinstance(attributes.get(key), torch.Tensor):
+                attributes[key] = None
+        if len(attributes) > len(self.entries):
+            for key in [key for key, value in attributes.items() if isinstance(value, torch.Tensor) and key not in self.entries]:
+                del attributes[key]
         if len(self.buffers) > self.size:
             for key in [key for key in self.buffers if key not in self.names]:
                 del self.buffers[key]

@@ -73,8 +73,10 @@ def test_the_module_is_put_back_also_when_it_raises():
             self.weight = nn.Parameter(torch.zeros(1))
             self.register_buffer("seen", torch.zeros(1))
             self.register_buffer("none", None)
+            self.cache = None
 
         def forward(self, x):
+            self.cache = self.weight * 3
             self.seen.add_(1)
             self.none = torch.ones(1)
             self.register_buffer("new", torch.ones(1))
@@ -91,6 +93,7 @@ def test_the_module_is_put_back_also_when_it_raises():
     assert model.none is None
     assert not hasattr(model, "new")
     assert not hasattr(model, "kept")
+    assert model.cache is None
 
 
 def test_modes_are_those_of_when_the_step_was_made():

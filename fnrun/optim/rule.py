@@ -203,8 +203,8 @@ def _kind_by_kind(
 
 def _fused(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any) -> tuple[list[Any], Lists]:
     assert rule.fused is not None
-    new = own(params)
-    slots = {name: own(slot) for name, slot in slots.items()}  # no rule with a fused kernel has scalars
+    owned, n = own([*params, *itertools.chain.from_iterable(slots.values())]), len(params)  # no rule with a fused kernel has scalars
+    new, slots = owned[:n], {name: owned[n * i : n * (i + 1)] for i, name in enumerate(slots, start=1)}
     if not all(map(Tensor.is_contiguous, itertools.chain(new, grads, *slots.values()))):
         grads, slots = _like(new, grads), {name: _like(new, slot) for name, slot in slots.items()}
     rule.fused(new, grads, slots, values, t)
