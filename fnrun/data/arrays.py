@@ -34,6 +34,12 @@ def passes(rows: int, batch_size: int, drop_last: bool) -> int:
     return rows // batch_size if drop_last else -(-rows // batch_size)
 
 
+def cut(batch_size: int, shuffle: bool, drop_last: bool) -> str:
+    """How rows become batches, in words."""
+    order = "shuffled" if shuffle else "in order"
+    return f"{batch_size} a batch, {order}{', short last batch dropped' if drop_last else ''}"
+
+
 class Order:
     """The rows of each batch, in order or shuffled by the key of the pass; computed in blocks of batches."""
 
@@ -73,9 +79,7 @@ class Arrays(Stream):
 
     @cached_property
     def _source(self) -> str:
-        order = "shuffled" if self.shuffle else "in order"
-        last = ", short last batch dropped" if self.drop_last else ""
-        return f"arrays of {self.rows} rows, {self.batch_size} a batch, {order}{last}, content {digest(self.tensors)}"
+        return f"arrays of {self.rows} rows, {cut(self.batch_size, self.shuffle, self.drop_last)}, content {digest(self.tensors)}"
 
     @property
     def source(self) -> str:

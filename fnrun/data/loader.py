@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from fnrun.data import ambient
-from fnrun.data.arrays import Order, passes
+from fnrun.data.arrays import Order, cut, passes
 from fnrun.data.stream import Stream, walk
 from fnrun.rng import Key
 from fnrun.state import Cursor
@@ -36,12 +36,10 @@ class Loader(Stream):
 
     @cached_property
     def _source(self) -> str:
-        order = "shuffled" if self.shuffle else "in order"
-        last = ", short last batch dropped" if self.drop_last else ""
         mark = getattr(self.dataset, "fingerprint", None)
         mark = mark() if callable(mark) else mark
         content = f", content {mark}" if mark is not None else ""
-        return f"{type(self.dataset).__name__} of {self.rows} examples, {self.batch_size} a batch, {order}{last}{content}"
+        return f"{type(self.dataset).__name__} of {self.rows} examples, {cut(self.batch_size, self.shuffle, self.drop_last)}{content}"
 
     @property
     def source(self) -> str:
