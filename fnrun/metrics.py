@@ -167,7 +167,8 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
     if not 1 <= k <= classes:
         raise ValueError(f"accuracy: k={k} of {classes} classes")
     if k == 1:
-        hit = logits.argmax(1) == labels
+        top = logits.argmax(1, keepdim=True)
+        hit = (top.squeeze(1) == labels) & ~logits.gather(1, top).squeeze(1).isnan()
     else:
         at = labels.clamp(0, classes - 1).unsqueeze(1).long()
         own = logits.gather(1, at)
@@ -326,6 +327,8 @@ def _stacked(names: Sequence[str], values: list[Tensor], shape: torch.Size) -> T
     for name, value in zip(names, values, strict=True):
         if value.shape != shape:
             raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(shape)} in the ticks before")
+    if len({value.dtype for value in values}) > 1:  # stacked as they are, an int would be rounded to its neighbour's float32
+        values = [_wide(value) for value in values]
     stacked = torch.stack(values)
     return stacked.detach() if stacked.requires_grad else stacked
 

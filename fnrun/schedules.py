@@ -55,9 +55,17 @@ def _schedule(value: Callable[[Any, SimpleNamespace], Any]) -> Schedule:
     def schedule(step: Any) -> Any:
         if isinstance(step, Tensor):
             return value(step.to(torch.float64), _TENSORS)
-        return value(step, _NUMBERS)
+        try:
+            return float(value(step, _NUMBERS))
+        except OverflowError:  # a power beyond all floats: tensors say infinity, and so do we
+            return value(torch.tensor(step, dtype=torch.float64), _TENSORS).item()
 
     return schedule
+
+
+def _values(value: Any, t: Tensor) -> Tensor:
+    """What a schedule of somebody else's gives for a tensor of steps, as ours do: a float64 tensor, an entry for each step."""
+    return torch.as_tensor(value, dtype=torch.float64, device=t.device).expand(t.shape)
 
 
 def _done(t: Any, x: SimpleNamespace, steps: float) -> Any:
@@ -280,9 +288,9 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         if not isinstance(t, Tensor):
             place = bisect.bisect_right(starts, t, lo=1) - 1
             return members[place](t - starts[place])
-        value = members[0](t)
+        value = _values(members[0](t), t)
         for member, start in zip(members[1:], starts[1:], strict=True):
-            value = torch.where(t >= start, member((t - start).clamp(min=0)), value)
+            value = torch.where(t >= start, _values(member((t - start).clamp(min=0)), t), value)
         return value
 
     return schedule
@@ -298,7 +306,8 @@ def multiply(*schedules: Value) -> Schedule:
         raise ValueError("multiply: at least one schedule")
 
     def schedule(t: Any) -> Any:
-        return math.prod(s(t) if callable(s) else s for s in schedules)
+        product = math.prod(s(t) if callable(s) else s for s in schedules)
+        return _values(product, t) if isinstance(t, Tensor) else product
 
     return schedule
 

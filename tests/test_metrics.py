@@ -310,3 +310,14 @@ def test_examples_of_a_batch():
 def test_an_empty_batch_weighs_nothing():
     totals = metrics.fold(metrics.fold(None, {"x": torch.tensor(5.0)}, 0), {"x": torch.tensor(1.0)}, 2)
     assert float(metrics.compute(totals)["x"]) == 1
+
+
+def test_a_nan_score_of_the_labels_own_class_is_a_miss_for_every_k():
+    logits = torch.tensor([[float("nan"), 1.0, 0.0]])
+    assert [metrics.accuracy(logits, torch.tensor([0]), k=k).compute().item() for k in (1, 2, 3)] == [0.0, 0.0, 0.0]
+
+
+def test_an_int_keeps_its_bits_beside_a_float():
+    first = {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}
+    totals = metrics.fold(metrics.fold(None, first, 1), {"a": torch.tensor(1.0), "b": torch.tensor(16777217)}, 1)
+    assert metrics.compute(totals)["b"].item() == 8388609.0

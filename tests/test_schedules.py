@@ -206,3 +206,19 @@ def test_epochs_and_batch_size() -> None:
 def test_what_makes_no_schedule_is_refused_in_words(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make()
+
+
+def test_a_power_beyond_all_floats_is_infinite_for_ints_too() -> None:
+    assert schedules.exponential(1.0, 1.1)(10_000) == math.inf
+
+
+def test_members_of_somebody_elses_give_tensors_of_values_too() -> None:
+    steps = torch.arange(5)
+    for schedule, expected in (
+        (schedules.join([lambda t: 0.1, lambda t: 0.3], [2]), [0.1, 0.1, 0.3, 0.3, 0.3]),
+        (schedules.multiply(2.0, 3.0), [6.0] * 5),
+    ):
+        values = schedule(steps)
+        assert values.dtype == torch.float64
+        assert values.tolist() == expected
+    assert type(schedules.constant(1)(3)) is float

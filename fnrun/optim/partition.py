@@ -25,7 +25,7 @@ Multipliers = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
 
 class _Groups:
-    """The leaves by label; worked out anew only when names or shapes change."""
+    """The leaves by label; worked out anew only when names, shapes or dtypes change."""
 
     def __init__(self, label_all: Callable[[Any, Any, list[str], list[Any]], list[Any]]) -> None:
         self.label_all = label_all
@@ -36,7 +36,7 @@ class _Groups:
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
         if self.last is not None and torch.compiler.is_compiling():  # which cannot compare structures; they are those that it began with
             return leaves, spec, self.last[2], self.last[3]
-        shapes = [getattr(leaf, "shape", None) for leaf in leaves]
+        shapes = [(getattr(leaf, "shape", None), getattr(leaf, "dtype", None)) for leaf in leaves]
         last = self.last
         if last is None or last[0] != spec or last[1] != shapes:
             paths = [join(path) for path in optree.treespec_paths(spec)]
@@ -81,7 +81,9 @@ def partition(labels: Labels, optimizers: Mapping[str, Optimizer]) -> Optimizer:
     return _partition(_labelled(labels), optimizer_of, list(optimizers))
 
 
-def _partition(grouped: _Groups, optimizer_of: Callable[[Any], Optimizer], labels: list[str] | None = None) -> Optimizer:
+def _partition(
+    grouped: _Groups, optimizer_of: Callable[[Any], Optimizer], labels: list[str] | None = None, *, offers: bool = False
+) -> Optimizer:
     def order(groups: Mapping[Any, Any]) -> list[Any]:
         for label in groups:
             optimizer_of(label)
@@ -112,7 +114,7 @@ def _partition(grouped: _Groups, optimizer_of: Callable[[Any], Optimizer], label
                     leaves[i] = new[paths[i]]
         return spec.unflatten(leaves)
 
-    offers = labels is not None and any(optimizer_of(label).eval_params is not None for label in labels)
+    offers = offers or (labels is not None and any(optimizer_of(label).eval_params is not None for label in labels))
     return Optimizer(init, update, eval_params=eval_params if offers else None)
 
 
@@ -185,7 +187,11 @@ def name_multipliers(factors: Mapping[str, float]) -> Multipliers:
 BLOCKS = r"(?:^|\.)(?:blocks?|layers?|h|stages?)\.?(\d+)(?:\.|$)"
 
 
-def layer_decay(rate: float, blocks: str = BLOCKS, head: Sequence[str] = ("head", "classifier", "fc", "norm", "ln_f")) -> Multipliers:
+#: Where the names of common models put what comes after the last block.
+HEAD = ("head", "heads", "lm_head", "classifier", "cls", "score", "fc", "norm", "fc_norm", "ln_f", "ln_post", "final_layer_norm")
+
+
+def layer_decay(rate: float, blocks: str = BLOCKS, head: Sequence[str] = HEAD) -> Multipliers:
     """Factors that fall by `rate` from block to block towards the input: 1 for the head, `rate` for the last block, and so on.
 
     A path that `blocks` (a regular expression whose first group is the block's number) finds belongs to that block; of the rest, one whose
@@ -226,13 +232,22 @@ def scaled_lr(make: Callable[[Hyper], Optimizer], lr: Any, multipliers: Multipli
     >>> sorted(optim.hyperparams(state))
     ['x0.1/lr_scale', 'x1/lr_scale']
     """
+    probe = make(lr)
+    if probe.scale_loss is not None:
+        raise ValueError("dynamic_loss_scale goes around scaled_lr, not into it: the loss has one scale for all groups")
     made: dict[str, Optimizer] = {}
 
     def label_all(params: Any, spec: Any, paths: list[str], leaves: list[Any]) -> list[str]:
         factors = multipliers(dict(zip(paths, leaves, strict=True)))
         for factor in factors.values():
-            if (label := f"x{factor:.6g}") not in made:
+            if (label := _times(factor)) not in made:
                 made[label] = make(multiply(lr, factor) if callable(lr) else lr * factor)
-        return [f"x{factors[path]:.6g}" for path in paths]
+        return [_times(factors[path]) for path in paths]
 
-    return _partition(_Groups(label_all), lambda label: made[label])
+    return _partition(_Groups(label_all), lambda label: made[label], offers=probe.eval_params is not None)
+
+
+def _times(factor: float) -> str:
+    """A label of its own for each factor, as short as it can be."""
+    short = f"{factor:g}"
+    return f"x{short if float(short) == factor else repr(factor)}"

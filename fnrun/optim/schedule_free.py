@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from fnrun.optim.adam import adam_settings
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyper
-from fnrun.optim.lists import is_zero, read_all
+from fnrun.optim.lists import is_zero, read_all, tree_map
 from fnrun.optim.rule import Rule, RuleState, optimizer
 
 
@@ -52,8 +52,15 @@ def schedule_free_adamw(
         return ops.div_(ops.add(y, z, alpha=-(1.0 - beta1)), beta1)
 
     def eval_params(state: RuleState, params: Any) -> Any:
-        """x, the average that the parameters y are a mixture of."""
-        return optree.tree_map(lambda y, z: (y - (1.0 - beta1) * z) / beta1, params, state.slots["z"])
+        """x, the average that the parameters y are a mixture of; parameters that are not trained, by names of their own, are as they are."""
+
+        def x(y: Tensor, z: Tensor) -> Tensor:
+            return (y - (1.0 - beta1) * z) / beta1
+
+        z: Any = state.slots["z"]
+        if isinstance(params, Mapping) and isinstance(z, Mapping):
+            return {name: x(y, z[name]) if name in z else y for name, y in params.items()}
+        return tree_map(x, params, z)
 
     rule = Rule({"z": torch.clone, "exp_avg_sq": torch.zeros_like}, update, scalars={"lr_max": _zeros, "weight_sum": _zeros})
     return optimizer(rule, settings, eval_params)

@@ -109,7 +109,7 @@ def adaptive_clip(clipping: Hyper = 0.01, eps: Hyper = 1e-3) -> Transform:
             return grads
         limits = [_unit_norm(p).clamp(min=h["eps"]) * h["clipping"] for p in params]
         factors = [(limit / _unit_norm(g).clamp(min=1e-6)).clamp(max=1.0) for limit, g in zip(limits, grads, strict=True)]
-        note("clipped", _share([factor.min() for factor in factors]))
+        note("clipped", _share([torch.where((factor < 1.0).any(), 0.0, 1.0) for factor in factors]))
         return [(g * factor).to(g.dtype) for g, factor in zip(grads, factors, strict=True)]
 
     return _with_settings(Settings(clipping=clipping, eps=eps), apply)

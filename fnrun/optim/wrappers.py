@@ -165,6 +165,11 @@ def apply_if_finite(optimizer: Optimizer | None = None) -> Any:
     """
 
     def wrap(inner: Optimizer) -> Optimizer:
+        if inner.scale_loss is not None:
+            raise ValueError(
+                "dynamic_loss_scale skips what is not finite by itself: apply_if_finite around it would keep its scale from falling"
+            )
+
         def init(params: Any, /) -> SkipState:
             return counts_on(device_of(params), SkipState(0, inner.init(params)))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import fnrun
 from fnrun import optim, schedules, tree
 from fnrun.reports import collect
 
@@ -123,3 +124,44 @@ def test_scaled_rates_are_those_of_the_group() -> None:
 def test_mistakes_are_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_scaled_lr_offers_what_its_optimizer_offers() -> None:
+    multipliers = optim.name_multipliers({"a": 0.1})
+    optimizer = optim.scaled_lr(lambda lr: optim.schedule_free_adamw(lr), 1e-2, multipliers)
+    params = {"a": torch.ones(2), "b": torch.ones(2)}
+    state = optimizer.init(params)
+    for _ in range(3):
+        params, state = optimizer.update({"a": torch.ones(2), "b": torch.ones(2)}, state, params)
+    assert optimizer.eval_params is not None
+    assert not torch.equal(optimizer.eval_params(state, params)["a"], params["a"])
+    with pytest.raises(ValueError, match="goes around scaled_lr"):
+        optim.scaled_lr(lambda lr: optim.dynamic_loss_scale(optim.sgd(lr)), 1.0, multipliers)
+
+
+def test_labels_by_dtype_are_those_of_the_parameters_at_hand() -> None:
+    def label(path: str, p: torch.Tensor) -> str:
+        return "single" if p.dtype == torch.float32 else "double"
+
+    optimizer = optim.partition(label, {"single": optim.sgd(1.0), "double": optim.sgd(0.1)})
+    for dtype, moved in ((torch.float32, -1.0), (torch.float64, -0.1)):
+        params = {"a": torch.zeros(1, dtype=dtype)}
+        assert optimizer.update({"a": torch.ones(1, dtype=dtype)}, optimizer.init(params), params)[0]["a"].item() == moved
+
+
+def test_the_head_of_common_models_is_not_decayed() -> None:
+    rates = optim.layer_decay(0.5)(dict.fromkeys(["embed.w", "blocks.0.w", "blocks.1.w", "fc_norm.w", "lm_head.w"], torch.zeros(1)))
+    assert rates == {"embed.w": 0.125, "blocks.0.w": 0.25, "blocks.1.w": 0.5, "fc_norm.w": 1.0, "lm_head.w": 1.0}
+
+
+def test_weights_to_evaluate_with_beside_frozen_ones() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    optimizer = optim.schedule_free_adamw(0.1)
+    step = fnrun.make_train_step(model, lambda model, x: model(x).mean(), optimizer)
+    state = fnrun.TrainState.create(model, optimizer)
+    for _ in range(2):
+        state, _ = step(state, torch.ones(3, 2))
+    weights = optimizer.eval_params(state.opt_state, state.params)
+    assert torch.equal(weights["0.weight"], state.params["0.weight"])
+    assert not torch.equal(weights["1.weight"], state.params["1.weight"])

@@ -144,3 +144,11 @@ def test_wrappers_nest() -> None:
     again = list(cases.steps(optimizer, cases.rebuilt(whole[2][0]), cases.rebuilt(whole[2][1]), 3, begin=3))
     assert tree.equal(whole[-1], again[-1])
     assert not tree.equal(whole[-1][0], P)
+
+
+def test_apply_if_finite_around_loss_scaling_is_refused() -> None:
+    """The scale would never see the overflow that it has to fall for."""
+    with pytest.raises(ValueError, match="skips what is not finite by itself"):
+        optim.chain(optim.apply_if_finite(), optim.dynamic_loss_scale(), optim.sgd(1.0))
+    with pytest.raises(ValueError, match="skips what is not finite by itself"):
+        optim.apply_if_finite(optim.dynamic_loss_scale(optim.sgd(1.0)))
