@@ -108,8 +108,9 @@ def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
 
     Its state, copied, travels with each batch and is kept in the position; it must be a pytree of tensors and plain values. The next
     batch is fetched before one is given, since only then it is known whether the pass has ended. The iterable itself is live:
-    one iteration at a time. (Of torchdata's loader with `shuffle=True, generator=...` the passes after a resume are others: there, give the
-    generator to the sampler.) In this process the ambient generators are seeded for each batch from the key, and left as they were; what
+    one iteration at a time. A run is as exact as what the iterable says: torchdata's loader says all of it where its order comes from a sampler
+    with a generator of its own and nothing is drawn in its workers. With `shuffle=True` the passes after a resume are others, with workers or
+    a data set without state its own counts are; for map-style data `data.loader` has no such gaps. In this process the ambient generators are seeded for each batch from the key, and left as they were; what
     the iterable's own workers draw is its own affair, as is how many batches a pass has.
 
     A `fingerprint`, an attribute or a method of the iterable, tells it from others.
