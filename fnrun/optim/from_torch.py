@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from fnrun.tree import join, struct
 ABSENT, PRESENT, NOTHING = 0, 1, 2
 #: Containers without entries, and how they stand there.
 _EMPTY: dict[type, int] = {list: 3, dict: 4, tuple: 5}
+#: Python's numbers, and how they stand there: the entry is a tensor without dimensions, always, so that no wrapper changes what it is.
+_NUMBERS: dict[type, tuple[int, torch.dtype]] = {bool: (6, torch.bool), int: (7, torch.int64), float: (8, torch.float64)}
 
 #: Fields of every torch optimizer that are no memory of a training.
 _MACHINERY = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
@@ -65,19 +68,24 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
             return TorchState(hyper, {}, torch.zeros(0, dtype=torch.int8))
         values = {name: value for name, value in settings.at(hyper, 0).items() if name != "lr_scale"}
         with Key(0).scope():
-            before = _memory(*build(named, values))
             trial, copies = build(named, values)
+            before = _snapshot(_memory(trial, copies), {})
             for _ in range(2):
                 for p in copies.values():
                     p.grad = torch.ones_like(p)
                 _step(trial)
         entries: dict[str, dict[str, Any]] = {}
         for owner, fields in _memory(trial, copies).items():
-            # Of a group and of the object, what two steps changed is memory; the rest is configuration.
-            old = before.get(owner, {}) if owner.startswith(("group", "object")) else {}
-            moved = {name: value for name, value in fields.items() if name not in old or not _same(old[name], value)}
-            if moved:
-                entries[owner] = {name: _blank(value, f"{cls.__name__}: {owner}/{name}") for name, value in moved.items()}
+            old = before.get(owner, {})
+            # Of a group and of the object, the caller's own arguments are configuration, unless the steps changed them.
+            given = kwargs if owner.startswith(("group", "object")) else {}
+            held = {
+                name: old[name] if name in old and (value is None or _is_empty(value)) else value
+                for name, value in fields.items()
+                if not (name in old and _same(old[name], value) and (name.partition("/")[0] in given or not _holdable(value)))
+            }
+            if held:
+                entries[owner] = {name: _blank(value, f"{cls.__name__}: {owner}/{name}") for name, value in held.items()}
         return TorchState(hyper, entries, torch.zeros(sum(map(len, entries.values())), dtype=torch.int8))
 
     def update(grads: Any, state: TorchState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
@@ -95,21 +103,45 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
                 "under torch.compile and where a gradient should flow through the update"
             )
         torch_optimizer, copies = build(named, values)
-        for group in torch_optimizer.param_groups:
-            group["lr"] = group["lr"] if is_one(scale) else group["lr"] * scale
-            note("lr", group["lr"])
         _put(torch_optimizer, copies, state)
-        for p, g in zip(copies.values(), flat, strict=True):
-            p.grad = None if g is None else torch.empty_like(p).copy_(g)
-        _step(torch_optimizer)
+        before = _snapshot(_memory(torch_optimizer, copies), state.entries)
+
+        def step_with(an_optimizer: torch.optim.Optimizer, its_copies: dict[str, Tensor]) -> None:
+            for p, g in zip(its_copies.values(), flat, strict=True):
+                p.grad = None if g is None else torch.empty_like(p).copy_(g)
+            _step(an_optimizer)
+
+        scale = scale.item() if isinstance(scale, Tensor) else scale
+        own = [_copy(group["lr"]) for group in torch_optimizer.param_groups]
+        if scale == 1.0:
+            for rate in own:
+                note("lr", rate)
+            step_with(torch_optimizer, copies)
+        else:
+            scaled = [rate * scale for rate in own]
+            for group, rate in zip(torch_optimizer.param_groups, scaled, strict=True):
+                group["lr"] = _copy(rate)
+                note("lr", rate)
+            alone = None
+            if scale == 0.0 and any("lr" in fields for owner, fields in state.entries.items() if owner.startswith("group")):
+                # From a rate of 0 no ratio can be told: the rate goes where a step without the scale takes it, on copies.
+                devices = sorted({p.device.index for p in copies.values() if p.device.type == "cuda"})
+                with torch.random.fork_rng(devices):
+                    alone, its_copies = build(named, values)
+                    _put(alone, its_copies, state)
+                    step_with(alone, its_copies)
+            step_with(torch_optimizer, copies)
+            for i, group in enumerate(torch_optimizer.param_groups):
+                if alone is not None:
+                    group["lr"] = alone.param_groups[i]["lr"]
+                elif _same(group["lr"], scaled[i]):
+                    group["lr"] = own[i]
+                else:
+                    group["lr"] = group["lr"] / scale if scale else group["lr"]
         new = [old if g is None else p.detach() for p, old, g in zip(copies.values(), leaves, flat, strict=True)]
-        return spec.unflatten(new), TorchState(hyper, *_take(torch_optimizer, copies, state))
+        return spec.unflatten(new), TorchState(hyper, *_take(torch_optimizer, copies, state, before))
 
     return Optimizer(init, update)
-
-
-def is_one(scale: Any) -> bool:
-    return not isinstance(scale, Tensor) and scale == 1.0
 
 
 def _named(params: Any) -> dict[str, Tensor]:
@@ -141,12 +173,29 @@ def _owners(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> d
             owners.setdefault("shared", {})[str(owner)] = fields
     for i, group in enumerate(optimizer.param_groups):
         owners[f"group {i}"] = {name: value for name, value in group.items() if name != "params"}
-    owners["object"] = {name: value for name, value in vars(optimizer).items() if name not in _MACHINERY and _is_data(value)}
+    owners["object"] = {name: value for name, value in vars(optimizer).items() if name not in _MACHINERY and _is_data(value, names)}
     return owners
 
 
-def _is_data(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float, Tensor))
+def _is_data(value: Any, params: Mapping[int, str]) -> bool:
+    """Whether it is numbers, text and tensors that are no parameters, or containers of these with names."""
+    paths, leaves, _ = optree.tree_flatten_with_path(value, none_is_leaf=True)
+    return all(leaf is None or (isinstance(leaf, (int, float, str, Tensor)) and id(leaf) not in params) for leaf in leaves) and all(
+        isinstance(entry, (str, int)) for path in paths for entry in path
+    )
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _snapshot(memory: Mapping[str, dict[str, Any]], held: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The entries of groups and of the object as they are now, without those that are held anyway."""
+    return {
+        owner: {name: None if name in held.get(owner, {}) else _copy(value) for name, value in fields.items()}
+        for owner, fields in memory.items()
+        if owner.startswith(("group", "object"))
+    }
 
 
 def _memory(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -172,15 +221,27 @@ def _blank(value: Any, where: str) -> Any:
         return torch.zeros_like(value.detach())
     if value is None or _is_empty(value):
         return None
-    if isinstance(value, (bool, int, float, str)):
-        return type(value)()
+    if isinstance(value, str):
+        return ""
+    if (number := _number(value)) is not None:
+        return torch.zeros((), dtype=number[1])
     raise TypeError(f"{where} is a {type(value).__name__}, which is no data that a state can hold")
+
+
+def _holdable(value: Any) -> bool:
+    return value is None or isinstance(value, Tensor) or _is_empty(value) or _number(value) is not None
+
+
+def _number(value: Any) -> tuple[int, torch.dtype] | None:
+    return next((number for kind, number in _NUMBERS.items() if isinstance(value, kind)), None)
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool(torch.equal(a, b))
-    return type(a) is type(b) and not isinstance(a, Tensor) and a == b
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, Tensor) or isinstance(b, Tensor) or type(a) is not type(b):
+        return False
+    return a is b or bool(a == b) or (isinstance(a, float) and a != a and b != b)
 
 
 def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: TorchState) -> None:
@@ -194,8 +255,15 @@ def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: 
                 field, _, rest = name.partition("/")
                 nested.setdefault((owner, field), {})[rest] = _value(code, state.entries[owner][name])
     for (owner, field), values in nested.items():
-        value = values[""] if set(values) == {""} else _nest(values)
         kind, _, rest = owner.partition(" ")
+        fresh = (
+            optimizer.param_groups[int(rest)].get(field)
+            if kind == "group"
+            else getattr(optimizer, field, None)
+            if kind == "object"
+            else None
+        )
+        value = values[""] if set(values) == {""} else _like(fresh, values)
         if kind == "param":
             optimizer.state[copies[rest]][field] = value
         elif kind == "group":
@@ -206,17 +274,37 @@ def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: 
             optimizer.state[field] = value  # pyright: ignore[reportArgumentType]
 
 
-def _code(name: str, fields: Mapping[str, Any]) -> int:
-    if name not in fields:
-        return ABSENT
-    value = fields[name]
-    return NOTHING if value is None else _EMPTY[type(value)] if _is_empty(value) else PRESENT
+def _stored(value: Any, blank: Any, where: str) -> tuple[int, Any]:
+    """How a value stands in the state, and its entry, of the kind that `init` found."""
+    if value is None:
+        return NOTHING, blank
+    if _is_empty(value):
+        return _EMPTY[type(value)], blank
+    if (isinstance(value, Tensor) and isinstance(blank, Tensor)) or (isinstance(value, str) and isinstance(blank, str)):
+        return PRESENT, value.detach() if isinstance(value, Tensor) else value
+    number = _number(value)
+    if number is not None and isinstance(blank, Tensor) and blank.dim() == 0:
+        dtype = number[1] if blank.dtype == number[1] else blank.dtype
+        entry = torch.tensor(value, dtype=dtype) if dtype == number[1] or math.isfinite(float(value)) else blank
+        if dtype == number[1] or _same(type(value)(entry.item()), value):
+            return number[0], entry
+    raise TypeError(f"{where} became {value!r}, for which its first two steps left no place in the state")
 
 
 def _value(code: int, entry: Any) -> Any:
     if code == PRESENT:
-        return entry.detach().clone() if isinstance(entry, Tensor) else entry
+        return _copy(entry)
+    for kind, (its_code, _) in _NUMBERS.items():
+        if its_code == code:
+            return kind(entry.item())
     return next((kind() for kind, its_code in _EMPTY.items() if its_code == code), None)
+
+
+def _like(fresh: Any, values: dict[str, Any]) -> Any:
+    """Flat entries in the containers of a fresh optimizer where these have the same places."""
+    paths, _, spec = optree.tree_flatten_with_path(fresh, none_is_leaf=True, is_leaf=_is_empty)
+    names = [join(path) for path in paths]
+    return optree.tree_unflatten(spec, [values[name] for name in names]) if set(names) == set(values) else _nest(values)
 
 
 def _nest(values: dict[str, Any]) -> Any:
@@ -229,24 +317,30 @@ def _nest(values: dict[str, Any]) -> Any:
     return [built[str(i)] for i in range(len(built))] if all(name.isdigit() for name in built) else built
 
 
-def _take(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: TorchState) -> tuple[dict[str, dict[str, Any]], Tensor]:
+def _take(
+    optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: TorchState, before: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], Tensor]:
     """The entries after a step, in the structure that `init` found, and which of them are there."""
-    memory = _memory(optimizer, copies)
+    memory, who = _memory(optimizer, copies), f"from_torch({type(optimizer).__name__})"
     for owner, fields in memory.items():
-        unknown = [name for name in fields if name not in state.entries.get(owner, {})]
-        if owner.startswith(("param", "shared")) and unknown:
-            raise TypeError(
-                f"from_torch({type(optimizer).__name__}): {owner} now remembers {unknown}, which it did not after its first two steps"
-            )
+        old, held = before.get(owner, {}), state.entries.get(owner, {})
+        unknown = [name for name in fields if name not in held and name not in old]
+        if unknown:
+            raise TypeError(f"{who}: {owner} now remembers {unknown}, which it did not after its first two steps")
+        moved = [name for name, value in fields.items() if name not in held and not _same(old[name], value)]
+        if moved:
+            raise TypeError(f"{who}: {owner} has changed {moved}, which its first two steps did not: its arguments are no memory")
+        still = {name.partition("/")[0] for name in fields}
+        gone = [name for name in old if name.partition("/")[0] not in still]
+        if gone:
+            raise TypeError(f"{who}: {owner} has lost {gone}, which a fresh one has")
     entries, codes = {}, []
     for owner in sorted(state.entries):
         entries[owner] = {}
         for name in sorted(state.entries[owner]):
-            blank = state.entries[owner][name]
-            fields = memory.get(owner, {})
-            code = _code(name, fields)
+            code, entry = ABSENT, state.entries[owner][name]
+            if name in memory.get(owner, {}):
+                code, entry = _stored(memory[owner][name], entry, f"{who}: {owner}/{name}")
             codes.append(code)
-            entries[owner][name] = (
-                fields[name].detach() if isinstance(fields.get(name), Tensor) else fields[name] if code == PRESENT else blank
-            )
+            entries[owner][name] = entry
     return entries, torch.tensor(codes, dtype=torch.int8)

@@ -37,6 +37,9 @@ CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "MADGRAD": (X.MADGRAD, {}),  # counts beside its parameters
     "SOAP": (X.SOAP, {"precondition_frequency": 3}),  # lists of matrices, empty ones among them
     "ScheduleFreeAdamW": (X.ScheduleFreeAdamW, {}),
+    "DAdaptSGD": (X.DAdaptSGD, {}),  # an estimate in its group that the first steps may leave as it is
+    "DAdaptLion": (X.DAdaptLion, {}),
+    "DAdaptAdaGrad": (X.DAdaptAdaGrad, {}),
 }
 every = pytest.mark.parametrize("name", CLASSES)
 
@@ -116,3 +119,57 @@ def test_what_cannot_be_pure_is_refused() -> None:
     state = optimizer.init(start)
     with pytest.raises(RuntimeError, match=r"take an optimizer of fnrun.optim"):
         torch.func.vmap(lambda g: optimizer.update({**grads, "c": g}, state, start)[0])(torch.ones(2))
+
+
+class Halving(torch.optim.SGD):
+    """SGD that halves its own rate, at each `every`-th step."""
+
+    def __init__(self, params: Any, lr: float = 1.0, every: int = 1) -> None:
+        super().__init__(params, lr=lr)
+        self.every, self.steps = every, 0
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        self.steps += 1
+        if self.steps % self.every == 0:
+            for group in self.param_groups:
+                group["lr"] *= 0.5
+
+
+def test_a_rate_that_moves_late_is_memory_or_an_error_never_lost() -> None:
+    start = cases.params()
+    late = optim.from_torch(Halving, every=3)
+    assert tree.equal(cases.last(late, start, 10), trained(Halving, {"every": 3}, start, 10))
+    with pytest.raises(TypeError, match=r"from_torch\(Halving\): group 0 has changed \['lr'\]"):
+        cases.last(optim.from_torch(Halving, every=3, lr=0.1), start, 3)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"lr": 1.0}])
+def test_lr_scale_multiplies_a_rate_that_moves_by_itself(arguments: dict[str, Any]) -> None:
+    now = {"x": torch.zeros(1, dtype=torch.float64)}
+    optimizer = optim.from_torch(Halving, **arguments)
+    state = optimizer.init(now)
+    moves = []
+    for scale in (1.0, 0.3, 0.0, 0.0, 1.0, 2.0):
+        after, state = optimizer.update({"x": torch.ones(1, dtype=torch.float64)}, optim.set_hyperparam(state, "lr_scale", scale), now)
+        moves.append((now["x"] - after["x"]).item())
+        now = after
+    assert moves == pytest.approx([1.0, 0.3 / 2, 0.0, 0.0, 1 / 16, 2 / 32])
+
+
+@pytest.mark.parametrize("wrap", [optim.apply_if_finite, optim.dynamic_loss_scale])
+@pytest.mark.parametrize("name", ["AdaBelief", "Prodigy", "Ranger21", "DAdaptLion"])
+def test_wrapped_the_structure_of_the_state_never_changes(name: str, wrap: Any) -> None:
+    def shape(state: Any) -> Any:
+        return tree.map(lambda x: f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else str(type(x)), state)
+
+    cls, arguments = CLASSES[name]
+    start = cases.params()
+    optimizer = wrap(optim.from_torch(cls, **arguments))
+    fresh = optimizer.init(start)
+    whole = list(cases.steps(optimizer, start, fresh, 6))
+    for _, state in whole:
+        assert tree.equal(shape(fresh), shape(state))
+    now, state = whole[2]
+    *_, end = cases.steps(optimizer, cases.rebuilt(now), cases.rebuilt(state), 3, begin=3)
+    assert tree.equal(end, whole[-1])
