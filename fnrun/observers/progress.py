@@ -22,7 +22,6 @@ class _Progress:
         self._program = program
         self._began = self._seen = time.perf_counter()
         self._examples, self._first, self._done = program.examples, None, 0.0
-        self._text = ""
         if sys.stdout is not None and sys.stdout.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
