@@ -186,7 +186,7 @@ def make_train_step(
     accumulate: int = 1,
     precision: str | None = None,
     host_random: bool = False,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> Step:
     """The training step of `model`: loss, gradient, update, as a pure function `(state, batch) -> (state, metrics)`.
 
     `loss_fn(model, batch)` returns a scalar loss, or `(loss, metrics)`; it calls `model` as usual, whose tensors are the state's for that
@@ -332,7 +332,7 @@ def make_eval_step(
     weights: str | Callable[[Any], Any] = "params",
     precision: str | None = None,
     host_random: bool = False,
-) -> Callable[[Any, Any], Metrics]:
+) -> EvalStep:
     """The evaluation step `(state, batch) -> metrics`, in eval mode and without gradients.
 
     `metric_fn(model, batch)` returns a dict of metrics, or what a `loss_fn` returns. `weights` says whose: the state's own (`"params"`), those
@@ -402,7 +402,7 @@ def _weights(state: Any, weights: str | Callable[[Any], Any]) -> tuple[Any, Any]
 # --- transformers ------------------------------------------------------------------------------------------------------
 
 
-def skip_nonfinite(step: Callable[[Any, Any], tuple[Any, Metrics]]) -> Callable[[Any, Any], tuple[Any, Metrics]]:
+def skip_nonfinite(step: Step) -> Step:
     """`step`, but an update after which the loss or a parameter is not finite does not happen: all but `state.step` stays as it was.
 
     The step's metrics are then `{"skipped": 1.0}` alone, so that no NaN reaches a mean. It waits for the device at each step.
