@@ -78,3 +78,9 @@ def test_the_names_that_are_promised():
         assert getattr(fnrun, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = fnrun.no_such_name
+
+
+def test_what_is_pinned_can_be_installed_anywhere() -> None:
+    """A path on one machine would be a constraint that no other can satisfy."""
+    pins = [line for line in (PACKAGE.parent / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert [line for line in pins if "==" not in line or "/" in line] == []
