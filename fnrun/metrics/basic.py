@@ -1,0 +1,127 @@
+"""Means, sums, extremes, the newest value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnrun.metrics.base import wide
+from fnrun.tree import struct
+
+
+@struct
+class Mean:
+    """A weighted mean: `total` of weight times value, and `weight`, both float64; of any shape, each element on its own."""
+
+    __module__ = "fnrun.metrics"
+
+    total: Tensor
+    weight: Tensor
+
+    def merge(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def compute(self) -> Tensor:
+        return self.total / self.weight
+
+
+@struct
+class Sum:
+    """A sum: float64 for floats, int64 for ints."""
+
+    __module__ = "fnrun.metrics"
+
+    total: Tensor
+
+    def merge(self, other: Sum) -> Sum:
+        return Sum(self.total + other.total)
+
+    def compute(self) -> Tensor:
+        return self.total
+
+
+@struct
+class Last:
+    """The newest value."""
+
+    __module__ = "fnrun.metrics"
+
+    value: Tensor
+
+    def merge(self, other: Last) -> Last:
+        return other
+
+    def compute(self) -> Tensor:
+        return self.value
+
+
+@struct
+class Min:
+    """The smallest value; NaN where one was seen."""
+
+    __module__ = "fnrun.metrics"
+
+    value: Tensor
+
+    def merge(self, other: Min) -> Min:
+        return Min(torch.minimum(self.value, other.value))
+
+    def compute(self) -> Tensor:
+        return self.value
+
+
+@struct
+class Max:
+    """The largest value; NaN where one was seen."""
+
+    __module__ = "fnrun.metrics"
+
+    value: Tensor
+
+    def merge(self, other: Max) -> Max:
+        return Max(torch.maximum(self.value, other.value))
+
+    def compute(self) -> Tensor:
+        return self.value
+
+
+# --- the fold of one batch
+
+
+def mean(values: Any, weight: Any = None) -> Mean:
+    """The mean over all elements of `values`, each with its `weight` (a number, or a tensor that broadcasts to `values`; 1 if not given).
+
+    >>> whole = mean(torch.tensor([1.0, 2.0, 3.0]))
+    >>> whole.merge(mean(torch.tensor([7.0]))).compute()
+    tensor(3.2500, dtype=torch.float64)
+    """
+    values = wide(torch.as_tensor(values))
+    if weight is None:
+        return Mean(values.sum(), values.new_full((), values.numel()))
+    weight = torch.as_tensor(weight, device=values.device).to(values.dtype)
+    if torch.broadcast_shapes(weight.shape, values.shape) != values.shape:
+        raise ValueError(f"mean: weights of shape {tuple(weight.shape)} do not broadcast to values of shape {tuple(values.shape)}")
+    return Mean((values * weight).sum(), weight.expand_as(values).sum())
+
+
+def sum(values: Any) -> Sum:
+    """The sum over all elements."""
+    values = torch.as_tensor(values)
+    return Sum((wide(values) if values.is_floating_point() else values).sum())
+
+
+def last(value: Any) -> Last:
+    """The value of the newest batch, as it is."""
+    return Last(torch.as_tensor(value))
+
+
+def min(values: Any) -> Min:
+    """The smallest of all elements."""
+    return Min(torch.as_tensor(values).amin())
+
+
+def max(values: Any) -> Max:
+    """The largest of all elements."""
+    return Max(torch.as_tensor(values).amax())

@@ -1,0 +1,172 @@
+"""A dictionary of metrics, tick by tick: what a loop keeps in its frame."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fnrun import tree
+from fnrun.metrics.base import wide
+from fnrun.tree import struct
+
+
+@struct
+class Means:
+    """The means of the plain tensors that come together in a tick, stacked, so that a tick is one addition; or that of one Python number.
+
+    `total` and `weight` count in units of `unit` examples, those of the first batch. So for batches of one size nothing is rounded
+    but the sum, and the mean of a single batch is its value.
+    """
+
+    __module__ = "fnrun.metrics"
+
+    names: tuple[str, ...]
+    total: Any  # a tensor [names, ...], or a float
+    weight: float
+    unit: int
+
+    def add(self, value: Any, examples: int) -> Means:
+        if examples == self.unit:
+            return Means(self.names, self.total + value, self.weight + 1.0, self.unit)
+        # The product is rounded by itself: fused with the sum, its bits would depend on where in the stack the value stands.
+        share = examples / self.unit
+        return Means(self.names, self.total + (wide(value) if isinstance(value, Tensor) else value) * share, self.weight + share, self.unit)
+
+    def only(self, names: list[str]) -> Means:
+        return Means(tuple(names), self.total[[self.names.index(name) for name in names]], self.weight, self.unit)
+
+
+@struct
+class Totals:
+    """The metrics of the ticks so far, folded: `names` as they first came; tensors in `means`, Python numbers in `numbers`, folds in `folds`."""
+
+    __module__ = "fnrun.metrics"
+
+    names: tuple[str, ...] = ()
+    means: tuple[Means, ...] = ()
+    numbers: dict[str, Means] = dataclasses.field(default_factory=dict)
+    folds: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> Totals:
+    """The totals with one more tick: its metrics by name, and how many examples its batch had.
+
+    A tensor or a number is a mean over examples: each tick's value counts `examples` times, each element of a tensor on its own.
+    A fold merges. A name may be missing from a tick, or come later: its total is over the ticks that had it.
+    The result is a function of the ticks and their order alone, and its size does not grow with their number.
+
+    Raises TypeError for what is no metric and for a name that is a fold in one tick and not in another, ValueError for a changed shape.
+
+    >>> from fnrun.metrics import sum as seen
+    >>> totals = fold(None, {"loss": torch.tensor(1.0), "seen": seen(torch.ones(3))}, examples=3)
+    >>> compute(fold(totals, {"loss": torch.tensor(2.0), "seen": seen(torch.ones(1))}, examples=1))
+    {'loss': tensor(1.2500, dtype=torch.float64), 'seen': tensor(4., dtype=torch.float64)}
+    """
+    old = totals if totals is not None else Totals()
+    tensors: dict[str, Tensor] = {}
+    numbers, folds = old.numbers, old.folds
+    for name, value in metrics.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, Real):
+            known = numbers.get(name) or Means((name,), 0.0, 0.0, examples or 1)
+            numbers = {**numbers, name: known.add(float(value), examples)}
+        elif hasattr(value, "merge") and hasattr(value, "compute"):
+            folds = {**folds, name: _merge(name, folds[name], value) if name in folds else value}
+        else:
+            raise TypeError(f"metric {name!r} is a {type(value).__name__}: a metric is a tensor, a number or a fold (see fnrun.metrics)")
+    means = _add(old.means, tensors, examples)
+    fresh = [name for name in metrics if name not in old.names]
+    if folds:
+        plain = {*numbers, *(name for stack in means for name in stack.names)}
+        for name in folds:
+            if name in plain:
+                raise TypeError(f"metric {name!r} is a {type(folds[name]).__name__} in one tick and a plain value in another")
+    return Totals((*old.names, *fresh) if fresh else old.names, means, numbers, folds)
+
+
+def _add(means: tuple[Means, ...], tensors: dict[str, Tensor], examples: int) -> tuple[Means, ...]:
+    """`means` with the tensors of a tick. Those that no longer come together are parted, so there are never more of them than names."""
+    added: list[Means] = []
+    for stack in means:
+        present: Sequence[str] = [name for name in stack.names if name in tensors]
+        if not present:
+            added.append(stack)
+            continue
+        if len(present) < len(stack.names):
+            added.append(stack.only([name for name in stack.names if name not in tensors]))
+            stack = stack.only(present)
+        added.append(stack.add(_stacked(present, [tensors.pop(name) for name in present], stack.total.shape[1:]), examples))
+    if tensors:
+        groups: dict[Any, list[str]] = {}
+        for name, value in tensors.items():
+            groups.setdefault((value.shape, value.dtype, value.device), []).append(name)
+        for (shape, _, _), names in groups.items():
+            value = wide(_stacked(names, [tensors[name] for name in names], shape))
+            added.append(Means(tuple(names), torch.zeros_like(value), 0.0, examples or 1).add(value, examples))
+    return tuple(added)
+
+
+def _stacked(names: Sequence[str], values: list[Tensor], shape: torch.Size) -> Tensor:
+    for name, value in zip(names, values, strict=True):
+        if value.shape != shape:
+            raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(shape)} in the ticks before")
+    if len({value.dtype for value in values}) > 1:  # stacked as they are, an int would be rounded to its neighbour's float32
+        values = [wide(value) for value in values]
+    stacked = torch.stack(values)
+    return stacked.detach() if stacked.requires_grad else stacked
+
+
+def _merge(name: str, old: Any, new: Any) -> Any:
+    if type(old) is not type(new):
+        raise TypeError(f"metric {name!r} is a {type(old).__name__} in one tick and a {type(new).__name__} in another")
+    return old.merge(new)
+
+
+def compute(totals: Totals) -> dict[str, Any]:
+    """The values by name, in the order in which the names first came: float64 tensors for what were tensors, floats for numbers.
+
+    What a fold computes is under its name; of a fold that computes a dict, under `name/key`.
+    """
+    found: dict[str, Any] = {}
+    for stack in totals.means:
+        found.update(zip(stack.names, (stack.total / stack.weight).unbind(), strict=True))
+    for name, number in totals.numbers.items():
+        if name not in found:
+            found[name] = number.total / number.weight if number.weight else float("nan")
+            continue
+        stack = next(stack for stack in totals.means if name in stack.names)  # a number in some ticks and a tensor in others
+        ours, theirs = stack.weight * stack.unit, number.weight * number.unit
+        found[name] = (found[name] * ours + number.total * number.unit) / (ours + theirs)
+    found.update((name, value.compute()) for name, value in totals.folds.items())
+    return _flat({name: found[name] for name in totals.names})
+
+
+def values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """One tick's metrics as values: folds computed, tensors and numbers as they are."""
+    return _flat({name: value if isinstance(value, (Tensor, Real)) else value.compute() for name, value in metrics.items()})
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    if dict not in {type(value) for value in values.values()}:
+        return values
+    nested = ({f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value} for name, value in values.items())
+    return {name: value for part in nested for name, value in part.items()}
+
+
+def examples(batch: Any) -> int:
+    """How many examples a batch has: the leading length of its first tensor that has one, else 1.
+
+    >>> examples({"image": torch.zeros(8, 3), "label": torch.zeros(8)}), examples(3.5)
+    (8, 1)
+    """
+    for leaf in (batch,) if isinstance(batch, Tensor) else tree.leaves(batch):
+        if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim:
+            return len(leaf)
+    return 1
