@@ -3,53 +3,124 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
-from fnrun.state import TrainState, due
+from fnrun.hooks.ticks import counted
+from fnrun.state import TrainState
+
+Buffers = Literal["copy", "average"]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class _EMA:
-    decay: float
+class _Average:
+    """`average <- average + weight(n) * (value - average)` at the n-th update after the first, which copies."""
+
+    weight: Callable[[int], float]
     every: int
+    start: int
+    buffers: Buffers
     name: str
 
     def init(self, state: TrainState) -> dict[str, Any]:
-        return {"params": {name: p.clone() for name, p in state.params.items()}, "updates": 0}
+        return {**{field: _copies(values) for field, values in self._averaged(state).items()}, "updates": 0}
 
     def after(self, state: TrainState, metrics: dict[str, Any]) -> TrainState:
-        if not due(state, self.every):
-            return state
+        tick = counted(state)
+        due = tick >= self.start and (tick - self.start) % self.every == 0
         memory = state.memory[self.name]
-        names = list(memory["params"])
-        averages = [memory["params"][name] for name in names]
-        values = [state.params[name] for name in names]
-        weight = 1.0 if memory["updates"] == 0 else 1.0 - self.decay
-        averages = _lerp(averages, values, weight)
-        return state.replace(
-            memory={**state.memory, self.name: {"params": dict(zip(names, averages, strict=True)), "updates": memory["updates"] + 1}}
-        )
+        updates = memory["updates"]
+        if not due and updates:
+            return state
+        if not updates:
+            averages = {field: _copies(values) for field, values in self._averaged(state).items()}
+        else:
+            weight = self.weight(updates)
+            averages = {field: _lerp(memory[field], values, weight) for field, values in self._averaged(state).items()}
+        return state.replace(memory={**state.memory, self.name: {**averages, "updates": updates + due}})
+
+    def _averaged(self, state: TrainState) -> dict[str, Tensors]:
+        return {"params": state.params, **({"buffers": state.buffers} if self.buffers == "average" else {})}
 
 
-def _lerp(averages: list[torch.Tensor], values: list[torch.Tensor], weight: float) -> list[torch.Tensor]:
-    if all(v.is_floating_point() or v.is_complex() for v in values):
-        return list(torch._foreach_lerp(averages, values, weight))  # pyright: ignore[reportPrivateImportUsage]
+def _copies(values: Tensors) -> Tensors:
+    return {name: value.clone() for name, value in values.items()}
+
+
+def _lerp(averages: Tensors, values: Tensors, weight: float) -> Tensors:
+    fractional = {name: value for name, value in values.items() if value.is_floating_point() or value.is_complex()}
+    moved: Any = ()
+    if fractional:
+        moved = torch._foreach_lerp([averages[name] for name in fractional], list(fractional.values()), weight)  # pyright: ignore[reportPrivateImportUsage]
+    new = dict(zip(fractional, moved, strict=True))
     # What has no fractions has no average: it is the newest value.
-    return [a.lerp(v, weight) if v.is_floating_point() or v.is_complex() else v.clone() for a, v in zip(averages, values, strict=True)]
+    return {name: new[name] if name in new else value.clone() for name, value in values.items()}
 
 
-def ema(decay: float, *, every: int = 1, name: str = "ema") -> Any:
+def ema(decay: float, *, every: int = 1, warmup: float | None = None, start: int = 0, buffers: Buffers = "copy", name: str = "ema") -> Any:
     """The exponential moving average of the parameters, `average <- decay * average + (1 - decay) * params`, in `state.memory[name]["params"]`.
 
-    The first update copies. It acts on each n-th step (`every`). Evaluate with it by `make_eval_step(..., weights=name)`.
-    Raises ValueError for a decay outside [0, 1).
+    It acts on each n-th step (`every`), or round outside of a loop of steps, from `start` on. The first update copies, and until then
+    the newest parameters stand there. Evaluate with it by `make_eval_step(..., weights=name)`.
 
-    Source: Polyak and Juditsky 1992; the recursion is that of `torch.optim.swa_utils.AveragedModel` with `get_ema_avg_fn(decay)`.
+    - `warmup=w` begins with a shorter memory: the decay of the n-th further update is min(decay, (1 + n) / (w + n)); 10 is usual.
+    - `buffers="average"` averages the buffers too (batch statistics; whole numbers are the newest), in `state.memory[name]["buffers"]`;
+      with `"copy"` an evaluation has the newest ones of the state.
+
+    Parameters keep shape, dtype and device. Raises ValueError for a decay outside [0, 1) and other options out of range.
+
+    Source: Polyak and Juditsky 1992; `torch.optim.swa_utils.AveragedModel` with `get_ema_avg_fn(decay)` and `use_buffers`; MMEngine's
+    ExponentialMovingAverage, whose momentum is `1 - decay`; the warm-up is that of TensorFlow's `num_updates` and diffusers' `EMAModel`.
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"ema: decay is in [0, 1), not {decay!r}")
+    _check_decay("ema", decay)
+    if warmup is not None and not warmup >= 1:
+        raise ValueError(f"ema: warmup is at least 1, not {warmup!r}")
+
+    def weight(n: int) -> float:
+        return 1.0 - (decay if warmup is None else min(decay, (1 + n) / (warmup + n)))
+
+    return _average("ema", weight, every, start, buffers, name)
+
+
+def annealed_ema(
+    decay: float, *, gamma: float = 100.0, every: int = 1, start: int = 0, buffers: Buffers = "copy", name: str = "annealed_ema"
+) -> Any:
+    """`ema` whose newest value weighs `max(1 - decay, gamma / (gamma + steps))`, with the steps since the first update: much at first.
+
+    Everything else is as for `ema`. Raises ValueError for a decay outside [0, 1), a gamma that is not above 0, and other options out of range.
+
+    Source: MMEngine's MomentumAnnealingEMA, whose momentum is `1 - decay`.
+    """
+    _check_decay("annealed_ema", decay)
+    if not gamma > 0:
+        raise ValueError(f"annealed_ema: gamma is above 0, not {gamma!r}")
+    return _average("annealed_ema", lambda n: max(1.0 - decay, gamma / (gamma + n * every)), every, start, buffers, name)
+
+
+def swa(start: int = 0, *, every: int = 1, buffers: Buffers = "copy", name: str = "swa") -> Any:
+    """Stochastic weight averaging: the mean of the parameters after step `start` and each n-th (`every`) from there, or rounds.
+
+    It is in `state.memory[name]["params"]`; until then the newest parameters stand there. `buffers` as for `ema`: batch statistics of
+    averaged weights are those of no network that ran; `"average"` comes close. Raises ValueError for options out of range.
+
+    Source: Izmailov et al. 2018, arXiv:1803.05407; `torch.optim.swa_utils.AveragedModel`; MMEngine's StochasticWeightAverage.
+    """
+    return _average("swa", lambda n: 1.0 / (n + 1), every, start, buffers, name)
+
+
+def _average(who: str, weight: Callable[[int], float], every: int, start: int, buffers: str, name: str) -> _Average:
     if every < 1:
-        raise ValueError(f"ema: every is at least 1, not {every!r}")
-    return _EMA(decay, every, name)
+        raise ValueError(f"{who}: every is at least 1, not {every!r}")
+    if start < 0:
+        raise ValueError(f"{who}: start is at least 0, not {start!r}")
+    if buffers != "copy" and buffers != "average":
+        raise ValueError(f"{who}: buffers is 'copy' or 'average', not {buffers!r}")
+    return _Average(weight, every, start, buffers, name)
+
+
+def _check_decay(who: str, decay: float) -> None:
+    if not 0 <= decay < 1:
+        raise ValueError(f"{who}: decay is in [0, 1), not {decay!r}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from fnrun.checkpoint import CheckpointError, Checkpoints
-from fnrun.hooks.monitor import monitored
+from fnrun.hooks.monitor import reported
 from fnrun.state import LoopState, due
 
 logger = logging.getLogger("fnrun")
@@ -32,9 +32,9 @@ class _Checkpoint:
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         self._surviving(self.checkpoints.poll)
+        if self.monitor is not None:
+            reported("checkpoint", self.monitor, state, metrics)
         if due(state, self.every):
-            if self.monitor is not None:
-                monitored("checkpoint", self.monitor, metrics)
             self._surviving(lambda: self._save(state, metrics))
 
     def _surviving(self, action: Callable[[], None]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from fnrun.hooks.monitor import reported
+from fnrun.hooks.ticks import counted, in_training
 from fnrun.state import due
 
 AnyHook = Any  # a Hook or a function (state, metrics) -> state
@@ -57,17 +59,49 @@ class _WhenRemembering:
         return self.hook.before(state, batch) if hasattr(self.hook, "before") else state
 
     def after(self, state: Any, metrics: dict[str, Any]) -> Any:
-        return self.hook.after(state, metrics) if self.condition(state) else state
+        if self.condition(state):
+            return self.hook.after(state, metrics)
+        if self.monitor is not None and not in_training(state):
+            reported(self.name, self.monitor, state, metrics)  # a misspelt name is found in the first round, not in the first that counts
+        return state
 
 
 def every(n: int, hook: AnyHook) -> AnyHook:
     """`hook` on each n-th step, counted in `state.step`, in a loop of training steps; on each n-th round elsewhere.
 
-    A `before` of the hook is not held back: it belongs to the batch, not to the count.
+    A `before` of the hook is not held back: it belongs to the batch, not to the count. Raises ValueError for an n below 1.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"every: n is a whole number of at least 1, not {n!r}")
     return _conditional(lambda state: due(state, n), hook)
+
+
+def at(ticks: int | Iterable[int], hook: AnyHook) -> AnyHook:
+    """`hook` after these steps (`at([100, 200], ...)`: after the 100th and the 200th), or rounds outside of a loop of steps; else as `every`."""
+    chosen = frozenset([ticks] if isinstance(ticks, int) else ticks)
+    if not chosen or any(isinstance(tick, bool) or not isinstance(tick, int) or tick < 1 for tick in chosen):
+        raise ValueError(f"at: the first step is 1, and whole numbers name the steps, not {ticks!r}")
+    return _conditional(lambda state: counted(state) in chosen, hook)
+
+
+def between(begin: int, end: int | None, hook: AnyHook) -> AnyHook:
+    """`hook` after step `begin` and those that follow, up to, but not, `end` (None: to the last); rounds outside of a loop of steps; else as
+    `every`. Raises ValueError where nothing lies between.
+    """
+    if end is not None and end <= begin:
+        raise ValueError(f"between: no step is at least {begin!r} and less than {end!r}")
+    return _conditional(lambda state: begin <= counted(state) and (end is None or counted(state) < end), hook)
+
+
+def when(condition: Callable[[Any], bool], hook: AnyHook) -> AnyHook:
+    """`hook` after the ticks in which `condition(state)` holds; a `before` of the hook is not held back.
+
+    >>> from fnrun import hooks
+    >>> frozen = when(lambda state: state.stop is None, hooks.ema(0.9))
+    >>> frozen.name
+    'ema'
+    """
+    return _conditional(condition, hook)
 
 
 def _conditional(condition: Callable[[Any], bool], hook: AnyHook) -> AnyHook:

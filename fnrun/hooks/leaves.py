@@ -1,0 +1,29 @@
+"""The optimizer's hyperparameters on which hooks act."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fnrun.optim import hyperparams, set_hyperparam
+
+
+def named(opt_state: Any, name: str) -> dict[str, torch.Tensor]:
+    """The hyperparameters that go by `name`: one, or one for each group (`decay/lr_scale`, `no_decay/lr_scale`)."""
+    return {full: value for full, value in hyperparams(opt_state).items() if full == name or full.endswith(f"/{name}")}
+
+
+def put(opt_state: Any, values: Mapping[str, torch.Tensor]) -> Any:
+    """The state with these hyperparameters, each with a value of its own."""
+    for name in sorted(values, key=len):  # a short name means all that end so: those with longer ones come after it
+        opt_state = set_hyperparam(opt_state, name, values[name])
+    return opt_state
+
+
+def check(who: str, opt_state: Any, name: str) -> None:
+    """Raise ValueError where the optimizer has no such hyperparameter in its state."""
+    if not named(opt_state, name):
+        there = ", ".join(hyperparams(opt_state)) or "none"
+        raise ValueError(f"{who}: the optimizer's state has no hyperparameter {name!r}; there are: {there}. optim.leaf(value) makes one")

@@ -1,0 +1,101 @@
+"""A lower learning rate where a metric no longer improves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import torch
+
+from fnrun.hooks import leaves
+from fnrun.hooks.monitor import Mode, check_mode, reported
+from fnrun.state import TrainState
+
+ThresholdMode = Literal["rel", "abs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReduceOnPlateau:
+    monitor: str
+    mode: str
+    factor: float
+    patience: int
+    threshold: float
+    threshold_mode: str
+    cooldown: int
+    min_value: float
+    hyperparam: str
+    name: str
+
+    def init(self, state: TrainState) -> dict[str, torch.Tensor]:
+        leaves.check(self.name, state.opt_state, self.hyperparam)
+        like = next(iter(leaves.named(state.opt_state, self.hyperparam).values()))
+        worst = math.inf if self.mode == "min" else -math.inf
+        zero = torch.zeros_like(like, dtype=torch.int64)
+        return {"best": torch.full_like(like, worst, dtype=torch.float64), "bad": zero, "cooling": zero.clone()}
+
+    def after(self, state: TrainState, metrics: dict[str, Any]) -> TrainState:
+        if not reported(self.name, self.monitor, state, metrics):
+            return state
+        memory = state.memory[self.name]
+        value = torch.as_tensor(metrics[self.monitor]).to(memory["best"])
+        improved = self._improved(value, memory["best"])
+        cooling = memory["cooling"] > 0
+        bad = torch.where(improved | cooling, 0, memory["bad"] + 1)
+        reduce = bad > self.patience
+        memory = {
+            "best": torch.where(improved, value, memory["best"]),
+            "bad": torch.where(reduce, 0, bad),
+            "cooling": torch.where(reduce, self.cooldown, memory["cooling"] - cooling.long()),
+        }
+        values = leaves.named(state.opt_state, self.hyperparam)
+        lower = {name: torch.where(reduce.to(old.device), self._lower(old), old) for name, old in values.items()}
+        return state.replace(opt_state=leaves.put(state.opt_state, lower), memory={**state.memory, self.name: memory})
+
+    def _improved(self, value: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        if self.threshold_mode == "rel":
+            return value < best * (1.0 - self.threshold) if self.mode == "min" else value > best * (1.0 + self.threshold)
+        return value < best - self.threshold if self.mode == "min" else value > best + self.threshold
+
+    def _lower(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(value, (value * self.factor).clamp_min(self.min_value))  # what is below the least already is not raised to it
+
+
+def reduce_on_plateau(
+    monitor: str,
+    *,
+    mode: Mode = "min",
+    factor: float = 0.1,
+    patience: int = 10,
+    threshold: float = 1e-4,
+    threshold_mode: ThresholdMode = "rel",
+    cooldown: int = 0,
+    min_value: float = 0.0,
+    hyperparam: str = "lr_scale",
+    name: str = "reduce_on_plateau",
+) -> Any:
+    """Multiply a hyperparameter by `factor`, down to `min_value`, when `monitor` has not improved for more than `patience` rounds in a row.
+
+    It acts on `hyperparam` in the optimizer's state, in each group of a partition: `lr_scale`, by which every optimizer multiplies its rate,
+    or one made with `optim.leaf`. An improvement is one by more than `threshold`, a part of the best value (`"rel"`) or a difference
+    (`"abs"`); a NaN is none. For `cooldown` rounds after a reduction no round counts as bad. Rounds in which the metric is not computed
+    (validation each n-th epoch) don't count at all.
+
+    Nothing branches on the metric: it waits for the device only where the hyperparameter lies on another one (`lr_scale` lies on the CPU).
+    A hyperparameter with a value for each member of a sweep, and a metric of that shape, give each member a plateau of its own.
+
+    Raises ValueError for options out of range, for a hyperparameter that the state does not have, and, with the names that exist, where the
+    monitored step reports no such metric.
+
+    Source: `torch.optim.lr_scheduler.ReduceLROnPlateau`, without its `eps`; MMEngine's ReduceOnPlateauLR and ReduceOnPlateauMomentum.
+    """
+    check_mode("reduce_on_plateau", mode)
+    if threshold_mode not in ("rel", "abs"):
+        raise ValueError(f"reduce_on_plateau: threshold_mode is 'rel' or 'abs', not {threshold_mode!r}")
+    if not 0 < factor < 1:
+        raise ValueError(f"reduce_on_plateau: factor is between 0 and 1, not {factor!r}")
+    for option, value in (("patience", patience), ("threshold", threshold), ("cooldown", cooldown), ("min_value", min_value)):
+        if not value >= 0:
+            raise ValueError(f"reduce_on_plateau: {option} is at least 0, not {value!r}")
+    return _ReduceOnPlateau(monitor, mode, factor, patience, threshold, threshold_mode, cooldown, min_value, hyperparam, name)

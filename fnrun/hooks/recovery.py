@@ -1,0 +1,112 @@
+"""Going back to the last good state where the loss explodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fnrun.hooks import leaves
+from fnrun.hooks.monitor import monitored
+from fnrun.hooks.ticks import in_training
+from fnrun.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rollback:
+    monitor: str
+    when: Callable[[float, float], bool] | None
+    max_retries: int
+    lr_factor: float
+    name: str
+
+    def init(self, state: TrainState) -> dict[str, Any]:
+        if self.lr_factor != 1:
+            leaves.check(self.name, state.opt_state, "lr_scale")
+        return {"good": None, "newest": None, "value": None, "retries": 0}
+
+    def before(self, state: TrainState, batch: Any) -> TrainState:
+        if state.memory[self.name]["good"] is not None:
+            return state
+        kept = self._kept(state)  # not in `init`: hooks that come later have no memory yet
+        return self._remembering(state, {**state.memory[self.name], "good": kept, "newest": kept})
+
+    def after(self, state: TrainState, metrics: dict[str, Any]) -> TrainState:
+        value = monitored(self.name, self.monitor, state, metrics)
+        if value is None:
+            return state
+        memory = state.memory[self.name]
+        if self._exploded(value, memory["value"]) or not (in_training(state) or _finite(state.params)):
+            return self._back(state, value)
+        kept = self._kept(state)
+        # A training step's loss is that of the weights before the step; a round's metrics are those of the weights at its end.
+        good = memory["newest"] if in_training(state) else kept
+        return self._remembering(state, {**memory, "good": good, "newest": kept, "value": value})
+
+    def _exploded(self, value: float, good: float | None) -> bool:
+        return not math.isfinite(value) or (self.when is not None and good is not None and bool(self.when(value, good)))
+
+    def _back(self, state: TrainState, value: float) -> TrainState:
+        memory = state.memory[self.name]
+        good, retries = memory["good"], memory["retries"]
+        if retries >= self.max_retries:
+            raise RuntimeError(
+                f"{self.name}: {self.monitor} is {value:.6g} at step {state.step}, and all retries ({retries}) are used up; the last good state "
+                f"is that of step {good['step']}. Try a lower learning rate, gradient clipping (optim.clip_by_global_norm) or lr_factor="
+            )
+        scales = leaves.named(state.opt_state, "lr_scale")  # not those of the good state: what lowered them since has gone on
+        opt_state = leaves.put(good["opt_state"], {name: scale * self.lr_factor for name, scale in scales.items()})
+        state = state.replace(
+            params=good["params"], buffers=good["buffers"], opt_state=opt_state, memory={**state.memory, **good["averages"]}
+        )
+        kept = {**good, "opt_state": opt_state}
+        return self._remembering(state, {**memory, "good": kept, "newest": kept, "retries": retries + 1})
+
+    def _kept(self, state: TrainState) -> dict[str, Any]:
+        """What goes back, by reference: tensors in a state are never written to. Averages of weights that were no good are no good either."""
+        averages = {name: held for name, held in state.memory.items() if isinstance(held, dict) and "params" in held}
+        return {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state, "averages": averages, "step": state.step}
+
+    def _remembering(self, state: TrainState, memory: dict[str, Any]) -> TrainState:
+        return state.replace(memory={**state.memory, self.name: memory})
+
+
+def _finite(params: dict[str, torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in params.values())
+
+
+def rollback(
+    monitor: str,
+    *,
+    when: Callable[[float, float], bool] | None = None,
+    max_retries: int = 3,
+    lr_factor: float = 1.0,
+    name: str = "rollback",
+) -> Any:
+    """Take parameters, buffers, optimizer state and averaged weights back to the last good state where `monitor` is not finite or has exploded.
+
+    `when(value, good)` says whether `value` has exploded, where `good` is the last one that had not: `lambda value, good: value > 10 * good`;
+    without it only infinities and NaN have. The step, the position in the data and so the randomness go on: the retry meets other batches.
+    At each retry `lr_scale` is what it was, times `lr_factor`. After `max_retries` in the whole run the next explosion is a RuntimeError.
+
+    In a loop of training steps the last good state is the one before the last step whose loss was good, since the loss is that of the
+    weights before the step; `every(n, rollback(...))` looks, and goes back, in strides of n. In rounds it is the state at the end of the
+    last good one, the parameters of which must be finite too; best monitor what validation finds. Rounds without the metric don't count.
+
+    Reading the value waits for the device, so in a loop of steps at each of them. The good state is kept by reference in
+    `state.memory[name]`, and so in checkpoints. `state.memory[name]["retries"]` counts. A metric of the step that went wrong is in the mean
+    of its epoch all the same.
+
+    Raises ValueError for options out of range, for `lr_factor` where no optimizer state has an `lr_scale`, and, with the names that exist,
+    where the monitored step reports no such metric.
+
+    Source: the restart from an earlier checkpoint with other batches of PaLM (Chowdhery et al. 2022, section 5.1), without the disk.
+    """
+    if max_retries < 1:
+        raise ValueError(f"rollback: max_retries is at least 1, not {max_retries!r}")
+    if not 0 < lr_factor <= 1:
+        raise ValueError(f"rollback: lr_factor is above 0 and at most 1, not {lr_factor!r}")
+    return _Rollback(monitor, when, max_retries, lr_factor, name)

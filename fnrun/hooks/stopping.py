@@ -1,0 +1,161 @@
+"""Hooks that ask the run to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fnrun.hooks.monitor import Mode, better, check_mode, monitored
+from fnrun.state import LoopState
+
+
+@dataclasses.dataclass(frozen=True)
+class _EarlyStopping:
+    monitor: str
+    mode: str
+    patience: int
+    min_delta: float
+    threshold: float | None
+    check_finite: bool
+    name: str
+
+    def init(self, state: LoopState) -> dict[str, Any]:
+        return {"best": None, "waited": 0}
+
+    def after(self, state: Any, metrics: dict[str, Any]) -> Any:
+        value = monitored(self.name, self.monitor, state, metrics)
+        if value is None:
+            return state
+        memory = state.memory[self.name]
+        if better(value, memory["best"], self.mode, self.min_delta):
+            memory = {"best": value, "waited": 0}
+        else:
+            memory = {"best": memory["best"], "waited": memory["waited"] + 1}
+        why = self._why(value, memory)
+        state = state.replace(memory={**state.memory, self.name: memory})
+        return state.replace(stop=f"{self.name}: {self.monitor} {why}") if why else state
+
+    def _why(self, value: float, memory: dict[str, Any]) -> str | None:
+        if self.check_finite and not math.isfinite(value):
+            return f"is {value}"
+        if self.threshold is not None and (value <= self.threshold if self.mode == "min" else value >= self.threshold):
+            return f"has reached {self.threshold:g}: it is {value:.6g}"
+        if memory["waited"] >= self.patience:
+            best = "none" if memory["best"] is None else f"{memory['best']:.6g}"
+            return f"has not improved on {best} for {memory['waited']} rounds"
+        return None
+
+
+def early_stopping(
+    monitor: str,
+    *,
+    mode: Mode = "min",
+    patience: int,
+    min_delta: float = 0.0,
+    threshold: float | None = None,
+    check_finite: bool = True,
+    name: str = "early_stopping",
+) -> Any:
+    """Stop the run when `monitor`, a scalar, has not improved by more than `min_delta` for `patience` rounds in a row.
+
+    It also stops as soon as the metric reaches `threshold`, and with `check_finite` as soon as it is infinite or NaN; without, a NaN is no
+    improvement. Rounds in which the metric is not computed at all (validation each n-th epoch) don't count. Reading the value waits for
+    the device. Raises ValueError for options out of range and, with the names that exist, where the monitored step reports no such metric.
+
+    Source: MMEngine's EarlyStoppingHook, for which however a value just as good as the best is an improvement, so that one that never
+    changes never stops; here as in Keras and Lightning it is none.
+    """
+    check_mode("early_stopping", mode)
+    if patience < 1:
+        raise ValueError(f"early_stopping: patience is at least 1, not {patience!r}")
+    if not min_delta >= 0:
+        raise ValueError(f"early_stopping: min_delta is at least 0, not {min_delta!r}")
+    return _EarlyStopping(monitor, mode, patience, min_delta, threshold, check_finite, name)
+
+
+# --- at a limit ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _StopAfterSteps:
+    steps: int
+    name: str
+
+    def __call__(self, state: LoopState, metrics: dict[str, Any]) -> Any:
+        return state.replace(stop=f"{self.name}: {state.step} steps") if state.step >= self.steps else state
+
+
+@dataclasses.dataclass(frozen=True)
+class _StopAfterEpochs:
+    epochs: int
+    stream: str | None
+    name: str
+
+    def __call__(self, state: LoopState, metrics: dict[str, Any]) -> Any:
+        streams = state.position.streams
+        if self.stream not in streams and (self.stream is not None or len(streams) != 1):
+            names = ", ".join(map(repr, streams)) or "none"
+            raise ValueError(f"{self.name}: whose epochs? stream= names one of the program's streams of data: {names}")
+        cursor = streams[self.stream] if self.stream is not None else next(iter(streams.values()))
+        return state.replace(stop=f"{self.name}: {cursor.epoch} epochs") if cursor.epoch >= self.epochs else state
+
+
+@dataclasses.dataclass(frozen=True)
+class _StopAfterTokens:
+    tokens: int
+    count: Callable[[Any], int]
+    name: str
+
+    def init(self, state: LoopState) -> dict[str, Any]:
+        return {"tokens": 0}
+
+    def before(self, state: Any, batch: Any) -> Any:
+        tokens = state.memory[self.name]["tokens"] + int(self.count(batch))
+        return state.replace(memory={**state.memory, self.name: {"tokens": tokens}})
+
+    def after(self, state: Any, metrics: dict[str, Any]) -> Any:
+        tokens = state.memory[self.name]["tokens"]
+        return state.replace(stop=f"{self.name}: {tokens} tokens") if tokens >= self.tokens else state
+
+
+def stop_after(
+    *,
+    steps: int | None = None,
+    tokens: int | None = None,
+    epochs: int | None = None,
+    count: Callable[[Any], int] | None = None,
+    stream: str | None = None,
+    name: str = "stop_after",
+) -> Any:
+    """Stop the run after the first tick at which so many steps, tokens or epochs are reached: one of the three.
+
+    - `steps`: those of `state.step`.
+    - `tokens`: those of the batches of the loop that it is given to, in all; `count(batch)` says how many one has (`lambda batch:
+      batch["input_ids"].numel()`). Where a batch is one tensor, they are its elements. A shape is known without waiting for the device.
+    - `epochs`: finished passes over the data, those of `stream` where the program keeps its place in several.
+
+    A run that was stopped goes on with a higher limit, once `state.stop` is cleared. A limit in time is no hook but an interrupt:
+    `fnrun.deadline`. Raises ValueError for anything but one limit of at least 1, and where `stream` does not say whose epochs.
+
+    """
+    limits = {option: limit for option, limit in (("steps", steps), ("tokens", tokens), ("epochs", epochs)) if limit is not None}
+    if len(limits) != 1:
+        raise ValueError(f"stop_after: one of steps=, tokens= and epochs=, not {', '.join(limits) or 'none'}")
+    [(option, limit)] = limits.items()
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"stop_after: {option} is a whole number of at least 1, not {limit!r}")
+    if option == "steps":
+        return _StopAfterSteps(limit, name)
+    if option == "epochs":
+        return _StopAfterEpochs(limit, stream, name)
+    return _StopAfterTokens(limit, count or _elements, name)
+
+
+def _elements(batch: Any) -> int:
+    if isinstance(batch, torch.Tensor):
+        return batch.numel()
+    raise ValueError("stop_after: say how many tokens a batch has: stop_after(tokens=..., count=lambda batch: batch['input_ids'].numel())")

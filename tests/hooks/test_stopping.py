@@ -1,0 +1,82 @@
+"""Early stopping: when it stops, and what it does with rounds without the metric."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch import nn
+
+import fnrun
+from fnrun import hooks
+
+NAN, INF = float("nan"), float("inf")
+
+
+def stopped_after(values, **options):
+    """In which round a run with these values of `val/loss` stops, and why; None where it comes to its end."""
+    loop = fnrun.repeat(
+        fnrun.sequence(val=fnrun.eval_loop(lambda state, batch: {"loss": batch[0, state.position.frames[0].ticks]})),
+        len(values),
+        hooks=[hooks.early_stopping("val/loss", **options)],
+    )
+    state, _ = loop(fnrun.TrainState.create(nn.Linear(1, 1)), {"val": [torch.tensor([values], dtype=torch.float64)]})
+    return (state.position.frames[0].ticks, state.stop) if state.stop else None
+
+
+def test_it_stops_after_the_sixth():
+    rounds, why = stopped_after([90, 91, 92, 88, 89, 90, 99], patience=3, min_delta=1, mode="max")
+    assert rounds == 6
+    assert why == "early_stopping: val/loss has not improved on 92 for 3 rounds"
+
+
+@given(st.lists(st.floats(-5, 5).map(lambda v: round(v, 1)), min_size=1, max_size=12), st.integers(1, 4), st.sampled_from([0.0, 0.5]))
+def test_it_stops_when_the_rule_says(values, patience, min_delta):
+    best, waited, expected = None, 0, None
+    for i, value in enumerate(values, start=1):
+        if best is None or value < best - min_delta:
+            best, waited = value, 0
+        else:
+            waited += 1
+        if waited >= patience:
+            expected = i
+            break
+    found = stopped_after(values, patience=patience, min_delta=min_delta)
+    assert (found and found[0]) == expected
+
+
+def test_a_value_that_is_not_finite_stops_at_once_or_is_no_improvement():
+    assert stopped_after([1.0, NAN, 0.5], patience=9) == (2, "early_stopping: val/loss is nan")
+    assert stopped_after([1.0, -INF, 0.5], patience=9) == (2, "early_stopping: val/loss is -inf")
+    assert stopped_after([1.0, NAN, NAN], patience=2, check_finite=False)[0] == 3
+    assert stopped_after([NAN, NAN], patience=2, check_finite=False)[0] == 2
+    assert stopped_after([1.0, NAN, 0.5, 0.4], patience=2, check_finite=False) is None
+
+
+def test_a_threshold_that_is_reached_stops_the_run():
+    assert stopped_after([3.0, 2.5, 1.0, 0.5], patience=9, threshold=1.0) == (3, "early_stopping: val/loss has reached 1: it is 1")
+    assert stopped_after([3.0, 2.5, 4.0], patience=9, mode="max", threshold=3.5)[0] == 3
+    assert stopped_after([3.0, 2.5, 1.0], patience=9, threshold=0.5) is None
+
+
+def test_rounds_without_validation_do_not_count():
+    loop = fnrun.repeat(
+        fnrun.sequence(
+            train=fnrun.epoch_loop(fnrun.step(lambda state, batch: (state, {"loss": 1.0}))),
+            val=fnrun.every(3, fnrun.eval_loop(lambda state, batch: {"loss": 1.0})),
+        ),
+        9,
+        hooks=[hooks.early_stopping("val/loss", patience=2)],
+    )
+    state, _ = loop(fnrun.TrainState.create(nn.Linear(1, 1)), {"train": [torch.zeros(1)], "val": [torch.zeros(1)]})
+    assert state.position.frames[0].ticks == 9
+    assert state.stop is not None
+
+
+def test_options_that_are_none():
+    with pytest.raises(ValueError, match="'min' or 'max', not 'up'"):
+        hooks.early_stopping("loss", mode="up", patience=1)
+    with pytest.raises(ValueError, match="at least 1"):
+        hooks.early_stopping("loss", patience=0)
+    with pytest.raises(ValueError, match="min_delta is at least 0"):
+        hooks.early_stopping("loss", patience=1, min_delta=-1.0)
