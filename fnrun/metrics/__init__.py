@@ -4,30 +4,74 @@ A fold is a pytree with `merge(other) -> fold`, associative, and `compute() -> t
 make the fold of one batch. Nothing in this package waits for a device, and no fold grows with the data unless it was asked to keep it.
 """
 
+from fnrun.metrics.auroc import AUROC, ExactAUROC, auroc
 from fnrun.metrics.base import Fold
 from fnrun.metrics.basic import Last, Max, Mean, Min, Sum, last, max, mean, min, sum
-from fnrun.metrics.classification import Confusion, accuracy, confusion
+from fnrun.metrics.classification import (
+    ClassCounts,
+    Confusion,
+    TopK,
+    accuracy,
+    confusion,
+    f1,
+    precision,
+    precision_recall_f1,
+    recall,
+    top_k,
+)
+from fnrun.metrics.collect import Chunks, collect
+from fnrun.metrics.perplexity import Perplexity, perplexity
+from fnrun.metrics.quantiles import Quantiles, quantiles
+from fnrun.metrics.regression import R2, Moments, Pearson, RootMean, mae, mse, pearson, r2, rmse
+from fnrun.metrics.segmentation import iou, mean_iou
 from fnrun.metrics.totals import Means, Totals, compute, examples, fold, values
 
 __all__ = [
+    "AUROC",
+    "R2",
+    "Chunks",
+    "ClassCounts",
     "Confusion",
+    "ExactAUROC",
     "Fold",
     "Last",
     "Max",
     "Mean",
     "Means",
     "Min",
+    "Moments",
+    "Pearson",
+    "Perplexity",
+    "Quantiles",
+    "RootMean",
     "Sum",
+    "TopK",
     "Totals",
     "accuracy",
+    "auroc",
+    "collect",
     "compute",
     "confusion",
     "examples",
+    "f1",
     "fold",
+    "iou",
     "last",
+    "mae",
     "max",
     "mean",
+    "mean_iou",
     "min",
+    "mse",
+    "pearson",
+    "perplexity",
+    "precision",
+    "precision_recall_f1",
+    "quantiles",
+    "r2",
+    "recall",
+    "rmse",
     "sum",
+    "top_k",
     "values",
 ]

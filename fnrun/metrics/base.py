@@ -24,8 +24,49 @@ class Fold(Protocol):
 
 
 def wide(values: Tensor) -> Tensor:
+    """`values` in the widest float of their device."""
     return values.to(wide_dtype(values.device))
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's devices have no float64
+
+
+def averaged(values: Tensor, seen: Tensor, weight: Tensor, average: str | None) -> Tensor:
+    """One value for each class as one for all: `"macro"` over the classes that were seen, or `"weighted"`; or, for None, as they are.
+
+    A class that was not seen is NaN, and has no part in an average.
+    """
+    if average is None:
+        return torch.where(seen, values, torch.nan)
+    weight = wide(seen) if average == "macro" else torch.where(seen, weight, 0)
+    return torch.where(seen, values * weight, 0).sum(-1) / weight.sum(-1)
+
+
+# --- what was given ----------------------------------------------------------------------------------------------------
+
+
+def check_labels(what: str, labels: Tensor, booleans: bool = False) -> None:
+    """Raise ValueError unless labels are class numbers."""
+    if labels.is_floating_point() or (labels.dtype == torch.bool and not booleans):
+        raise ValueError(f"{what}: labels are class numbers, not {labels.dtype}")
+
+
+def check_scores(what: str, logits: Tensor, labels: Tensor) -> int:
+    """How many classes the scores `[N, C, ...]` have. Raise ValueError where they are no scores, or not of these labels."""
+    if not logits.is_floating_point() or logits.ndim < 2:
+        raise ValueError(f"{what}: scores must be floats of shape [N, C, ...], not {logits.dtype} of shape {tuple(logits.shape)}")
+    check_labels(what, labels)
+    if labels.shape != (wanted := (logits.shape[0], *logits.shape[2:])):
+        hint = "; are the classes last? Then give scores.movedim(-1, 1)" if labels.shape == logits.shape[:-1] else ""
+        raise ValueError(
+            f"{what}: scores of shape {tuple(logits.shape)} want labels of shape {tuple(wanted)}, not {tuple(labels.shape)}{hint}"
+        )
+    return logits.shape[1]
+
+
+def check_choice(what: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{what}: {name} is one of {', '.join(repr(choice) for choice in choices)}, not {value!r}")

@@ -1,13 +1,85 @@
-"""Right and wrong classes, counted: accuracy, confusion, precision, recall and F1."""
+"""Right and wrong classes, counted: accuracy, confusion, precision, recall and F1. All are exact, whatever the parts they are merged from."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import wide
+from fnrun.metrics.base import averaged, check_choice, check_labels, check_scores, wide
 from fnrun.metrics.basic import Mean
-from fnrun.tree import struct
+from fnrun.tree import static, struct
+
+# --- how high the label stands -----------------------------------------------------------------------------------------
+
+
+def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
+    """How often the label is among the `k` highest scores, over examples.
+
+    `logits` are float scores `[N, C]`, or `[N, C, ...]` for one decision a pixel; `labels` are ints of that shape without `C`.
+    Of equal scores the lower class counts as the higher one; a NaN counts above every number, and as a miss where it is the label's own.
+    A label below 0 (such as `cross_entropy`'s `ignore_index`, -100) leaves its example out. Raises ValueError for other shapes and types.
+
+    >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.6, 0.4]]), torch.tensor([1, 0, 1])).compute()
+    tensor(0.6667, dtype=torch.float64)
+    """
+    classes = check_scores("accuracy", logits, labels)
+    if not 1 <= k <= classes:
+        raise ValueError(f"accuracy: k={k} of {classes} classes")
+    if k == 1:
+        top = logits.argmax(1, keepdim=True)
+        hit = (top.squeeze(1) == labels) & ~logits.gather(1, top).squeeze(1).isnan()
+    else:
+        hit = _place(logits, labels) < k
+    counted = labels >= 0
+    return Mean(wide((hit & counted).sum()), wide(counted.sum()))
+
+
+@struct
+class TopK:
+    """How many labels were among the k highest scores, int64 `[ks]`, of how many."""
+
+    __module__ = "fnrun.metrics"
+
+    hits: Tensor
+    counted: Tensor
+    ks: tuple[int, ...] = static()
+
+    def merge(self, other: TopK) -> TopK:
+        return TopK(self.hits + other.hits, self.counted + other.counted, self.ks)
+
+    def compute(self) -> dict[str, Tensor]:
+        shares = wide(self.hits) / wide(self.counted).unsqueeze(-1)
+        return {f"top{k}": share for k, share in zip(self.ks, shares.unbind(-1), strict=True)}
+
+
+def top_k(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> TopK:
+    """`accuracy` for several `k` at once: `{"accuracy": top_k(...)}` is reported as `accuracy/top1` and `accuracy/top5`.
+
+    >>> folded = top_k(torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.2, 0.0]]), torch.tensor([2, 0]), ks=(1, 2))
+    >>> folded.compute()
+    {'top1': tensor(0.5000, dtype=torch.float64), 'top2': tensor(1., dtype=torch.float64)}
+    """
+    classes = check_scores("top_k", logits, labels)
+    if not ks or any(not 1 <= k <= classes for k in ks) or len(set(ks)) < len(ks):
+        raise ValueError(f"top_k: ks={tuple(ks)} of {classes} classes; wanted are different numbers from 1 to {classes}")
+    place, counted = _place(logits, labels), labels >= 0
+    return TopK(torch.stack([((place < k) & counted).sum() for k in ks]), counted.sum(), tuple(ks))
+
+
+def _place(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes stand before the label's own; as many as there are for a label that is none of them."""
+    classes = logits.shape[1]
+    labels = labels.long()  # a narrow int could not be compared with as many classes
+    at = labels.clamp(0, classes - 1).unsqueeze(1)
+    own = logits.gather(1, at)
+    numbers = torch.arange(classes, device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+    before = ~(logits <= own) | ((logits == own) & (numbers < at))
+    return torch.where(labels < classes, before.sum(1), classes)
+
+
+# --- pairs of classes --------------------------------------------------------------------------------------------------
 
 
 @struct
@@ -25,32 +97,6 @@ class Confusion:
         return self.counts
 
 
-def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
-    """How often the label is among the `k` highest scores, over examples.
-
-    `logits` are float scores `[N, C]`, or `[N, C, ...]` for one decision a pixel; `labels` are ints of that shape without `C`.
-    Of equal scores the lower class counts as the higher one; a NaN counts above every number, and as a miss where it is the label's own.
-    A label below 0 (such as `cross_entropy`'s `ignore_index`, -100) leaves its example out. Raises ValueError for other shapes and types.
-
-    >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.6, 0.4]]), torch.tensor([1, 0, 1])).compute()
-    tensor(0.6667, dtype=torch.float64)
-    """
-    classes = _check_scores("accuracy", logits, labels)
-    if not 1 <= k <= classes:
-        raise ValueError(f"accuracy: k={k} of {classes} classes")
-    if k == 1:
-        top = logits.argmax(1, keepdim=True)
-        hit = (top.squeeze(1) == labels) & ~logits.gather(1, top).squeeze(1).isnan()
-    else:
-        at = labels.clamp(0, classes - 1).unsqueeze(1).long()
-        own = logits.gather(1, at)
-        numbers = torch.arange(classes, device=logits.device).view(-1, *[1] * (logits.ndim - 2))
-        before = ~(logits <= own) | ((logits == own) & (numbers < at))
-        hit = (before.sum(1) < k) & (labels < classes)
-    counted = labels >= 0
-    return Mean(wide((hit & counted).sum()), wide(counted.sum()))
-
-
 def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Confusion:
     """How often each label met each prediction: `[classes, classes]`, a row for each label, a column for each prediction.
 
@@ -63,28 +109,178 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Confusion:
             [0, 1, 0],
             [0, 1, 1]])
     """
+    predictions, labels, _ = _decided("confusion", predictions, labels, classes)
+    inside = _within(predictions, classes) & _within(labels, classes)
+    return Confusion(_counted(labels * classes + predictions, inside, classes * classes).view(classes, classes))
+
+
+def _decided(what: str, predictions: Tensor, labels: Tensor, classes: int | None) -> tuple[Tensor, Tensor, int]:
+    """The predicted classes and the labels, flat and int64, and how many classes there are."""
     if predictions.is_floating_point():
-        if _check_scores("confusion", predictions, labels) > classes:
-            raise ValueError(
-                f"confusion: scores of shape {tuple(predictions.shape)} have {predictions.shape[1]} classes, more than {classes}"
-            )
+        scored = check_scores(what, predictions, labels)
+        if classes is not None and scored > classes:
+            raise ValueError(f"{what}: scores of shape {tuple(predictions.shape)} have {scored} classes, more than {classes}")
+        classes = classes or scored
         predictions = predictions.argmax(1)
-    elif predictions.shape != labels.shape:
-        raise ValueError(f"confusion: predictions of shape {tuple(predictions.shape)} and labels of shape {tuple(labels.shape)} differ")
-    elif labels.is_floating_point():
-        raise ValueError(f"confusion: labels are class numbers, not {labels.dtype}")
-    predictions, labels = predictions.reshape(-1).long(), labels.reshape(-1).long()
-    inside = (predictions >= 0) & (predictions < classes) & (labels >= 0) & (labels < classes)
-    cell = torch.where(inside, labels * classes + predictions, classes * classes)
-    counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=labels.device).index_add(0, cell, torch.ones_like(cell))
-    return Confusion(counts[:-1].view(classes, classes))
+    else:
+        if predictions.shape != labels.shape:
+            raise ValueError(f"{what}: predictions of shape {tuple(predictions.shape)} and labels of shape {tuple(labels.shape)} differ")
+        check_labels(what, labels)
+        if classes is None:
+            raise ValueError(f"{what}: predicted class numbers do not say how many classes there are: give classes=")
+    return predictions.reshape(-1).long(), labels.reshape(-1).long(), classes
 
 
-def _check_scores(what: str, logits: Tensor, labels: Tensor) -> int:
-    if not logits.is_floating_point() or logits.ndim < 2:
-        raise ValueError(f"{what}: scores must be floats of shape [N, C, ...], not {logits.dtype} of shape {tuple(logits.shape)}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"{what}: labels are class numbers, not {labels.dtype}")
-    if labels.shape != (wanted := (logits.shape[0], *logits.shape[2:])):
-        raise ValueError(f"{what}: scores of shape {tuple(logits.shape)} want labels of shape {tuple(wanted)}, not {tuple(labels.shape)}")
-    return logits.shape[1]
+def _within(numbers: Tensor, classes: int) -> Tensor:
+    return (numbers >= 0) & (numbers < classes)
+
+
+def _counted(numbers: Tensor, wanted: Tensor, classes: int) -> Tensor:
+    """How often each number comes, among those that are wanted."""
+    cell = torch.where(wanted, numbers, classes)  # the others in a cell of their own: taking them out would wait for the device
+    return torch.zeros(classes + 1, dtype=torch.int64, device=numbers.device).index_add(0, cell, torch.ones_like(cell))[:-1]
+
+
+# --- precision, recall, F1, intersection over union --------------------------------------------------------------------
+
+AVERAGES = ("macro", "micro", "weighted", "binary", None)
+
+
+@struct
+class ClassCounts:
+    """Of each class, how often it was hit, predicted, and the label: int64 `[classes]`; of the positive class alone where it is binary.
+
+    `measures` names what is computed of them, by `average`.
+    """
+
+    __module__ = "fnrun.metrics"
+
+    hits: Tensor
+    predicted: Tensor
+    labelled: Tensor
+    measures: tuple[str, ...] = static()
+    average: str | None = static()
+
+    def merge(self, other: ClassCounts) -> ClassCounts:
+        hits, predicted, labelled = self.hits + other.hits, self.predicted + other.predicted, self.labelled + other.labelled
+        return ClassCounts(hits, predicted, labelled, self.measures, self.average)
+
+    def compute(self) -> Tensor | dict[str, Tensor]:
+        counts = wide(torch.stack([self.hits, self.predicted, self.labelled]))
+        if self.average == "micro":
+            counts = counts.sum(-1, keepdim=True)
+        found = {measure: self._averaged(_measured(measure, *counts.unbind(0)), counts) for measure in self.measures}
+        return found if len(found) > 1 else found[self.measures[0]]
+
+    def _averaged(self, measured: Tensor, counts: Tensor) -> Tensor:
+        _, predicted, labelled = counts.unbind(0)
+        seen = predicted + labelled > 0
+        if self.average in ("micro", "binary"):
+            return torch.where(seen, measured, torch.nan).squeeze(-1)
+        return averaged(measured, seen, labelled, self.average)
+
+
+def _measured(measure: str, hits: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
+    parts, whole = {
+        "precision": (hits, predicted),
+        "recall": (hits, labelled),
+        "f1": (2 * hits, predicted + labelled),
+        "iou": (hits, predicted + labelled - hits),
+    }[measure]
+    return parts / whole.clamp(min=1)
+
+
+def class_counts(
+    what: str,
+    predictions: Tensor,
+    labels: Tensor,
+    classes: int | None,
+    measures: tuple[str, ...],
+    average: str | None,
+    ignore_index: int | None = None,
+) -> ClassCounts:
+    """The counts of one batch. A prediction outside the classes is a miss; a label outside of them leaves its example out."""
+    predictions, labels, classes = _decided(what, predictions, labels, classes)
+    valid = _within(labels, classes)
+    if ignore_index is not None:
+        valid = valid & (labels != ignore_index)
+    hits = _counted(labels, valid & (predictions == labels), classes)
+    predicted = _counted(predictions, valid & _within(predictions, classes), classes)
+    return ClassCounts(hits, predicted, _counted(labels, valid, classes), measures, average)
+
+
+def _binary_counts(what: str, predictions: Tensor, labels: Tensor, threshold: float, measures: tuple[str, ...]) -> ClassCounts:
+    if predictions.shape != labels.shape:
+        raise ValueError(
+            f"{what}: average='binary' wants one score (or 0 or 1) for each label, and predictions of shape {tuple(predictions.shape)} "
+            f"and labels of shape {tuple(labels.shape)} differ"
+        )
+    check_labels(what, labels, booleans=True)
+    positive = predictions > threshold if predictions.is_floating_point() else predictions == 1
+    labelled, valid = labels == 1, (labels == 0) | (labels == 1)
+    counts = [(part & valid).sum().unsqueeze(0) for part in (positive & labelled, positive, labelled)]
+    return ClassCounts(counts[0], counts[1], counts[2], measures, "binary")
+
+
+def _of_classes(
+    what: str, predictions: Tensor, labels: Tensor, classes: int | None, average: str | None, threshold: float, measures: tuple[str, ...]
+) -> ClassCounts:
+    check_choice(what, "average", average, AVERAGES)
+    if average == "binary":
+        return _binary_counts(what, predictions, labels, threshold, measures)
+    return class_counts(what, predictions, labels, classes, measures, average)
+
+
+def precision(
+    predictions: Tensor, labels: Tensor, classes: int | None = None, *, average: str | None = "macro", threshold: float = 0.5
+) -> ClassCounts:
+    """Of what was predicted to be of a class, how much was: hits / predicted.
+
+    `predictions` are float scores `[N, C, ...]`, of which the highest predicts, or class numbers of the shape of `labels`, with `classes`.
+    A label outside the classes (`ignore_index`, as -100 or 255) leaves its example out; a prediction outside of them is a miss.
+
+    - `average="macro"`: the mean over the classes that were seen, as label or as prediction. `"weighted"`: weighted by their labels.
+    - `"micro"`: all classes counted together. `None`: a tensor `[classes]`, NaN for a class that was not seen.
+    - `"binary"`: of class 1 alone; `predictions` are then one float a label, positive above `threshold` (for logits give 0.0), or 0s and 1s.
+
+    A class of which nothing was predicted has a precision of 0. Without any example the value is NaN. Raises ValueError for other shapes
+    and types, and for an unknown `average`.
+
+    >>> folded = precision(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]), classes=3, average=None)
+    >>> folded.merge(precision(torch.tensor([1]), torch.tensor([1]), classes=3, average=None)).compute()
+    tensor([1.0000, 0.6667, 1.0000], dtype=torch.float64)
+    """
+    return _of_classes("precision", predictions, labels, classes, average, threshold, ("precision",))
+
+
+def recall(
+    predictions: Tensor, labels: Tensor, classes: int | None = None, *, average: str | None = "macro", threshold: float = 0.5
+) -> ClassCounts:
+    """Of what was of a class, how much was found: hits / labelled. Arguments, averages and errors are those of `precision`.
+
+    >>> recall(torch.tensor([0.9, 0.2, 0.7]), torch.tensor([1, 1, 0]), average="binary").compute()
+    tensor(0.5000, dtype=torch.float64)
+    """
+    return _of_classes("recall", predictions, labels, classes, average, threshold, ("recall",))
+
+
+def f1(
+    predictions: Tensor, labels: Tensor, classes: int | None = None, *, average: str | None = "macro", threshold: float = 0.5
+) -> ClassCounts:
+    """The harmonic mean of precision and recall: 2 hits / (predicted + labelled). Arguments, averages and errors are those of `precision`.
+
+    >>> f1(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]), classes=3, average="micro").compute()
+    tensor(0.7500, dtype=torch.float64)
+    """
+    return _of_classes("f1", predictions, labels, classes, average, threshold, ("f1",))
+
+
+def precision_recall_f1(
+    predictions: Tensor, labels: Tensor, classes: int | None = None, *, average: str | None = "macro", threshold: float = 0.5
+) -> ClassCounts:
+    """All three from the same counts: under the name `test` they are reported as `test/precision`, `test/recall` and `test/f1`.
+
+    >>> precision_recall_f1(torch.tensor([1, 1, 0]), torch.tensor([1, 0, 0]), average="binary").compute()["recall"]
+    tensor(1., dtype=torch.float64)
+    """
+    return _of_classes("precision_recall_f1", predictions, labels, classes, average, threshold, ("precision", "recall", "f1"))

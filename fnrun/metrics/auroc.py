@@ -1,0 +1,132 @@
+"""The area under the receiver operating characteristic: how well scores put positives before negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fnrun.metrics.base import averaged, check_choice, check_labels, check_scores, wide
+from fnrun.metrics.bins import Bins
+from fnrun.metrics.collect import Chunks, collect
+from fnrun.tree import static, struct
+
+BINS = Bins(low=-10, high=10, per_octave=64)
+AVERAGES = ("macro", "weighted", None)
+
+
+@struct
+class AUROC:
+    """How many positives and negatives have a score in each bin: int64 `[bins]`, or `[classes, bins]` for one class against the rest."""
+
+    __module__ = "fnrun.metrics"
+
+    positives: Tensor
+    negatives: Tensor
+    average: str | None = static()
+
+    def merge(self, other: AUROC) -> AUROC:
+        return AUROC(self.positives + other.positives, self.negatives + other.negatives, self.average)
+
+    def compute(self) -> Tensor:
+        """The area, where a positive and a negative in one bin count as half a pair in order."""
+        return self._of_pairs(lambda positives, negatives: positives * (negatives.cumsum(-1) - negatives / 2))
+
+    def bound(self) -> Tensor:
+        """How far from the exact area `compute()` is at most: half the share of pairs that are in one bin."""
+        return self._of_pairs(lambda positives, negatives: positives * negatives / 2)
+
+    def _of_pairs(self, pairs: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        positives, negatives = wide(self.positives), wide(self.negatives)
+        both = positives.sum(-1) * negatives.sum(-1)
+        areas = pairs(positives, negatives).sum(-1) / both.clamp(min=1)
+        unknown = self.positives[..., -1] + self.negatives[..., -1] > 0
+        return _over_classes(torch.where(unknown, torch.nan, areas), positives.sum(-1), negatives.sum(-1), self.average)
+
+
+@struct
+class ExactAUROC:
+    """All scores, with their labels."""
+
+    __module__ = "fnrun.metrics"
+
+    seen: Chunks
+    average: str | None = static()
+
+    def merge(self, other: ExactAUROC) -> ExactAUROC:
+        return ExactAUROC(self.seen.merge(other.seen), self.average)
+
+    def compute(self) -> Tensor:
+        """The area by ranks (Mann-Whitney), where a positive and a negative of one score count as half a pair in order."""
+        rows = self.seen.compute()
+        scores, positive, valid = _against_the_rest(rows["score"], rows["label"])
+        positives, negatives = wide((positive & valid).sum(-1)), wide((~positive & valid).sum(-1))
+        place = torch.where(valid, scores, torch.inf)  # the rows that do not count stand behind all others
+        place, order = place.sort(-1)
+        negative = wide((~positive & valid).gather(-1, order).long())
+        before = torch.nn.functional.pad(negative.cumsum(-1), (1, 0))
+        lower, upper = (torch.searchsorted(place, place, right=right) for right in (False, True))
+        pairs = (before.gather(-1, lower) + before.gather(-1, upper)) / 2
+        areas = torch.where((positive & valid).gather(-1, order), pairs, 0).sum(-1) / (positives * negatives).clamp(min=1)
+        areas = torch.where((scores.isnan() & valid).any(-1), torch.nan, areas)
+        return _over_classes(areas, positives, negatives, self.average)
+
+
+def _over_classes(areas: Tensor, positives: Tensor, negatives: Tensor, average: str | None) -> Tensor:
+    known = (positives > 0) & (negatives > 0)
+    if average == "binary":
+        return torch.where(known, areas, torch.nan)
+    return averaged(areas, known, positives, average)
+
+
+def auroc(scores: Tensor, labels: Tensor, *, average: str | None = "macro", exact: bool = False) -> AUROC | ExactAUROC:
+    """The probability that a positive scores higher than a negative (ties count half): the area under the ROC curve.
+
+    - Two classes: `scores` are floats of the shape of `labels`, higher for label 1 than for label 0 (or booleans). Only their order matters.
+    - More classes, each against the rest: `scores` are logits `[N, C, ...]`, ordered by the log odds of the class, so that the value is that
+      of their softmax (give the log of probabilities). `average="macro"` is the mean over the classes that have both positives and
+      negatives, `"weighted"` weights them by their labels, None gives all `[C]`, NaN for the others.
+
+    By default scores are counted in bins, 41 kB a class, each 1/64 of an octave wide between magnitudes of 2^-10 and 2^10: the value is
+    within `bound()` of the exact one, half the share of pairs of a positive and a negative in one bin. Where probabilities crowd at 0 or 1
+    they share bins: give logits, or `torch.logit(p)`. `exact=True` collects all scores, and memory grows with the data.
+
+    A label outside the classes leaves its example out. A NaN among the scores makes the value NaN, and so does a missing side.
+    Raises ValueError for other shapes and types, and for an unknown `average`.
+
+    >>> scores, labels = torch.tensor([2.0, 0.5, -1.0, -3.0]), torch.tensor([1, 0, 1, 0])
+    >>> folded = auroc(scores, labels)
+    >>> folded.compute(), folded.bound(), auroc(scores, labels, exact=True).compute()
+    (tensor(0.7500, dtype=torch.float64), tensor(0., dtype=torch.float64), tensor(0.7500, dtype=torch.float64))
+    """
+    check_choice("auroc", "average", average, AVERAGES)
+    scores, labels = scores.detach(), labels.detach()
+    if scores.shape == labels.shape:
+        check_labels("auroc", labels, booleans=True)
+        if not scores.is_floating_point():
+            raise ValueError(f"auroc: scores are floats, not {scores.dtype}")
+        scores, labels, average = scores.reshape(-1), labels.reshape(-1), "binary"
+    else:
+        classes = check_scores("auroc", scores, labels)
+        if classes == 1:
+            raise ValueError(f"auroc: scores of one class have the shape of the labels, {tuple(labels.shape)}, not {tuple(scores.shape)}")
+        scores, labels = scores.movedim(1, -1).reshape(-1, classes), labels.reshape(-1)
+    if exact:
+        return ExactAUROC(collect({"score": scores, "label": labels}), average)
+    scores, positive, valid = _against_the_rest(scores, labels)
+    return AUROC(BINS.count(scores, positive & valid), BINS.count(scores, ~positive & valid), average)
+
+
+def _against_the_rest(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, whether they are of a positive, and whether they count: each `[N]`, or `[C, N]` for rows of logits."""
+    if scores.ndim == 1:
+        return scores, labels == 1, (labels == 0) | (labels == 1)
+    logits, classes = wide(scores), scores.shape[1]
+    # log p / (1 - p), in the order of p; p itself would be rounded to 1 where the class is all but certain
+    pad, before, behind = torch.nn.functional.pad, logits.logcumsumexp(1), logits.flip(1).logcumsumexp(1).flip(1)
+    others = torch.logaddexp(pad(before, (1, 0), value=-torch.inf)[:, :-1], pad(behind, (0, 1), value=-torch.inf)[:, 1:])
+    labels = labels.long()
+    valid = (labels >= 0) & (labels < classes)
+    numbers = torch.arange(classes, device=labels.device).unsqueeze(1)
+    return (logits - others).T.contiguous(), labels == numbers, valid.expand(classes, -1)

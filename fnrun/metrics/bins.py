@@ -1,0 +1,64 @@
+"""Bins that are as narrow as their values are small: counts of fixed size that know any value to a fixed relative error."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fnrun.metrics.base import wide, wide_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    """Bins over all floats, in their order, the last one for NaN.
+
+    Each octave `[2^e, 2^(e+1))` from `2^low` to `2^high`, of either sign, is cut into `per_octave` equal bins, so that the two ends of a bin
+    differ by at most a share `1 / per_octave`. Smaller magnitudes are one bin, larger ones one on either side. This is DDSketch (Masson,
+    Rim and Lee, VLDB 2019) with its logarithm interpolated linearly: a value's bin is read off its bits, the same on every device.
+    """
+
+    low: int
+    high: int
+    per_octave: int
+
+    @property
+    def side(self) -> int:
+        """How many bins there are on either side of the middle one, the outermost among them."""
+        return (self.high - self.low) * self.per_octave + 1
+
+    @property
+    def size(self) -> int:
+        """How many bins there are, that for NaN among them."""
+        return 2 * self.side + 2
+
+    def index(self, values: Tensor) -> Tensor:
+        """The bin of each value, int64."""
+        values = wide(values)
+        magnitude = values.abs()
+        mantissa, exponent = torch.frexp(magnitude)  # in [0.5, 1)
+        step = ((2 * mantissa - 1) * self.per_octave).floor()
+        place = (exponent - 1 - self.low) * self.per_octave + step + 1
+        place = torch.where(magnitude < 2.0**self.low, 0, place)
+        place = torch.where(magnitude >= 2.0**self.high, self.side, place)
+        place = torch.where(values < 0, -place, place) + self.side
+        return torch.where(values.isnan(), self.size - 1, place).long()
+
+    def count(self, values: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """How many of the (wanted) values are in each bin: over the last dimension, int64 `[..., size]`."""
+        at = self.index(values)
+        ones = torch.ones_like(at) if wanted is None else wanted.long()
+        return torch.zeros(*values.shape[:-1], self.size, dtype=torch.int64, device=values.device).scatter_add(-1, at, ones)
+
+    def middles(self, device: torch.device) -> Tensor:
+        """The value that stands for each bin but that of NaN: at most a share `1 / (2 per_octave + 1)` from any value in it.
+
+        The bin around 0 stands for 0, the outermost for the infinities.
+        """
+        place = torch.arange(self.side - 1, device=device)
+        octave = torch.exp2((place // self.per_octave + self.low).to(wide_dtype(device)))
+        start = octave * (1 + (place % self.per_octave) / self.per_octave)
+        end = start + octave / self.per_octave
+        side = torch.nn.functional.pad(2 * start * end / (start + end), (0, 1), value=torch.inf)
+        return torch.cat([-side.flip(0), side.new_zeros(1), side])

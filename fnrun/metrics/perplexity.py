@@ -1,0 +1,44 @@
+"""How many tokens a language model takes to be equally likely."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fnrun.metrics.base import check_scores, wide
+from fnrun.tree import struct
+
+
+@struct
+class Perplexity:
+    """The summed negative log likelihood of `tokens` tokens, both float64."""
+
+    __module__ = "fnrun.metrics"
+
+    nll: Tensor
+    tokens: Tensor
+
+    def merge(self, other: Perplexity) -> Perplexity:
+        return Perplexity(self.nll + other.nll, self.tokens + other.tokens)
+
+    def compute(self) -> Tensor:
+        return (self.nll / self.tokens).exp()
+
+
+def perplexity(logits: Tensor, labels: Tensor) -> Perplexity:
+    """The exponential of the mean cross entropy over all tokens of all batches: not the mean of the batches' perplexities.
+
+    `logits` are float scores `[N, C, ...]`, the classes second as in `cross_entropy` (of logits `[batch, time, vocabulary]` give
+    `logits.transpose(1, 2)`); `labels` are ints of that shape without `C`. A label below 0 (such as -100) leaves its token out; one beyond the
+    classes is impossible, and makes the value infinite. NaN without any token. Raises ValueError for other shapes and types.
+
+    >>> perplexity(torch.zeros(2, 5), torch.tensor([0, 3])).compute()
+    tensor(5.0000, dtype=torch.float64)
+    """
+    classes = check_scores("perplexity", logits, labels)
+    logits, labels = logits.detach() if logits.dtype == torch.float64 else logits.detach().float(), labels.long()
+    # by hand, for cross_entropy ends the process on a GPU where a label is beyond the classes
+    own = logits.gather(1, labels.clamp(0, classes - 1).unsqueeze(1)).squeeze(1)
+    nll = torch.where(labels < classes, logits.logsumexp(1) - own, torch.inf)
+    counted = labels >= 0
+    return Perplexity(torch.where(counted, wide(nll), 0).sum(), wide(counted.sum()))

@@ -1,0 +1,68 @@
+"""Quantiles of a value, in a fixed amount of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnrun.metrics.base import wide
+from fnrun.metrics.bins import Bins
+from fnrun.tree import static, struct
+
+BINS = Bins(low=-40, high=40, per_octave=64)
+
+
+@struct
+class Quantiles:
+    """How many values are in each bin (int64), and the smallest and the largest of them."""
+
+    __module__ = "fnrun.metrics"
+
+    counts: Tensor
+    low: Tensor
+    high: Tensor
+    q: float | tuple[float, ...] = static()
+
+    def merge(self, other: Quantiles) -> Quantiles:
+        low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        return Quantiles(self.counts + other.counts, low, high, self.q)
+
+    def compute(self) -> Tensor | dict[str, Tensor]:
+        if isinstance(self.q, tuple):
+            return {f"p{100 * q:g}": self._quantile(q) for q in self.q}
+        return self._quantile(self.q)
+
+    def _quantile(self, q: float) -> Tensor:
+        below = self.counts[..., :-1].cumsum(-1)
+        rank = (wide(below[..., -1:] - 1) * q).floor()
+        at = (below <= rank).sum(-1).clamp(max=BINS.size - 2)
+        value = BINS.middles(self.counts.device)[at].clamp(self.low, self.high)
+        known = (below[..., -1] > 0) & (self.counts[..., -1] == 0)
+        return torch.where(known, value, torch.nan)
+
+
+def quantiles(values: Any, q: float | Sequence[float] = (0.5, 0.9, 0.99)) -> Quantiles:
+    """Quantiles over all elements, to a relative error of at most 1/129 (0.8%), in 82 kB however many there are.
+
+    The quantile `q` is the element of rank `floor(q (n - 1))`, as of numpy's `method="lower"`. The error holds for elements of a magnitude
+    from 2^-40 to 2^40 (1e-12 to 1e12); what is smaller counts as 0, what is larger as the smallest or the largest element, which are exact.
+    One number `q` gives a tensor; several give `p50`, `p90` and so on. NaN where an element is NaN, or where there is none.
+    Merging adds counts: the result is the same bits in any order. A DDSketch (Masson, Rim and Lee, VLDB 2019).
+
+    Raises ValueError for a `q` that is not between 0 and 1.
+
+    >>> quantiles(torch.arange(1, 1001)).merge(quantiles(torch.arange(1001, 2001))).compute()["p50"]
+    tensor(1003.9841, dtype=torch.float64)
+    """
+    values = wide(torch.as_tensor(values)).reshape(-1).detach()
+    wanted = q if isinstance(q, (int, float)) else tuple(float(one) for one in q)
+    if any(not 0 <= one <= 1 for one in (wanted if isinstance(wanted, tuple) else (wanted,))) or wanted == ():
+        raise ValueError(f"quantiles: q is a number from 0 to 1, or several, not {q!r}")
+    if values.numel():
+        low, high = values.amin(), values.amax()
+    else:
+        low, high = values.new_full((), torch.inf), values.new_full((), -torch.inf)
+    return Quantiles(BINS.count(values), low, high, wanted if isinstance(wanted, tuple) else float(wanted))
