@@ -2,6 +2,7 @@ from . import (
     checkpoint as checkpoint,
     data as data,
     hooks as hooks,
+    interrupts as interrupts,
     loops as loops,
     metrics as metrics,
     observers as observers,
@@ -14,6 +15,7 @@ from . import (
     tree as tree,
 )
 from .cli import main as main
+from .interrupts import any_of as any_of, deadline as deadline
 from .loops import (
     Loop as Loop,
     epoch_loop as epoch_loop,

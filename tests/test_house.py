@@ -20,7 +20,7 @@ FLOORS = [
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
     ["shell", "steps"],
-    ["program", "loops", "hooks"],
+    ["program", "loops", "hooks", "interrupts"],
     ["observers"],
     ["run", "plot", "testing"],
     ["cli"],
@@ -72,7 +72,7 @@ def test_the_names_that_are_promised():
     for name in [
         "struct", "TrainState", "Position", "Frame", "Key", "make_train_step", "make_eval_step", "make_predict_step", "step", "value_and_grad",
         "call", "report", "skip_nonfinite", "epoch_loop", "step_loop", "eval_loop", "predict_loop", "repeat", "sequence", "every", "workflow",
-        "Run", "Experiment", "main", "checkpoint", "data", "hooks", "metrics", "observers", "optim", "schedules", "testing", "tree",
+        "any_of", "deadline", "Run", "Experiment", "main", "checkpoint", "data", "hooks", "metrics", "observers", "optim", "schedules", "testing", "tree",
     ]:  # fmt: skip
         assert name in dir(fnrun)
         assert getattr(fnrun, name) is not None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.hooks.monitor import reported
+from fnrun.hooks.ticks import in_training
 from fnrun.state import LoopState, due
 
 logger = logging.getLogger("fnrun")
@@ -32,9 +33,10 @@ class _Checkpoint:
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         self._surviving(self.checkpoints.poll)
-        if self.monitor is not None:
+        now = due(state, self.every)
+        if self.monitor is not None and (now or not in_training(state)):
             reported("checkpoint", self.monitor, state, metrics)
-        if due(state, self.every):
+        if now:
             self._surviving(lambda: self._save(state, metrics))
 
     def _surviving(self, action: Callable[[], None]) -> None:
