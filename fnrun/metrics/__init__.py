@@ -20,6 +20,7 @@ from fnrun.metrics.classification import (
     top_k,
 )
 from fnrun.metrics.collect import Chunks, collect
+from fnrun.metrics.from_torchmetrics import TorchmetricsInputs, TorchmetricsState, from_torchmetrics
 from fnrun.metrics.perplexity import Perplexity, perplexity
 from fnrun.metrics.quantiles import Quantiles, quantiles
 from fnrun.metrics.regression import R2, Moments, Pearson, RootMean, mae, mse, pearson, r2, rmse
@@ -46,6 +47,8 @@ __all__ = [
     "RootMean",
     "Sum",
     "TopK",
+    "TorchmetricsInputs",
+    "TorchmetricsState",
     "Totals",
     "accuracy",
     "auroc",
@@ -55,6 +58,7 @@ __all__ = [
     "examples",
     "f1",
     "fold",
+    "from_torchmetrics",
     "iou",
     "last",
     "mae",

@@ -1,0 +1,315 @@
+"""Any metric of torchmetrics as a fold: its states, merged as torchmetrics merges them over ranks."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fnrun import tree
+from fnrun.metrics.collect import Chunks, collect
+from fnrun.rng import Key
+from fnrun.tree import static, struct
+
+#: What this process has adapted, by name: a fold holds data alone, and one that comes from a checkpoint finds its metric here.
+_adapted: dict[str, Any] = {}
+
+
+@struct
+class TorchmetricsState:
+    """What a metric has seen: its states by name, how many updates they are of, and the name of the metric."""
+
+    __module__ = "fnrun.metrics"
+
+    states: dict[str, Any]
+    updates: int
+    metric: str = static()
+
+    def merge(self, other: TorchmetricsState) -> TorchmetricsState:
+        states = _find(self.metric).merged(self, other)
+        return TorchmetricsState(states, self.updates + other.updates, self.metric)
+
+    def compute(self) -> Any:
+        return _find(self.metric).computed(self)
+
+
+@struct
+class TorchmetricsInputs:
+    """All that a function was to be called with, and the name of the function."""
+
+    __module__ = "fnrun.metrics"
+
+    inputs: Chunks
+    metric: str = static()
+
+    def merge(self, other: TorchmetricsInputs) -> TorchmetricsInputs:
+        return TorchmetricsInputs(self.inputs.merge(other.inputs), self.metric)
+
+    def compute(self) -> Any:
+        return _find(self.metric).computed(self.inputs.compute())
+
+
+def from_torchmetrics(metric: Any, *, name: str | None = None) -> Callable[..., TorchmetricsState | TorchmetricsInputs]:
+    """A function of the arguments of `metric.update` that makes the fold of one batch. Make it once, beside the model, and call it in a step.
+
+    - `metric` is a `torchmetrics.Metric` or a `MetricCollection`. A copy of it does the work, and starts empty: `metric` stays as it is. The fold
+      holds the states, merged by their own reductions (`dist_reduce_fx`), as torchmetrics does over ranks. Its size is fixed, except where the
+      metric keeps lists ("cat"), or states without a reduction, of which there is then one a batch.
+    - A function, such as those of `torchmetrics.functional`, called with tensors: all inputs are collected, and it is called once with all.
+      `functools.partial` gives it options.
+
+    A fold in a checkpoint names its metric, by its class and its settings; a process that restores it has to have made the same one. `name`
+    says it where a metric holds what cannot be written down, such as a lambda. The metric computes under a fixed key, so that one that draws
+    random numbers draws the same ones. What it computes comes as a tensor, or a dict of tensors. With `validate_args=True`, their default,
+    most metrics wait for the device at each update.
+
+    Raises ImportError without torchmetrics, TypeError for what is neither a metric nor a function, ValueError for a metric that needs a name,
+    and for one whose value depends on the order of its updates (`Running`, `MinMaxMetric`).
+
+    >>> from torchmetrics.classification import MulticlassF1Score
+    >>> f1 = from_torchmetrics(MulticlassF1Score(num_classes=3))
+    >>> f1(torch.tensor([0, 1]), torch.tensor([0, 2])).merge(f1(torch.tensor([2]), torch.tensor([2]))).compute()
+    tensor(0.5556)
+    """
+    torchmetrics = _torchmetrics()
+    if isinstance(metric, torchmetrics.MetricCollection):
+        # Its groups of metrics that share states are found by comparing values, which would wait for the device.
+        members = dict(metric.items(keep_base=True, copy_state=False))
+        members = {key.removeprefix(metric.prefix or "").removesuffix(metric.postfix or ""): one for key, one in members.items()}
+        plain = torchmetrics.MetricCollection(members, prefix=metric.prefix, postfix=metric.postfix, compute_groups=False)
+        adapter = _Metric(plain.clone(), name)
+    elif isinstance(metric, torchmetrics.Metric):
+        adapter = _Metric(metric.clone(), name)
+    elif callable(metric) and not isinstance(metric, (nn.Module, type)):
+        adapter = _Function(metric, name)
+    else:
+        what = f"the class {metric.__name__}: give an object, {metric.__name__}(...)" if isinstance(metric, type) else type(metric).__name__
+        raise TypeError(f"from_torchmetrics: wanted a torchmetrics.Metric, a MetricCollection or a function, not {what}")
+    _adapted[adapter.name] = adapter
+    return adapter
+
+
+def _torchmetrics() -> Any:
+    try:
+        import torchmetrics
+    except ImportError as error:
+        raise ImportError("from_torchmetrics needs torchmetrics: pip install 'fnrun[torchmetrics]'") from error
+    return torchmetrics
+
+
+def _find(name: str) -> Any:
+    if name not in _adapted:
+        raise LookupError(
+            f"a fold of {name} is merged or computed where this metric was not made: make the same one with metrics.from_torchmetrics(...) "
+            "before the program runs, outside of its steps"
+        )
+    return _adapted[name]
+
+
+class _Function:
+    """A function of all inputs."""
+
+    def __init__(self, fn: Callable[..., Any], name: str | None) -> None:
+        self.fn, self.name = fn, name or _named("function", fn)
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> TorchmetricsInputs:
+        inputs = {str(i): value for i, value in enumerate(args)} | kwargs
+        for key, value in inputs.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{self.name}: argument {key} is a {type(value).__name__}: only tensors are collected; give options by functools.partial"
+                )
+        return TorchmetricsInputs(collect(inputs), self.name)
+
+    def computed(self, inputs: dict[str, Tensor]) -> Any:
+        args = [inputs[key] for key in sorted((key for key in inputs if key.isdigit()), key=int)]
+        with Key(0).scope(), torch.no_grad():
+            return _values(self.fn(*args, **{key: value for key, value in inputs.items() if not key.isdigit()}))
+
+
+class _Metric:
+    """A copy of a metric that is lent its states: for an update it starts empty, to compute it is given those of a fold."""
+
+    def __init__(self, metric: Any, name: str | None) -> None:
+        self.metric, self.parts = metric, dict(_parts(metric))
+        for part in self.parts.values():
+            if type(part).__name__ in ("Running", "MinMaxMetric"):
+                raise ValueError(
+                    f"from_torchmetrics: the value of {type(part).__name__} depends on the order of updates, which merging loses"
+                )
+            part.sync_on_compute = part.dist_sync_on_step = part._to_sync = False  # folds are merged by those who have them
+        metric.reset()
+        self.name = name or _named("metric", metric)
+        self.reductions = {f"{at}{key}": fn for at, part in self.parts.items() for key, fn in part._reductions.items()}
+        self.lists = {
+            f"{at}{key}" for at, part in self.parts.items() for key, default in part._defaults.items() if isinstance(default, list)
+        }
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> TorchmetricsState:
+        with self._lock:
+            self._place(tree.leaves((args, kwargs)))
+            self.metric.reset()
+            try:
+                self.metric.update(*args, **kwargs)
+                states = {f"{at}{key}": getattr(part, key) for at, part in self.parts.items() for key in part._defaults}
+                return TorchmetricsState({key: self._taken(key, value) for key, value in states.items()}, 1, self.name)
+            finally:
+                self.metric.reset()
+
+    def _taken(self, key: str, state: Any) -> Any:
+        """A state as a fold holds it: a list as a tuple; what has no reduction as rows, one a batch, in a tuple of a few tensors of them."""
+        state = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, state)
+        if key in self.lists:
+            return tuple(state)
+        return (state.unsqueeze(0),) if self.reductions[key] is None else state
+
+    def merged(self, one: TorchmetricsState, other: TorchmetricsState) -> dict[str, Any]:
+        from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
+
+        share = other.updates / (one.updates + other.updates)
+        merged: dict[str, Any] = {}
+        for key, ours in one.states.items():
+            reduction, theirs = self.reductions[key], other.states[key]
+            if isinstance(ours, tuple):
+                whole = key in self.lists and reduction != dim_zero_cat  # entries that must stay apart, as an image's boxes
+                merged[key] = (*ours, *theirs) if whole else _joined((*ours, *theirs))
+            elif reduction == dim_zero_cat:
+                merged[key] = dim_zero_cat([ours, theirs])
+            elif reduction == dim_zero_sum:
+                merged[key] = ours + theirs
+            elif reduction == dim_zero_mean:
+                merged[key] = ours + (theirs - ours) * share
+            elif reduction == dim_zero_max:
+                merged[key] = torch.maximum(ours, theirs)
+            elif reduction == dim_zero_min:
+                merged[key] = torch.minimum(ours, theirs)
+            else:
+                merged[key] = reduction(torch.stack([ours, theirs]))
+        return merged
+
+    def computed(self, fold: TorchmetricsState) -> Any:
+        with self._lock, Key(0).scope(), torch.no_grad():
+            self._place(tree.leaves(fold.states))
+            self.metric.reset()
+            try:
+                for at, part in self.parts.items():
+                    part._update_count = fold.updates
+                    for key in part._defaults:
+                        state = tree.snapshot(fold.states[f"{at}{key}"])  # a copy, for a metric may write to its states
+                        setattr(part, key, self._lent(f"{at}{key}", state))
+                return _values(self.metric.compute())
+            finally:
+                self.metric.reset()
+
+    def _lent(self, key: str, state: Any) -> Any:
+        if not isinstance(state, tuple):
+            return state
+        if key in self.lists:
+            return list(state)
+        rows = torch.cat(state)
+        return rows[0] if len(rows) == 1 else rows
+
+    def _place(self, leaves: list[Any]) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                if any(part.device != leaf.device for part in self.parts.values()):
+                    self.metric.to(leaf.device)
+                return
+
+
+def _parts(metric: Any) -> Iterator[tuple[str, Any]]:
+    """The metric and those within it, by a prefix for their states."""
+    cls = _torchmetrics().Metric
+    yield from ((f"{path}." if path else "", part) for path, part in metric.named_modules() if isinstance(part, cls))
+
+
+def _joined(parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same rows in a few tensors, each longer than all behind it: n rows are copied log(n) times."""
+    joined: list[Any] = []
+    for part in parts:
+        joined.append(part if part.ndim else part.unsqueeze(0))
+        while len(joined) > 1 and len(joined[-2]) <= len(joined[-1]) and joined[-2].shape[1:] == joined[-1].shape[1:]:
+            last = joined.pop()
+            joined[-1] = torch.cat([joined[-1], last])
+    return tuple(joined)
+
+
+def _values(found: Any) -> Any:
+    """What a metric computes, as a tensor or a flat dict of tensors."""
+    if isinstance(found, Mapping):
+        pairs = {str(key): _values(value) for key, value in found.items()}
+    elif isinstance(found, (list, tuple)):
+        pairs = {str(i): _values(value) for i, value in enumerate(found)}
+    else:
+        return torch.as_tensor(found)
+    nested = ({f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value} for key, value in pairs.items())
+    return {key: value for part in nested for key, value in part.items()}
+
+
+# --- what a metric is, in words ----------------------------------------------------------------------------------------
+
+
+def _named(what: str, metric: Any) -> str:
+    """A name that says all there is to say of a metric: the same in every process that makes the same one."""
+    try:
+        described = repr(_described(metric, "it"))
+    except _Opaque as error:
+        kind = getattr(metric, "__qualname__", type(metric).__qualname__)
+        raise ValueError(
+            f"from_torchmetrics: {kind}: {error}, which cannot be told from another: give the {what} a name, from_torchmetrics(..., name=...)"
+        ) from None
+    return f"{getattr(metric, '__qualname__', type(metric).__qualname__)} {hashlib.sha256(described.encode()).hexdigest()[:16]}"
+
+
+class _Opaque(Exception):
+    pass
+
+
+def _described(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return tree.fingerprint(value)
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, [_described(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, (set, frozenset)):
+        return type(value).__name__, sorted(repr(_described(item, where)) for item in value)
+    if isinstance(value, Mapping):
+        return type(value).__name__, [(_described(k, where), _described(v, f"{where}[{k!r}]")) for k, v in value.items()]
+    if isinstance(value, functools.partial):
+        return "partial", *(_described(part, where) for part in (value.func, value.args, value.keywords))
+    if isinstance(value, nn.Module):
+        return tree.class_name(type(value)), *_described_module(value, where)
+    qualname = getattr(value, "__qualname__", "<")
+    if (isinstance(value, type) or callable(value)) and "<" not in qualname and getattr(value, "__self__", None) is None:
+        return f"{value.__module__}:{qualname}"
+    raise _Opaque(f"{where} is {value!r}")
+
+
+def _described_module(module: nn.Module, where: str) -> Iterator[Any]:
+    """A metric by its settings; another module by its tensors and by how it shows itself."""
+    if isinstance(module, (_torchmetrics().Metric, _torchmetrics().MetricCollection)):
+        passing = _bookkeeping() | {*getattr(module, "_defaults", ())}
+        yield [(key, _described(value, f"its {key}")) for key, value in sorted(vars(module).items()) if key not in passing]
+        yield [(key, _described(value, f"its {key}")) for key, value in (*module._buffers.items(), *module._modules.items())]
+    else:
+        yield repr(module)
+        yield tree.fingerprint({key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)})
+
+
+@functools.cache
+def _bookkeeping() -> frozenset[str]:
+    """What every metric has, whatever it measures, except its states' kinds."""
+
+    class Bare(_torchmetrics().Metric):
+        def update(self) -> None: ...
+        def compute(self) -> None: ...
+
+    return frozenset({*vars(Bare()), *vars(_torchmetrics().MetricCollection([]))} - {"_reductions", "_defaults", "prefix", "postfix"})
