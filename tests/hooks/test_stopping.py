@@ -80,3 +80,70 @@ def test_options_that_are_none():
         hooks.early_stopping("loss", patience=0)
     with pytest.raises(ValueError, match="min_delta is at least 0"):
         hooks.early_stopping("loss", patience=1, min_delta=-1.0)
+
+
+class TestStopAfter:
+    BATCHES = (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(1, 3))  # 15 elements a pass
+
+    def stopped(self, program, data=None):
+        """At which step a run stops, and why."""
+        state, _ = program(fnrun.TrainState.create(nn.Linear(1, 1)), list(self.BATCHES) if data is None else data)
+        return (state.step, state.stop) if state.stop else None
+
+    @pytest.fixture
+    def step(self):
+        return fnrun.step(lambda state, batch: (state, {"loss": 1.0}))
+
+    def test_steps(self, step):
+        limit = hooks.stop_after(steps=4)
+        assert self.stopped(fnrun.repeat(fnrun.epoch_loop(step, hooks=[limit]), 5)) == (4, "stop_after: 4 steps")
+        assert self.stopped(fnrun.repeat(fnrun.epoch_loop(step), 5, hooks=[limit])) == (6, "stop_after: 6 steps")
+        assert self.stopped(fnrun.epoch_loop(step, hooks=[limit])) is None
+
+    def test_tokens_are_the_elements_of_a_tensor_or_what_count_says(self, step):
+        program = fnrun.repeat(fnrun.epoch_loop(step, hooks=[hooks.stop_after(tokens=22)]), 5)
+        assert self.stopped(program) == (5, "stop_after: 27 tokens")
+        count = hooks.stop_after(tokens=4, count=lambda batch: len(batch["ids"]))
+        batches = [{"ids": batch, "mask": batch} for batch in self.BATCHES]
+        assert self.stopped(fnrun.repeat(fnrun.epoch_loop(step, hooks=[count]), 5), batches) == (2, "stop_after: 4 tokens")
+        with pytest.raises(ValueError, match="say how many tokens a batch has"):
+            self.stopped(program, batches)
+
+    def test_tokens_are_counted_at_each_step_also_where_the_limit_is_looked_at_now_and_then(self, step):
+        program = fnrun.repeat(fnrun.epoch_loop(step, hooks=[hooks.every(4, hooks.stop_after(tokens=1))]), 5)
+        assert self.stopped(program) == (4, "stop_after: 21 tokens")
+
+    def test_epochs_are_finished_passes_in_whatever_loop(self, step):
+        limit = hooks.stop_after(epochs=2)
+        expected = (6, "stop_after: 2 epochs")
+        assert self.stopped(fnrun.repeat(fnrun.epoch_loop(step), 5, hooks=[limit])) == expected
+        assert self.stopped(fnrun.step_loop(step, 20, hooks=[limit])) == expected
+        assert self.stopped(fnrun.repeat(fnrun.step_loop(step, 4), 5, hooks=[limit])) == (8, "stop_after: 2 epochs")
+
+    def test_where_there_are_several_streams_one_is_named(self, step):
+        def program(**options):
+            members = {"train": fnrun.step_loop(step, 3), "val": fnrun.eval_loop(lambda state, batch: {"n": 1.0}, steps=1)}
+            return fnrun.repeat(fnrun.sequence(**members), 9, hooks=[hooks.stop_after(epochs=2, **options)])
+
+        data = {"train": list(self.BATCHES), "val": list(self.BATCHES)}
+        assert self.stopped(program(stream="train"), data) == (6, "stop_after: 2 epochs")
+        assert self.stopped(program(stream="val"), data) == (18, "stop_after: 2 epochs")
+        for options in ({}, {"stream": "vla"}):
+            with pytest.raises(ValueError, match=r"stop_after: whose epochs.*'train', 'val'"):
+                self.stopped(program(**options), data)
+
+    def test_a_higher_limit_goes_on(self, step):
+        def program(steps):
+            return fnrun.repeat(fnrun.epoch_loop(step, hooks=[hooks.stop_after(steps=steps)]), 5)
+
+        state, _ = program(4)(fnrun.TrainState.create(nn.Linear(1, 1)), list(self.BATCHES))
+        state, _ = program(7)(state.replace(stop=None), list(self.BATCHES))
+        assert (state.step, state.stop) == (7, "stop_after: 7 steps")
+
+    def test_limits_that_are_none(self):
+        for options in ({}, {"steps": 1, "epochs": 1}):
+            with pytest.raises(ValueError, match="one of steps=, tokens= and epochs="):
+                hooks.stop_after(**options)
+        for options in ({"steps": 0}, {"tokens": -1}, {"epochs": 1.5}, {"steps": True}):
+            with pytest.raises(ValueError, match="is a whole number of at least 1"):
+                hooks.stop_after(**options)
