@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from fnrun import metrics, tree
+from tests.metrics.folds import close, floats, unhurried
+
+values = st.one_of(st.none(), floats)
+ticks = st.lists(st.tuples(values, values, values, st.integers(1, 40)), min_size=1, max_size=8)
+
+
+def folded(ticks, totals=None):
+    for *three, n in ticks:
+        named = {name: torch.tensor(v) for name, v in zip("abc", three, strict=True) if v is not None}
+        if three[0] is not None:
+            named |= {"number": three[0], "fold": metrics.mean(torch.full((n,), three[0]))}
+        totals = metrics.fold(totals, named, n)
+    return totals
+
+
+@unhurried
+@given(ticks)
+def test_totals_are_means_weighted_by_examples(ticks):
+    found = metrics.compute(folded(ticks))
+    for i, name in enumerate("abc"):
+        seen = [(tick[i], tick[3]) for tick in ticks if tick[i] is not None]
+        assert (name in found) == bool(seen)
+        if seen:
+            expected = np.average([v for v, _ in seen], weights=[n for _, n in seen])
+            assert close(found[name], expected)
+            if i == 0:
+                assert close(found["number"], expected)
+                assert close(found["fold"], expected)
+                assert type(found["number"]) is float
+
+
+@unhurried
+@given(ticks, st.integers(0, 8))
+def test_totals_are_a_function_of_the_ticks(ticks, at):
+    """Kept between any two ticks and taken up again: the same bits."""
+    kept = folded(ticks[:at])
+    assert tree.equal(folded(ticks[at:], tree.snapshot(kept)), folded(ticks))
+    if kept is not None:
+        before = tree.snapshot(kept)
+        folded(ticks[at:], kept)
+        assert tree.equal(kept, before)
+
+
+@unhurried
+@given(ticks)
+def test_a_name_is_folded_alone(ticks):
+    """What else is measured changes no bit of a metric."""
+    alone = metrics.compute(folded([(None, b, None, n) for _, b, _, n in ticks]))
+    assert tree.equal(alone.get("b"), metrics.compute(folded(ticks)).get("b"))
+
+
+@unhurried
+@given(st.floats(-1e6, 1e6), st.integers(1, 1000))
+def test_the_mean_of_one_batch_is_its_value(value, n):
+    found = metrics.compute(metrics.fold(None, {"x": torch.tensor(value, dtype=torch.float64), "y": value}, n))
+    assert float(found["x"]) == found["y"] == value
+
+
+def test_totals_do_not_grow():
+    totals, first = None, None
+    for i in range(300):
+        named = {f"m{j}": torch.tensor(1.0) for j in range(6) if i % (j + 1) == 0}
+        totals = metrics.fold(totals, named, 3)
+        first = first if i != 60 else len(tree.leaves(totals))
+    assert len(tree.leaves(totals)) == first
+    assert all(float(value) == 1 for value in metrics.compute(totals).values())
+
+
+def test_names_come_in_the_order_in_which_they_first_came():
+    totals = metrics.fold(None, {"z": torch.tensor(1.0), "lr": 0.1}, 1)
+    totals = metrics.fold(totals, {"b": torch.ones(2), "a": torch.tensor(1), "z": torch.tensor(2.0)}, 1)
+    assert list(metrics.compute(totals)) == ["z", "lr", "b", "a"]
+
+
+def test_vmapped_members_keep_their_own_means():
+    totals = metrics.fold(None, {"loss": torch.tensor([1.0, 2.0]), "seen": torch.tensor(1.0)}, 4)
+    totals = metrics.fold(totals, {"loss": torch.tensor([3.0, 4.0]), "seen": torch.tensor(1.0)}, 4)
+    assert metrics.compute(totals)["loss"].tolist() == [2, 3]
+
+
+def test_a_number_may_become_a_tensor():
+    totals = metrics.fold(metrics.fold(None, {"aux": 0.0}, 3), {"aux": torch.tensor(4.0)}, 1)
+    assert float(metrics.compute(totals)["aux"]) == 1
+    assert float(metrics.compute(metrics.fold(totals, {"aux": 1}, 4))["aux"]) == pytest.approx(1)
+
+
+def test_totals_keep_no_graph():
+    loss = torch.ones((), requires_grad=True) * 2
+    assert not any(leaf.requires_grad for leaf in tree.leaves(metrics.fold(None, {"loss": loss}, 1)) if isinstance(leaf, torch.Tensor))
+
+
+def test_what_does_not_fit_is_refused():
+    plain, fold = {"x": torch.tensor(1.0)}, {"x": metrics.sum(1)}
+    for first, second in ((plain, fold), (fold, plain), ({"x": 1.0}, fold), (fold, {"x": 1.0})):
+        with pytest.raises(TypeError, match="'x' is a Sum in one tick and a plain value in another"):
+            metrics.fold(metrics.fold(None, first, 1), second, 1)
+    with pytest.raises(TypeError, match="'x' is a Sum in one tick and a Mean in another"):
+        metrics.fold(metrics.fold(None, fold, 1), {"x": metrics.mean(1.0)}, 1)
+    with pytest.raises(TypeError, match="'x' is a str: a metric is a tensor, a number or a fold"):
+        metrics.fold(None, {"x": "high"}, 1)
+    with pytest.raises(ValueError, match=r"'x' has shape \(2,\), and had \(\) in the ticks before"):
+        metrics.fold(metrics.fold(None, plain, 1), {"x": torch.ones(2)}, 1)
+
+
+def test_values_are_those_of_one_tick():
+    found = metrics.values({"loss": torch.tensor(1.0), "lr": 0.1, "top": metrics.max(torch.tensor([1, 3]))})
+    assert tree.equal(found, {"loss": torch.tensor(1.0), "lr": 0.1, "top": torch.tensor(3)})
+
+
+@tree.struct
+class Range:
+    """A fold that computes two values."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def merge(self, other):
+        return Range(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
+
+    def compute(self):
+        return {"low": self.low, "high": self.high}
+
+
+def test_a_fold_of_several_values_is_named_by_each():
+    ticks = [{"x": Range(torch.tensor(lo), torch.tensor(hi))} for lo, hi in ((1, 5), (0, 2))]
+    assert {k: int(v) for k, v in metrics.values(ticks[0]).items()} == {"x/low": 1, "x/high": 5}
+    totals = metrics.fold(metrics.fold(None, ticks[0], 1), ticks[1], 1)
+    assert {k: int(v) for k, v in metrics.compute(totals).items()} == {"x/low": 0, "x/high": 5}
+
+
+def test_examples_of_a_batch():
+    assert metrics.examples({"id": torch.tensor(3), "x": torch.zeros(5, 2)}) == 5
+    assert metrics.examples((np.zeros((4, 2)), torch.zeros(3))) == 4
+    assert metrics.examples(torch.zeros(7)) == 7
+    assert metrics.examples("text") == metrics.examples(None) == 1
+
+
+def test_an_empty_batch_weighs_nothing():
+    totals = metrics.fold(metrics.fold(None, {"x": torch.tensor(5.0)}, 0), {"x": torch.tensor(1.0)}, 2)
+    assert float(metrics.compute(totals)["x"]) == 1
+
+
+def test_an_int_keeps_its_bits_beside_a_float():
+    first = {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}
+    totals = metrics.fold(metrics.fold(None, first, 1), {"a": torch.tensor(1.0), "b": torch.tensor(16777217)}, 1)
+    assert metrics.compute(totals)["b"].item() == 8388609.0
