@@ -21,6 +21,10 @@ types: $(VENV)/.test
 pytest: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+# Every comparison, side by side on this machine; writes benchmarks/results.md. About 20 minutes in which nothing else should run.
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
 
@@ -29,6 +33,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps: an environment is made anew only when what it is made from has changed.
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
