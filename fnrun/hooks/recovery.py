@@ -29,10 +29,11 @@ class _Rollback:
         return {"good": None, "newest": None, "value": None, "retries": 0}
 
     def before(self, state: TrainState, batch: Any) -> TrainState:
-        if state.memory[self.name]["good"] is not None:
-            return state
-        kept = self._kept(state)  # not in `init`: hooks that come later have no memory yet
-        return self._remembering(state, {**state.memory[self.name], "good": kept, "newest": kept})
+        memory = state.memory[self.name]
+        if memory["good"] is not None and memory["newest"]["step"] != state.step:
+            return state  # `every` held this hook back since: what it saw last is as old as that
+        kept = self._kept(state)  # with what others changed after this hook's tick, and with the memory of hooks that come later
+        return self._remembering(state, {**memory, "good": memory["good"] or kept, "newest": kept})
 
     def after(self, state: TrainState, metrics: dict[str, Any]) -> TrainState:
         value = monitored(self.name, self.monitor, state, metrics)

@@ -84,6 +84,37 @@ def test_a_poison_that_shows_a_step_later_is_undone_too():
             assert end.memory[name]["params"]["x"].isfinite().all()
 
 
+def test_weights_that_another_hook_set_are_those_before_the_next_step():
+    """As a rollback in the rounds around it does. The fourth batch is poisoned: back to before the third, which is 0."""
+
+    @fnrun.step
+    def step(state, batch):
+        return state.replace(params={"x": state.params["x"] + batch}), {"loss": state.params["x"].sum() + batch.sum()}
+
+    def reset(state, metrics):
+        return state.replace(params={"x": torch.zeros(1)})
+
+    state = fnrun.TrainState(params={"x": torch.zeros(1)}, buffers={}, opt_state=None, rng=fnrun.Key(0))
+    stream = [torch.tensor([value]) for value in (1.0, 1.0, 1.0, NAN)]
+    loop = fnrun.repeat(fnrun.step_loop(step, 2, hooks=[hooks.rollback("loss")]), 2, hooks=[hooks.at(1, reset)])
+    end, _ = loop(state, stream)
+    assert end.params["x"].item() == 0.0
+
+
+@pytest.mark.parametrize(("n", "expected"), [(2, 2.0), (3, 0.0)])
+def test_held_back_it_goes_back_in_strides(n, expected):
+    """Of 6 steps the sixth is poisoned: each second step it looks, so at 2, 4 (good: 2) and 6; each third, at 3 (good: 0) and 6."""
+
+    @fnrun.step
+    def step(state, batch):
+        return state.replace(params={"x": state.params["x"] + 1}), {"loss": batch}
+
+    state = fnrun.TrainState(params={"x": torch.zeros(1)}, buffers={}, opt_state=None, rng=fnrun.Key(0))
+    stream = [torch.tensor(value) for value in (1.0, 1.0, 1.0, 1.0, 1.0, NAN)]
+    end, _ = fnrun.epoch_loop(step, hooks=[hooks.every(n, hooks.rollback("loss"))])(state, stream)
+    assert end.params["x"].item() == expected
+
+
 def test_averages_go_back_also_from_the_very_first_step():
     for hook_list in ([hooks.rollback("loss"), hooks.ema(0.5)], [hooks.ema(0.5), hooks.rollback("loss")]):
         end, _ = trained([0], *hook_list)
