@@ -4,8 +4,27 @@ They see the finished state of each tick of the loop that they are given to, and
 """
 
 from fnrun.observers.log import log
+from fnrun.observers.media import Histogram, Image, Text, histogram
 from fnrun.observers.progress import progress
 from fnrun.observers.saving import checkpoint
-from fnrun.observers.sinks import console, jsonl
+from fnrun.observers.sinks import Record, Sink, console, csv, jsonl, mlflow, record, tensorboard, trackio, wandb
 
-__all__ = ["checkpoint", "console", "jsonl", "log", "progress"]
+__all__ = [
+    "Histogram",
+    "Image",
+    "Record",
+    "Sink",
+    "Text",
+    "checkpoint",
+    "console",
+    "csv",
+    "histogram",
+    "jsonl",
+    "log",
+    "mlflow",
+    "progress",
+    "record",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]

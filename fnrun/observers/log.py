@@ -1,73 +1,154 @@
-"""Metrics, averaged over a window of ticks, to one or several sinks."""
+"""Metrics, gathered over a window of ticks, to one or several sinks."""
 
 from __future__ import annotations
 
+import logging
+import resource
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fnrun import metrics as folds
-from fnrun.observers.sinks import Record, Sink, console
+from fnrun.observers.pace import Pace
+from fnrun.observers.ranks import rank
+from fnrun.observers.sinks import Sink, console, record
+from fnrun.observers.window import Size, Statistic, Window, compute, windows
 from fnrun.state import LoopState, due
+
+logger = logging.getLogger("fnrun")
+
+#: What is not a mean where nothing else is asked for: people expect the learning rate of now.
+STATISTICS: dict[str, Statistic] = {"lr": "last"}
 
 
 class _Log:
-    def __init__(self, every: int, to: Sequence[Sink], name: str) -> None:
-        self.every, self.sinks, self.name = every, tuple(to), name
-        self._began = self._last = 0.0
-        self._ticks = 0
+    def __init__(self, every: int, sinks: Sequence[Sink], named: tuple[Window, ...], asked: frozenset[str], name: str) -> None:
+        self.every, self.windows, self.name = every, {str(window.size): window for window in named}, name
+        self.sinks = tuple(sinks)
+        self._unseen = set(asked)
+        self._program: Any = None
+        self._writes = False
 
     def open(self, program: Any, state: LoopState) -> None:
+        self._program, self._pace = program, Pace()
+        self._writes = rank() == 0
         self._began = self._last = time.perf_counter()
-        self._ticks = 0
-        for sink in self.sinks:
+        self._waited, self._ticks = getattr(program, "data_seconds", None), 0
+        for sink in self.sinks if self._writes else ():
             sink.open(state)
+
+    # What is gathered, in the loop's frame.
 
     def fold(self, folded: Any, before: LoopState, metrics: Any, examples: int) -> Any:
         if not isinstance(metrics, dict):
             return None
-        return folds.fold(None if due(before, self.every) else folded, metrics, examples)
+        frame = before.position.frames[-1]
+        count = before.step if frame.loop.startswith(("epoch_loop", "step_loop")) else frame.ticks
+        kept = folded if folded is not None else self._first(before)
+        return {size: window.fold(kept.get(size, ()), count % self.every, metrics, examples) for size, window in self.windows.items()}
+
+    def _first(self, before: LoopState) -> dict[str, Any]:
+        """What a window begins with where the loop begins: nothing, or what earlier rounds have left in the hook's memory."""
+        if "run" not in self.windows or len(before.position.frames) == 1:
+            return {}
+        if self.name not in before.memory:
+            raise ValueError(
+                f"{self.name}: a window over the whole run outlives this loop, which ends in each round: give the log to the loop as a hook "
+                "too, and it remembers: hooks=[log], observers=[log]"
+            )
+        return {"run": before.memory[self.name]}
+
+    # The hook that carries the window of the whole run from round to round.
+
+    def init(self, state: LoopState) -> Any:
+        return ()
+
+    def after(self, state: Any, metrics: dict[str, Any]) -> Any:
+        folded = state.position.frames[-1].folds.get(self.name) or {}
+        return state.replace(memory={**state.memory, self.name: folded.get("run", ())})
+
+    # The line.
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         self._ticks += 1
-        if not due(state, self.every):
-            return
-        frame = state.position.frames[-1]
-        window = frame.folds.get(self.name)
-        now = time.perf_counter()
-        clock = {"time": time.time(), "elapsed": now - self._began, "seconds_per_tick": (now - self._last) / self._ticks}
-        self._last, self._ticks = now, 0
-        if window:
-            record = self._record(state, frame.loop.partition(" ")[2], folds.compute(window), clock)
-            for sink in self.sinks:
-                sink.write(record)
+        if self._ticks == 1 or due(state, self.every):
+            now = time.perf_counter()
+            left = self._pace.at(state.position.frames, self._program.lengths, now)
+            if due(state, self.every):
+                self._line(state, now, left)
 
-    def _record(self, state: LoopState, path: str, values: dict[str, Any], clock: dict[str, float]) -> Record:
-        prefix = path.strip("/") + "/" if path.strip("/") else ""
-        streams = state.position.streams
-        cursors = [streams[prefix[:-1]]] if prefix[:-1] in streams else streams.values()
-        epochs = [cursor.epoch + (cursor.batch > 0) for cursor in cursors]  # the pass that the tick belongs to, from 1
-        named = {prefix + name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
-        return Record(state.position.order, state.step, max(epochs, default=0), named, clock)
+    def _line(self, state: LoopState, now: float, left: float | None) -> None:
+        gathered = state.position.frames[-1].folds.get(self.name) or {}
+        if self._writes and gathered:
+            values = {name: value for window in gathered.values() if window for name, value in compute(window).items()}
+            if self._unseen:
+                self._check(values)
+            if values:
+                line = record(state, values, self._clock(now, left))
+                for sink in self.sinks:
+                    sink.write(line)
+        self._last, self._ticks = now, 0
+        self._waited = getattr(self._program, "data_seconds", None)
+
+    def _check(self, values: Mapping[str, Any]) -> None:
+        missing = sorted(self._unseen - values.keys())
+        if missing:
+            logger.warning("log: statistics of %s: no step has reported it; reported: %s", ", ".join(missing), ", ".join(values))
+        self._unseen.clear()
+
+    def _clock(self, now: float, left: float | None) -> dict[str, float]:
+        clock = {"time": time.time(), "elapsed": now - self._began, "seconds_per_tick": (now - self._last) / self._ticks}
+        if self._waited is not None:
+            clock["data_seconds_per_tick"] = (self._program.data_seconds - self._waited) / self._ticks
+        if left is not None:
+            clock["eta"] = left
+        clock["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        if torch.cuda.is_initialized():
+            clock["peak_cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        return clock
 
     def flush(self) -> None:
-        for sink in self.sinks:
+        for sink in self.sinks if self._writes else ():
             sink.flush()
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
-        for sink in self.sinks:
+        for sink in self.sinks if self._writes else ():
             sink.close()
 
 
-def log(every: int = 1, *, to: Sequence[Sink] | None = None, name: str = "log") -> Any:
+def log(
+    every: int = 1,
+    *,
+    to: Sequence[Sink] | None = None,
+    window: Size = "line",
+    statistics: Mapping[str, Statistic | Sequence[Statistic]] | None = None,
+    name: str = "log",
+) -> Any:
     """A line of metrics on each n-th step (in a loop of training steps) or round (elsewhere), to the sinks `to`: by default the console.
 
-    A line holds the means over the ticks since the line before, or since the loop began. The window is in the state: after a resume the next
-    line is the one that an uninterrupted run writes. Names carry the loop's place: `loss` in the sequence's member `train` is `train/loss`.
-    Values are read, and the device waited for, only when a line is due.
+    A line holds means over `window`: the ticks since the line before (`"line"`), the last so many (a number), the loop's pass (`"epoch"`), or the
+    whole run (`"run"`); the first three reach back to where the loop began at most. `statistics` asks for others, by the metric's name in the
+    loop: "mean", "min", "max" or "last", several of them, each alone or with a window of its own: `{"loss": ["mean", "max", ("mean", 100)]}`. The first
+    is called as the metric, the others `loss_max`, `loss_mean_100`. A learning rate `lr` is the last one unless you say otherwise.
+
+    Windows are in the state: after a resume the next line is the one that an uninterrupted run writes. That of the whole run, in a loop that is
+    repeated, is remembered by the log as a hook of that loop: `hooks=[log], observers=[log]`. Names carry the loop's place: `loss` in the
+    sequence's member `train` is `train/loss`. Values are read, and the device waited for, only when a line is due. Where several processes train
+    together, the first one writes.
+
+    A line's clock holds `time` (of day), `elapsed`, `seconds_per_tick`, `data_seconds_per_tick` (of those, waited for data), `eta` (seconds that are
+    left, from what this process has done), `peak_mib` (resident memory) and `peak_cuda_mib`.
+
+    Raises ValueError for a window or a statistic that does not exist.
+
+    >>> log(50, statistics={"loss": "median"})
+    Traceback (most recent call last):
+    ValueError: log: statistics of 'loss': 'median' is none; there are mean, min, max, last
     """
     if every < 1:
         raise ValueError(f"log: every is at least 1, not {every!r}")
-    return _Log(every, [console()] if to is None else to, name)
+    asked = frozenset(statistics or ())
+    named = windows(every, window, {**STATISTICS, **(statistics or {})})
+    return _Log(every, [console()] if to is None else to, named, asked, name)

@@ -1,15 +1,23 @@
-"""A live line for people: where the run is, how fast, how long still."""
+"""A live display for people: where the run is, how fast, how long still."""
 
 from __future__ import annotations
 
-import datetime
+import logging
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from fnrun.observers.pace import Pace, clock_time
+from fnrun.observers.ranks import rank
+from fnrun.observers.sinks.console import shown
 from fnrun.state import Frame, LoopState
 
+logger = logging.getLogger("fnrun")
+
 REFRESH = 0.1  # seconds between two looks: each waits for the device
+PLAIN = 30.0  # seconds between two lines where there is no terminal
+NEWEST = 3  # so many metrics are shown
 
 
 class _Progress:
@@ -17,60 +25,74 @@ class _Progress:
         self.unit = unit
         self._display: Any = None
         self._program: Any = None
+        self._watched = False
 
     def open(self, program: Any, state: LoopState) -> None:
-        self._program = program
-        self._began = self._seen = time.perf_counter()
-        self._examples, self._first, self._done = program.examples, None, 0.0
-        if sys.stdout is not None and sys.stdout.isatty():
+        if self._program is program:
+            return
+        self._program, self._pace, self._watched = program, Pace(), rank() == 0
+        self._begun = False
+        self._seen, self._examples = time.perf_counter(), program.examples
+        self._interval = PLAIN
+        if self._watched and sys.stdout is not None and sys.stdout.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
 
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[text]}"))
+            cut = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[text]}", table_column=cut))
             # No refresh thread: a worker that is forked while it holds a lock would wait for ever.
-            self._display = Progress(*columns, console=Console(), auto_refresh=False, transient=True)
-            self._task = self._display.add_task("", total=1.0, text="")
+            self._display = Progress(*columns, console=Console(), auto_refresh=False, transient=True, expand=True)
+            self._outer, self._inner = (self._display.add_task("", total=1.0, text="", visible=False) for _ in range(2))
             self._display.start()
+            self._interval = REFRESH
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        if self._display is None:
+        if not self._watched:
             return
         now = time.perf_counter()
-        frames = state.position.frames
-        if not frames[-1].loop.startswith("eval_loop"):
-            self._done = fraction(frames, self._program.lengths)
-        if self._first is None:
-            self._first = (self._done, now)
-        if now - self._seen < REFRESH:
+        if self._begun and now - self._seen < self._interval:
             return
-        rate = (self._program.examples - self._examples) / (now - self._seen)
-        self._seen, self._examples = now, self._program.examples
-        values = [
-            f"{name.rpartition('/')[2]} {float(metrics[name]):.3f}" for name in metrics if name.rpartition("/")[2] in ("loss", "accuracy")
-        ]
-        left = _left(self._done, now, *self._first)
-        text = "  ".join([*values, f"{rate:,.0f} {self.unit}/s", f"{left} left"])
-        self._display.update(self._task, completed=self._done, description=describe(frames, self._program.lengths), text=text)
+        frames, lengths = state.position.frames, self._program.lengths
+        left = self._pace.at(frames, lengths, now)
+        if self._begun:
+            rate = f"{(self._program.examples - self._examples) / (now - self._seen):,.0f} {self.unit}/s"
+            pace = f"{rate}  {'?' if left is None else clock_time(left)} left"
+            self._seen, self._examples = now, self._program.examples
+            self._show(frames, lengths, pace, _newest(metrics))
+        self._begun = True
+
+    def _show(self, frames: tuple[Frame, ...], lengths: Mapping[str, int | None], pace: str, newest: str) -> None:
+        *outer, inner = describe(frames, lengths) or [""]
+        rounds = "  ".join(outer)
+        if self._display is None:
+            logger.info("%s", "  ".join(text for text in (rounds, inner, newest, pace) if text))
+            return
+        length = lengths.get(frames[-1].loop)
+        done = 0.0 if not length else frames[-1].ticks / length
+        self._display.update(self._outer, visible=bool(rounds), completed=self._pace.done or 0.0, description=rounds, text=pace)
+        texts = [newest] if rounds else [newest, pace]
+        self._display.update(self._inner, visible=True, completed=done, description=inner, text="  ".join(t for t in texts if t))
         self._display.refresh()
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
+        self._program = None
         if self._display is not None:
             self._display.stop()
             self._display = None
 
 
-def fraction(frames: tuple[Frame, ...], lengths: dict[str, int | None]) -> float:
-    """How much of the training is done, from 0 to 1; members of a sequence besides the training count as nothing."""
-    done = 0.0
-    for frame in reversed(frames):
-        length = lengths.get(frame.loop)
-        if length and not frame.loop.startswith("sequence"):
-            done = min(1.0, (frame.ticks + done) / length)
-    return done
+def _newest(metrics: Mapping[str, Any]) -> str:
+    found = []
+    for name, value in metrics.items():
+        single = isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
+        if single and name.rpartition("/")[2] not in ("lr", "grad_norm", "clipped") and len(found) < NEWEST:
+            found.append(f"{name.rpartition('/')[2]} {shown(float(value)).rstrip()}")
+    return "  ".join(found)
 
 
-def describe(frames: tuple[Frame, ...], lengths: dict[str, int | None]) -> str:
-    """The open loops in words: `epoch 3/10  train 12/23`."""
+def describe(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> list[str]:
+    """The open loops in words, outermost first: `["epoch 3/10", "train 12/23"]`."""
     words = []
     for i, frame in enumerate(frames):
         kind, _, path = frame.loop.partition(" ")
@@ -80,20 +102,14 @@ def describe(frames: tuple[Frame, ...], lengths: dict[str, int | None]) -> str:
             words.append(f"epoch {min(frame.ticks + (i < len(frames) - 1), length or sys.maxsize)}{count}")
         elif kind not in ("sequence", "workflow"):
             words.append(f"{path.rpartition('/')[2] or 'step'} {frame.ticks}{count}")
-    return "  ".join(words)
-
-
-def _left(done: float, now: float, done_at_first: float, first: float) -> str:
-    if done <= done_at_first:
-        return "?"
-    seconds = (now - first) * (1 - done) / (done - done_at_first)
-    return str(datetime.timedelta(seconds=round(seconds)))
+    return words
 
 
 def progress(unit: str = "examples") -> Any:
-    """A live progress line (rich): the open loops, loss and accuracy, rate in `unit` per second, time left. Without a terminal, nothing.
+    """A live display (rich) in a terminal: the run with its rate in `unit` per second and the time left, and the loop at work with its newest metrics.
 
     Give the same object to each loop whose ticks shall move it, the training's and the evaluation's. Time left counts from what this process
-    has done, so it is right after a resume.
+    has done, so it is right after a resume. Lines of the logger and of `print` appear above the display. Where the standard output is no
+    terminal, the same is a line of the logger `fnrun` each half minute.
     """
     return _Progress(unit)

@@ -10,7 +10,8 @@ import torch
 
 import fnrun
 from fnrun import observers
-from fnrun.observers.progress import describe, fraction
+from fnrun.observers.pace import fraction
+from fnrun.observers.progress import describe
 from fnrun.state import Frame
 from fnrun.testing import states_seen
 from tests.programs import fresh, train
@@ -21,9 +22,9 @@ LENGTHS = {"repeat /": 4, "sequence /": 2, "epoch_loop /train": 5, "eval_loop /v
 @pytest.mark.parametrize(
     ("ticks", "done", "words"),
     [
-        ((0, 0, 0), 0.0, "epoch 1/4  train 0/5"),
-        ((0, 0, 5), 0.25, "epoch 1/4  train 5/5"),
-        ((3, 0, 5), 1.0, "epoch 4/4  train 5/5"),
+        ((0, 0, 0), 0.0, ["epoch 1/4", "train 0/5"]),
+        ((0, 0, 5), 0.25, ["epoch 1/4", "train 5/5"]),
+        ((3, 0, 5), 1.0, ["epoch 4/4", "train 5/5"]),
     ],
 )
 def test_what_it_says(ticks, done, words):
@@ -57,24 +58,28 @@ def test_the_lengths_are_those_of_the_program():
     assert known["epoch_loop /train"] == 5
 
 
-def test_a_live_line_on_a_terminal_and_nothing_without(monkeypatch):
+def test_what_a_terminal_shows(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
+    screen = Terminal()
     monkeypatch.setattr(sys.modules[describe.__module__], "REFRESH", 0.0)
+    monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
-    streams = {"train": [torch.zeros(2)] * 5, "val": [torch.zeros(1)] * 3}
-    for stream, expected in ((Terminal(), True), (io.StringIO(), False)):
-        monkeypatch.setattr("sys.stdout", stream)
-        program(observers.progress("images"))(fresh(), streams)
-        monkeypatch.undo()
-        monkeypatch.setattr(sys.modules[describe.__module__], "REFRESH", 0.0)
-        monkeypatch.setenv("TERM", "xterm")
-        text = stream.getvalue()
-        assert bool(text) == expected
-        if expected:
-            assert "epoch 2/2  train 5/5" in text
-            assert "epoch 1/2  val 2/3" in text
-            assert "images/s" in text
-            assert "left" in text
+    monkeypatch.setenv("COLUMNS", "80")
+    program(observers.progress("images"))(fresh(), {"train": [torch.zeros(2)] * 5, "val": [torch.zeros(1)] * 3})
+    text = screen.getvalue()
+    for words in ("epoch 1/2", "train 5/5", "epoch 2/2", "val 2/3", "images/s", "left", "loss 0"):
+        assert words in text
+
+
+@pytest.mark.parametrize(("interval", "lines"), [(0.0, 15), (3600.0, 0)])
+def test_without_a_terminal_it_is_a_line_now_and_then(monkeypatch, caplog, interval, lines):
+    monkeypatch.setattr(sys.modules[describe.__module__], "PLAIN", interval)
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    with caplog.at_level("INFO", logger="fnrun"):
+        program(observers.progress("images"))(fresh(), {"train": [torch.zeros(2)] * 5, "val": [torch.zeros(1)] * 3})
+    assert len(caplog.messages) == lines
+    if lines:
+        assert caplog.messages[-1].startswith("epoch 2/2  val 3/3  loss 0  ")

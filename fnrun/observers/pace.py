@@ -1,0 +1,56 @@
+"""How much of a training is done, and how long the rest takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fnrun.state import Frame
+
+
+def fraction(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> float | None:
+    """How much of the training is done, from 0 to 1, or None where its end is not known (`until`).
+
+    Members of a sequence besides the training count as nothing.
+    """
+    done = 0.0
+    for frame in reversed(frames):
+        if frame.loop.startswith("sequence"):
+            continue
+        length = lengths.get(frame.loop)
+        if length:
+            done = min(1.0, (frame.ticks + done) / length)
+        elif frame.loop.startswith("repeat"):
+            return None
+    return done
+
+
+class Pace:
+    """The time that is left, from what this process has done: right after a resume too."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+        self.done: float | None = None
+
+    def at(self, frames: tuple[Frame, ...], lengths: Mapping[str, int | None], now: float) -> float | None:
+        """Seconds left at `now`; None as long as that is not known. A validation does not move what is done."""
+        if not frames[-1].loop.startswith(("eval_loop", "predict_loop")):
+            self.done = fraction(frames, lengths)
+        if self.done is None:
+            return None
+        if self._first is None:
+            self._first = (self.done, now)
+        done, began = self._first
+        return (now - began) * (1 - self.done) / (self.done - done) if self.done > done else None
+
+
+def clock_time(seconds: float) -> str:
+    """`0:07`, `12:34`, `1:02:03`, `2 days, 3:04:05`.
+
+    >>> [clock_time(s) for s in (7.4, 754, 3723)]
+    ['0:07', '12:34', '1:02:03']
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{hours}:{minutes:02}:{rest:02}" if hours or days else f"{minutes}:{rest:02}"
+    return f"{days} day{'s' * (days > 1)}, {text}" if days else text

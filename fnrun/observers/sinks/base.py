@@ -1,0 +1,55 @@
+"""What a line of metrics is, and what a place for lines does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from fnrun.observers.media import Media
+from fnrun.state import LoopState
+
+
+class Record(NamedTuple):
+    """One line: when in the run (`Position.order`, step, and the epoch at work, from 1), metrics by name, and what was timed."""
+
+    order: tuple[int, ...]
+    step: int
+    epoch: int
+    metrics: dict[str, Any]
+    clock: dict[str, float]
+
+
+class Sink(Protocol):
+    """A place for records.
+
+    `open(state)`: it must then hold what a run that was never interrupted would have written up to that state; called again while it is open, it
+    does nothing. `flush` returns when what was written is on disk. `close` may be called twice; a closed sink may be opened again.
+    """
+
+    def open(self, state: LoopState, /) -> None: ...
+    def write(self, record: Record, /) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def record(state: LoopState, metrics: Mapping[str, Any], clock: Mapping[str, float] | None = None) -> Record:
+    """The line of `metrics` at `state`, as an observer sees it: names carry the loop's place, tensors are read. Waits for the device."""
+    path = state.position.frames[-1].loop.partition(" ")[2].strip("/")
+    streams = state.position.streams
+    cursors = [streams[path]] if path in streams else streams.values()
+    epochs = [cursor.epoch + (cursor.batch > 0) for cursor in cursors]  # the pass that the tick belongs to, from 1
+    prefix = f"{path}/" if path else ""
+    named = {prefix + name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
+    return Record(state.position.order, state.step, max(epochs, default=0), named, dict(clock or {}))
+
+
+def numbers(record: Record) -> dict[str, float]:
+    """The metrics that are single numbers."""
+    return {name: value for name, value in record.metrics.items() if isinstance(value, (int, float))}
+
+
+def media(record: Record) -> dict[str, Media]:
+    """The metrics that are images, histograms and texts."""
+    return {name: value for name, value in record.metrics.items() if isinstance(value, Media)}

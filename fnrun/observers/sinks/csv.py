@@ -1,0 +1,97 @@
+"""A table for spreadsheets and data frames."""
+
+from __future__ import annotations
+
+import csv as table
+import io
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from fnrun.observers.media import Media
+from fnrun.observers.sinks.base import Record, Sink
+from fnrun.observers.sinks.lines import naming, order_of, place, plain
+from fnrun.state import LoopState
+
+
+class _Csv:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+        self._columns: list[str] = []
+
+    def open(self, state: LoopState) -> None:
+        if self._file is None:
+            with naming(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._rewrite(self._rows(state.position.order))
+
+    def _rows(self, order: tuple[int, ...] | None = None) -> list[dict[str, str]]:
+        """The rows up to `order`: later ones, and one that was being written when the power went, come again."""
+        rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                text = file.read()
+            for row in table.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
+                try:
+                    late = order is not None and order_of(row) > order
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    break
+                if late or None in row.values():
+                    break
+                rows.append(row)
+        return rows
+
+    def _rewrite(self, rows: list[dict[str, str]], more: list[str] | None = None) -> None:
+        """The file anew, whole or not at all, with the columns in which something stands, and `more`."""
+        if self._file is not None:
+            self._file.close()
+        used = {name: None for row in rows for name, value in row.items() if value != ""}
+        self._columns = [*([name for name in rows[0] if name in used] if rows else []), *(more or [])]
+        new = self.path.with_name(f".{self.path.name}.new")
+        with new.open("w", newline="", encoding="utf-8") as file:
+            if self._columns:
+                writer = table.DictWriter(file, self._columns, extrasaction="ignore", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.path)
+        self._file = self.path.open("a", newline="", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        assert self._file is not None, "open the sink first"
+        row = place(record)
+        row.update((name, _cell(value)) for name, value in record.metrics.items() if not isinstance(value, Media))
+        row.update((f"clock/{name}", value) for name, value in record.clock.items())
+        with naming(self.path):
+            if fresh := [name for name in row if name not in self._columns]:
+                self._rewrite(self._rows(), fresh)
+            table.DictWriter(self._file, self._columns, lineterminator="\n").writerow(row)
+            self._file.flush()
+
+    def flush(self) -> None:
+        if self._file is not None:
+            with naming(self.path):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.flush()
+            self._file.close()
+            self._file = None
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return json.dumps(plain(value)) if isinstance(value, (list, tuple, dict)) else value
+
+
+def csv(path: str | Path) -> Sink:
+    """A row a line, with a column for each metric and for each thing that was timed (`clock/eta`); a vector is a JSON list in its cell.
+
+    A metric that comes later gets a column of its own, behind the others. When a run is resumed, rows that are later than its state are cut off.
+    """
+    return _Csv(Path(path))

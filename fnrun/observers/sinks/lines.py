@@ -1,0 +1,96 @@
+"""A file of JSON lines that are ordered by where in the run they were written, and can be cut there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from fnrun.observers.sinks.base import Record
+
+
+class Lines:
+    """Appends to `path`. Each line has the fields `ticks` and `at`, which are `Position.order`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def __bool__(self) -> bool:
+        """Whether it is open."""
+        return self._file is not None
+
+    def open(self, order: tuple[int, ...]) -> None:
+        """Keep the lines up to `order`: what a killed run wrote after its last checkpoint comes again."""
+        with naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                with self.path.open("r+b") as file:
+                    file.truncate(sum(_kept(file, order)))
+                    os.fsync(file.fileno())
+            self._file = self.path.open("a", encoding="utf-8")
+
+    def append(self, line: dict[str, Any]) -> None:
+        assert self._file is not None, "open the sink first"
+        with naming(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()  # a killed process loses nothing; a power cut nothing that came before a checkpoint (`flush`)
+
+    def flush(self) -> None:
+        if self._file is not None:
+            with naming(self.path):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.flush()
+            self._file.close()
+            self._file = None
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk does not say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _kept(file: IO[bytes], order: tuple[int, ...]) -> Iterator[int]:
+    for line in file:
+        try:
+            at = order_of(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return  # the line that was being written when the power went
+        if not line.endswith(b"\n") or at > order:
+            return
+        yield len(line)
+
+
+def place(record: Record) -> dict[str, Any]:
+    """The fields that say when in the run a line was written."""
+    ticks, *own = record.order
+    return {"ticks": ticks, "at": ".".join(map(str, own)), "step": record.step, "epoch": record.epoch}
+
+
+def order_of(line: dict[str, Any]) -> tuple[int, ...]:
+    """`Position.order` of a line."""
+    return (int(line["ticks"]), *(int(n) for n in line["at"].split(".") if n))
+
+
+def plain(value: Any) -> Any:
+    """`value` in what JSON has: NaN and infinities are the strings that `float` reads."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,0 +1,129 @@
+"""TensorBoard's event files."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from fnrun.observers.media import Histogram, Image, Text
+from fnrun.observers.sinks.base import Record, Sink, media, numbers
+from fnrun.observers.sinks.lines import naming
+from fnrun.state import LoopState
+
+WRITER = "fnrun at "  # begins the name of the writer in each of our events; behind it stands `Position.order`
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._file: IO[bytes] | None = None
+        self._records: Any = None
+
+    def open(self, state: LoopState) -> None:
+        if self._file is not None:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with naming(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in sorted(self.directory.glob("events.out.tfevents.*.fnrun.*")):
+                _cut(path, state.position.order)
+            # The number keeps the files in order, which TensorBoard reads by name.
+            numbers_so_far = [int(path.name.rpartition(".")[2]) for path in self.directory.glob("events.out.tfevents.*.fnrun.*")]
+            number = max(numbers_so_far, default=-1) + 1
+            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.fnrun.{number:04d}"
+            self._file = (self.directory / name).open("xb")
+        self._records = RecordWriter(self._file)
+        self._add(Event(file_version="brain.Event:2"), state.position.order)
+        if number:  # a TensorBoard that is looking on has seen what was cut: it is to forget it
+            self._add(Event(session_log=SessionLog(status=SessionLog.START), step=state.step + 1), state.position.order)
+
+    def _add(self, event: Any, order: tuple[int, ...], wall_time: float | None = None) -> None:
+        event.wall_time = time.time() if wall_time is None else wall_time
+        event.source_metadata.writer = WRITER + ".".join(map(str, order))
+        assert self._file is not None
+        with naming(self.directory):
+            self._records.write(event.SerializeToString())
+            self._file.flush()
+
+    def write(self, record: Record) -> None:
+        assert self._file is not None, "open the sink first"
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(record).items()]
+        for name, shown in media(record).items():
+            values.extend(_summary(name, shown).value)
+        self._add(Event(summary=Summary(value=values), step=record.step), record.order, record.clock.get("time"))
+
+    def flush(self) -> None:
+        if self._file is not None:
+            with naming(self.directory):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.flush()
+            self._file.close()
+            self._file = None
+
+
+def _summary(name: str, value: Image | Histogram | Text) -> Any:
+    from torch.utils.tensorboard import summary
+
+    if isinstance(value, Image):
+        return summary.image(name, value.pixels(), dataformats="HWC")
+    if isinstance(value, Text):
+        made = summary.text(name, value.text)
+        for each in made.value:
+            each.tag = name  # without the `/text_summary` that torch puts behind it
+        return made
+    counts, edges = value.counts.tolist(), value.edges.tolist()
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    total = sum(count * middle for count, middle in zip(counts, middles, strict=True))
+    squares = sum(count * middle**2 for count, middle in zip(counts, middles, strict=True))
+    return summary.histogram_raw(name, edges[0], edges[-1], sum(counts), total, squares, edges[1:], counts)
+
+
+def _cut(path: Path, order: tuple[int, ...]) -> None:
+    """Keep the events up to `order`: what a killed run wrote after its last checkpoint comes again. An empty file goes."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    with path.open("r+b") as file:
+        size = 0
+        for data, end in _events(file):
+            event = Event.FromString(data)
+            at = tuple(int(n) for n in event.source_metadata.writer.removeprefix(WRITER).split("."))
+            if event.HasField("summary") and at > order:
+                break
+            size = end
+        file.truncate(size)
+        os.fsync(file.fileno())
+    if not size:
+        path.unlink()
+
+
+def _events(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Each whole event in the file, with where it ends: length (8 bytes), its checksum (4), data, its checksum (4)."""
+    while len(head := file.read(12)) == 12:
+        (length,) = struct.unpack("<Q", head[:8])
+        data = file.read(length)
+        if len(data) < length or len(file.read(4)) < 4:
+            return
+        yield data, file.tell()
+
+
+def tensorboard(directory: str | Path) -> Sink:
+    """TensorBoard's event files, over `state.step`: numbers, images, histograms and texts. Needs the extra `tensorboard`.
+
+    One file for each time that the run was started. When a run is resumed, events that are later than its state are cut off, for they will be
+    written again, and a TensorBoard that is looking on is told. Other event files in the directory are left alone.
+    """
+    return _TensorBoard(Path(directory))

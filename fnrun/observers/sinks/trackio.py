@@ -1,0 +1,58 @@
+"""trackio."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fnrun.observers.media import Histogram, Image, Text
+from fnrun.observers.sinks.base import Record, Sink, media, numbers
+from fnrun.observers.sinks.journal import Journaled, identity
+
+
+class _TrackioRun:
+    def __init__(self, directory: Path, project: str, config: Any) -> None:
+        self.directory, self.project, self.config = directory, project, config
+        self._run: Any = None
+
+    def start(self) -> int:
+        import trackio
+        from trackio.sqlite_storage import SQLiteStorage
+
+        own = identity(self.directory / "trackio.id", f"{self.directory.name}-{secrets.token_hex(2)}")
+        self._run = trackio.init(
+            project=self.project, name=own, resume="allow", config=msgspec.to_builtins(self.config or {}), embed=False, auto_log_gpu=False
+        )
+        return SQLiteStorage.get_log_count(self.project, own)
+
+    def send(self, number: int, record: Record) -> None:
+        import trackio
+
+        row: dict[str, Any] = {**numbers(record), "epoch": record.epoch}
+        row.update((f"clock/{name}", value) for name, value in record.clock.items())
+        for name, value in media(record).items():
+            match value:
+                case Image():
+                    row[name] = trackio.Image(value.pixels())
+                case Text():
+                    row[name] = trackio.Markdown(value.text)
+                case Histogram():
+                    row[name] = trackio.Histogram(np_histogram=(value.counts.tolist(), value.edges.tolist()))
+        self._run.log(row, step=record.step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+def trackio(directory: str | Path, *, project: str, config: Any = None) -> Sink:
+    """One run of a local trackio project, however often the training is resumed. Needs the extra `trackio`.
+
+    Its name, which begins with that of `directory`, the run's, and a journal of its lines are there. Lines are over `step`. Those that a killed
+    process had not handed over are sent again after a resume, and those that trackio has already are not: after an exact resume they are the
+    same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
+    """
+    path = Path(directory)
+    return Journaled(path / "trackio.jsonl", _TrackioRun(path, project, config))

@@ -1,0 +1,121 @@
+"""Statistics over a window of ticks: at a constant cost a tick, however long the window and the run.
+
+What a window gathers are totals of metrics (`fnrun.metrics.fold`). A window of the last n ticks is several of them, parted where the n-th tick
+before each line falls, so that the newest ones make up exactly n ticks when a line is due.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from fnrun import metrics as folds
+from fnrun.metrics import Totals
+
+#: Over which ticks: since the line before, the last so many, the loop's pass, or the whole run.
+Size = int | Literal["line", "epoch", "run"]
+Statistic = str | tuple[str, Size]
+
+#: So many lines may fall within a window of the last n ticks: what it gathers is kept in the state.
+MAX_LINES = 100
+
+
+def _value(metric: Any) -> Any:
+    """A tick's metric as something that an extreme or the newest can be taken of."""
+    value = metric.compute() if hasattr(metric, "compute") else metric
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda metric: metric,
+    "min": lambda metric: folds.Min(torch.as_tensor(_value(metric))),
+    "max": lambda metric: folds.Max(torch.as_tensor(_value(metric))),
+    "last": lambda metric: folds.Last(_value(metric)),
+}
+
+
+class Window:
+    """The statistics over one window. `chosen`: by metric, each statistic and its name in the line; `rest`: take the mean of all others."""
+
+    def __init__(self, size: Size, every: int, chosen: Mapping[str, Sequence[tuple[str, str]]], rest: bool) -> None:
+        self.size, self.every, self.chosen, self.rest = size, every, dict(chosen), rest
+        self.lines, self.part = divmod(size, every) if isinstance(size, int) else (0, 0)
+        self.parts = 2 * self.lines + 1 if self.part else self.lines
+
+    def fold(self, parts: tuple[Totals, ...], at: int, metrics: Mapping[str, Any], examples: int) -> tuple[Totals, ...]:
+        """What is gathered, with one more tick: the one that is `at` behind the line before, counted from 0."""
+        if isinstance(self.size, int):
+            if not self.lines and at < self.every - self.part:
+                return ()  # before the last n ticks of the line to come
+            begins = (at == 0 and self.lines > 0) or (self.part > 0 and at == self.every - self.part)
+        else:
+            begins = self.size == "line" and at == 0
+            parts = () if begins else parts
+        if not (self.rest and self.chosen.keys().isdisjoint(metrics)):
+            metrics = self._expanded(metrics)
+        if begins or not parts:
+            return (*parts, folds.fold(None, metrics, examples))[-max(1, self.parts) :]
+        return (*parts[:-1], folds.fold(parts[-1], metrics, examples))
+
+    def _expanded(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, metric in metrics.items():
+            if name in self.chosen:
+                found.update((label, KINDS[kind](metric)) for kind, label in self.chosen[name])
+            elif self.rest:
+                found[name] = metric
+        return found
+
+
+def compute(parts: Sequence[Totals]) -> dict[str, Any]:
+    """The values over all parts, by name."""
+    if len(parts) == 1:
+        return folds.compute(parts[0])
+    sums: dict[str, Any] = {}
+    weights: dict[str, float] = {}
+    merged: dict[str, list[Any]] = {}
+    for part in parts:
+        for means in (*part.means, *part.numbers.values()):
+            totals = means.total.unbind() if isinstance(means.total, torch.Tensor) else [means.total]
+            for name, total in zip(means.names, totals, strict=True):
+                sums[name] = sums.get(name, 0.0) + total * means.unit
+                weights[name] = weights.get(name, 0.0) + means.weight * means.unit
+        for name, fold in part.folds.items():
+            merged.setdefault(name, []).append(fold)
+    found = {name: total / weights[name] for name, total in sums.items()}
+    found.update((name, functools.reduce(lambda a, b: a.merge(b), each)) for name, each in merged.items())
+    return folds.values({name: found[name] for part in parts for name in part.names})
+
+
+def windows(every: int, default: Size, statistics: Mapping[str, Statistic | Sequence[Statistic]]) -> tuple[Window, ...]:
+    """The windows that these statistics need. Raises ValueError for what is no window or statistic."""
+    chosen: dict[Size, dict[str, list[tuple[str, str]]]] = {default: {}}
+    for name, wanted in statistics.items():
+        several = [wanted] if isinstance(wanted, str) or (isinstance(wanted, tuple) and _pair(wanted)) else list(wanted)
+        for i, one in enumerate(several):
+            kind, size = (one, default) if isinstance(one, str) else one
+            if kind not in KINDS:
+                raise ValueError(f"log: statistics of {name!r}: {kind!r} is none; there are {', '.join(KINDS)}")
+            label = name if i == 0 else f"{name}_{kind}" + (f"_{size}" if size != default else "")
+            for own in chosen.values():  # a metric that is listed has no other mean
+                own.setdefault(name, [])
+            chosen.setdefault(size, {name: []}).setdefault(name, []).append((kind, label))
+    for size in chosen:
+        _check(size, every)
+    return tuple(Window(size, every, own, rest=size == default) for size, own in chosen.items())
+
+
+def _pair(wanted: tuple[Any, ...]) -> bool:
+    return len(wanted) == 2 and wanted[1] not in KINDS
+
+
+def _check(size: Any, every: int) -> None:
+    if size in ("line", "epoch", "run"):
+        return
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"log: a window is a number of ticks, 'line', 'epoch' or 'run', not {size!r}")
+    if size > MAX_LINES * every:
+        raise ValueError(f"log: a window of {size} ticks holds more than {MAX_LINES} lines of every={every}: log less often, or take 'run'")
