@@ -4,6 +4,7 @@ A fold is a pytree with `merge(other) -> fold`, associative, and `compute() -> t
 make the fold of one batch. Nothing in this package waits for a device, and no fold grows with the data unless it was asked to keep it.
 """
 
+from fnrun.metrics.adapter import TorchmetricsInputs, TorchmetricsState, from_torchmetrics
 from fnrun.metrics.auroc import AUROC, ExactAUROC, auroc
 from fnrun.metrics.base import Fold
 from fnrun.metrics.basic import Last, Max, Mean, Min, Sum, last, max, mean, min, sum
@@ -20,7 +21,6 @@ from fnrun.metrics.classification import (
     top_k,
 )
 from fnrun.metrics.collect import Chunks, collect
-from fnrun.metrics.from_torchmetrics import TorchmetricsInputs, TorchmetricsState, from_torchmetrics
 from fnrun.metrics.perplexity import Perplexity, perplexity
 from fnrun.metrics.quantiles import Quantiles, quantiles
 from fnrun.metrics.regression import R2, Moments, Pearson, RootMean, mae, mse, pearson, r2, rmse

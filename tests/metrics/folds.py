@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -36,7 +37,7 @@ def cut(tensors: tuple[Any, ...], seed: int) -> list[tuple[Any, ...]]:
     """The rows of some tensors as up to six batches of random lengths, some of them empty."""
     n, draw = len(tensors[0]), random.Random(seed)
     edges = [0, *sorted(draw.randint(0, n) for _ in range(draw.randint(0, 5))), n]
-    return [tuple(t[a:b] for t in tensors) for a, b in zip(edges, edges[1:], strict=False)]
+    return [tuple(t[a:b] for t in tensors) for a, b in itertools.pairwise(edges)]
 
 
 def in_parts(build: Any, tensors: tuple[Any, ...], seed: int) -> Any:

@@ -1,10 +1,11 @@
 import pytest
 import sklearn.metrics
 import torch
+import torchmetrics
 from hypothesis import assume, given, strategies as st
 
 from fnrun import metrics
-from tests.metrics.folds import unhurried
+from tests.metrics.folds import agree, generator, in_parts, scored, unhurried
 
 
 @unhurried
@@ -82,3 +83,125 @@ def test_shapes_that_make_no_sense_are_refused(build, message):
 def test_a_nan_score_of_the_labels_own_class_is_a_miss_for_every_k():
     logits = torch.tensor([[float("nan"), 1.0, 0.0]])
     assert [metrics.accuracy(logits, torch.tensor([0]), k=k).compute().item() for k in (1, 2, 3)] == [0.0, 0.0, 0.0]
+
+
+# --- top-k, precision, recall, F1
+
+
+@unhurried
+@given(st.integers(0, 10**6), st.integers(1, 40))
+def test_top_k_is_the_accuracy_of_each_k(seed, n):
+    rows = scored(seed, n, classes=6)
+    found = in_parts(lambda s, y: metrics.top_k(s, y, ks=(1, 3, 6)), rows, seed)
+    for k in (1, 3, 6):
+        agree(found[f"top{k}"], metrics.accuracy(*rows, k=k).compute())
+
+
+def test_top_k_is_torchmetrics():
+    scores, labels = torch.randn(50, 7, generator=generator(0)), torch.randint(0, 7, (50,), generator=generator(1))
+    found = metrics.values({"accuracy": metrics.top_k(scores, labels)})
+    for k in (1, 5):
+        own = torchmetrics.functional.classification.multiclass_accuracy(scores, labels, 7, average="micro", top_k=k)
+        assert float(found[f"accuracy/top{k}"]) == pytest.approx(float(own))
+
+
+MEASURES = {
+    "precision": (metrics.precision, sklearn.metrics.precision_score),
+    "recall": (metrics.recall, sklearn.metrics.recall_score),
+    "f1": (metrics.f1, sklearn.metrics.f1_score),
+}
+
+
+@pytest.mark.parametrize("average", ["macro", "micro", "weighted", None])
+@pytest.mark.parametrize("measure", MEASURES)
+@unhurried
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 30), classes=st.integers(2, 7))
+def test_averages_are_scikit_learns(measure, average, seed, n, classes):
+    ours, theirs = MEASURES[measure]
+    scores, labels = scored(seed, n, classes)
+    kept = labels >= 0
+    assume(kept.any())
+    predicted, actual = scores.argmax(1)[kept].numpy(), labels[kept].numpy()
+    found = in_parts(lambda s, y: ours(s, y, average=average), (scores, labels), seed)
+    expected = torch.as_tensor(theirs(actual, predicted, average=average, zero_division=0.0), dtype=torch.float64)
+    if average is None:  # scikit-learn leaves out the classes that were not seen, here they are NaN
+        assert found.shape == (classes,)
+        found = found[~found.isnan()]
+    agree(found, expected, exactly=False)
+    agree(
+        in_parts(lambda p, y: ours(p, y, classes, average=average), (scores.argmax(1), labels), seed),
+        ours(scores, labels, average=average).compute(),
+    )
+
+
+@pytest.mark.parametrize("average", ["macro", "micro", "weighted"])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_averages_are_torchmetrics(measure, average):
+    own = getattr(torchmetrics.functional.classification, f"multiclass_{measure.replace('f1', 'f1_score')}")
+    for seed in range(5):
+        scores, labels = scored(seed, 40)
+        expected = own(scores, labels, 4, average=average, ignore_index=-100).double()
+        assert float(MEASURES[measure][0](scores, labels, average=average).compute()) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@unhurried
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 30), threshold=st.sampled_from([0.0, 0.5]))
+def test_binary_is_scikit_learns(measure, seed, n, threshold):
+    ours, theirs = MEASURES[measure]
+    scores, labels = torch.randn(n, generator=generator(seed)), torch.randint(0, 2, (n,), generator=generator(seed + 1))
+    predicted = scores > threshold
+    assume((predicted | (labels == 1)).any())
+    expected = theirs(labels, predicted, zero_division=0.0)
+    for given_labels in (labels, labels.bool()):
+        found = in_parts(lambda s, y: ours(s, y, average="binary", threshold=threshold), (scores, given_labels), seed)
+        assert float(found) == pytest.approx(expected)
+    assert float(ours(predicted.int(), labels, average="binary").compute()) == pytest.approx(expected)
+
+
+def test_what_was_never_seen():
+    labels, wrong = torch.tensor([0, 0]), torch.tensor([1, 1])
+    for ours, _ in MEASURES.values():
+        assert float(ours(wrong, labels, 4).compute()) == 0  # all wrong
+        assert ours(wrong, labels, 4, average=None).compute().isnan().tolist() == [False, False, True, True]
+        for average in ("macro", "micro", "weighted", "binary"):
+            assert ours(wrong, torch.full((2,), -100), 4, average=average).compute().isnan()
+        assert ours(torch.tensor([0]), torch.tensor([0]), average="binary").compute().isnan()
+    assert float(metrics.recall(torch.tensor([7, 1]), torch.tensor([1, 1]), 2, average=None).compute()[1]) == 0.5  # a miss, and no class
+
+
+def test_three_at_once_are_each_alone():
+    scores, labels = scored(0, 30)
+    found = metrics.precision_recall_f1(scores, labels, average="weighted").compute()
+    assert list(found) == list(MEASURES)
+    for name, (ours, _) in MEASURES.items():
+        agree(found[name], ours(scores, labels, average="weighted").compute())
+
+
+def test_narrow_labels_meet_more_classes_than_they_can_count():
+    scores, labels = torch.randn(30, 300, generator=generator(0)), torch.randint(0, 256, (30,), generator=generator(1))
+    for build in (lambda y: metrics.accuracy(scores, y, k=9), lambda y: metrics.top_k(scores, y), lambda y: metrics.f1(scores, y)):
+        agree(build(labels.to(torch.uint8)).compute(), build(labels).compute())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: metrics.top_k(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)), r"ks=\(1, 5\) of 4 classes"),
+        (lambda: metrics.top_k(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), ks=()), "different numbers from 1 to 4"),
+        (lambda: metrics.f1(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long)), "give classes="),
+        (
+            lambda: metrics.f1(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), average="mean"),
+            "average is one of 'macro', .*, None, not 'mean'",
+        ),
+        (lambda: metrics.f1(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), average="binary"), r"one score .*\(3, 2\) and .*\(3,\)"),
+        (lambda: metrics.f1(torch.zeros(3), torch.zeros(3), average="binary"), "labels are class numbers, not torch.float32"),
+        (
+            lambda: metrics.f1(torch.zeros(3, 5, 2), torch.zeros(3, 5, dtype=torch.long)),
+            r"classes last\? Then give scores.movedim\(-1, 1\)",
+        ),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
