@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from fnrun import optim
-from fnrun.optim.rule import donation
+from fnrun import Key, TrainState, optim
+from fnrun.donation import Lease
 
 #: Name, ours, torch's class and its arguments.
 CASES: dict[str, tuple[Callable[[], optim.Optimizer], Any, dict[str, Any]]] = {
@@ -47,14 +47,17 @@ def leaves(n: int, side: int) -> dict[str, torch.Tensor]:
 def ours(make: Callable[[], optim.Optimizer], n: int, side: int, donated: bool) -> Callable[[], None]:
     optimizer, params, grads = make(), leaves(n, side), leaves(n, side)
     state = optimizer.init(params)
+    lease = Lease()
 
     def update() -> None:
         nonlocal params, state
         params, state = optimizer.update(grads, state, params)
 
     def overwriting() -> None:
-        with donation():
-            update()
+        nonlocal params, state
+        lease.grants(TrainState(params, {}, state, Key(0)))
+        params, state = lease.update("an update", optimizer.update, grads, state, params)
+        lease.settle(params, state, {})
 
     return overwriting if donated else update
 

@@ -15,6 +15,7 @@ from . import (
     tree as tree,
 )
 from .cli import main as main
+from .donation import DonatedStateError as DonatedStateError
 from .interrupts import any_of as any_of, deadline as deadline
 from .loops import (
     Loop as Loop,
@@ -41,6 +42,6 @@ from .steps import (
     step as step,
     value_and_grad as value_and_grad,
 )
-from .tree import static as static, struct as struct
+from .tree import snapshot as snapshot, static as static, struct as struct
 
 __version__: str

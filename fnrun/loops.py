@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import cycle
 from types import CellType, FunctionType, MethodType
 from typing import Any, ClassVar
 
 from fnrun import metrics as folds
 from fnrun.data import Batches
+from fnrun.donation import Lease, given_lease, husk
 from fnrun.program import ASIDE, Here, Hook, Observer, Program, ProgramError, Unwind, here, spy
 from fnrun.reports import collecting
 from fnrun.state import Cursor, Frame, Position, S
-from fnrun.steps import is_step
+from fnrun.steps import donates, is_step
 
 Metrics = dict[str, Any]
 AnyHook = Hook | Callable[[Any, Metrics], Any]
@@ -39,6 +42,7 @@ class Loop:
 
     kind: ClassVar[str]
     over_data: ClassVar[bool] = False  # whether x is a stream of batches
+    donate = False  # whether its step may write the new state over the old one
 
     def __post_init__(self) -> None:
         for what, parts in (("hooks", self.hooks), ("observers", self.observers)):
@@ -106,6 +110,12 @@ class Loop:
     # The same for all.
 
     def _run(self, state: Any, data: Any, at: Here) -> tuple[Any, Any]:
+        if at.lease is None and any(loop.donate for loop in _loops(self)):
+            with Lease() as lease:
+                return self._ticks(state, data, at._replace(lease=lease))
+        return self._ticks(state, data, at)
+
+    def _ticks(self, state: Any, data: Any, at: Here) -> tuple[Any, Any]:
         depth, program = at.depth, at.program
         name = f"{self.kind} {at.path or '/'}"
         if at.opened is not None:
@@ -137,6 +147,8 @@ class Loop:
                     state = hook(state, x)
                 if self.over_data:
                     program.open()
+                if gatherers and at.lease is not None:
+                    before = husk(before)
                 state, metrics = self._turn(state, x, frame, at)
                 if len(state.position.frames) != depth + 1:
                     raise elsewhere(state, program)
@@ -175,10 +187,11 @@ class Loop:
         """What hooks and observers are given."""
         return folds.values(plain)
 
-    def _call(self, step: AnyStep, state: Any, x: Any, at: Here) -> Any:
-        token = here.set(at._replace(opened=[]))
+    def _call(self, step: AnyStep, state: Any, x: Any, at: Here, **options: Any) -> Any:
+        """The step within, told where it is called. A wrapper gets no lease on the state: it may want to look at the old one."""
+        token = here.set(at._replace(opened=[], lease=at.lease if _open(step) else None))
         try:
-            return step(state, x)
+            return step(state, x, **options)
         finally:
             here.reset(token)
 
@@ -219,7 +232,8 @@ class _OverData(Loop):
         return state.replace(position=state.position.forget(self._stream(data, at)[0])) if self._passing(at) else state
 
     def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
-        result = self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True))
+        options = {"lease": at.lease} if self.donate and donates(self.step) else {}
+        result = self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True), **options)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(
                 f"{_title(self.step)} returned {type(result).__name__}, and a step in {self.kind} returns (state, metrics). "
@@ -246,7 +260,21 @@ class _OverData(Loop):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _EpochLoop(_OverData):
+class _Training(_OverData):
+    donate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.donate and not donates(self.step):
+            warnings.warn(
+                f"donate=True: {_title(self.step)} cannot write the new state over the old one, so it goes on in new memory. Steps of "
+                "make_train_step can, with an optimizer of fnrun.optim; what wraps a step may need the old state",
+                stacklevel=4,
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _EpochLoop(_Training):
     kind = "epoch_loop"
 
     def _length(self, state: Any, data: Any, at: Here) -> int | None:
@@ -259,7 +287,7 @@ class _EpochLoop(_OverData):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _StepLoop(_OverData):
+class _StepLoop(_Training):
     steps: int
     until_step: int | None = None
 
@@ -476,10 +504,14 @@ class _Every:
 # --- the public combinators --------------------------------------------------------------------------------------------
 
 
-def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = ()) -> Loop:
+def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), donate: bool = False) -> Loop:
     """`step` over the batches of a stream, from where it stands to the end of its pass.
 
     The metrics are the folds of its ticks: a plain tensor is a mean, weighted by the batch's number of examples.
+
+    With `donate` each new state is written over the one before: parameters and moments are updated in place, with the same bits and the
+    memory of an in-place loop. The caller's state is not touched (the first update copies; `state.donate()` gives it away), and states
+    that the program made are dead once the next one is written over them: a hook or an observer that keeps one keeps `snapshot(state)`.
 
     >>> import torch
     >>> from fnrun import TrainState, step
@@ -490,14 +522,23 @@ def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Seque
     >>> state.step, metrics["mean"].item()
     (2, 3.0)
     """
-    return _EpochLoop(step=step, hooks=hooks, observers=observers)
+    return _EpochLoop(step=step, hooks=hooks, observers=observers, donate=donate)
 
 
 def step_loop(
-    step: AnyStep, steps: int, *, until_step: int | None = None, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = ()
+    step: AnyStep,
+    steps: int,
+    *,
+    until_step: int | None = None,
+    hooks: Sequence[AnyHook] = (),
+    observers: Sequence[Observer] = (),
+    donate: bool = False,
 ) -> Loop:
-    """`step` over so many batches, going over into the stream's next pass; not beyond `state.step == until_step`."""
-    return _StepLoop(step=step, steps=_count(steps, "steps"), until_step=until_step, hooks=hooks, observers=observers)
+    """`step` over so many batches, going over into the stream's next pass; not beyond `state.step == until_step`.
+
+    `donate` as in `epoch_loop`.
+    """
+    return _StepLoop(step=step, steps=_count(steps, "steps"), until_step=until_step, hooks=hooks, observers=observers, donate=donate)
 
 
 def eval_loop(eval_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = ()) -> Loop:
@@ -591,6 +632,11 @@ def _flatten(hooks: Iterable[Any]) -> Iterator[Any]:
             yield hook
 
 
+def _open(step: Any) -> bool:
+    """Whether a loop stands there openly, with no wrapper around it."""
+    return isinstance(step, Loop) or (isinstance(step, _Every) and _open(step.step))
+
+
 def _saves(observer: Any) -> bool:
     return getattr(observer, "saves", False)
 
@@ -601,12 +647,18 @@ def _saves(observer: Any) -> bool:
 def _outermost(loop: Loop, state: S, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[S, Any]:
     program = Program(loop, state, interrupt)
     loops = _loops(loop)
+    given = given_lease(state) if any(each.donate for each in loops) else None
+    with given or nullcontext():
+        return _through(loop, loops, program, state, data, given)
+
+
+def _through(loop: Loop, loops: list[Loop], program: Program, state: Any, data: Any, lease: Lease | None) -> tuple[Any, Any]:
     token = here.set(ASIDE)
     try:
         program.latest = state = program.begin(_hidden(loop), program.begin(loops, state), hidden=True)
         if any(isinstance(each, (_EpochLoop, _StepLoop)) for each in loops):  # an evaluation has no hooks, and reads what they remember
             program.unclaimed(state)
-        result = loop._run(state, data, Here(program))
+        result = loop._run(state, data, Here(program, lease=lease))
     except Unwind as unwound:
         program.close(program.latest, unwound.reason)
         return unwound.state, loop._result(unwound.state.position.frames[0].totals)

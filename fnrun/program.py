@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from fnrun.data import Batches, as_batches
+from fnrun.donation import Lease
 from fnrun.reports import collecting
 from fnrun.rng import Key
 from fnrun.state import Cursor, LoopState
@@ -54,6 +55,9 @@ class Here(NamedTuple):
     path: str = ""
     round: tuple[int, int | None] | None = None  # of the nearest repeat: its index, and how many there are where that is known
     over_batch: bool = False  # within a loop over data: what comes down is one of its batches
+    lease: Lease | None = (
+        None  # of the loops down to here, if one of them donates and no wrapper stands between, which may want the old state
+    )
     opened: list[str] | None = None  # the loops that this one call has opened so far; a wrapper may open several, one after the other
 
 
@@ -148,7 +152,7 @@ class Program:
         names = sorted(set(state.memory) - set(self._hooks))
         if names:
             warnings.warn(
-                f"the state remembers hooks that the program does not show: {', '.join(names)}; their memory is kept", stacklevel=4
+                f"the state remembers hooks that the program does not show: {', '.join(names)}; their memory is kept", stacklevel=5
             )
 
     def flush(self) -> None:

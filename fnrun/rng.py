@@ -6,6 +6,7 @@ not from how often somebody drew before.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 import os
@@ -56,10 +57,7 @@ class Key:
 
     def fold_in(self, *data: int | str) -> Key:
         """The key for `data`: ints of any size or strings. `fold_in(a, b)` is `fold_in(a).fold_in(b)`."""
-        path = self.path
-        for datum in data:
-            path = _hash(path, datum if type(datum) in (str, int) else _integer(datum))
-        return Key(self.seed, path)
+        return Key(self.seed, _folded(self.path, data))
 
     def split(self, n: int) -> tuple[Key, ...]:
         """`n` independent keys."""
@@ -68,7 +66,7 @@ class Key:
     @property
     def bits(self) -> int:
         """The key as 64 bits, to seed a generator with. (torch's CPU generator uses the lower 32 of them, CUDA's all.)"""
-        return int.from_bytes(self.path[:8], "little")
+        return _bits(self.path)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh `torch.Generator` on `device`, seeded from this key."""
@@ -76,45 +74,55 @@ class Key:
 
     def seed_ambient(self, *, host: bool = False) -> None:
         """Seed torch's ambient generators (CPU and, once CUDA is in use, its devices), and with `host` Python's and NumPy's."""
-        for generator in _ambient():
-            generator.manual_seed(self.bits)
-        if host:
-            random.seed(self.bits)
-            np.random.seed(int.from_bytes(self.path[8:12], "little"))
+        _seed(_ambient(), self.path, host)
 
-    def scope(self, *, host: bool = False) -> Scope:
-        """Within, the ambient generators are seeded from this key; afterwards they are as they were, also when the body raises.
+    def scope(self, *data: int | str, host: bool = False) -> Scope:
+        """Within, the ambient generators are seeded from `fold_in(*data)`; afterwards they are as they were, also when the body raises.
 
         Other threads wait at their own scopes meanwhile: there is one set of generators.
         """
-        return Scope(self, host)
+        return Scope(_folded(self.path, data), host)
 
 
 class Scope:
     """What `Key.scope` returns; a class and not a generator function, for each training step opens one."""
 
-    __slots__ = ("_host", "_key", "_lock", "_saved")
+    __slots__ = ("_generators", "_host", "_lock", "_path", "_saved")
 
-    def __init__(self, key: Key, host: bool) -> None:
-        self._key, self._host = key, host
+    def __init__(self, path: bytes, host: bool) -> None:
+        self._path, self._host = path, host
 
     def __enter__(self) -> None:
         self._lock = ambient_lock
         self._lock.acquire()
-        saved = [(generator, generator.get_state()) for generator in _ambient()]
-        self._saved = saved, (random.getstate(), np.random.get_state()) if self._host else None
-        self._key.seed_ambient(host=self._host)
+        self._generators = _ambient()
+        self._saved = [generator.get_state() for generator in self._generators]
+        if self._host:
+            self._saved += [random.getstate(), np.random.get_state()]
+        _seed(self._generators, self._path, self._host)
 
     def __exit__(self, *exc: object) -> None:
-        generators, host = self._saved
         try:
-            for generator, state in generators:
+            for generator, state in zip(self._generators, self._saved, strict=False):
                 generator.set_state(state)
-            if host is not None:
-                random.setstate(host[0])
-                np.random.set_state(host[1])
+            if self._host:
+                random.setstate(self._saved[-2])
+                np.random.set_state(self._saved[-1])
         finally:
             self._lock.release()
+
+
+def _seed(generators: tuple[torch.Generator, ...], path: bytes, host: bool) -> None:
+    bits = _bits(path)
+    for generator in generators:
+        generator.manual_seed(bits)
+    if host:
+        random.seed(bits)
+        np.random.seed(int.from_bytes(path[8:12], "little"))
+
+
+def _bits(path: bytes) -> int:
+    return int.from_bytes(path[:8], "little")
 
 
 def _ambient() -> tuple[torch.Generator, ...]:
@@ -129,9 +137,19 @@ def _integer(value: Any) -> int:
     return operator.index(value)
 
 
+def _folded(path: bytes, data: tuple[int | str, ...]) -> bytes:
+    for datum in data:
+        path = _labelled(path, datum) if type(datum) is str else _hash(path, datum if type(datum) is int else _integer(datum))
+    return path
+
+
 def _hash(path: bytes, datum: int | str) -> bytes:
     if isinstance(datum, str):
         tagged = b"s" + datum.encode()
     else:
         tagged = b"i" + datum.to_bytes(datum.bit_length() // 8 + 1, "little", signed=True)
     return hashlib.blake2b(path + tagged, digest_size=16).digest()
+
+
+#: Labels come back at every step ("train", "data"), the numbers after them do not.
+_labelled = functools.lru_cache(maxsize=256)(_hash)

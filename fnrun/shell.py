@@ -45,7 +45,9 @@ class Shell:
                         self._slots.append((container, key, index[id(tensor)]))
         places = {i: (container, key) for container, key, i in self._slots}
         self._places = [places[len(parameters) + i] for i in range(len(buffers))]
-        self._borrowed = [_Attributes(path, module) for path, module in model.named_modules()]
+        borrowed = [_Attributes(path, module) for path, module in model.named_modules()]
+        self._borrowed = [(a, a.dict, len(a.dict), a.buffers, len(a.buffers)) for a in borrowed]
+        self._changing = [a for a in borrowed if a.kept or a.unset]
 
     def tensors(self, what: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """`tensors` in the order of the model's names. Raises ValueError, with the names, where the two don't match."""
@@ -65,7 +67,7 @@ class Shell:
 
         Raises ValueError, with the name, for a buffer that the call makes, or takes away: the state has no place for it.
         """
-        tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))]
+        tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))] if self.buffers or buffers else params
         modes = self.modes if train else self.eval_modes
         with rng.ambient_lock:
             saved = [container[key] for container, key, _ in self._slots]
@@ -80,8 +82,11 @@ class Shell:
                 values = [container.get(key) for container, key in self._places]
                 strays = self._strays(values)
             finally:
-                for attributes in self._borrowed:
+                for attributes in self._changing:
                     attributes.put_back()
+                for attributes, entries, size, buffers, count in self._borrowed:
+                    if len(entries) != size or len(buffers) != count:
+                        attributes.put_back()
                 for (container, key, _), tensor in zip(self._slots, saved, strict=True):
                     container[key] = tensor
                 for container, key, _ in self._empty:
@@ -97,9 +102,12 @@ class Shell:
         return result, {name: b.detach() if b.requires_grad else b for name, b in zip(self.buffers, values, strict=True)}  # pyright: ignore[reportOptionalMemberAccess,reportReturnType]  # fmt: skip
 
     def _strays(self, values: list[Any]) -> list[str]:
-        gone = [name for name, value in zip(self.buffers, values, strict=True) if value is None]
-        filled = [path for container, key, path in self._empty if container.get(key) is not None]
-        return [*gone, *filled, *(name for attributes in self._borrowed for name in attributes.new_buffers())]
+        strays = [name for name, value in zip(self.buffers, values, strict=True) if value is None]
+        strays += [path for container, key, path in self._empty if container.get(key) is not None]
+        for attributes, _, _, buffers, count in self._borrowed:
+            if len(buffers) != count:
+                strays += attributes.new_buffers()
+        return strays
 
 
 class _Attributes:
@@ -109,17 +117,18 @@ class _Attributes:
     call from the next. Recurrent layers make a second list of their weights anew in a call that finds others in the slots.
     """
 
-    __slots__ = ("buffers", "dict", "entries", "kept", "names", "path", "size", "unset")
+    __slots__ = ("buffers", "dict", "entries", "kept", "names", "path", "unset")
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.dict = path, module.__dict__
-        self.buffers, self.size, self.names = module._buffers, len(module._buffers), frozenset(module._buffers)
+        self.buffers, self.names = module._buffers, frozenset(module._buffers)
         lists = ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ()
         self.kept = {k: v for k, v in self.dict.items() if isinstance(v, torch.Tensor) or k in lists}
-        self.entries, self.unset = frozenset(self.dict), tuple(k for k, v in self.dict.items() if v is None and k not in lists)
+        never = (*lists, "_is_full_backward_hook")  # torch's own, in every module
+        self.entries, self.unset = frozenset(self.dict), tuple(k for k, v in self.dict.items() if v is None and k not in never)
 
     def new_buffers(self) -> list[str]:
-        return [f"{self.path}.{key}".lstrip(".") for key in self.buffers if key not in self.names] if len(self.buffers) > self.size else []
+        return [f"{self.path}.{key}".lstrip(".") for key in self.buffers if key not in self.names]
 
     def put_back(self) -> None:
         attributes = self.dict
@@ -131,9 +140,8 @@ class _Attributes:
         if len(attributes) > len(self.entries):
             for key in [key for key, value in attributes.items() if isinstance(value, torch.Tensor) and key not in self.entries]:
                 del attributes[key]
-        if len(self.buffers) > self.size:
-            for key in [key for key in self.buffers if key not in self.names]:
-                del self.buffers[key]
+        for key in [key for key in self.buffers if key not in self.names]:
+            del self.buffers[key]
 
 
 def call(

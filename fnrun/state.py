@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from typing import Any, Protocol, Self, TypeVar
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fnrun.donation import Donatable, fields
 from fnrun.rng import Key
 from fnrun.tree import struct
 
@@ -75,7 +75,7 @@ class Optimizes(Protocol):
 
 
 @struct
-class TrainState:
+class TrainState(Donatable):
     """A training, whole: given the program and the data, everything that follows is a function of it.
 
     Tensors are detached and never written to once they are in a state. Subclass it under `@fnrun.struct` to add fields.
@@ -117,7 +117,7 @@ class TrainState:
 
     def replace(self, **changes: Any) -> Self:
         """The state with these fields changed."""
-        kept = {name: getattr(self, name) for name in _fields(type(self)) if name not in changes}
+        kept = {name: getattr(self, name) for name in fields(type(self)) if name not in changes}
         return type(self)(**kept, **changes)
 
     def rewind(self) -> Self:
@@ -129,11 +129,6 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of `model` by name; one that is a parameter's tensor too is a parameter."""
     params = {id(p) for p in model.parameters()}
     return {name: b for name, b in model.named_buffers() if id(b) not in params}
-
-
-@functools.cache
-def _fields(cls: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 class LoopState(Protocol):

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from fnrun import metrics as folds, tree
+from fnrun.donation import Lease, unlisted
 from fnrun.reports import collect
+from fnrun.rng import Key, Scope
 from fnrun.shell import Shell
 from fnrun.state import S, TrainState
 
@@ -39,26 +41,27 @@ class EvalStep(Protocol):
     def __call__(self, state: Any, batch: Any, /) -> Metrics: ...
 
 
-class _Watch:
-    """Tells a step, in its first calls, that it moves Python's or NumPy's generator, and puts them back. Later calls go unwatched: a look
-    costs 100 us. It is entered within the key's scope, whose lock keeps other steps out.
+class _Surroundings:
+    """What a step runs in: torch's ambient generators seeded from its key and put back afterwards, its reports collected.
+
+    In the first calls it tells a step that it moves Python's or NumPy's generator, and puts them back. Later calls go unwatched: a look
+    costs 100 us.
     """
 
-    CALLS = 3
+    WATCHED = 3
 
-    def __init__(self, name: str, wanted: bool) -> None:
-        self.name, self.left = name, self.CALLS if wanted else 0
+    def __init__(self, name: str, host_random: bool) -> None:
+        self.name, self.host, self.left = name, host_random, 0 if host_random else self.WATCHED
 
-    def __enter__(self) -> None:
-        self.before = None
-        if self.left:
-            self.left -= 1
-            self.before = random.getstate(), np.random.get_state(legacy=False)
+    def __call__(self, key: Key, *data: int | str) -> _Within:
+        return _Within(self, key.scope(*data, host=self.host))
 
-    def __exit__(self, *exc: object) -> None:
-        if self.before is None:
-            return
-        python, numpy = self.before
+    def look(self) -> Any:
+        self.left -= 1
+        return random.getstate(), np.random.get_state(legacy=False)
+
+    def compare(self, before: Any) -> None:
+        python, numpy = before
         moved_python, moved_numpy = random.getstate() != python, not tree.equal(np.random.get_state(legacy=False), numpy)
         names = [name for name, moved in (("Python", moved_python), ("NumPy", moved_numpy)) if moved]
         if names:
@@ -67,18 +70,53 @@ class _Watch:
             warnings.warn(
                 f"{self.name} draws from the global generator of {' and '.join(names)}, which is not keyed by the state: two calls differ and "
                 "a resumed run is another run. Use torch's, or make the step with host_random=True",
-                stacklevel=3,
+                stacklevel=4,
             )
+
+
+class _Within:
+    """One call in its surroundings: `with` gives the reports, a dictionary that fills up. One object, for it is made at each step."""
+
+    __slots__ = ("_before", "_collect", "_scope", "_surroundings")
+
+    def __init__(self, surroundings: _Surroundings, scope: Scope) -> None:
+        self._surroundings, self._scope = surroundings, scope
+
+    def __enter__(self) -> dict[str, Any]:
+        self._scope.__enter__()
+        self._before = self._surroundings.look() if self._surroundings.left else None  # under the scope's lock, which keeps others out
+        self._collect = collect()
+        return self._collect.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._collect.__exit__()
+            if self._before is not None:
+                self._surroundings.compare(self._before)
+        finally:
+            self._scope.__exit__()
 
 
 #: Functions that are known to be steps, and to hold no loops that belong to the program around them.
 _steps: weakref.WeakSet[Any] = weakref.WeakSet()
+
+#: Of these, those that can write the new state over the old one: called as `step(state, batch, lease=lease)`. A set of its own and not an
+#: attribute, which `functools.wraps` would give to a wrapper that may need the old state.
+_donating: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def is_step(fn: Any) -> bool:
     """Whether `fn` was made by `fnrun.step` or one of the makers here."""
     try:
         return fn in _steps
+    except TypeError:
+        return False
+
+
+def donates(fn: Any) -> bool:
+    """Whether the step takes a `lease=`, with which it writes the new state over the old one."""
+    try:
+        return fn in _donating
     except TypeError:
         return False
 
@@ -102,28 +140,18 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
         return lambda fn: step(fn, host_random=host_random)
     inner = fn
 
-    @functools.wraps(fn)
-    def detached(state: S, batch: Any) -> tuple[S, Metrics]:
-        result: Any = inner(state, batch)
-        return (tree.map(_detach, result[0]), *result[1:]) if isinstance(result, tuple) else result
-
-    return _lawful(detached, host_random)
-
-
-def _lawful(fn: Callable[[S, Any], tuple[S, Metrics]], host_random: bool) -> Callable[[S, Any], tuple[S, Metrics]]:
-    """`step` for a function whose new state is known to be detached: looking at every leaf would cost as much as a small model."""
     name = getattr(fn, "__qualname__", repr(fn))
-    watch = _Watch(name, wanted=not host_random)
+    within = _Surroundings(name, host_random)
 
     @functools.wraps(fn)
     def lawful(state: Any, batch: Any) -> tuple[Any, Metrics]:
-        with state.rng.fold_in("train", state.step).scope(host=host_random), watch, collect() as reports:
-            result = fn(state, batch)
+        with within(state.rng, "train", state.step) as reports:
+            result: Any = inner(state, batch)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(f"{name} returned {type(result).__name__}: a step returns (state, metrics), metrics a dict")
         new, metrics = result
         metrics = {name: _detach_all(value) for name, value in _with(metrics, reports).items()}
-        return new.replace(step=state.step + 1), metrics
+        return tree.map(_detach, new).replace(step=state.step + 1), metrics
 
     _steps.add(lawful)
     return lawful
@@ -175,7 +203,21 @@ def _grad(loss: Any, leaves: list[torch.Tensor], scaled: Any) -> list[torch.Tens
         raise ValueError(f"a loss is a scalar tensor, this one is {what}: take its mean or sum")
     if not loss.requires_grad:
         raise ValueError("the loss depends on no trained parameter: was it detached, or made under torch.no_grad() or inference_mode()?")
-    return list(torch.autograd.grad(scaled, leaves, allow_unused=True))
+    # What `torch.autograd.grad` calls in the end; half of its time goes into what one scalar does not need.
+    return _backward((scaled,), (_one(scaled),), False, False, tuple(leaves), True, accumulate_grad=False)
+
+
+def _one(like: torch.Tensor) -> torch.Tensor:
+    """The gradient of a scalar with respect to itself: one tensor for all steps, as long as no backward hook has written to it."""
+    kind = like.dtype, like.device
+    one = _ones.get(kind)
+    if one is None or one._version:
+        one = _ones[kind] = torch.ones((), dtype=like.dtype, device=like.device)
+    return one
+
+
+_ones: dict[Any, torch.Tensor] = {}
+_backward: Any = torch.autograd.Variable._execution_engine.run_backward  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def make_train_step(
@@ -218,45 +260,71 @@ def make_train_step(
     if accumulate < 1:
         raise ValueError(f"accumulate is at least 1, not {accumulate}")
     trained, places = shell.trained, {name: i for i, name in enumerate(shell.params)}
-    indices = [places[name] for name in trained]
+    indices, whole = [places[name] for name in trained], len(trained) == len(shell.params)
     autocast = _autocast(precision, shell.device_type)
-
-    def gradients(state: TrainState, buffers: dict[str, torch.Tensor], batch: Any) -> tuple[list[Any], dict[str, torch.Tensor], Metrics]:
-        tensors = shell.tensors("params", state.params)
-        leaves = [tensors[i].detach().requires_grad_() for i in indices]
-        for i, leaf in zip(indices, leaves, strict=True):
-            tensors[i] = leaf
-
-        def forward() -> tuple[torch.Tensor, Metrics]:
-            with autocast():
-                return _loss_and_metrics(loss_fn(model, batch))
-
-        with torch.enable_grad():
-            (loss, metrics), buffers = shell.run(forward, tensors, buffers, train=True)
-            scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(state.opt_state, loss)
-            grads = _grad(loss, leaves, scaled)
-        return grads, buffers, {"loss": loss, **metrics}
-
+    name = f"train_step({shell.name})"
+    within = _Surroundings(name, host_random)
     expected: list[str] = []
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def gradients_of(state: TrainState, buffers: dict[str, torch.Tensor], batch: Any) -> tuple[Any, dict[str, torch.Tensor], Metrics]:
+        tensors = shell.tensors("params", state.params)
+        leaves = [tensors[i].detach().requires_grad_() for i in indices]
+        if whole:
+            tensors = leaves
+        else:
+            for i, leaf in zip(indices, leaves, strict=True):
+                tensors[i] = leaf
+
+        def forward() -> Any:
+            if autocast is None:
+                return loss_fn(model, batch)
+            with autocast():
+                return loss_fn(model, batch)
+
+        result, buffers = shell.run(forward, tensors, buffers, train=True)
+        loss, metrics = _loss_and_metrics(result)
+        scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(state.opt_state, loss)
+        return _grad(loss, leaves, scaled), buffers, {"loss": loss, **metrics}
+
+    def gradients(state: TrainState, batch: Any) -> tuple[Any, dict[str, torch.Tensor], Metrics]:
+        if accumulate == 1:
+            return gradients_of(state, state.buffers, batch)
+        return _accumulated(functools.partial(gradients_of, state), state.buffers, batch, accumulate)
+
+    def train_step(state: TrainState, batch: Any, *, lease: Lease | None = None) -> tuple[TrainState, Metrics]:
         if not expected:  # once: afterwards the state comes from this step
             expected.extend(_remembered(optimizer, {name: state.params[name] for name in trained if name in state.params}, state.opt_state))
-        if accumulate == 1:
-            grads, buffers, metrics = gradients(state, state.buffers, batch)
-        else:
-            grads, buffers, metrics = _accumulated(functools.partial(gradients, state), state.buffers, batch, accumulate)
-        params, opt_state = optimizer.update(
-            dict(zip(trained, grads, strict=True)),
-            state.opt_state,
-            {name: state.params[name] for name in trained},
-            key=state.rng.fold_in("optimizer", state.step),
-            step=state.step,
-        )
-        return state.replace(params={**state.params, **params}, buffers=buffers, opt_state=opt_state), metrics
+        count = state.step
+        with within(state.rng, "train", count) as reports:
+            if torch.is_grad_enabled():
+                grads, buffers, metrics = gradients(state, batch)
+            else:
+                with torch.enable_grad():
+                    grads, buffers, metrics = gradients(state, batch)
+            metrics = {name: _detach_all(value) for name, value in _with(metrics, reports).items()}
+            gradient, memory = dict(zip(trained, grads, strict=True)), state.opt_state
+            params = state.params if whole else {name: state.params[name] for name in trained}
+            key = state.rng.fold_in("optimizer", count) if optimizer.keyed else None
+            if lease is None:
+                params, memory = optimizer.update(gradient, memory, params, key=key, step=count)
+            else:
+                if lease.grants(state):  # what was computed must not lie in what is written over now
+                    metrics, buffers = ({name: lease.apart(value) for name, value in each.items()} for each in (metrics, buffers))
+                by, state = f"step {count} ({name})", unlisted(state)
+                params, memory = lease.update(by, optimizer.update, gradient, memory, params, key=key, step=count)
+        params = params if whole else {**state.params, **params}
+        if lease is not None:
+            lease.settle(params, memory, buffers)
+        for report, value in reports.items():
+            if report not in metrics:
+                metrics[report] = _detach_all(value)
+        return state.replace(params=params, buffers=buffers, opt_state=memory, step=count + 1), metrics
 
-    train_step.__qualname__ = train_step.__name__ = f"train_step({shell.name})"
-    return _lawful(train_step, host_random)
+    train_step.__qualname__ = train_step.__name__ = name
+    _steps.add(train_step)
+    if optimizer.donatable:
+        _donating.add(train_step)
+    return train_step
 
 
 def _remembered(optimizer: Optimizer, params: dict[str, torch.Tensor], opt_state: Any) -> list[str]:
@@ -282,10 +350,10 @@ def _loss_and_metrics(result: Any) -> tuple[Any, Metrics]:
     return loss, dict(metrics)
 
 
-def _autocast(precision: str | None, device_type: str) -> Callable[[], Any]:
+def _autocast(precision: str | None, device_type: str) -> Callable[[], Any] | None:
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if precision is None:
-        return nullcontext
+        return None
     if precision not in dtypes:
         raise ValueError(f"precision is None, 'bf16' or 'fp16', not {precision!r}")
     return lambda: torch.autocast(device_type, dtypes[precision])
@@ -342,8 +410,7 @@ def make_eval_step(
     run = _evaluation(model, metric_fn, weights, precision, host_random)
 
     def eval_step(state: Any, batch: Any) -> Metrics:
-        with collect() as reports:
-            result = run(state, batch)
+        result, reports = run(state, batch)
         if not isinstance(result, Mapping):
             loss, metrics = _loss_and_metrics(result)
             result = {"loss": loss, **metrics}
@@ -362,25 +429,29 @@ def make_predict_step(
     host_random: bool = False,
 ) -> Callable[[Any, Any], Any]:
     """The prediction step `(state, batch) -> outputs`: any pytree that `predict_fn(model, batch)` returns; else as `make_eval_step`."""
-    predict_step = _evaluation(model, predict_fn, weights, precision, host_random)
+    run = _evaluation(model, predict_fn, weights, precision, host_random)
+
+    def predict_step(state: Any, batch: Any) -> Any:
+        return run(state, batch)[0]
+
     _steps.add(predict_step)
     return predict_step
 
 
 def _evaluation(
     model: nn.Module, fn: Callable[[nn.Module, Any], Any], weights: str | Callable[[Any], Any], precision: str | None, host: bool
-) -> Callable[[Any, Any], Any]:
+) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
     shell = Shell(model)
-    watch = _Watch(f"the evaluation of {shell.name}", wanted=not host)
-    autocast = _autocast(precision, shell.device_type)
+    within = _Surroundings(f"the evaluation of {shell.name}", host)
+    autocast = _autocast(precision, shell.device_type) or nullcontext
 
-    def run(state: Any, batch: Any) -> Any:
+    def run(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         params, buffers = _weights(state, weights)
         frames = state.position.frames
-        key = state.rng.fold_in("eval", state.step, frames[-1].ticks if frames else 0)
-        with key.scope(host=host), watch, torch.no_grad(), autocast():
+        place = frames[-1].ticks if frames else 0
+        with within(state.rng, "eval", state.step, place) as reports, torch.no_grad(), autocast():
             outputs, _ = shell.run(lambda: fn(model, batch), shell.tensors("params", params), buffers, train=False)
-        return outputs
+        return outputs, reports
 
     return run
 

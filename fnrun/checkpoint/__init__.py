@@ -28,6 +28,7 @@ import torch
 
 from fnrun.checkpoint import codec, match, store
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Manifest, constant, encode_config, scalars
+from fnrun.donation import secured
 
 __all__ = ["CheckpointError", "Checkpoints", "DamagedError", "Manifest"]
 
@@ -74,7 +75,7 @@ class Checkpoints:
     ) -> None:
         """Hand `state` over to be saved behind the training; returns before it is on disk, `wait()` when it is.
 
-        The tensors are not copied: they must never be written to. At most one save is in flight, a second one waits for it. The scalars
+        The tensors are not copied, for nobody writes to them; only those that a running loop donates are. At most one save is in flight, a second one waits for it. The scalars
         among `metrics` are kept; `monitor` names the one by which `best()` chooses (a NaN, or none, is never the best).
 
         A state of a step and a tick that are on disk already, bit for bit, with nothing new in its metrics, is not written again;
@@ -85,9 +86,9 @@ class Checkpoints:
         if mode not in ("min", "max"):
             raise ValueError(f"mode is 'min' or 'max', not {mode!r}")
         step, ticks = _place(state)
-        description, metrics = codec.describe(state), dict(metrics or {})
+        self._join()  # before the copy, so that there is one at most
+        description, metrics = codec.describe(secured(state)), dict(metrics or {})
         ready = [torch.cuda.current_stream(device).record_event() for device in _devices(description.sources.values())]
-        self._join()
         failure, self._failure = self._failure, None
 
         def job() -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
+from fnrun.donation import fate
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.hooks.monitor import reported
 from fnrun.hooks.ticks import in_training
@@ -59,7 +60,9 @@ class _Checkpoint:
             self.checkpoints.prune(self.keep)
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
-        if state.position.ticks and self._saved != state.position.order:
+        if (by := fate(state)) is not None:
+            logger.error("%s, and did not come to its end: the last checkpoint is the good state", by)
+        elif state.position.ticks and self._saved != state.position.order:
             self._save(state, {})
         self.checkpoints.wait()
 

@@ -30,12 +30,14 @@ class Transform:
     """Changes gradients on their way to an optimizer: `update(grads, state, params, *, key, step) -> (grads, state)`.
 
     `parts` are the members of a chain; `keyed` says that the transform draws random numbers, so that a chain gives it a key of its own.
+    `donatable` says that its memory shares none with `params` or what came in, as that of all transforms here: see `Optimizer`.
     """
 
     init: Init
     update: Update
     parts: tuple[Any, ...] = ()
     keyed: bool = False
+    donatable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Optimizer:
 
     It may offer `scale_loss(opt_state, loss) -> loss`, applied before the gradient is taken (loss scaling), and
     `eval_params(opt_state, params) -> params`, the weights to evaluate with (schedule-free); None where it does not.
+
+    `donatable` says that a loop with `donate=True` may have what comes in written over: neither is it looked at after the kernels ran nor
+    kept. All optimizers here are. `keyed` says that the key is used; without it none is derived.
     """
 
     init: Init
@@ -51,6 +56,8 @@ class Optimizer:
     scale_loss: Callable[[Any, Any], Any] | None = None
     eval_params: Callable[[Any, Any], Any] | None = None
     parts: tuple[Any, ...] = ()
+    donatable: bool = False
+    keyed: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,7 @@ def chain(*parts: Any) -> Any:
     if flat and isinstance(flat[-1], Optimizer):
         return _ending(flat)
     init, update = _sequence(flat)
-    return Transform(init, update, flat, any(member.keyed for member in flat))
+    return Transform(init, update, flat, any(m.keyed for m in flat), all(m.donatable for m in flat))
 
 
 def _sequence(transforms: tuple[Transform, ...]) -> tuple[Init, Update]:
@@ -147,4 +154,6 @@ def _ending(members: tuple[Any, ...]) -> Optimizer:
         None if scale_loss is None else lambda state, loss: scale_loss(state[-1], loss),
         None if eval_params is None else lambda state, params: eval_params(state[-1], params),
         members,
+        all(member.donatable for member in members),
+        any(member.keyed for member in members),
     )

@@ -141,7 +141,7 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         new = [old if g is None else p.detach() for p, old, g in zip(copies.values(), leaves, flat, strict=True)]
         return spec.unflatten(new), TorchState(hyper, *_take(torch_optimizer, copies, state, before))
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, donatable=True, keyed=False)
 
 
 def _named(params: Any) -> dict[str, Tensor]:

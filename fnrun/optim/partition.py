@@ -78,12 +78,14 @@ def partition(labels: Labels, optimizers: Mapping[str, Optimizer]) -> Optimizer:
             raise ValueError(f"partition: no optimizer for label {label!r}; there are: {', '.join(map(repr, optimizers))}")
         return optimizers[label]
 
-    return _partition(_labelled(labels), optimizer_of, list(optimizers))
+    return _partition(_labelled(labels), optimizer_of, list(optimizers), list(optimizers.values()))
 
 
 def _partition(
-    grouped: _Groups, optimizer_of: Callable[[Any], Optimizer], labels: list[str] | None = None, *, offers: bool = False
+    grouped: _Groups, optimizer_of: Callable[[Any], Optimizer], labels: list[str] | None, like: Sequence[Optimizer]
 ) -> Optimizer:
+    """`labels` are those that are known; `like` the optimizers, or one that all will be like."""
+
     def order(groups: Mapping[Any, Any]) -> list[Any]:
         for label in groups:
             optimizer_of(label)
@@ -114,8 +116,13 @@ def _partition(
                     leaves[i] = new[paths[i]]
         return spec.unflatten(leaves)
 
-    offers = offers or (labels is not None and any(optimizer_of(label).eval_params is not None for label in labels))
-    return Optimizer(init, update, eval_params=eval_params if offers else None)
+    return Optimizer(
+        init,
+        update,
+        eval_params=eval_params if any(optimizer.eval_params is not None for optimizer in like) else None,
+        donatable=all(optimizer.donatable for optimizer in like),
+        keyed=any(optimizer.keyed for optimizer in like),
+    )
 
 
 def _apart(label: Any, update: Any, arguments: tuple[Any, Any, Any], key: Any, step: int | None) -> Any:
@@ -154,10 +161,10 @@ def masked(inner: Any, mask: Labels) -> Any:
         return spec.unflatten(result), state
 
     if isinstance(inner, Transform):
-        return Transform(init, update, keyed=inner.keyed)
+        return Transform(init, update, keyed=inner.keyed, donatable=inner.donatable)
     if not isinstance(inner, Optimizer) or inner.scale_loss is not None or inner.eval_params is not None:
         raise TypeError("masked takes a transform or a plain optimizer: put loss scaling and schedule-free around or into a partition")
-    return Optimizer(init, update)
+    return Optimizer(init, update, donatable=inner.donatable, keyed=inner.keyed)
 
 
 # --- ready rules --------------------------------------------------------------------------------------------------------
@@ -244,7 +251,7 @@ def scaled_lr(make: Callable[[Hyper], Optimizer], lr: Any, multipliers: Multipli
                 made[label] = make(multiply(lr, factor) if callable(lr) else lr * factor)
         return [_times(factors[path]) for path in paths]
 
-    return _partition(_Groups(label_all), lambda label: made[label], offers=probe.eval_params is not None)
+    return _partition(_Groups(label_all), lambda label: made[label], None, [probe])
 
 
 def _times(factor: float) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,9 +14,10 @@ import optree
 import torch
 from torch import Tensor
 
+from fnrun.donation import own
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
-from fnrun.optim.lists import Flat, Ops, each, flows, foreach, is_zero, kernels, known, note, plain, read
+from fnrun.optim.lists import Flat, Ops, each, eager, flows, foreach, is_zero, known, note, plain, read
 from fnrun.rng import Key
 from fnrun.tree import struct
 
@@ -113,7 +112,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         scalars = {name: slots[name] for name in rule.scalars}
         return spec.unflatten(new), RuleState(hyper, {name: spec.unflatten(slots[name]) for name in rule.slots}, scalars, misses)
 
-    return Optimizer(init, update, eval_params=eval_params)
+    return Optimizer(init, update, eval_params=eval_params, donatable=True, keyed=False)
 
 
 def _by_age(grads: list[Any], misses: Misses) -> Iterator[tuple[Any, list[int]]]:
@@ -145,28 +144,15 @@ def _grouped(
 
 # --- which kernels ------------------------------------------------------------------------------------------------------
 
-_donated: ContextVar[bool] = ContextVar("donated", default=False)
-
-
-@contextlib.contextmanager
-def donation(allowed: bool = True) -> Iterator[None]:
-    """Within, the fused kernels may write over the parameters and slots that come in: for who owns them and will not look again."""
-    token = _donated.set(allowed)
-    try:
-        yield
-    finally:
-        _donated.reset(token)
-
-
-def own(tensors: list[Tensor]) -> list[Tensor]:
-    """Tensors to write over: copies, or these themselves where they are donated. Every kernel that works in place gets its tensors here."""
-    return tensors if _donated.get() or not tensors else list(kernels._foreach_clone(tensors))
-
 
 def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any) -> tuple[list[Any], Lists]:
     """One update of all leaves at one age: by a fused kernel, by foreach kernels, or leaf by leaf out of place."""
     if not params:
         return params, slots
+    if rule.fused is not None and rule.fusable(values, t):
+        tensors = [*params, *grads, *itertools.chain.from_iterable(slots.values())]
+        if _uniform(tensors, params) and not any(isinstance(value, Tensor) for value in values.values()):
+            return _fused(rule, params, grads, slots, values, t, uniform=True)
     dtypes = {p.dtype for p in params}
     if not dtypes.isdisjoint(_COMPLEX):
         return _as_real(rule, params, grads, slots, values, t)
@@ -187,6 +173,16 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     return _out_of_place(rule, params, grads, slots, values, t)
 
 
+def _uniform(tensors: list[Tensor], params: list[Tensor]) -> bool:
+    """Whether all are as a fused kernel wants them: the usual case, found out in few passes."""
+    kinds = {(p.dtype, p.device) for p in params}
+    if len(kinds) > 1 or not eager() or not _PLAIN.issuperset(map(type, tensors)) or flows(tensors):
+        return False
+    dtype, device = kinds.pop()
+    return dtype in _FUSED and device.type in ("cpu", "cuda") and all(map(Tensor.is_contiguous, tensors))
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _FUSED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
 
@@ -201,11 +197,13 @@ def _kind_by_kind(
     return _grouped(rule, [(0, members) for members in kinds.values()], params, grads, slots, values, t - 1)
 
 
-def _fused(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any) -> tuple[list[Any], Lists]:
+def _fused(
+    rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any, uniform: bool = False
+) -> tuple[list[Any], Lists]:
     assert rule.fused is not None
     owned, n = own([*params, *itertools.chain.from_iterable(slots.values())]), len(params)  # no rule with a fused kernel has scalars
     new, slots = owned[:n], {name: owned[n * i : n * (i + 1)] for i, name in enumerate(slots, start=1)}
-    if not all(map(Tensor.is_contiguous, itertools.chain(new, grads, *slots.values()))):
+    if not uniform and not all(map(Tensor.is_contiguous, itertools.chain(new, grads, *slots.values()))):
         grads, slots = _like(new, grads), {name: _like(new, slot) for name, slot in slots.items()}
     rule.fused(new, grads, slots, values, t)
     return new, slots

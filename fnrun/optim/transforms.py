@@ -34,7 +34,7 @@ def _with_settings(settings: Settings, apply: Any, keyed: bool = False) -> Trans
             return spec.unflatten(leaves), state
         return spec.unflatten(apply(leaves, spec.flatten_up_to(params), values, key)), state
 
-    return Transform(init, update, keyed=keyed)
+    return Transform(init, update, keyed=keyed, donatable=True)
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
@@ -236,4 +236,4 @@ def trace(decay: Hyper, nesterov: bool = False) -> Transform:
                 sums[i], leaves[i] = total.to(sums[i].dtype), new.to(sums[i].dtype)
         return spec.unflatten(leaves), TraceState(hyper, spec.unflatten(sums))
 
-    return Transform(init, update)
+    return Transform(init, update, donatable=True)

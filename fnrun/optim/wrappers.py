@@ -14,9 +14,10 @@ import optree
 import torch
 from torch import Tensor
 
+from fnrun.donation import keeping
 from fnrun.optim.base import Optimizer, Wrapper
 from fnrun.optim.lists import known, note, ops_for, read, tree_map
-from fnrun.optim.rule import Misses, donation
+from fnrun.optim.rule import Misses
 from fnrun.tree import struct
 
 
@@ -26,7 +27,7 @@ def choose(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]
         return then() if condition else otherwise()
     if torch.compiler.is_compiling():  # which donates by itself, and follows no context
         return tree_map(lambda a, b: _select(condition, a, b), then(), otherwise())
-    with donation(False):
+    with keeping():
         return tree_map(lambda a, b: _select(condition, a, b), then(), otherwise())
 
 
@@ -77,6 +78,8 @@ def around(inner: Optimizer, init: Any, update: Any) -> Optimizer:
         update,
         None if scale_loss is None else lambda state, loss: scale_loss(state.inner, loss),
         None if eval_params is None else lambda state, params: eval_params(state.inner, params),
+        donatable=inner.donatable,
+        keyed=inner.keyed,
     )
 
 
@@ -246,7 +249,7 @@ def freeze() -> Optimizer:
     def update(grads: Any, state: Any, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
         return params, state
 
-    return Optimizer(lambda params, /: (), update)
+    return Optimizer(lambda params, /: (), update, donatable=True, keyed=False)
 
 
 @struct

@@ -10,8 +10,8 @@ import torch
 import torch.utils._pytree as torch_pytree
 from hypothesis import given, settings, strategies as st
 
-from fnrun import optim, tree
-from fnrun.optim.rule import donation
+from fnrun import Key, TrainState, optim, tree
+from fnrun.donation import Lease
 
 from . import cases
 from .cases import OPTIMIZERS
@@ -223,12 +223,16 @@ def _waits(*_: Any) -> Any:
 def test_donation_changes_only_memory(name: str) -> None:
     optimizer, params = OPTIMIZERS[name](), cases.params(name)
     kept = list(cases.steps(optimizer, params, optimizer.init(params), 8))[-1]
-    now, state = tree.snapshot((params, optimizer.init(params)))
+    now = TrainState(tree.snapshot(params), {}, optimizer.init(params), Key(0))
+    lease = Lease.of(now)
     for step in range(8):
-        pointers = {n: p.data_ptr() for n, p in now.items()}
-        with donation():
-            now, state = optimizer.update(cases.grads(now, step), state, now)
-        assert pointers == {n: p.data_ptr() for n, p in now.items()}
+        pointers = {n: p.data_ptr() for n, p in now.params.items()}
+        assert lease.grants(now)
+        after, memory = lease.update("a step", optimizer.update, cases.grads(now.params, step), now.opt_state, now.params)
+        lease.settle(after, memory, {})
+        now = TrainState(after, {}, memory, Key(0))
+        assert pointers == {n: p.data_ptr() for n, p in after.items()}
+    now, state = now.params, now.opt_state
     assert tree.equal(kept, (now, state))
 
 
