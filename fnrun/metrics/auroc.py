@@ -115,7 +115,8 @@ def auroc(scores: Tensor, labels: Tensor, *, average: str | None = "macro", exac
     if exact:
         return ExactAUROC(collect({"score": scores, "label": labels}), average)
     scores, positive, valid = _against_the_rest(scores, labels)
-    return AUROC(BINS.count(scores, positive & valid), BINS.count(scores, ~positive & valid), average)
+    index = BINS.index(scores)
+    return AUROC(BINS.count(index, positive & valid), BINS.count(index, ~positive & valid), average)
 
 
 def _against_the_rest(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

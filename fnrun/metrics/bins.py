@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import wide, wide_dtype
+from fnrun.metrics.base import wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +45,19 @@ class Bins:
         place = torch.where(values < 0, -place, place) + self.side
         return torch.where(values.isnan(), self.size - 1, place).long()
 
-    def count(self, values: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """How many of the (wanted) values are in each bin: over the last dimension, int64 `[..., size]`."""
-        at = self.index(values)
-        ones = torch.ones_like(at) if wanted is None else wanted.long()
-        return torch.zeros(*values.shape[:-1], self.size, dtype=torch.int64, device=values.device).scatter_add(-1, at, ones)
+    def count(self, index: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """How many of the (wanted) values are in each bin, given the bin of each: over the last dimension, int64 `[..., size]`."""
+        ones = torch.ones_like(index) if wanted is None else wanted.long()
+        return torch.zeros(*index.shape[:-1], self.size, dtype=torch.int64, device=index.device).scatter_add(-1, index, ones)
 
-    def middles(self, device: torch.device) -> Tensor:
-        """The value that stands for each bin but that of NaN: at most a share `1 / (2 per_octave + 1)` from any value in it.
+    def middle(self, index: Tensor) -> Tensor:
+        """The value that stands for a bin but that of NaN: at most a share `1 / (2 per_octave + 1)` from any value in it.
 
         The bin around 0 stands for 0, the outermost for the infinities.
         """
-        place = torch.arange(self.side - 1, device=device)
-        octave = torch.exp2((place // self.per_octave + self.low).to(wide_dtype(device)))
-        start = octave * (1 + (place % self.per_octave) / self.per_octave)
-        end = start + octave / self.per_octave
-        side = torch.nn.functional.pad(2 * start * end / (start + end), (0, 1), value=torch.inf)
-        return torch.cat([-side.flip(0), side.new_zeros(1), side])
+        place = (index - self.side).abs()
+        step = (place - 1) % self.per_octave
+        octave = torch.exp2(wide((place - 1 - step) // self.per_octave + self.low))
+        start, end = octave * (1 + step / self.per_octave), octave * (1 + (step + 1) / self.per_octave)
+        magnitude = torch.where(place == self.side, torch.inf, 2 * start * end / (start + end))
+        return torch.where(place == 0, 0, torch.where(index < self.side, -magnitude, magnitude))

@@ -31,17 +31,15 @@ class Quantiles:
         return Quantiles(self.counts + other.counts, low, high, self.q)
 
     def compute(self) -> Tensor | dict[str, Tensor]:
-        if isinstance(self.q, tuple):
-            return {f"p{100 * q:g}": self._quantile(q) for q in self.q}
-        return self._quantile(self.q)
-
-    def _quantile(self, q: float) -> Tensor:
         below = self.counts[..., :-1].cumsum(-1)
-        rank = (wide(below[..., -1:] - 1) * q).floor()
-        at = (below <= rank).sum(-1).clamp(max=BINS.size - 2)
-        value = BINS.middles(self.counts.device)[at].clamp(self.low, self.high)
         known = (below[..., -1] > 0) & (self.counts[..., -1] == 0)
-        return torch.where(known, value, torch.nan)
+
+        def quantile(q: float) -> Tensor:
+            rank = (wide(below[..., -1:] - 1) * q).floor()
+            value = BINS.middle((below <= rank).sum(-1)).clamp(self.low, self.high)
+            return torch.where(known, value, torch.nan)
+
+        return {f"p{100 * q:g}": quantile(q) for q in self.q} if isinstance(self.q, tuple) else quantile(self.q)
 
 
 def quantiles(values: Any, q: float | Sequence[float] = (0.5, 0.9, 0.99)) -> Quantiles:
@@ -65,4 +63,4 @@ def quantiles(values: Any, q: float | Sequence[float] = (0.5, 0.9, 0.99)) -> Qua
         low, high = values.amin(), values.amax()
     else:
         low, high = values.new_full((), torch.inf), values.new_full((), -torch.inf)
-    return Quantiles(BINS.count(values), low, high, wanted if isinstance(wanted, tuple) else float(wanted))
+    return Quantiles(BINS.count(BINS.index(values)), low, high, wanted if isinstance(wanted, tuple) else float(wanted))

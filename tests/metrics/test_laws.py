@@ -100,6 +100,15 @@ def test_making_merging_and_computing_change_nothing_given(name):
     assert tree.equal(fold, kept)
 
 
+@each_and_collecting
+def test_nothing_waits_for_a_device(name):
+    """Meta tensors have no values: whatever asked for one, or for a tensor elsewhere, would fail."""
+    build = builder(name)
+    rows = [tensor.to("meta") for tensor in scored(0, 8)]
+    fold = build(*rows).merge(build(*rows))
+    assert all(leaf.device.type == "meta" for leaf in tree.leaves(fold.compute()))
+
+
 def test_every_fold_of_the_package_is_tried_here():
     """A fold is named by its class, and its class by the package: checkpoints name it so, whichever file it is in."""
     structs = {
