@@ -39,7 +39,7 @@ class _ReduceOnPlateau:
         if not reported(self.name, self.monitor, state, metrics):
             return state
         memory = state.memory[self.name]
-        value = torch.as_tensor(metrics[self.monitor]).to(memory["best"])
+        value = torch.as_tensor(metrics[self.monitor], dtype=torch.float64, device=memory["best"].device)
         improved = self._improved(value, memory["best"])
         cooling = memory["cooling"] > 0
         bad = torch.where(improved | cooling, 0, memory["bad"] + 1)
