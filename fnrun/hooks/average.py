@@ -16,6 +16,29 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
+class _Exponential:
+    decay: float
+    warmup: float | None
+
+    def __call__(self, n: int) -> float:
+        return 1.0 - (self.decay if self.warmup is None else min(self.decay, (1 + n) / (self.warmup + n)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Annealed:
+    decay: float
+    gamma: float
+    every: int
+
+    def __call__(self, n: int) -> float:
+        return max(1.0 - self.decay, self.gamma / (self.gamma + n * self.every))
+
+
+def _mean(n: int) -> float:
+    return 1.0 / (n + 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Average:
     """`average <- average + weight(n) * (value - average)` at the n-th update after the first, which copies."""
 
@@ -72,17 +95,22 @@ def ema(decay: float, *, every: int = 1, warmup: float | None = None, start: int
 
     Parameters keep shape, dtype and device. Raises ValueError for a decay outside [0, 1) and other options out of range.
 
+    >>> from fnrun import Key
+    >>> hook = ema(0.75)
+    >>> state = TrainState({"x": torch.tensor(0.0)}, {}, None, Key(0))
+    >>> state = state.replace(memory={hook.name: hook.init(state)})
+    >>> for step, x in enumerate([1.0, 2.0], start=1):
+    ...     state = hook.after(state.replace(params={"x": torch.tensor(x)}, step=step), {})
+    >>> state.memory["ema"]["params"]["x"]
+    tensor(1.2500)
+
     Source: Polyak and Juditsky 1992; `torch.optim.swa_utils.AveragedModel` with `get_ema_avg_fn(decay)` and `use_buffers`; MMEngine's
     ExponentialMovingAverage, whose momentum is `1 - decay`; the warm-up is that of TensorFlow's `num_updates` and diffusers' `EMAModel`.
     """
     _check_decay("ema", decay)
     if warmup is not None and not warmup >= 1:
         raise ValueError(f"ema: warmup is at least 1, not {warmup!r}")
-
-    def weight(n: int) -> float:
-        return 1.0 - (decay if warmup is None else min(decay, (1 + n) / (warmup + n)))
-
-    return _average("ema", weight, every, start, buffers, name)
+    return _average("ema", _Exponential(decay, warmup), every, start, buffers, name)
 
 
 def annealed_ema(
@@ -97,7 +125,7 @@ def annealed_ema(
     _check_decay("annealed_ema", decay)
     if not gamma > 0:
         raise ValueError(f"annealed_ema: gamma is above 0, not {gamma!r}")
-    return _average("annealed_ema", lambda n: max(1.0 - decay, gamma / (gamma + n * every)), every, start, buffers, name)
+    return _average("annealed_ema", _Annealed(decay, gamma, every), every, start, buffers, name)
 
 
 def swa(start: int = 0, *, every: int = 1, buffers: Buffers = "copy", name: str = "swa") -> Any:
@@ -108,7 +136,7 @@ def swa(start: int = 0, *, every: int = 1, buffers: Buffers = "copy", name: str 
 
     Source: Izmailov et al. 2018, arXiv:1803.05407; `torch.optim.swa_utils.AveragedModel`; MMEngine's StochasticWeightAverage.
     """
-    return _average("swa", lambda n: 1.0 / (n + 1), every, start, buffers, name)
+    return _average("swa", _mean, every, start, buffers, name)
 
 
 def _average(who: str, weight: Callable[[int], float], every: int, start: int, buffers: str, name: str) -> _Average:

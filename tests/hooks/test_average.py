@@ -144,6 +144,13 @@ def test_members_are_averaged_each_on_its_own(name):
         assert tree.equal({key: value[i] for key, value in averages.items()}, alone)
 
 
+def test_an_average_is_a_value():
+    for make in (lambda: hooks.ema(0.9, warmup=3), lambda: hooks.annealed_ema(0.9, gamma=3), lambda: hooks.swa(2)):
+        assert make() == make()
+        assert hash(make()) == hash(make())
+    assert hooks.ema(0.9) != hooks.ema(0.8)
+
+
 def test_options_that_are_none():
     for make in (hooks.ema, hooks.annealed_ema):
         for bad in (-0.1, 1.0, 2.0):
