@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-import functools
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fnrun import tree
+from fnrun.metrics.base import check_same
 from fnrun.metrics.collect import Chunks, collect
+from fnrun.metrics.naming import name_of
 from fnrun.rng import Key
 from fnrun.tree import static, struct
 
@@ -32,6 +31,7 @@ class TorchmetricsState:
     metric: str = static()
 
     def merge(self, other: TorchmetricsState) -> TorchmetricsState:
+        check_same("from_torchmetrics", "metric", self.metric, other.metric)
         states = _find(self.metric).merged(self, other)
         return TorchmetricsState(states, self.updates + other.updates, self.metric)
 
@@ -49,6 +49,7 @@ class TorchmetricsInputs:
     metric: str = static()
 
     def merge(self, other: TorchmetricsInputs) -> TorchmetricsInputs:
+        check_same("from_torchmetrics", "function", self.metric, other.metric)
         return TorchmetricsInputs(self.inputs.merge(other.inputs), self.metric)
 
     def compute(self) -> Any:
@@ -56,21 +57,21 @@ class TorchmetricsInputs:
 
 
 def from_torchmetrics(metric: Any, *, name: str | None = None) -> Callable[..., TorchmetricsState | TorchmetricsInputs]:
-    """A function of the arguments of `metric.update` that makes the fold of one batch. Make it once, beside the model, and call it in a step.
+    """A function of the arguments of `metric.update` that makes the fold of one batch. Make it once, beside the model; call it in a step.
 
-    - `metric` is a `torchmetrics.Metric` or a `MetricCollection`. A copy of it does the work, and starts empty: `metric` stays as it is. The fold
-      holds the states, merged by their own reductions (`dist_reduce_fx`), as torchmetrics does over ranks. Its size is fixed, except where the
-      metric keeps lists ("cat"), or states without a reduction, of which there is then one a batch.
+    - `metric` is a `torchmetrics.Metric` or a `MetricCollection`. A copy of it does the work, and starts empty: `metric` stays as it is.
+      The fold holds the states, merged by their own reductions (`dist_reduce_fx`), as torchmetrics does over ranks. Its size is fixed,
+      except where the metric keeps lists ("cat"), or states without a reduction, of which there is then one a batch.
     - A function, such as those of `torchmetrics.functional`, called with tensors: all inputs are collected, and it is called once with all.
       `functools.partial` gives it options.
 
     A fold in a checkpoint names its metric, by its class and its settings; a process that restores it has to have made the same one. `name`
-    says it where a metric holds what cannot be written down, such as a lambda. The metric computes under a fixed key, so that one that draws
-    random numbers draws the same ones. What it computes comes as a tensor, or a dict of tensors. With `validate_args=True`, their default,
-    most metrics wait for the device at each update.
+    says it where a metric holds what cannot be written down, such as a lambda. The metric computes under a fixed key, so that one that
+    draws random numbers draws the same ones. What it computes comes as a tensor, or a dict of tensors. With `validate_args=True`, their
+    default, most metrics wait for the device at each update.
 
-    Raises ImportError without torchmetrics, TypeError for what is neither a metric nor a function, ValueError for a metric that needs a name,
-    and for one whose value depends on the order of its updates (`Running`, `MinMaxMetric`).
+    Raises ImportError without torchmetrics, TypeError for what is neither a metric nor a function, ValueError for a metric that needs a
+    name, and for one whose value depends on the order of its updates (`Running`, `MinMaxMetric`).
 
     >>> from torchmetrics.classification import MulticlassF1Score
     >>> f1 = from_torchmetrics(MulticlassF1Score(num_classes=3))
@@ -116,14 +117,15 @@ class _Function:
     """A function of all inputs."""
 
     def __init__(self, fn: Callable[..., Any], name: str | None) -> None:
-        self.fn, self.name = fn, name or _named("function", fn)
+        self.fn, self.name = fn, name or name_of("function", fn)
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> TorchmetricsInputs:
         inputs = {str(i): value for i, value in enumerate(args)} | kwargs
         for key, value in inputs.items():
             if not isinstance(value, Tensor):
                 raise TypeError(
-                    f"{self.name}: argument {key} is a {type(value).__name__}: only tensors are collected; give options by functools.partial"
+                    f"{self.name}: argument {key} is a {type(value).__name__}: only tensors are collected, "
+                    "options go into functools.partial"
                 )
         return TorchmetricsInputs(collect(inputs), self.name)
 
@@ -145,7 +147,7 @@ class _Metric:
                 )
             part.sync_on_compute = part.dist_sync_on_step = part._to_sync = False  # folds are merged by those who have them
         metric.reset()
-        self.name = name or _named("metric", metric)
+        self.name = name or name_of("metric", metric)
         self.reductions = {f"{at}{key}": fn for at, part in self.parts.items() for key, fn in part._reductions.items()}
         self.lists = {
             f"{at}{key}" for at, part in self.parts.items() for key, default in part._defaults.items() if isinstance(default, list)
@@ -164,7 +166,7 @@ class _Metric:
                 self.metric.reset()
 
     def _taken(self, key: str, state: Any) -> Any:
-        """A state as a fold holds it: a list as a tuple; what has no reduction as rows, one a batch, in a tuple of a few tensors of them."""
+        """A state as a fold holds it: a list as a tuple; what has no reduction as rows, one a batch, in a few tensors."""
         state = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, state)
         if key in self.lists:
             return tuple(state)
@@ -251,65 +253,3 @@ def _values(found: Any) -> Any:
         return torch.as_tensor(found)
     nested = ({f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value} for key, value in pairs.items())
     return {key: value for part in nested for key, value in part.items()}
-
-
-# --- what a metric is, in words ----------------------------------------------------------------------------------------
-
-
-def _named(what: str, metric: Any) -> str:
-    """A name that says all there is to say of a metric: the same in every process that makes the same one."""
-    try:
-        described = repr(_described(metric, "it"))
-    except _Opaque as error:
-        kind = getattr(metric, "__qualname__", type(metric).__qualname__)
-        raise ValueError(
-            f"from_torchmetrics: {kind}: {error}, which cannot be told from another: give the {what} a name, from_torchmetrics(..., name=...)"
-        ) from None
-    return f"{getattr(metric, '__qualname__', type(metric).__qualname__)} {hashlib.sha256(described.encode()).hexdigest()[:16]}"
-
-
-class _Opaque(Exception):
-    pass
-
-
-def _described(value: Any, where: str) -> Any:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)):
-        return repr(value)
-    if isinstance(value, Tensor):
-        return tree.fingerprint(value)
-    if isinstance(value, (list, tuple)):
-        return type(value).__name__, [_described(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, (set, frozenset)):
-        return type(value).__name__, sorted(repr(_described(item, where)) for item in value)
-    if isinstance(value, Mapping):
-        return type(value).__name__, [(_described(k, where), _described(v, f"{where}[{k!r}]")) for k, v in value.items()]
-    if isinstance(value, functools.partial):
-        return "partial", *(_described(part, where) for part in (value.func, value.args, value.keywords))
-    if isinstance(value, nn.Module):
-        return tree.class_name(type(value)), *_described_module(value, where)
-    qualname = getattr(value, "__qualname__", "<")
-    if (isinstance(value, type) or callable(value)) and "<" not in qualname and getattr(value, "__self__", None) is None:
-        return f"{value.__module__}:{qualname}"
-    raise _Opaque(f"{where} is {value!r}")
-
-
-def _described_module(module: nn.Module, where: str) -> Iterator[Any]:
-    """A metric by its settings; another module by its tensors and by how it shows itself."""
-    if isinstance(module, (_torchmetrics().Metric, _torchmetrics().MetricCollection)):
-        passing = _bookkeeping() | {*getattr(module, "_defaults", ())}
-        yield [(key, _described(value, f"its {key}")) for key, value in sorted(vars(module).items()) if key not in passing]
-        yield [(key, _described(value, f"its {key}")) for key, value in (*module._buffers.items(), *module._modules.items())]
-    else:
-        yield repr(module)
-        yield tree.fingerprint({key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)})
-
-
-@functools.cache
-def _bookkeeping() -> frozenset[str]:
-    """What every metric has, whatever it measures, except its states' kinds."""
-
-    class Bare(_torchmetrics().Metric):
-        def update(self) -> None: ...
-        def compute(self) -> None: ...
-
-    return frozenset({*vars(Bare()), *vars(_torchmetrics().MetricCollection([]))} - {"_reductions", "_defaults", "prefix", "postfix"})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import averaged, check_choice, check_labels, check_scores, wide
+from fnrun.metrics.base import averaged, check_choice, check_labels, check_same, check_scores, wide
 from fnrun.metrics.bins import Bins
 from fnrun.metrics.collect import Chunks, collect
 from fnrun.tree import static, struct
@@ -27,6 +27,7 @@ class AUROC:
     average: str | None = static()
 
     def merge(self, other: AUROC) -> AUROC:
+        check_same("auroc", "average", self.average, other.average)
         return AUROC(self.positives + other.positives, self.negatives + other.negatives, self.average)
 
     def compute(self) -> Tensor:
@@ -55,6 +56,7 @@ class ExactAUROC:
     average: str | None = static()
 
     def merge(self, other: ExactAUROC) -> ExactAUROC:
+        check_same("auroc", "average", self.average, other.average)
         return ExactAUROC(self.seen.merge(other.seen), self.average)
 
     def compute(self) -> Tensor:
@@ -62,7 +64,7 @@ class ExactAUROC:
         rows = self.seen.compute()
         scores, positive, valid = _against_the_rest(rows["score"], rows["label"])
         positives, negatives = wide((positive & valid).sum(-1)), wide((~positive & valid).sum(-1))
-        place = torch.where(valid, scores, torch.inf)  # the rows that do not count stand behind all others
+        place = torch.where(valid, scores, torch.inf)  # a NaN that does not count would lead the search astray
         place, order = place.sort(-1)
         negative = wide((~positive & valid).gather(-1, order).long())
         before = torch.nn.functional.pad(negative.cumsum(-1), (1, 0))
@@ -83,9 +85,10 @@ def _over_classes(areas: Tensor, positives: Tensor, negatives: Tensor, average: 
 def auroc(scores: Tensor, labels: Tensor, *, average: str | None = "macro", exact: bool = False) -> AUROC | ExactAUROC:
     """The probability that a positive scores higher than a negative (ties count half): the area under the ROC curve.
 
-    - Two classes: `scores` are floats of the shape of `labels`, higher for label 1 than for label 0 (or booleans). Only their order matters.
-    - More classes, each against the rest: `scores` are logits `[N, C, ...]`, ordered by the log odds of the class, so that the value is that
-      of their softmax (give the log of probabilities). `average="macro"` is the mean over the classes that have both positives and
+    - Two classes: `scores` are floats of the shape of `labels`, higher for label 1 than for label 0 (or booleans). Only their order
+    matters.
+    - More classes, each against the rest: `scores` are logits `[N, C, ...]`, ordered by the log odds of the class, so that the value is
+      that of their softmax (give the log of probabilities). `average="macro"` is the mean over the classes that have both positives and
       negatives, `"weighted"` weights them by their labels, None gives all `[C]`, NaN for the others.
 
     By default scores are counted in bins, 41 kB a class, each 1/64 of an octave wide between magnitudes of 2^-10 and 2^10: the value is

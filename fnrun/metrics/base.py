@@ -70,3 +70,9 @@ def check_choice(what: str, name: str, value: object, choices: tuple[object, ...
     """Raise ValueError unless `value` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{what}: {name} is one of {', '.join(repr(choice) for choice in choices)}, not {value!r}")
+
+
+def check_same(what: str, name: str, ours: object, theirs: object) -> None:
+    """Raise ValueError unless two folds that are to be merged were made alike."""
+    if ours != theirs:
+        raise ValueError(f"{what}: a fold with {name} {ours!r} does not merge with one with {theirs!r}: both are made in the same way")

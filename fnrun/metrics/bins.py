@@ -14,9 +14,9 @@ from fnrun.metrics.base import wide
 class Bins:
     """Bins over all floats, in their order, the last one for NaN.
 
-    Each octave `[2^e, 2^(e+1))` from `2^low` to `2^high`, of either sign, is cut into `per_octave` equal bins, so that the two ends of a bin
-    differ by at most a share `1 / per_octave`. Smaller magnitudes are one bin, larger ones one on either side. This is DDSketch (Masson,
-    Rim and Lee, VLDB 2019) with its logarithm interpolated linearly: a value's bin is read off its bits, the same on every device.
+    Each octave `[2^e, 2^(e+1))` from `2^low` to `2^high`, of either sign, is cut into `per_octave` equal bins, so that the two ends of a
+    bin differ by at most a share `1 / per_octave`. Smaller magnitudes are one bin, larger ones one on either side. This is DDSketch
+    (Masson, Rim and Lee, VLDB 2019) with its logarithm interpolated linearly: a value's bin is read off its bits, the same on every device.
     """
 
     low: int

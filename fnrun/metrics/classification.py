@@ -1,4 +1,4 @@
-"""Right and wrong classes, counted: accuracy, confusion, precision, recall and F1. All are exact, whatever the parts they are merged from."""
+"""Right and wrong classes, counted: accuracy, confusion, precision, recall and F1. All are exact, however they were merged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import averaged, check_choice, check_labels, check_scores, wide
+from fnrun.metrics.base import averaged, check_choice, check_labels, check_same, check_scores, wide
 from fnrun.metrics.basic import Mean
 from fnrun.tree import static, struct
 
@@ -47,6 +47,7 @@ class TopK:
     ks: tuple[int, ...] = static()
 
     def merge(self, other: TopK) -> TopK:
+        check_same("top_k", "ks", self.ks, other.ks)
         return TopK(self.hits + other.hits, self.counted + other.counted, self.ks)
 
     def compute(self) -> dict[str, Tensor]:
@@ -162,6 +163,12 @@ class ClassCounts:
     average: str | None = static()
 
     def merge(self, other: ClassCounts) -> ClassCounts:
+        check_same(
+            " and ".join(self.measures),
+            "settings",
+            (self.measures, self.average, self.hits.shape),
+            (other.measures, other.average, other.hits.shape),
+        )
         hits, predicted, labelled = self.hits + other.hits, self.predicted + other.predicted, self.labelled + other.labelled
         return ClassCounts(hits, predicted, labelled, self.measures, self.average)
 
@@ -241,7 +248,8 @@ def precision(
 
     - `average="macro"`: the mean over the classes that were seen, as label or as prediction. `"weighted"`: weighted by their labels.
     - `"micro"`: all classes counted together. `None`: a tensor `[classes]`, NaN for a class that was not seen.
-    - `"binary"`: of class 1 alone; `predictions` are then one float a label, positive above `threshold` (for logits give 0.0), or 0s and 1s.
+    - `"binary"`: of class 1 alone; `predictions` are then one float a label, positive above `threshold` (for logits give 0.0), or 0s and
+    1s.
 
     A class of which nothing was predicted has a precision of 0. Without any example the value is NaN. Raises ValueError for other shapes
     and types, and for an unknown `average`.

@@ -29,8 +29,8 @@ def perplexity(logits: Tensor, labels: Tensor) -> Perplexity:
     """The exponential of the mean cross entropy over all tokens of all batches: not the mean of the batches' perplexities.
 
     `logits` are float scores `[N, C, ...]`, the classes second as in `cross_entropy` (of logits `[batch, time, vocabulary]` give
-    `logits.transpose(1, 2)`); `labels` are ints of that shape without `C`. A label below 0 (such as -100) leaves its token out; one beyond the
-    classes is impossible, and makes the value infinite. NaN without any token. Raises ValueError for other shapes and types.
+    `logits.transpose(1, 2)`); `labels` are ints of that shape without `C`. A label below 0 (such as -100) leaves its token out; one beyond
+    the classes is impossible, and makes the value infinite. NaN without any token. Raises ValueError for other shapes and types.
 
     >>> perplexity(torch.zeros(2, 5), torch.tensor([0, 3])).compute()
     tensor(5.0000, dtype=torch.float64)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import wide
+from fnrun.metrics.base import check_same, wide
 from fnrun.metrics.bins import Bins
 from fnrun.tree import static, struct
 
@@ -27,6 +27,7 @@ class Quantiles:
     q: float | tuple[float, ...] = static()
 
     def merge(self, other: Quantiles) -> Quantiles:
+        check_same("quantiles", "q", self.q, other.q)
         low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         return Quantiles(self.counts + other.counts, low, high, self.q)
 

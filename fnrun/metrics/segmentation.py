@@ -11,8 +11,8 @@ def iou(predictions: Tensor, labels: Tensor, classes: int | None = None, *, igno
     """The intersection over union of each class over all pixels of all examples (Jaccard index): hits / (predicted + labelled - hits).
 
     `predictions` are float scores `[N, C, ...]`, of which the highest predicts, or class numbers of the shape of `labels`, with `classes`.
-    A pixel whose label is `ignore_index`, or outside of the classes (as 255), is left out. The value is a tensor `[classes]`, NaN for a class
-    that neither a label nor a prediction has shown. Exact; three counts a class. Raises ValueError for other shapes and types.
+    A pixel whose label is `ignore_index`, or outside of the classes (as 255), is left out. The value is a tensor `[classes]`, NaN for a
+    class that neither a label nor a prediction has shown. Exact; three counts a class. Raises ValueError for other shapes and types.
 
     >>> import torch
     >>> iou(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 1, 0, 255]]), classes=3).compute()

@@ -188,7 +188,7 @@ def test_functions_are_called_once_with_all():
     assert spearman.name != f1.name
     state = fnrun.TrainState.create(nn.Linear(1, 1))
     assert tree.equal(testing.through_a_checkpoint(state.replace(memory={"fold": fold}), state).memory["fold"], fold)
-    with pytest.raises(TypeError, match=r"argument task is a str: only tensors are collected; give options by functools.partial"):
+    with pytest.raises(TypeError, match=r"argument task is a str: only tensors are collected, options go into functools.partial"):
         metrics.from_torchmetrics(functional.f1_score)(*classes(0), task="multiclass")
 
 

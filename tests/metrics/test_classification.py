@@ -180,7 +180,12 @@ def test_three_at_once_are_each_alone():
 
 def test_narrow_labels_meet_more_classes_than_they_can_count():
     scores, labels = torch.randn(30, 300, generator=generator(0)), torch.randint(0, 256, (30,), generator=generator(1))
-    for build in (lambda y: metrics.accuracy(scores, y, k=9), lambda y: metrics.top_k(scores, y), lambda y: metrics.f1(scores, y)):
+    for build in (
+        lambda y: metrics.accuracy(scores, y, k=9),
+        lambda y: metrics.top_k(scores, y),
+        lambda y: metrics.f1(scores, y),
+        lambda y: metrics.auroc(scores, y),
+    ):
         agree(build(labels.to(torch.uint8)).compute(), build(labels).compute())
 
 

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torchmetrics
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.func import vmap  # pyright: ignore[reportPrivateImportUsage]
@@ -107,6 +108,27 @@ def test_nothing_waits_for_a_device(name):
     rows = [tensor.to("meta") for tensor in scored(0, 8)]
     fold = build(*rows).merge(build(*rows))
     assert all(leaf.device.type == "meta" for leaf in tree.leaves(fold.compute()))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda s, y: metrics.top_k(s, y, (1, 2)), lambda s, y: metrics.top_k(s, y, (1, 3))),
+        (lambda s, y: metrics.f1(s, y), lambda s, y: metrics.f1(s[:, :3], y)),
+        (lambda s, y: metrics.f1(s, y), lambda s, y: metrics.precision(s, y)),
+        (lambda s, y: metrics.f1(s, y), lambda s, y: metrics.f1(s, y, average="micro")),
+        (metrics.auroc, lambda s, y: metrics.auroc(s[:, 0], y == 1)),
+        (lambda s, y: metrics.auroc(s, y, exact=True), lambda s, y: metrics.auroc(s, y, average=None, exact=True)),
+        (lambda s, y: metrics.quantiles(s, 0.5), lambda s, y: metrics.quantiles(s, 0.9)),
+        (metrics.from_torchmetrics(torchmetrics.MeanSquaredError()), metrics.from_torchmetrics(torchmetrics.MeanAbsoluteError())),
+    ],
+)
+def test_folds_of_other_settings_do_not_merge(one, other):
+    rows = scored(0, 8)
+    if hasattr(one, "metric"):
+        rows = (rows[1].float(), rows[1].float())
+    with pytest.raises(ValueError, match="does not merge with one with"):
+        one(*rows).merge(other(*rows))
 
 
 def test_every_fold_of_the_package_is_tried_here():
