@@ -131,7 +131,7 @@ def serve(module: str, name: str) -> None:
 class _Worker:
     def __init__(self, module: str, name: str, scratch: str) -> None:
         self.name, self.ready = name, False
-        self.log = Path(scratch, f"{len(os.listdir(scratch))}.log").open("w+")
+        self.log = Path(scratch, f"{len(os.listdir(scratch))}.log").open("w+")  # noqa: SIM115  (until `end`)
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import sys; from benchmarks.measure import serve; serve(*sys.argv[1:])", module, name],
             stdin=subprocess.PIPE,

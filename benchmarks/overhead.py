@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def main() -> None:
                         spread([(y - x) * 1e6 for x, y in zip(times[a], times[b], strict=True)], 1),
                         spread(ratios(times[b], times[a])),
                     ]
-                    for a, b in zip(around, around[1:], strict=False)
+                    for a, b in itertools.pairwise(around)
                 ],
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -60,10 +61,10 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-def transformer(batches: int = 4) -> Problem:
+def transformer(size: int, batches: int = 4) -> Problem:
     torch.manual_seed(0)
-    text = torch.randint(0, 256, (8 * batches, 129))
-    return Problem(Transformer(), cut(text[:, :-1], text[:, 1:], 8))
+    text = torch.randint(0, 256, (size * batches, 129))
+    return Problem(Transformer(), cut(text[:, :-1], text[:, 1:], size))
 
 
 def cnn(batches: int = 16) -> Problem:
@@ -72,7 +73,7 @@ def cnn(batches: int = 16) -> Problem:
     widths = [3, 32, 64, 128]
     layers = [
         layer
-        for before, after in zip(widths, widths[1:], strict=False)
+        for before, after in pairwise(widths)
         for layer in (nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2))
     ]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))

@@ -29,7 +29,7 @@ def whole(turns: Turns, problem: Problem, validation: int, epochs: int, log_ever
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **adamw)
     x, y = (torch.cat(column) for column in zip(*problem.batches, strict=True))
     held_out, step = problem.batches[:validation], 0
-    log = Path("log.jsonl").open("a")  # noqa: SIM115: it lives as long as the process
+    log = Path("log.jsonl").open("a")  # noqa: SIM115  (it lives as long as the process)
     while True:
         with turns.turn(epochs * len(problem.batches)):
             for _ in range(epochs):

@@ -1,0 +1,179 @@
+"""Time and peak memory of a step where the arithmetic is what takes long: a transformer of 4.9M parameters, a small CNN with batch norm.
+
+One thread, float32, AdamW. fnrun's rows are whole loops over the same batches as the bare loop's. The transformer reads texts of 128 bytes:
+with 8 of them a step, activations are most of the memory, and every way peaks at the end of the forward pass; with one, parameters and
+moments are, and the peak is in the update. The CNN sees 32 images of 3x32x32.
+
+Memory is that of everything in a run (module, state, gradients, activations), in two measures, each of a fresh process that trains a few
+steps: the peak of what torch's allocator had handed out (exact, the same each time), and the peak of the resident set over what it was before
+the model was built (which the compiler is part of; median of 3). `donated` is as documented: the module is emptied once
+the state is made, `model.to("meta")`, and the state is handed over, `fit(state.donate(), data)`.
+
+    python -m benchmarks.models [--rounds 7] [--only transformer ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fnrun
+from benchmarks.measure import ROUNDS, Turns, compared, table, take_turns
+from benchmarks.problems import Problem, cnn, loss_fn, transformer
+from fnrun import optim
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "transformer, 8 texts a step": functools.partial(transformer, 8),
+    "transformer, 1 text a step": functools.partial(transformer, 1),
+    "CNN": cnn,
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "bare, default AdamW": {},
+    "bare, foreach AdamW": {"foreach": True},
+    "bare, fused AdamW": {"fused": True},
+    "fnrun": {},
+    "fnrun, donated": {"donate": True},
+    "fnrun, compiled": {"compile": True},
+    "fnrun, compiled, donated": {"compile": True, "donate": True},
+}
+#: The smallest block that glibc maps by itself and gives back at once; fixed, because otherwise it grows with what was freed before.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def bare(problem: Problem, **adamw: Any) -> Iterator[None]:
+    """Train; one pass over the batches each time that it is asked."""
+    optimizer = torch.optim.AdamW(problem.model.parameters(), lr=1e-3, **adamw)
+    while True:
+        for batch in problem.batches:
+            optimizer.zero_grad()
+            loss_fn(problem.model, batch).backward()
+            optimizer.step()
+        yield
+
+
+def ours(problem: Problem, donate: bool = False, **options: Any) -> Iterator[None]:
+    optimizer = optim.adamw(1e-3)
+    train_step = fnrun.make_train_step(problem.model, loss_fn, optimizer, **options)
+    fit = fnrun.epoch_loop(train_step, **({"donate": True} if donate else {}))
+    state = fnrun.TrainState.create(problem.model, optimizer)
+    batches = list(problem.batches)
+    if donate:
+        problem.model.to("meta")
+    while True:
+        state, _ = fit(state.donate() if donate else state, batches)
+        yield
+
+
+def training(name: str) -> tuple[int, Iterator[None]]:
+    """The batches in a pass, and a training that goes one pass at a time."""
+    torch.set_num_threads(1)
+    kind, way = name.split(": ")
+    problem = PROBLEMS[kind]()
+    return len(problem.batches), (bare if way.startswith("bare") else ours)(problem, **WAYS[way])
+
+
+def side(name: str) -> tuple[Any, Any]:
+    steps, passes = training(name)
+    return functools.partial(_in_turn, passes, steps), []
+
+
+def _in_turn(passes: Iterator[None], steps: int, turns: Turns) -> None:
+    while True:
+        with turns.turn(steps):
+            next(passes)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------
+
+
+def resident_peak(name: str) -> float:
+    """The bytes that the resident set of this process had at its highest in two passes, over those before the model was built."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
+    before = _high_water()
+    _, passes = training(name)
+    for _ in range(2):
+        next(passes)
+    return _high_water() - before
+
+
+def _high_water() -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return float(line.split()[1]) * 1024
+
+
+def allocated_peak(name: str) -> float:
+    """The most bytes of tensors that were alive at once in the second of two passes. The first compiles, and makes what is made once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        _, passes = training(name)
+        next(passes)
+        with torch.profiler.record_function("measured"):
+            next(passes)
+    events: Any = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    (begin,) = [event.start_ns() for event in events if event.name() == "measured"]
+    alive, peak = 0, 0
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        if event.start_ns() >= begin:
+            peak = max(peak, alive)
+    return peak
+
+
+def memory(name: str, measure: str) -> float:
+    """What `measure` says in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.models", "--memory", measure, name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # the profiler says that it starts and stops
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **MALLOC},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memories(names: list[str]) -> str:
+    rows = {
+        name: (memory(name, "allocated_peak"), statistics.median(memory(name, "resident_peak") for _ in range(3)))
+        for name in names
+    }  # fmt: skip
+    base = rows[names[0]]
+    cells = [
+        [name.split(": ")[1], *(cell for value, reference in zip(row, base, strict=True) for cell in (f"{value / 2**20:.1f}", f"{value / reference:.2f}"))]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    return table(["", "MiB of tensors", "/ default", "MiB resident", "/ default"], cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PREFIX")
+    parser.add_argument("--memory", nargs=2, metavar=("MEASURE", "SIDE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        measure, name = options.memory
+        print(json.dumps(globals()[measure](name)))
+        return
+    print(f"{options.rounds} rounds, one thread")
+    for kind in [kind for kind in PROBLEMS if kind.startswith(tuple(options.only))]:
+        times = take_turns("benchmarks.models", [f"{kind}: {way}" for way in WAYS], options.rounds)
+        print(f"\n### {kind}, time\n")
+        short = {name.split(": ")[1]: values for name, values in times.items()}
+        print(compared(short, ["bare, default AdamW", "bare, fused AdamW"], "ms a step", 1e3))
+        print(f"\n### {kind}, peak memory\n")
+        print(memories(list(times)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
