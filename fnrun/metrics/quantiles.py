@@ -33,12 +33,11 @@ class Quantiles:
 
     def compute(self) -> Tensor | dict[str, Tensor]:
         below = self.counts[..., :-1].cumsum(-1)
-        known = (below[..., -1] > 0) & (self.counts[..., -1] == 0)
 
         def quantile(q: float) -> Tensor:
             rank = (wide(below[..., -1:] - 1) * q).floor()
-            value = BINS.middle((below <= rank).sum(-1)).clamp(self.low, self.high)
-            return torch.where(known, value, torch.nan)
+            value = BINS.middle((below <= rank).sum(-1)).clamp(self.low, self.high)  # NaN where one was seen, for they are NaN then
+            return torch.where(below[..., -1] > 0, value, torch.nan)
 
         return {f"p{100 * q:g}": quantile(q) for q in self.q} if isinstance(self.q, tuple) else quantile(self.q)
 
