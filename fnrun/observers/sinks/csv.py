@@ -14,6 +14,8 @@ from fnrun.observers.sinks.base import Record, Sink
 from fnrun.observers.sinks.lines import naming, order_of, place, plain
 from fnrun.state import LoopState
 
+PLACE = ("ticks", "at", "step", "epoch")
+
 
 class _Csv:
     def __init__(self, path: Path) -> None:
@@ -25,7 +27,10 @@ class _Csv:
         if self._file is None:
             with naming(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._rewrite(self._rows(state.position.order))
+                rows = self._rows(state.position.order)
+                # A column that only lines had that were cut comes again where it belongs.
+                used = {name for row in rows for name, value in row.items() if value != "" or name in PLACE}
+                self._rewrite(rows, [name for name in rows[0] if name in used] if rows else [])
 
     def _rows(self, order: tuple[int, ...] | None = None) -> list[dict[str, str]]:
         """The rows up to `order`: later ones, and one that was being written when the power went, come again."""
@@ -43,12 +48,11 @@ class _Csv:
                 rows.append(row)
         return rows
 
-    def _rewrite(self, rows: list[dict[str, str]], more: list[str] | None = None) -> None:
-        """The file anew, whole or not at all, with the columns in which something stands, and `more`."""
+    def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
+        """The file anew, whole or not at all."""
         if self._file is not None:
             self._file.close()
-        used = {name: None for row in rows for name, value in row.items() if value != ""}
-        self._columns = [*([name for name in rows[0] if name in used] if rows else []), *(more or [])]
+        self._columns = columns
         new = self.path.with_name(f".{self.path.name}.new")
         with new.open("w", newline="", encoding="utf-8") as file:
             if self._columns:
@@ -67,7 +71,7 @@ class _Csv:
         row.update((f"clock/{name}", value) for name, value in record.clock.items())
         with naming(self.path):
             if fresh := [name for name in row if name not in self._columns]:
-                self._rewrite(self._rows(), fresh)
+                self._rewrite(self._rows(), [*self._columns, *fresh])
             table.DictWriter(self._file, self._columns, lineterminator="\n").writerow(row)
             self._file.flush()
 

@@ -124,6 +124,6 @@ def tensorboard(directory: str | Path) -> Sink:
     """TensorBoard's event files, over `state.step`: numbers, images, histograms and texts. Needs the extra `tensorboard`.
 
     One file for each time that the run was started. When a run is resumed, events that are later than its state are cut off, for they will be
-    written again, and a TensorBoard that is looking on is told. Other event files in the directory are left alone.
+    written again, and a TensorBoard that is looking on is told: the directory is for this run alone.
     """
     return _TensorBoard(Path(directory))

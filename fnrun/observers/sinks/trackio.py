@@ -36,7 +36,8 @@ class _TrackioRun:
         for name, value in media(record).items():
             match value:
                 case Image():
-                    row[name] = trackio.Image(value.pixels())
+                    pixels = value.pixels()
+                    row[name] = trackio.Image(pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels)
                 case Text():
                     row[name] = trackio.Markdown(value.text)
                 case Histogram():
