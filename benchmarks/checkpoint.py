@@ -1,18 +1,20 @@
-"""How long training is held, a save and a restore take, beside torch.save and others: `python -m benchmarks.checkpoint [ROUNDS]`.
+"""How long training is held, a save and a restore take, beside torch.save and others.
 
-Two states: 300 leaves of 397 MB in all, and 3,000 leaves of 1 kB. Every way writes the same tensors and fsyncs what it wrote. The ways take
-turns within a round, so that a slow minute of the machine hits all of them; what is printed is the median of the rounds, and its ratio to
-`torch.save`. "held" is how long the caller waits before it may go on.
+Two states: 300 leaves of 397 MB in all, and 3,000 leaves of 1 kB. Every way writes the same tensors and fsyncs what it wrote. `held` is how
+long the caller waits before it may go on; ratios are to torch.save.
+
+    python -m benchmarks.checkpoint [--rounds 7]
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.measure import alternate, ratios, spread, table
 from fnrun.checkpoint import Checkpoints
 from fnrun.checkpoint.store import sync
 from fnrun.state import TrainState
@@ -114,34 +117,38 @@ WAYS: dict[str, Callable[[dict[str, torch.Tensor], Path], Times]] = {
 
 
 def measure(leaves: dict[str, torch.Tensor], rounds: int) -> dict[str, list[Times]]:
-    times: dict[str, list[Times]] = {way: [] for way in WAYS}
-    for number in range(rounds + 1):
-        for name, way in WAYS.items():
-            folder = Path(tempfile.mkdtemp(dir=os.environ.get("BENCHMARK_DIR")))
+    def once(way: Callable[[dict[str, torch.Tensor], Path], Times]) -> Times:
+        folder = Path(tempfile.mkdtemp(dir=os.environ.get("BENCHMARK_DIR")))
+        try:
             with contextlib.redirect_stdout(None):
-                took = way(leaves, folder)
+                return way(leaves, folder)
+        finally:
             shutil.rmtree(folder)
-            if number:  # the first round imports and warms up
-                times[name].append(took)
-    return times
+
+    return alternate({name: functools.partial(once, way) for name, way in WAYS.items()}, rounds)
 
 
-def show(title: str, times: dict[str, list[Times]]) -> None:
-    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in times.items()}
-    base = medians["torch.save + fsync"]
-    print(f"\n{title}\n{'':20}{'held':>16}{'saved':>18}{'restored':>18}")
-    for name, median in medians.items():
-        cells = [f"{1000 * value:8.1f} ms {value / reference:5.2f}x" for value, reference in zip(median, base, strict=True)]
-        print(f"{name:20}" + "  ".join(cells))
+def compared(times: dict[str, list[Times]]) -> str:
+    columns = {name: list(zip(*rows, strict=True)) for name, rows in times.items()}
+    base = columns["torch.save + fsync"]
+    head = [cell for what in ("held", "saved", "restored") for cell in (f"ms {what}", "/ torch.save")]
+    rows = [
+        [name, *(cell for ours, plain in zip(three, base, strict=True) for cell in (f"{statistics.median(ours) * 1e3:.1f}", spread(ratios(ours, plain))))]
+        for name, three in columns.items()
+    ]  # fmt: skip
+    return table(["", *head], rows)
 
 
 def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
+    print(f"{options.rounds} rounds, {torch.get_num_threads()} threads")
     for title, leaves in (("300 leaves, 397 MB", large()), ("3,000 leaves of 1 kB", small())):
-        show(f"{title} (median of {rounds} rounds, {torch.get_num_threads()} threads)", measure(leaves, rounds))
+        print(f"\n### {title}\n\n{compared(measure(leaves, options.rounds))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset
 
 ROUNDS = 9
 PATIENCE = 120  # seconds, for a turn
 Times = dict[str, list[float]]
+T = TypeVar("T")
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------
@@ -71,9 +72,9 @@ def compared(times: Times, references: Sequence[str], unit: str, scale: float = 
 # --- in one process ----------------------------------------------------------------------------------------------------
 
 
-def alternate(sides: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> Times:
+def alternate(sides: Mapping[str, Callable[[], T]], rounds: int = ROUNDS) -> dict[str, list[T]]:
     """What each side says that it took, round by round. A first round warms up and is not kept."""
-    times: Times = {name: [] for name in sides}
+    times: dict[str, list[T]] = {name: [] for name in sides}
     order = list(sides)
     for number in range(rounds + 1):
         random.shuffle(order)
@@ -110,7 +111,8 @@ class Turns(IterableDataset[Any]):
     def turn(self, steps: int) -> Iterator[None]:
         self._wait()
         begin = time.perf_counter()
-        yield
+        with contextlib.suppress(GeneratorExit):  # a framework that counts batches does not ask for the end of a pass
+            yield
         self._answer((time.perf_counter() - begin) / steps)
 
 
@@ -168,7 +170,9 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.log.close()
+        for pipe in (self.process.stdin, self.process.stdout, self.log):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def take_turns(module: str, names: Sequence[str], rounds: int = ROUNDS, warm: int = 2) -> Times:

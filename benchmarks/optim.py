@@ -1,24 +1,22 @@
 """What one update costs beside torch.optim: 4, 60 and 600 leaves, default, foreach and fused, side by side in one process.
 
+One thread, leaves of 32x32 float32. In each round every way runs for about 20 ms.
+`pure` writes into nothing that came in; `donated` may overwrite what it was given, as torch does.
+
     python -m benchmarks.optim                     every optimizer
     python -m benchmarks.optim adamw nadam --rounds 11
-
-One thread. In each round every way runs once, in an order that is drawn anew, for about 20 ms; a figure is the median over the rounds of
-the time of an update, a ratio the median of the ratios within a round, with the quartiles after it: the machine's moods cancel.
-`pure` writes into nothing that came in; `donated` may overwrite what it was given, as torch does.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from benchmarks.measure import ROUNDS, Times, alternate, ratios, seconds, spread, table
 from fnrun import Key, TrainState, optim
 from fnrun.donation import Lease
 
@@ -83,54 +81,35 @@ def ways(name: str, n: int, side: int) -> dict[str, Callable[[], None]]:
     return {**peers, **own}
 
 
-def measure(calls: dict[str, Callable[[], None]], rounds: int, budget: float) -> dict[str, list[float]]:
-    repeats = {}
+def measure(calls: dict[str, Callable[[], None]], rounds: int, budget: float) -> Times:
+    """Microseconds an update, round by round."""
+    sides: dict[str, Callable[[], float]] = {}
     for way, call in calls.items():
         call()
-        begin = time.perf_counter()
-        call()
-        repeats[way] = max(1, round(budget / (time.perf_counter() - begin)))
-    times: dict[str, list[float]] = {way: [] for way in calls}
-    order = list(calls)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for way in order:
-            begin = time.perf_counter()
-            for _ in range(repeats[way]):
-                calls[way]()
-            times[way].append((time.perf_counter() - begin) / repeats[way] * 1e6)
-    return times
-
-
-def spread(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+        repeats = max(1, round(budget / seconds(call)))
+        sides[way] = lambda call=call, repeats=repeats: seconds(lambda: [call() for _ in range(repeats)]) / repeats * 1e6
+    return alternate(sides, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The cost of an update beside torch.optim.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--leaves", type=int, nargs="+", default=[4, 60, 600])
     parser.add_argument("--side", type=int, default=32, help="leaves are matrices of this many rows and columns")
     parser.add_argument("--budget", type=float, default=0.02, help="seconds for a way in a round")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread, leaves {options.side}x{options.side} float32, {options.rounds} rounds")
-    print("| optimizer | leaves | us: default | foreach | fused | pure | donated | pure/foreach | pure/fused | donated/fused |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    ways_, pairs = ("default", "foreach", "fused", "pure", "donated"), [("pure", "foreach"), ("pure", "fused"), ("donated", "fused")]
+    rows = []
     for name in options.names or CASES:
         for n in options.leaves:
             times = measure(ways(name, n, options.side), options.rounds, options.budget)
-            micros = [
-                f"{statistics.median(times[way]):.0f}" if way in times else "" for way in ("default", "foreach", "fused", "pure", "donated")
-            ]
-            pairs = [("pure", "foreach"), ("pure", "fused"), ("donated", "fused")]
-            ratios = [
-                spread([a / b for a, b in zip(times[ours_], times[peer], strict=True)]) if {ours_, peer} <= set(times) else ""
-                for ours_, peer in pairs
-            ]
-            print(f"| {name} | {n} | {' | '.join(micros + ratios)} |", flush=True)
+            micros = [f"{statistics.median(times[way]):.0f}" if way in times else "" for way in ways_]
+            shares = [spread(ratios(times[own], times[peer])) if {own, peer} <= set(times) else "" for own, peer in pairs]
+            rows.append([name, str(n), *micros, *shares])
+    print(f"{options.rounds} rounds, one thread, microseconds an update\n")
+    print(table(["optimizer", "leaves", *ways_, *(f"{own} / {peer}" for own, peer in pairs)], rows))
 
 
 if __name__ == "__main__":
