@@ -178,6 +178,30 @@ def test_sizes_are_fixed_where_the_metric_reduces():
     assert len(tree.leaves(fold.states)) < 8 * 8  # a hundred batches, in a few tensors
 
 
+def test_members_of_a_collection_that_begin_alike_stay_apart():
+    """torchmetrics takes two that have equal states after the first batch for one."""
+    members = {"all": classification.MulticlassAccuracy(3), "some": classification.MulticlassAccuracy(3, ignore_index=0)}
+    adapted = metrics.from_torchmetrics(torchmetrics.MetricCollection(members))
+    batches = [(torch.tensor([1, 2]), torch.tensor([1, 2])), (torch.tensor([1, 1]), torch.tensor([0, 1]))]
+    found = adapted(*batches[0]).merge(adapted(*batches[1])).compute()
+    for name, member in members.items():
+        for batch in batches:
+            member.update(*batch)
+        agree(found[name], member.compute())
+
+
+def test_folds_are_merged_by_those_who_have_them():
+    """A metric does not gather over ranks by itself when a fold is computed."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError
+
+    own = torchmetrics.MeanSquaredError(distributed_available_fn=lambda: True, dist_sync_fn=refuse, dist_sync_on_step=True)
+    assert float(metrics.from_torchmetrics(own)(torch.ones(2), torch.zeros(2)).compute()) == 1
+    with pytest.raises(AssertionError):
+        own(torch.ones(2), torch.zeros(2))
+
+
 def test_functions_are_called_once_with_all():
     spearman = metrics.from_torchmetrics(functional.spearman_corrcoef)
     f1 = metrics.from_torchmetrics(functools.partial(functional.f1_score, task="multiclass", num_classes=4))

@@ -178,6 +178,13 @@ def test_three_at_once_are_each_alone():
         agree(found[name], ours(scores, labels, average="weighted").compute())
 
 
+def test_a_label_beyond_the_classes_is_never_hit():
+    for k in (1, 2, 3):
+        folded = metrics.accuracy(torch.eye(3), torch.tensor([0, 1, 7]), k=k)
+        assert float(folded.compute()) == pytest.approx(2 / 3)
+        assert float(metrics.top_k(torch.eye(3), torch.tensor([0, 1, 7]), ks=(k,)).compute()[f"top{k}"]) == pytest.approx(2 / 3)
+
+
 def test_narrow_labels_meet_more_classes_than_they_can_count():
     scores, labels = torch.randn(30, 300, generator=generator(0)), torch.randint(0, 256, (30,), generator=generator(1))
     for build in (
