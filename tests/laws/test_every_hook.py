@@ -15,7 +15,7 @@ from fnrun.testing import assert_observers_do_not_matter, assert_resumable, asse
 class Training:
     """Up to 6 epochs of 5 steps, with dropout, batch norm, shuffling, losses that explode now and then, and validation of three averages."""
 
-    def __init__(self, sinks=()):
+    def __init__(self, *, seed=3, look=1, donate=False):
         with fnrun.Key(0).scope():
             model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2))
             x = torch.randn(18, 2)
@@ -36,7 +36,7 @@ class Training:
             )
 
         per_step = [
-            hooks.rollback("loss", when=lambda value, good: value > 5 * good, max_retries=9, lr_factor=0.9),
+            hooks.every(look, hooks.rollback("loss", when=lambda value, good: value > 5 * good, max_retries=9, lr_factor=0.9)),
             hooks.compose(hooks.ema(0.8, warmup=2, start=3, buffers="average"), hooks.annealed_ema(0.9, gamma=3, every=2)),
             hooks.every(4, hooks.ema(0.5, name="slow")),
             hooks.between(5, 9, hooks.swa(every=2, name="early")),
@@ -53,11 +53,11 @@ class Training:
             hooks.stop_after(steps=27),
             hooks.stop_after(epochs=9, stream="train", name="epochs"),
         ]
-        self.fresh = fnrun.TrainState.create(model, optimizer, seed=3)
+        self.fresh = fnrun.TrainState.create(model, optimizer, seed=seed)
         self.program = fnrun.repeat(
             fnrun.sequence(
                 train=fnrun.epoch_loop(
-                    fnrun.make_train_step(model, loss_fn, optimizer), hooks=per_step, observers=[observers.log(3, to=list(sinks))]
+                    fnrun.make_train_step(model, loss_fn, optimizer), hooks=per_step, observers=[observers.log(3, to=[])], donate=donate
                 ),
                 val=fnrun.eval_loop(evaluate("ema")),
                 averages=fnrun.every(
@@ -66,7 +66,7 @@ class Training:
             ),
             7,
             hooks=per_round,
-            observers=[observers.log(to=list(sinks), name="rounds")],
+            observers=[observers.log(to=[], name="rounds")],
         )
         batches = data.arrays({"x": x, "label": (x[:, 0] > 0).long()}, 4, shuffle=True)
         self.data = {"train": batches, "val": batches, "averages": {"swa": batches, "slow": batches}}
@@ -126,3 +126,11 @@ def test_no_state_is_written_to(training):
     states_seen(note, training.fresh, training.data)
     for state, snapshot in kept:
         assert_same(state, snapshot, "a later tick wrote to it")
+
+
+def test_a_loop_that_donates_leaves_what_hooks_keep_alone():
+    """The bits of a loop that writes into new memory, with hooks that keep references and look now and then."""
+    donating = Training(seed=4, look=2, donate=True)
+    assert_same(Training(seed=4, look=2).run(), donating.run(), "donated")
+    assert donating.run()[0].memory["rollback"]["retries"] >= 1
+    assert_resumable(donating.program, donating.fresh, donating.data, limit=5)
