@@ -241,6 +241,29 @@ def test_a_metric_that_draws_and_writes_is_pure_and_a_reduction_may_be_a_functio
     assert tree.equal(fold, kept)
 
 
+class Kinds(torchmetrics.Metric):
+    """States that few metrics have: a mean over updates, and one that is gathered and not reduced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rate", torch.tensor(0.0), dist_reduce_fx="mean")
+        self.add_state("each", torch.zeros(2), dist_reduce_fx=None)
+
+    def update(self, value):
+        self.rate, self.each = value, torch.stack([value, value])
+
+    def compute(self):
+        return {"rate": self.rate, "each": self.each}
+
+
+def test_means_weigh_updates_and_what_is_not_reduced_is_stacked():
+    adapted = metrics.from_torchmetrics(Kinds())
+    one, *others = [adapted(torch.tensor(value)) for value in (1.0, 2.0, 6.0)]
+    agree(one.compute(), {"rate": torch.tensor(1.0), "each": torch.tensor([1.0, 1.0])})
+    for fold in (one.merge(others[0]).merge(others[1]), one.merge(others[0].merge(others[1]))):
+        agree(fold.compute(), {"rate": torch.tensor(3.0), "each": torch.tensor([[1.0, 1.0], [2.0, 2.0], [6.0, 6.0]])})
+
+
 def test_an_evaluation_resumes_anywhere():
     model = nn.Linear(3, 4)
     adapted = {name: metrics.from_torchmetrics(quietly(METRICS[name][0])) for name in ("sum", "cat", "collection")}
