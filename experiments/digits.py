@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import msgspec
 import torch
@@ -55,6 +56,10 @@ class Config:
     """processes that load the training images"""
     optimizer: AdamW | SGD = dataclasses.field(default_factory=AdamW)
     """how the weights are updated"""
+    tensorboard: bool = False
+    """also log to TensorBoard's event files in the run directory"""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """also log to Weights & Biases"""
 
 
 class Digits(torch.utils.data.Dataset):
@@ -115,6 +120,10 @@ def build(config: Config, run: fnrun.Run) -> fnrun.Experiment:
 
     progress = observers.progress("images")
     sinks = [observers.console(), observers.jsonl(run.metrics)]
+    if config.tensorboard:
+        sinks.append(observers.tensorboard(run.path / "tensorboard"))
+    if config.wandb != "off":
+        sinks.append(observers.wandb(run.path, project="digits", mode=config.wandb, config=config, summary={"val/accuracy": "max"}))
     train_step = fnrun.make_train_step(model, loss_fn, optimizer)
     eval_step = fnrun.make_eval_step(model, loss_fn, weights="ema")
     train = fnrun.epoch_loop(train_step, hooks=[hooks.ema(config.ema)], observers=[observers.log(50, to=sinks), progress])

@@ -14,7 +14,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union
 
 import msgspec
 import tyro
@@ -28,6 +28,7 @@ Build = Callable[[Any, Run], Experiment]
 logger = logging.getLogger("fnrun")
 
 C = TypeVar("C")
+Level = Literal["debug", "info", "warning", "error"]
 
 #: Flags of a union's member may be given without naming the member: `--optimizer.lr 3e-4`.
 CONFIG = (tyro.conf.CascadeSubcommandArgs,)
@@ -108,6 +109,8 @@ class _Train(Generic[C]):
     config: Annotated[C, tyro.conf.arg(name="")]
     out: Path | None = None
     """the run directory; by default runs/<experiment>/<date and time>"""
+    log_level: Level = "info"
+    """what is printed and written to run.log, from this level on"""
     debug: bool = False
     """show the traceback of every error"""
 
@@ -119,6 +122,8 @@ class _Resume(Generic[C]):
     run: tyro.conf.Positional[Path]
     """the run directory"""
     config: Annotated[C, tyro.conf.arg(name="")]
+    log_level: Level = "info"
+    """what is printed and written to run.log, from this level on"""
     debug: bool = False
     """show the traceback of every error"""
 
@@ -179,7 +184,7 @@ def _train(build: Build, name: str, command: Any, interrupt: Interrupt) -> int:
     except BaseException:
         shutil.rmtree(run.path)  # nothing has begun: the command, corrected, may have the place
         raise
-    with _logging(run):
+    with _logging(run, command.log_level):
         logger.info("%s: a new run in %s", name, run.path)
         return _go(run, experiment, state, interrupt)
 
@@ -189,7 +194,7 @@ def _resume(build: Build, name: str, command: Any, interrupt: Interrupt) -> int:
     run = dataclasses.replace(before, config=command.config)
     experiment = _built(build, run)
     state = experiment.state()
-    with _logging(run):
+    with _logging(run, command.log_level):
         if run.checkpoints.latest() is None:
             logger.info("%s has no checkpoint yet: starting at step 0", run.path)
         else:
@@ -272,33 +277,17 @@ EVALUATED = ("params/**", "buffers/**", "memory/**", "rng/**", "step", "stop", "
 
 
 @contextlib.contextmanager
-def _logging(run: Run) -> Iterator[None]:
-    """The logger `fnrun` to the terminal and, with the time, to the run's log."""
-    from fnrun.observers.sinks import StdoutHandler
+def _logging(run: Run, level: Level) -> Iterator[None]:
+    """The logger `fnrun` to the terminal and to the run's log; a disk that is full or locked is the user's to correct."""
+    from fnrun.observers.runlog import logging_to
 
     try:
-        file = logging.FileHandler(run.log, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write {run.log}: {error.strerror or error}") from error
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers = [StdoutHandler(), file]
-    level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in handlers:
-        logger.addHandler(handler)
-    try:
-        yield
+        with logging_to(run.log, level):
+            yield
     except OSError as error:
         if error.filename is not None and run.path.absolute() in Path(error.filename).absolute().parents:
-            raise RunError(f"cannot write {error.filename}: {error.strerror}") from error
+            raise RunError(f"cannot write {error.filename}: {error.strerror or error}") from error
         raise
-    finally:
-        for handler in handlers:
-            logger.removeHandler(handler)
-        file.close()
-        logger.setLevel(level)
-        logger.propagate = propagate
 
 
 def _command(run: Run, verb: str, *flags: str) -> str:

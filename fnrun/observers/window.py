@@ -94,22 +94,24 @@ def windows(every: int, default: Size, statistics: Mapping[str, Statistic | Sequ
     """The windows that these statistics need. Raises ValueError for what is no window or statistic."""
     chosen: dict[Size, dict[str, list[tuple[str, str]]]] = {default: {}}
     for name, wanted in statistics.items():
-        several = [wanted] if isinstance(wanted, str) or (isinstance(wanted, tuple) and _pair(wanted)) else list(wanted)
-        for i, one in enumerate(several):
-            kind, size = (one, default) if isinstance(one, str) else one
+        chosen[default].setdefault(name, [])  # a metric that is listed has no mean but those that are asked for
+        for i, (kind, size) in enumerate(_each(wanted, default)):
             if kind not in KINDS:
                 raise ValueError(f"log: statistics of {name!r}: {kind!r} is none; there are {', '.join(KINDS)}")
             label = name if i == 0 else f"{name}_{kind}" + (f"_{size}" if size != default else "")
-            for own in chosen.values():  # a metric that is listed has no other mean
-                own.setdefault(name, [])
-            chosen.setdefault(size, {name: []}).setdefault(name, []).append((kind, label))
+            chosen.setdefault(size, {}).setdefault(name, []).append((kind, label))
     for size in chosen:
         _check(size, every)
     return tuple(Window(size, every, own, rest=size == default) for size, own in chosen.items())
 
 
-def _pair(wanted: tuple[Any, ...]) -> bool:
-    return len(wanted) == 2 and wanted[1] not in KINDS
+def _each(wanted: Statistic | Sequence[Statistic], default: Size) -> list[tuple[str, Size]]:
+    """One statistic or several, each with its window. A pair is one where its second part is no statistic itself."""
+    if isinstance(wanted, str):
+        return [(wanted, default)]
+    if isinstance(wanted, tuple) and len(wanted) == 2 and isinstance(wanted[0], str) and wanted[1] not in KINDS:
+        return [(wanted[0], wanted[1])]  # pyright: ignore[reportReturnType]
+    return [each for one in wanted for each in _each(one, default)]  # pyright: ignore[reportArgumentType]
 
 
 def _check(size: Any, every: int) -> None:

@@ -25,6 +25,8 @@ QUIET = {
 
 def sink(kind: str, path: Path) -> Any:
     """The sink of that kind in the run directory `path`."""
+    if kind == "console":
+        return observers.console()
     if kind == "jsonl":
         return observers.jsonl(path / "metrics.jsonl")
     if kind == "csv":
@@ -121,4 +123,6 @@ def _trackio(path: Path) -> Any:
     from trackio.sqlite_storage import SQLiteStorage
 
     logs = SQLiteStorage.get_logs("p", (path / "trackio.id").read_text().strip())
+    for row in logs:
+        row["train/input"].pop("file_path")  # a name drawn at random
     return [{k: v for k, v in row.items() if not k.startswith("clock/") and k != "timestamp"} for row in logs]

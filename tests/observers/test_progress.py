@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import pty
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +88,59 @@ def test_without_a_terminal_it_is_a_line_now_and_then(monkeypatch, caplog, inter
     assert len(caplog.messages) == lines
     if lines:
         assert caplog.messages[-1].startswith("epoch 2/2  val 3/3  loss 0  ")
+
+
+CHILD = """
+import importlib, sys, warnings
+importlib.import_module("fnrun.observers.progress").REFRESH = 0.0  # it shows every tick
+from pathlib import Path
+from tests.observers.training import training
+def speaks(state, metrics):
+    if state.step == 7:
+        print("said by the experiment")
+        print("said on the other stream", file=sys.stderr)
+program, streams, state = training(Path(sys.argv[1]), ["console", "jsonl"], None, speaks)
+program(state, streams)
+print("the end")
+"""
+
+
+def in_a_terminal(*args):
+    """What a terminal of 80 columns holds after the command, what has scrolled out of it included."""
+    import pyte
+
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", "PYTHONPATH": str(Path(__file__).parents[2])}
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *args], env=environment, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    screen = pyte.HistoryScreen(80, 24, history=10_000, ratio=1e-9)
+    stream = pyte.ByteStream(screen)
+    shown = []
+    while True:
+        try:
+            piece = os.read(leader, 65536)
+        except OSError:  # how Linux says that nobody has the terminal open any more
+            break
+        if not piece:
+            break
+        stream.feed(piece)
+        shown += screen.display
+    os.close(leader)
+    scrolled = ["".join(line[i].data for i in range(80)) for line in screen.history.top]
+    return child.wait(60), [line.rstrip() for line in [*scrolled, *screen.display] if line.strip()], shown
+
+
+def test_it_never_garbles_a_line(tmp_path):
+    code, lines, shown = in_a_terminal(str(tmp_path))
+    assert code == 0, lines
+    assert any("epoch 2/4" in line and "examples/s" in line for line in shown)
+    assert any("val 3/5" in line and "━" in line for line in shown)
+    assert not any("━" in line or "examples/s" in line for line in lines), lines  # gone with the run
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    starts = [f"epoch {r['epoch']}   step {r['step']}".ljust(20) for r in records]
+    assert [line[:20] for line in lines if line.startswith("epoch")] == starts
+    assert sum("max_run" in line for line in lines) == sum("train/loss_max_run" in r for r in records)  # wrapped, whole
+    for words in ("said by the experiment", "said on the other stream", "the end"):
+        assert lines.count(words) == sum(words == line for line in lines) > 0
+    assert max(map(len, lines)) <= 80
+    assert lines[-1] == "the end"

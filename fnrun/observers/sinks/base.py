@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +44,12 @@ def record(state: LoopState, metrics: Mapping[str, Any], clock: Mapping[str, flo
     prefix = f"{path}/" if path else ""
     named = {prefix + name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
     return Record(state.position.order, state.step, max(epochs, default=0), named, dict(clock or {}))
+
+
+def require(sink: str, module: str, extra: str) -> None:
+    """Raise ModuleNotFoundError, saying what to install, where `module` is missing: before anything runs, not at the first line."""
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"observers.{sink} needs {module}: pip install 'fnrun[{extra}]'", name=module)
 
 
 def numbers(record: Record) -> dict[str, float]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from fnrun.observers.media import Image, Text
-from fnrun.observers.sinks.base import Record, Sink, media, numbers
+from fnrun.observers.sinks.base import Record, Sink, media, numbers, require
 from fnrun.observers.sinks.journal import Journaled, identity
 
 LINE = "line"  # the metric that numbers the lines; it comes last in each
@@ -24,9 +25,7 @@ class _MlflowRun:
         self._id = ""
 
     def start(self) -> int:
-        from mlflow import MlflowClient
-
-        self._client = client = MlflowClient(tracking_uri=self.uri)
+        self._client = client = import_module("mlflow").MlflowClient(tracking_uri=self.uri)
         file = self.directory / "mlflow.id"
         if file.exists():
             self._id = identity(file, "")
@@ -36,8 +35,7 @@ class _MlflowRun:
         return int(client.get_run(self._id).data.metrics.get(LINE, -1)) + 1
 
     def _create(self, client: Any) -> str:
-        from mlflow.entities import Param
-
+        Param = import_module("mlflow.entities").Param
         experiment = client.get_experiment_by_name(self.experiment)
         number = experiment.experiment_id if experiment is not None else client.create_experiment(self.experiment)
         run = client.create_run(number, run_name=self.name or self.directory.name).info.run_id
@@ -47,8 +45,7 @@ class _MlflowRun:
         return run
 
     def send(self, number: int, record: Record) -> None:
-        from mlflow.entities import Metric
-
+        Metric = import_module("mlflow.entities").Metric
         when = int(1000 * record.clock.get("time", time.time()))
         for name, value in media(record).items():
             if isinstance(value, Image):
@@ -72,7 +69,8 @@ def _flat(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def mlflow(directory: str | Path, *, experiment: str, tracking_uri: str | None = None, name: str | None = None, config: Any = None) -> Sink:
-    """One run of an MLflow experiment, however often the training is resumed. Needs the extra `mlflow`.
+    """One run of an MLflow experiment, however often the training is resumed. Needs the extra `mlflow`, and raises
+    ModuleNotFoundError without it.
 
     Its id and a journal of its lines are in `directory`, the run's, by whose name it goes unless `name` is given. `tracking_uri` is a server or a
     database (`sqlite:///mlflow.db`), by default what MLflow itself is configured with. Numbers are metrics over `step`, images and texts are
@@ -81,5 +79,6 @@ def mlflow(directory: str | Path, *, experiment: str, tracking_uri: str | None =
     Lines that a killed process had not handed over are sent again after a resume, and those that MLflow has already are not: after an exact
     resume they are the same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
     """
+    require("mlflow", "mlflow", "mlflow")
     path = Path(directory)
     return Journaled(path / "mlflow.jsonl", _MlflowRun(path, experiment, tracking_uri, name, config))

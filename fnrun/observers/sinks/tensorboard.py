@@ -8,15 +8,20 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
 from fnrun.observers.media import Histogram, Image, Text
-from fnrun.observers.sinks.base import Record, Sink, media, numbers
+from fnrun.observers.sinks.base import Record, Sink, media, numbers, require
 from fnrun.observers.sinks.lines import naming
 from fnrun.state import LoopState
 
 WRITER = "fnrun at "  # begins the name of the writer in each of our events; behind it stands `Position.order`
+
+
+def _messages(kind: str) -> Any:
+    return import_module(f"tensorboard.compat.proto.{kind}_pb2")
 
 
 class _TensorBoard:
@@ -28,9 +33,8 @@ class _TensorBoard:
     def open(self, state: LoopState) -> None:
         if self._file is not None:
             return
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
+        messages = _messages("event")
+        RecordWriter = import_module("tensorboard.summary.writer.record_writer").RecordWriter
         with naming(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in sorted(self.directory.glob("events.out.tfevents.*.fnrun.*")):
@@ -41,9 +45,11 @@ class _TensorBoard:
             name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.fnrun.{number:04d}"
             self._file = (self.directory / name).open("xb")
         self._records = RecordWriter(self._file)
-        self._add(Event(file_version="brain.Event:2"), state.position.order)
+        self._add(messages.Event(file_version="brain.Event:2"), state.position.order)
         if number:  # a TensorBoard that is looking on has seen what was cut: it is to forget it
-            self._add(Event(session_log=SessionLog(status=SessionLog.START), step=state.step + 1), state.position.order)
+            self._add(
+                messages.Event(session_log=messages.SessionLog(status=messages.SessionLog.START), step=state.step + 1), state.position.order
+            )
 
     def _add(self, event: Any, order: tuple[int, ...], wall_time: float | None = None) -> None:
         event.wall_time = time.time() if wall_time is None else wall_time
@@ -55,9 +61,7 @@ class _TensorBoard:
 
     def write(self, record: Record) -> None:
         assert self._file is not None, "open the sink first"
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
+        Event, Summary = _messages("event").Event, _messages("summary").Summary
         values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(record).items()]
         for name, shown in media(record).items():
             values.extend(_summary(name, shown).value)
@@ -94,8 +98,7 @@ def _summary(name: str, value: Image | Histogram | Text) -> Any:
 
 def _cut(path: Path, order: tuple[int, ...]) -> None:
     """Keep the events up to `order`: what a killed run wrote after its last checkpoint comes again. An empty file goes."""
-    from tensorboard.compat.proto.event_pb2 import Event
-
+    Event = _messages("event").Event
     with path.open("r+b") as file:
         size = 0
         for data, end in _events(file):
@@ -121,9 +124,11 @@ def _events(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def tensorboard(directory: str | Path) -> Sink:
-    """TensorBoard's event files, over `state.step`: numbers, images, histograms and texts. Needs the extra `tensorboard`.
+    """TensorBoard's event files, over `state.step`: numbers, images, histograms and texts. Needs the extra `tensorboard`, and raises
+    ModuleNotFoundError without it.
 
     One file for each time that the run was started. When a run is resumed, events that are later than its state are cut off, for they will be
     written again, and a TensorBoard that is looking on is told: the directory is for this run alone.
     """
+    require("tensorboard", "tensorboard", "tensorboard")
     return _TensorBoard(Path(directory))

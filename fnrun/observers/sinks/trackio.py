@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from fnrun.observers.media import Histogram, Image, Text
-from fnrun.observers.sinks.base import Record, Sink, media, numbers
+from fnrun.observers.sinks.base import Record, Sink, media, numbers, require
 from fnrun.observers.sinks.journal import Journaled, identity
 
 
@@ -19,18 +20,15 @@ class _TrackioRun:
         self._run: Any = None
 
     def start(self) -> int:
-        import trackio
-        from trackio.sqlite_storage import SQLiteStorage
-
+        trackio, storage = import_module("trackio"), import_module("trackio.sqlite_storage").SQLiteStorage
         own = identity(self.directory / "trackio.id", f"{self.directory.name}-{secrets.token_hex(2)}")
         self._run = trackio.init(
             project=self.project, name=own, resume="allow", config=msgspec.to_builtins(self.config or {}), embed=False, auto_log_gpu=False
         )
-        return SQLiteStorage.get_log_count(self.project, own)
+        return storage.get_log_count(self.project, own)
 
     def send(self, number: int, record: Record) -> None:
-        import trackio
-
+        trackio = import_module("trackio")
         row: dict[str, Any] = {**numbers(record), "epoch": record.epoch}
         row.update((f"clock/{name}", value) for name, value in record.clock.items())
         for name, value in media(record).items():
@@ -49,11 +47,13 @@ class _TrackioRun:
 
 
 def trackio(directory: str | Path, *, project: str, config: Any = None) -> Sink:
-    """One run of a local trackio project, however often the training is resumed. Needs the extra `trackio`.
+    """One run of a local trackio project, however often the training is resumed. Needs the extra `trackio`, and raises
+    ModuleNotFoundError without it.
 
     Its name, which begins with that of `directory`, the run's, and a journal of its lines are there. Lines are over `step`. Those that a killed
     process had not handed over are sent again after a resume, and those that trackio has already are not: after an exact resume they are the
     same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
     """
+    require("trackio", "trackio", "trackio")
     path = Path(directory)
     return Journaled(path / "trackio.jsonl", _TrackioRun(path, project, config))

@@ -19,8 +19,11 @@ AXES = ("step", "epoch", "ticks")  # for the charts: `_step` numbers the lines, 
 
 
 class _WandbRun:
-    def __init__(self, directory: Path, mode: str, config: Any, summary: Mapping[str, str], options: dict[str, Any]) -> None:
-        self.directory, self.mode, self.config, self.summary, self.options = directory, mode, config, dict(summary), options
+    def __init__(
+        self, directory: Path, mode: Literal["online", "offline"], config: Any, summary: Mapping[str, str], options: dict[str, Any]
+    ) -> None:
+        self.mode: Literal["online", "offline"] = mode
+        self.directory, self.config, self.summary, self.options = directory, config, dict(summary), options
         self._run: Any = None
 
     def start(self) -> int:
@@ -61,7 +64,7 @@ def _shown(value: Media) -> Any:
         case Text():
             return wandb.Html(f"<pre>{html.escape(value.text)}</pre>", inject=False)
         case Histogram():
-            return wandb.Histogram(np_histogram=(value.counts.tolist(), value.edges.tolist()))
+            return wandb.Histogram(np_histogram=(value.counts.cpu().numpy(), value.edges.cpu().numpy()))
 
 
 def wandb(

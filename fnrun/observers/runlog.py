@@ -1,0 +1,46 @@
+"""What the program says of itself, through the standard logger `fnrun`, to the terminal and to a file of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from fnrun.observers.ranks import rank
+from fnrun.observers.sinks.console import StdoutHandler
+
+logger = logging.getLogger("fnrun")
+
+Level = Literal["debug", "info", "warning", "error"]
+
+
+@contextlib.contextmanager
+def logging_to(path: str | Path, level: Level = "info") -> Iterator[None]:
+    """Within it, what the logger `fnrun` is told from `level` on goes to the standard output and, with the time, is appended to the file `path`.
+
+    Where several processes train together, only the first one prints, and each other one has a file of its own: `run.rank1.log` beside `run.log`.
+    An exception that ends the block is in the file with its traceback. Raises OSError where the file cannot be written.
+    """
+    path, own = Path(path), rank()
+    file = logging.FileHandler(path if own == 0 else path.with_name(f"{path.stem}.rank{own}{path.suffix}"), encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers = [file, StdoutHandler()] if own == 0 else [file]
+    before, propagate = logger.level, logger.propagate
+    logger.setLevel(level.upper())
+    logger.propagate = False
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        file.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "%s", (type(error).__name__,), sys.exc_info()))
+        raise
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+        file.close()
+        logger.setLevel(before)
+        logger.propagate = propagate
