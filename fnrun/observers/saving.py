@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fnrun.donation import fate
 from fnrun.checkpoint import CheckpointError, Checkpoints
+from fnrun.donation import fate
 from fnrun.hooks.monitor import reported
 from fnrun.hooks.ticks import in_training
 from fnrun.state import LoopState, due
