@@ -61,13 +61,13 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-def transformer(size: int, batches: int = 4) -> Problem:
+def transformer(size: int, batches: int = 2) -> Problem:
     torch.manual_seed(0)
     text = torch.randint(0, 256, (size * batches, 129))
     return Problem(Transformer(), cut(text[:, :-1], text[:, 1:], size))
 
 
-def cnn(batches: int = 16) -> Problem:
+def cnn(batches: int = 10) -> Problem:
     """Three convolutions with batch norm on images of 3x32x32, batches of 32."""
     torch.manual_seed(0)
     widths = [3, 32, 64, 128]

@@ -29,10 +29,10 @@ def loop(turns: Turns, problem: Problem, donate: bool = False, compile: bool = F
     train_step = fnrun.make_train_step(problem.model, loss_fn, optimizer, **options)
     fit = fnrun.epoch_loop(train_step, **({"donate": True} if donate else {}))
     state = fnrun.TrainState.create(problem.model, optimizer)
-    batches = list(problem.batches)
+    stream = data.batches(problem.batches)  # made once: a plain list would be digested in each call
     while True:
-        with turns.turn(len(batches)):
-            state, _ = fit(state, batches)
+        with turns.turn(len(stream)):
+            state, _ = fit(state, stream)
 
 
 def program(
