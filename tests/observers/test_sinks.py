@@ -34,7 +34,8 @@ INSTALLED = [kind for kind in SINKS if here(kind)]
 
 
 @pytest.fixture(autouse=True)
-def _trackio_in(tmp_path, monkeypatch):
+def _in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
 
 
@@ -42,7 +43,7 @@ def process(path: Path, *kill_at: int) -> subprocess.Popen:
     path.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.observers.training", str(path), ",".join(INSTALLED), *map(str, kill_at)]
     environment = {**os.environ, "TRACKIO_DIR": str(path / "trackio"), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment, cwd=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def ends(running: subprocess.Popen, code: int) -> None:
@@ -80,7 +81,7 @@ def test_killed_and_resumed_twice(kind, runs, monkeypatch):
 def read_elsewhere(kind: str, path: Path) -> str:
     code = f"from tests.observers.held import held; from pathlib import Path; print(held({kind!r}, Path({str(path)!r})))"
     environment = {**os.environ, "TRACKIO_DIR": str(path / "trackio"), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=path, capture_output=True, text=True, check=True).stdout
 
 
 def test_laws_hold_with_everything_that_logs(tmp_path):
