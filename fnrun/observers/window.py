@@ -29,10 +29,17 @@ def _value(metric: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
+def _single(metric: Any) -> torch.Tensor:
+    value = _value(metric)
+    if not isinstance(value, (torch.Tensor, int, float)):
+        raise TypeError(f"log: there is no smallest and no largest {type(metric).__name__}: statistics are of numbers")
+    return torch.as_tensor(value)
+
+
 KINDS: dict[str, Callable[[Any], Any]] = {
     "mean": lambda metric: metric,
-    "min": lambda metric: folds.Min(torch.as_tensor(_value(metric))),
-    "max": lambda metric: folds.Max(torch.as_tensor(_value(metric))),
+    "min": lambda metric: folds.Min(_single(metric)),
+    "max": lambda metric: folds.Max(_single(metric)),
     "last": lambda metric: folds.Last(_value(metric)),
 }
 
