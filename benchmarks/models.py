@@ -66,7 +66,7 @@ def bare(problem: Problem, **adamw: Any) -> Iterator[None]:
 def ours(problem: Problem, donate: bool = False, **options: Any) -> Iterator[None]:
     optimizer = optim.adamw(1e-3)
     train_step = fnrun.make_train_step(problem.model, loss_fn, optimizer, **options)
-    fit = fnrun.epoch_loop(train_step, **({"donate": True} if donate else {}))
+    fit = fnrun.epoch_loop(train_step, donate=donate)
     state = fnrun.TrainState.create(problem.model, optimizer)
     stream = data.batches(problem.batches)
     if donate:

@@ -36,11 +36,18 @@ SIDES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "by hand, fused AdamW": ("torch_loop", "whole", {**WHOLE, **FUSED}),
     "fnrun step": ("fnrun_program", "step", {}),
     "fnrun loop": ("fnrun_program", "loop", {}),
+    "fnrun loop, log": ("fnrun_program", "loop", {"log_every": LOG_EVERY}),
+    "fnrun program, no checkpoint": ("fnrun_program", "program", {**WHOLE, "saves": False}),
     "fnrun program": ("fnrun_program", "program", WHOLE),
     "fnrun program, donated": ("fnrun_program", "program", {**WHOLE, "donate": True}),
     "fnrun program, compiled": ("fnrun_program", "program", {**WHOLE, "compile": True}),
     "fnrun program, compiled, donated": ("fnrun_program", "program", {**WHOLE, "compile": True, "donate": True}),
     "fnrun program, compiled, 10 steps fused": ("fnrun_program", "program", {**WHOLE, "compile": True, "fused_steps": 10}),
+    "fnrun program, compiled, donated, 10 steps fused": (
+        "fnrun_program",
+        "program",
+        {**WHOLE, "compile": True, "donate": True, "fused_steps": 10},
+    ),
     "MMEngine Runner, default hooks": ("mmengine_runner", "train", {"hooks": True}),
     "MMEngine Runner, no hooks": ("mmengine_runner", "train", {"hooks": False}),
     "MMEngine Runner, no hooks, fused AdamW": ("mmengine_runner", "train", {"hooks": False, **FUSED}),
@@ -83,9 +90,9 @@ def main() -> None:
     times = take_turns("benchmarks.overhead", names, options.rounds)
     print(f"{options.rounds} rounds, one thread\n")
     print(compared(times, ["bare, default AdamW", "bare, fused AdamW"], "us a step", 1e6))
-    if {"fnrun step", "fnrun loop", "fnrun program"} <= set(times):
+    around = ["fnrun step", "fnrun loop", "fnrun loop, log", "fnrun program, no checkpoint", "fnrun program"]
+    if set(around) <= set(times):
         print("\nWhat is around a step of fnrun, each row over the one before it:\n")
-        around = ["fnrun step", "fnrun loop", "fnrun program"]
         print(
             table(
                 ["", "us a step", "ratio"],

@@ -22,12 +22,11 @@ def step(turns: Turns, problem: Problem) -> None:
             state, _ = train_step(state, batch)
 
 
-def loop(turns: Turns, problem: Problem, donate: bool = False, compile: bool = False) -> None:
-    """A bare `epoch_loop`: nobody watches."""
+def loop(turns: Turns, problem: Problem, log_every: int | None = None) -> None:
+    """An `epoch_loop` that nobody watches, or a log."""
     optimizer = optim.adamw(1e-3)
-    options = {"compile": True} if compile else {}
-    train_step = fnrun.make_train_step(problem.model, loss_fn, optimizer, **options)
-    fit = fnrun.epoch_loop(train_step, **({"donate": True} if donate else {}))
+    watching = [observers.log(every=log_every, to=[observers.jsonl("log.jsonl")])] if log_every else []
+    fit = fnrun.epoch_loop(fnrun.make_train_step(problem.model, loss_fn, optimizer), observers=watching)
     state = fnrun.TrainState.create(problem.model, optimizer)
     stream = data.batches(problem.batches)  # made once: a plain list would be digested in each call
     while True:
@@ -41,25 +40,23 @@ def program(
     validation: int,
     epochs: int,
     log_every: int,
+    saves: bool = True,
     donate: bool = False,
     compile: bool = False,
     fused_steps: int = 1,
 ) -> None:
     """Shuffling, a log, validation, a checkpoint each epoch. All of a call counts: its start, and the wait for the last checkpoint."""
     optimizer = optim.adamw(1e-3)
-    options = {"compile": True} if compile else {}
-    train_step = fnrun.make_train_step(problem.model, loss_fn, optimizer, **options)
-    settings: dict[str, Any] = {"observers": [observers.log(every=log_every, to=[observers.jsonl("log.jsonl")])]}
-    if donate:
-        settings["donate"] = True
+    train_step = fnrun.make_train_step(problem.model, loss_fn, optimizer, compile=compile)
+    watching = [observers.log(every=log_every, to=[observers.jsonl("log.jsonl")])]
     if fused_steps > 1:
-        train = fnrun.step_loop(train_step, len(problem.batches), fused_steps=fused_steps, **settings)
+        train = fnrun.step_loop(train_step, len(problem.batches), fused_steps=fused_steps, donate=donate, observers=watching)
     else:
-        train = fnrun.epoch_loop(train_step, **settings)
+        train = fnrun.epoch_loop(train_step, donate=donate, observers=watching)
     fit = fnrun.repeat(
         fnrun.sequence(train=train, val=fnrun.eval_loop(fnrun.make_eval_step(problem.model, loss_fn_of_eval))),
         times=epochs,
-        observers=[observers.checkpoint(Checkpoints("checkpoints"), keep=2)],
+        observers=[observers.checkpoint(Checkpoints("checkpoints"), keep=2)] if saves else [],
     )
     state = fnrun.TrainState.create(problem.model, optimizer)
     x, y = (torch.cat(column) for column in zip(*problem.batches, strict=True))
