@@ -22,7 +22,7 @@ from fnrun.donation import Lease, given_lease, husk
 from fnrun.program import ASIDE, Here, Hook, Observer, Program, ProgramError, Unwind, here, spy
 from fnrun.reports import collecting
 from fnrun.state import Cursor, Frame, Position, S
-from fnrun.steps import donates, is_step
+from fnrun.steps import donates, fusing, is_step
 
 Metrics = dict[str, Any]
 AnyHook = Hook | Callable[[Any, Metrics], Any]
@@ -101,6 +101,10 @@ class Loop:
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
         return metrics
 
+    def _batches(self, x: Any) -> list[Any]:
+        """What counts as a tick each: x itself, or those that were taken together."""
+        return [x]
+
     def _next_member(self, frame: Frame) -> str | None:
         return None
 
@@ -152,15 +156,18 @@ class Loop:
                 state, metrics = self._turn(state, x, frame, at)
                 if len(state.position.frames) != depth + 1:
                     raise elsewhere(state, program)
-                examples = folds.examples(x) if self.over_data else 1
+                batches = self._batches(x)
+                examples = sum(map(folds.examples, batches)) if self.over_data else 1
                 program.examples += examples
                 plain = self._plain(metrics) if afters or self.observers else {}
                 gathered = {o.name: o.fold(frame.folds.get(o.name), before, plain, examples) for o in gatherers}
                 totals = self._total(frame.totals, metrics, examples)
-                frame = Frame(name, frame.ticks + 1, totals, gathered, self._next_member(frame))
+                frame = Frame(name, frame.ticks + len(batches), totals, gathered, self._next_member(frame))
                 position = state.position
                 moved = position.streams if streams is None else {**position.streams, **streams}
-                state = state.replace(position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data))
+                state = state.replace(
+                    position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data * len(batches))
+                )
                 if afters or self.observers:
                     program.open()
                     values = self._values(plain, metrics)
@@ -233,13 +240,16 @@ class _OverData(Loop):
 
     def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
         options = {"lease": at.lease} if self.donate and donates(self.step) else {}
-        result = self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True), **options)
+        result = self._call(self._turned(), state, x, at._replace(depth=at.depth + 1, over_batch=True), **options)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(
                 f"{_title(self.step)} returned {type(result).__name__}, and a step in {self.kind} returns (state, metrics). "
                 "Is it an evaluation step? Those belong in eval_loop"
             )
         return result
+
+    def _turned(self) -> AnyStep:
+        return self.step
 
     def _plain(self, metrics: Any) -> dict[str, Any]:
         return metrics
@@ -290,11 +300,44 @@ class _EpochLoop(_Training):
 class _StepLoop(_Training):
     steps: int
     until_step: int | None = None
+    fused_steps: int = 1
 
     kind = "step_loop"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fused_steps == 1:
+            return
+        if fusing(self.step) is None:
+            raise TypeError(f"fused_steps: {_title(self.step)} is no compiled step; make_train_step(..., compile=True) makes one")
+        for part in (*self.hooks, *self.observers):
+            every = getattr(part, "every", self.fused_steps)
+            if every % self.fused_steps:
+                raise ValueError(
+                    f"fused_steps={self.fused_steps}: {_named(part)} acts every {every} steps, and {self.fused_steps} at a time are "
+                    "one call that nothing looks into: let every= be a multiple"
+                )
+
     def title(self) -> str:
-        return f"step_loop, {self.steps} steps" + (f", until step {self.until_step}" if self.until_step is not None else "")
+        fused = f", {self.fused_steps} at a time" if self.fused_steps > 1 else ""
+        return f"step_loop, {self.steps} steps{fused}" + (f", until step {self.until_step}" if self.until_step is not None else "")
+
+    def _turned(self) -> AnyStep:
+        return self.step if self.fused_steps == 1 else fusing(self.step) or self.step
+
+    def _batches(self, x: Any) -> list[Any]:
+        return [x] if self.fused_steps == 1 else x
+
+    def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+        if self.fused_steps == 1:
+            return super()._take(state, frame, data, at)
+        left = self.steps - frame.ticks if self.until_step is None else min(self.steps - frame.ticks, self.until_step - state.step)
+        name, stream = self._stream(data, at)
+        cursor, batches = self._cursor(state, frame, data, at), []
+        for _ in range(min(self.fused_steps, left)):
+            batch, cursor = at.program.next_batch(name, stream, state, cursor, replay=self._passing(at))
+            batches.append(batch)
+        return batches, {name: cursor}, None
 
     def _length(self, state: Any, data: Any, at: Here) -> int | None:
         self._cursor(state, state.position.frames[at.depth], data, at)
@@ -435,6 +478,10 @@ class _Sequence(_Members):
     def _member(self, frame: Frame) -> str:
         return frame.member or next(iter(self.steps))
 
+    def _batches(self, x: Any) -> list[Any]:
+        """What counts as a tick each: x itself, or those that were taken together."""
+        return [x]
+
     def _next_member(self, frame: Frame) -> str | None:
         names = [*self.steps, self.end]
         return names[names.index(str(frame.member)) + 1]
@@ -533,12 +580,23 @@ def step_loop(
     hooks: Sequence[AnyHook] = (),
     observers: Sequence[Observer] = (),
     donate: bool = False,
+    fused_steps: int = 1,
 ) -> Loop:
     """`step` over so many batches, going over into the stream's next pass; not beyond `state.step == until_step`.
 
-    `donate` as in `epoch_loop`.
+    `donate` as in `epoch_loop`. With `fused_steps=k` a step of `make_train_step(..., compile=True)` does k steps in one compiled call: hooks,
+    observers and interrupts act between the calls. Their randomness is keyed by the first of the k, so with dropout the bits are not those of
+    single steps. Raises TypeError for another step, ValueError for a hook or an observer that would act in between.
     """
-    return _StepLoop(step=step, steps=_count(steps, "steps"), until_step=until_step, hooks=hooks, observers=observers, donate=donate)
+    return _StepLoop(
+        step=step,
+        steps=_count(steps, "steps"),
+        until_step=until_step,
+        hooks=hooks,
+        observers=observers,
+        donate=donate,
+        fused_steps=_count(fused_steps, "fused_steps", least=1),
+    )
 
 
 def eval_loop(eval_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = ()) -> Loop:

@@ -96,7 +96,7 @@ class Scope:
         self._lock = ambient_lock
         self._lock.acquire()
         self._generators = _ambient()
-        self._saved = [generator.get_state() for generator in self._generators]
+        self._saved: list[Any] = [generator.get_state() for generator in self._generators]
         if self._host:
             self._saved += [random.getstate(), np.random.get_state()]
         _seed(self._generators, self._path, self._host)

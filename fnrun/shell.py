@@ -84,8 +84,8 @@ class Shell:
             finally:
                 for attributes in self._changing:
                     attributes.put_back()
-                for attributes, entries, size, buffers, count in self._borrowed:
-                    if len(entries) != size or len(buffers) != count:
+                for attributes, entries, size, held, count in self._borrowed:
+                    if len(entries) != size or len(held) != count:
                         attributes.put_back()
                 for (container, key, _), tensor in zip(self._slots, saved, strict=True):
                     container[key] = tensor

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from fnrun import metrics as folds, tree
-from fnrun.donation import Lease, unlisted
+from fnrun.compiled import Compiled, NoKey
+from fnrun.donation import Lease, own, unlisted
+from fnrun.metrics.base import wide
 from fnrun.reports import collect
 from fnrun.rng import Key, Scope
 from fnrun.shell import Shell
@@ -113,6 +115,18 @@ def is_step(fn: Any) -> bool:
         return False
 
 
+#: Of these, those that do several steps in one call: the function `(state, batches, lease=lease)` of each.
+_fusing: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def fusing(fn: Any) -> Callable[..., tuple[Any, Metrics]] | None:
+    """The function that does several of these steps in one compiled call, or None."""
+    try:
+        return _fusing.get(fn)
+    except TypeError:
+        return None
+
+
 def donates(fn: Any) -> bool:
     """Whether the step takes a `lease=`, with which it writes the new state over the old one."""
     try:
@@ -151,7 +165,8 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
             raise TypeError(f"{name} returned {type(result).__name__}: a step returns (state, metrics), metrics a dict")
         new, metrics = result
         metrics = {name: _detach_all(value) for name, value in _with(metrics, reports).items()}
-        return tree.map(_detach, new).replace(step=state.step + 1), metrics
+        new = tree.map(_detach, new).replace(position=new.position)  # the same object: whether a loop ran is told by it
+        return new.replace(step=state.step + 1), metrics
 
     _steps.add(lawful)
     return lawful
@@ -227,6 +242,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     precision: str | None = None,
+    compile: bool = False,
     host_random: bool = False,
 ) -> Step:
     """The training step of `model`: loss, gradient, update, as a pure function `(state, batch) -> (state, metrics)`.
@@ -239,6 +255,8 @@ def make_train_step(
     - `accumulate=n` cuts the batch into n micro-batches (fewer if it has fewer examples) and takes the mean gradient, weighted by their
       examples: n times less memory for activations.
     - `precision="bf16"` or `"fp16"` runs `loss_fn` under autocast; parameters keep their dtype. fp16 wants `optim.dynamic_loss_scale`.
+    - `compile` makes the whole step one graph (inductor), for each shape of the batch one, static: eager's numbers up to rounding, and the
+      same bits from run to run. What depends on a tensor's value in Python cannot be captured: then it runs as without, with a warning.
     - `host_random` seeds Python's and NumPy's generators too (100 us a step), for a model that draws from them.
 
     Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model.
@@ -266,8 +284,8 @@ def make_train_step(
     within = _Surroundings(name, host_random)
     expected: list[str] = []
 
-    def gradients_of(state: TrainState, buffers: dict[str, torch.Tensor], batch: Any) -> tuple[Any, dict[str, torch.Tensor], Metrics]:
-        tensors = shell.tensors("params", state.params)
+    def gradients_of(params: Any, memory: Any, buffers: Any, batch: Any) -> tuple[Any, dict[str, torch.Tensor], Metrics]:
+        tensors = shell.tensors("params", params)
         leaves = [tensors[i].detach().requires_grad_() for i in indices]
         if whole:
             tensors = leaves
@@ -283,35 +301,31 @@ def make_train_step(
 
         result, buffers = shell.run(forward, tensors, buffers, train=True)
         loss, metrics = _loss_and_metrics(result)
-        scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(state.opt_state, loss)
+        scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(memory, loss)
         return _grad(loss, leaves, scaled), buffers, {"loss": loss, **metrics}
 
-    def gradients(state: TrainState, batch: Any) -> tuple[Any, dict[str, torch.Tensor], Metrics]:
-        if accumulate == 1:
-            return gradients_of(state, state.buffers, batch)
-        return _accumulated(functools.partial(gradients_of, state), state.buffers, batch, accumulate)
-
-    def train_step(state: TrainState, batch: Any, *, lease: Lease | None = None) -> tuple[TrainState, Metrics]:
-        if not expected:  # once: afterwards the state comes from this step
-            expected.extend(_remembered(optimizer, {name: state.params[name] for name in trained if name in state.params}, state.opt_state))
-        count = state.step
-        with within(state.rng, "train", count) as reports:
-            if torch.is_grad_enabled():
-                grads, buffers, metrics = gradients(state, batch)
+    def gradients(params: Any, memory: Any, batch: Any, buffers: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], Metrics]:
+        with _NOTHING if torch.is_grad_enabled() else torch.enable_grad():
+            if accumulate == 1:
+                grads, buffers, metrics = gradients_of(params, memory, buffers, batch)
             else:
-                with torch.enable_grad():
-                    grads, buffers, metrics = gradients(state, batch)
+                grads, buffers, metrics = _accumulated(functools.partial(gradients_of, params, memory), buffers, batch, accumulate)
+        return dict(zip(trained, grads, strict=True)), buffers, metrics
+
+    def eager(state: TrainState, batch: Any, lease: Lease | None) -> tuple[TrainState, Metrics]:
+        count, memory = state.step, state.opt_state
+        with within(state.rng, "train", count) as reports:
+            grads, buffers, metrics = gradients(state.params, memory, batch, state.buffers)
             metrics = {name: _detach_all(value) for name, value in _with(metrics, reports).items()}
-            gradient, memory = dict(zip(trained, grads, strict=True)), state.opt_state
             params = state.params if whole else {name: state.params[name] for name in trained}
             key = state.rng.fold_in("optimizer", count) if optimizer.keyed else None
             if lease is None:
-                params, memory = optimizer.update(gradient, memory, params, key=key, step=count)
+                params, memory = optimizer.update(grads, memory, params, key=key, step=count)
             else:
                 if lease.grants(state):  # what was computed must not lie in what is written over now
                     metrics, buffers = ({name: lease.apart(value) for name, value in each.items()} for each in (metrics, buffers))
                 by, state = f"step {count} ({name})", unlisted(state)
-                params, memory = lease.update(by, optimizer.update, gradient, memory, params, key=key, step=count)
+                params, memory = lease.update(by, optimizer.update, grads, memory, params, key=key, step=count)
         params = params if whole else {**state.params, **params}
         if lease is not None:
             lease.settle(params, memory, buffers)
@@ -320,11 +334,92 @@ def make_train_step(
                 metrics[report] = _detach_all(value)
         return state.replace(params=params, buffers=buffers, opt_state=memory, step=count + 1), metrics
 
+    def several(given: Any, kept: Any, batches: list[Any], count: Any) -> tuple[Any, Metrics]:
+        """Steps one after the other, for the compiler: `given` are trained parameters and optimizer state, `kept` buffers and frozen ones."""
+        (params, memory), (buffers, frozen), seen = given, kept, []
+        for i, batch in enumerate(batches):
+            with collect() as reports:
+                grads, buffers, metrics = gradients({**params, **frozen}, memory, batch, buffers)
+                params, memory = optimizer.update(grads, memory, params, key=_UNKEYED, step=count + i)
+            seen.append(_with(metrics, reports))
+        return ((params, memory), (buffers, frozen)), seen[0] if len(seen) == 1 else _together(seen, batches)
+
+    graphs = Compiled(several) if compile else None
+
+    def compiled(state: TrainState, batches: list[Any], lease: Lease | None) -> tuple[TrainState, Metrics] | None:
+        assert graphs is not None
+        count, params = state.step, {name: state.params[name] for name in trained}
+        kept = state.buffers, {} if whole else {name: p for name, p in state.params.items() if name not in params}
+        call = graphs((params, state.opt_state), kept, batches, count, inplace=lease is not None)
+        if call is None:
+            return None
+        scope = state.rng.scope("train", count)
+        if lease is None:
+            with scope:
+                ((params, memory), (buffers, _)), metrics = call()
+        else:
+            lease.grants(state)
+            by, state = f"step {count + len(batches) - 1} ({name})", unlisted(state)
+            with scope:
+                ((params, memory), (buffers, _)), metrics = lease.update(by, lambda: call.owning(own)())
+        params = params if whole else {**state.params, **params}
+        if lease is not None:
+            lease.settle(params, memory, buffers)
+        return state.replace(params=params, buffers=buffers, opt_state=memory, step=count + len(batches)), metrics
+
+    def steps_over(state: TrainState, batches: list[Any], lease: Lease | None) -> tuple[TrainState, Metrics]:
+        if not expected:  # once: afterwards the state comes from this step
+            expected.extend(_remembered(optimizer, {name: state.params[name] for name in trained if name in state.params}, state.opt_state))
+        if graphs is None or graphs.reason is not None:
+            return eager(state, batches[0], lease)
+        if (result := compiled(state, batches, lease)) is not None:
+            return result
+        result = eager(state, batches[0], lease)  # first, for what it raises is the step's own and no matter of the compiler
+        warnings.warn(f"{name} is not compiled and goes on without: {graphs.reason}", stacklevel=3)
+        return result
+
+    def train_step(state: TrainState, batch: Any, *, lease: Lease | None = None) -> tuple[TrainState, Metrics]:
+        return steps_over(state, [batch], lease)
+
+    def fused_steps(state: TrainState, batches: list[Any], *, lease: Lease | None = None) -> tuple[TrainState, Metrics]:
+        if len(batches) > 1 and graphs is not None and graphs.reason is None and _alike(batches):
+            result = compiled(state, batches, lease)
+            if result is not None:
+                return result
+        seen: list[Metrics] = []
+        for batch in batches:
+            state, metrics = steps_over(state, [batch], lease)
+            seen.append(metrics)
+        return state, _together(seen, batches)
+
     train_step.__qualname__ = train_step.__name__ = name
     _steps.add(train_step)
+    if compile:
+        _fusing[train_step] = fused_steps
     if optimizer.donatable:
         _donating.add(train_step)
     return train_step
+
+
+_NOTHING = nullcontext()
+_UNKEYED: Any = NoKey()
+
+
+def _together(metrics: list[Metrics], batches: list[Any]) -> Metrics:
+    """The metrics of several steps as those of one: all of them folds."""
+    totals: dict[str, Any] = {}
+    for values, batch in zip(metrics, batches, strict=True):
+        for name, value in values.items():
+            if not hasattr(value, "merge"):  # a mean over examples, each element on its own
+                plain, examples = wide(torch.as_tensor(value)), folds.examples(batch)
+                value = folds.Mean(plain * examples, torch.full_like(plain, examples))
+            totals[name] = totals[name].merge(value) if name in totals else value
+    return totals
+
+
+def _alike(batches: list[Any]) -> bool:
+    """Whether the batches have the same structure and shapes."""
+    return len({(spec, *(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)) for leaves, spec in map(optree.tree_flatten, batches)}) == 1  # fmt: skip
 
 
 def _remembered(optimizer: Optimizer, params: dict[str, torch.Tensor], opt_state: Any) -> list[str]:

@@ -150,6 +150,7 @@ def test_what_shares_memory_is_not_given_away() -> None:
     kept = snapshot(shared)
     with pytest.warns(UserWarning, match="mine"):
         expected = fnrun.epoch_loop(step)(kept, BATCHES)
+    with pytest.warns(UserWarning, match="mine"):
         end = fnrun.epoch_loop(step, donate=True)(shared.donate(), BATCHES)
     assert_same(end, expected, "what the memory shares was written over")
 
@@ -240,7 +241,8 @@ def test_after_an_exception_the_last_checkpoint_is_the_good_state(tmp_path: Path
         with pytest.raises(Failing):
             fnrun.epoch_loop(step, observers=[lambda s, m: seen.append(snapshot(s)), saving], donate=True)(state, BATCHES)
         assert_same(checkpoints.restore(like=state), seen[-1], "the checkpoint is not the last good state")
-    assert "step 2" in caplog.text and "last checkpoint is the good state" in caplog.text
+    assert "step 2" in caplog.text
+    assert "last checkpoint is the good state" in caplog.text
 
 
 def test_an_exception_before_the_update_leaves_the_state_alive(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ FLOORS = [
     ["rng", "reports", "donation"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
-    ["shell", "steps"],
+    ["shell", "compiled", "steps"],
     ["program", "loops", "hooks", "interrupts"],
     ["observers"],
     ["run", "plot", "testing"],
@@ -27,7 +27,7 @@ FLOORS = [
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 #: On one floor these may be imported by those beside them.
-BESIDE = {("shell", "steps"), ("program", "loops"), ("run", "cli")}
+BESIDE = {("shell", "steps"), ("compiled", "steps"), ("program", "loops"), ("run", "cli")}
 
 
 def part(module: str) -> str:

@@ -7,8 +7,10 @@ A trailing underscore says that the first list is the rule's own and not needed 
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,9 +92,22 @@ foreach: Ops = _foreach()
 each: Ops = _each()
 
 
+_capturing: ContextVar[bool] = ContextVar("capturing", default=False)
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Within, operations are recorded for a compiler, which fuses plain ones itself: no fused kernels, and no number is read."""
+    token = _capturing.set(True)
+    try:
+        yield
+    finally:
+        _capturing.reset(token)
+
+
 def eager() -> bool:
     """Whether operations run as they are called: no compiler and no `torch.func` transform looks on."""
-    return not torch.compiler.is_compiling() and kernels._C._functorch.peek_interpreter_stack() is None
+    return not _capturing.get() and not torch.compiler.is_compiling() and kernels._C._functorch.peek_interpreter_stack() is None
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})

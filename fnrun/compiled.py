@@ -1,0 +1,221 @@
+"""A whole step, forward, backward and update, as one compiled graph.
+
+`make_fx` records the operations of one call on real tensors, so any Python may run in a step as long as it does not depend on a tensor's
+value; inductor compiles what was recorded. The graph stands for arguments of the same structure, shapes, dtypes and constants, and for no
+others: nothing in it is dynamic, so which calls came before never changes its bits. Numbers of the state that change from call to call
+(counts of updates) are inputs of the graph, and Python numbers again afterwards.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import optree
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fnrun.donation import storage
+from fnrun.optim.lists import capturing
+from fnrun.rng import Key
+
+
+class Uncapturable(Exception):
+    """Why a step cannot be one graph."""
+
+
+class NoKey:
+    """In place of the step's key while it is recorded: what would be drawn from it would be the same at every step."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Uncapturable("the optimizer draws random numbers from the step's key")
+
+
+_shape, _dtype, _device = operator.attrgetter("shape"), operator.attrgetter("dtype"), operator.attrgetter("device")
+
+
+class Compiled:
+    """`fn(given, kept, x, count) -> ((given, kept), metrics)`, pytrees of tensors and constants, as a graph for each signature of its arguments.
+
+    `count` is an int that is a tensor within. Where `fn` cannot be captured there is no graph, and `reason` says why.
+    """
+
+    #: So many graphs may differ in nothing but constants of `x`; more, and there would be one for each batch.
+    CONSTANTS = 4
+
+    def __init__(self, fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]]) -> None:
+        self.fn = fn
+        self.graphs: dict[Any, _Graph] = {}
+        self.reason: str | None = None
+        self._counters: frozenset[int] = frozenset()
+        self._constants: Counter[Any] = Counter()
+
+    def __call__(self, given: Any, kept: Any, x: Any, count: int, *, inplace: bool) -> Call | None:
+        """The call of the graph for these arguments, ready to be made; it is captured first where it is new. None where it cannot be.
+
+        With `inplace` the graph writes what becomes of the tensors in `given` over them.
+        """
+        if self.reason is not None:
+            return None
+        own, _ = optree.tree_flatten(given)
+        arguments: Any = (given, kept, x)
+        leaves, spec = optree.tree_flatten(arguments)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        constants = tuple(_constants(leaves, self._counters))
+        shapes = tuple(map(_shape, tensors)), tuple(map(Tensor.stride, tensors)), tuple(map(_dtype, tensors)), tuple(map(_device, tensors))
+        try:
+            graph = self.graphs.get((spec, shapes, constants, inplace))
+            if graph is None:
+                graph = self._capture(leaves, len(own) if inplace else 0, spec, count, (spec, shapes, inplace))
+                constants = tuple(_constants(leaves, self._counters))
+                self.graphs[spec, shapes, constants, inplace] = graph
+        except Exception as error:  # of whatever kind: the same call without the compiler says whether it is the step's own
+            self.reason = (f"{type(error).__name__}: " * (not isinstance(error, Uncapturable)) + str(error).strip()).splitlines()[0]
+            return None
+        return Call(graph, leaves, len(own), count)
+
+    def _capture(self, leaves: list[Any], own: int, spec: Any, count: int, kind: Any) -> _Graph:
+        self._constants[kind] += 1
+        if self._constants[kind] > self.CONSTANTS:
+            raise Uncapturable("numbers or texts in its batches change from one to the next, and each would need a graph of its own")
+        graph = _captured(self.fn, leaves, own, spec, count)
+        self._counters |= graph.counters
+        return graph
+
+
+def _constants(leaves: list[Any], counters: frozenset[int]) -> list[Any]:
+    return [leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor) and i not in counters]
+
+
+class Call(NamedTuple):
+    """A graph and the leaves that it will be given; the first `own` of them are those of `given`."""
+
+    graph: _Graph
+    leaves: list[Any]
+    own: int
+    steps: int
+
+    def owning(self, own: Callable[[list[Tensor]], list[Tensor]]) -> Call:
+        """The call with other tensors in `given`: those to write over."""
+        places = [i for i in range(self.own) if isinstance(self.leaves[i], Tensor)]
+        for i, tensor in zip(places, own([self.leaves[i] for i in places]), strict=True):
+            self.leaves[i] = tensor
+        return self
+
+    def __call__(self) -> Any:
+        return self.graph(self.leaves, self.steps)
+
+
+class _Graph:
+    """A compiled call: how its inputs are taken from the arguments' leaves, and what its outputs become."""
+
+    def __init__(self, run: Any, inputs: list[int], counters: frozenset[int], plan: list[tuple[str, Any]], spec: Any) -> None:
+        self.counters, self._run, self._spec = counters, run, spec
+        self._tensors = [i for i in inputs if i not in counters]
+        self._numbers = [i for i in inputs if i in counters]
+        self._plan = plan
+
+    def __call__(self, leaves: list[Any], count: int) -> Any:
+        numbers = [torch.tensor(leaves[i]) for i in self._numbers]
+        outputs = self._run(torch.tensor(count), *numbers, *[leaves[i] for i in self._tensors])
+        return optree.tree_unflatten(self._spec, [_made(kind, what, leaves, outputs) for kind, what in self._plan])
+
+
+def _made(kind: str, what: Any, leaves: list[Any], outputs: Any) -> Any:
+    if kind == "output":
+        return outputs[what]
+    if kind == "number":
+        return outputs[what].item()
+    return leaves[what] if kind == "input" else what
+
+
+def _captured(fn: Any, leaves: list[Any], own: int, spec: Any, count: int) -> _Graph:
+    """Record and compile; the tensors among the first `own` leaves are written over. Raises whatever `fn` or the compiler raises."""
+    counters: frozenset[int] = frozenset()
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]  # pyright: ignore[reportArgumentType,reportCallIssue]
+    with Key(0).scope(), capturing(), warnings.catch_warnings():  # recording computes, and draws, for real
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # of torch by torch
+        while True:
+            recording = _Recording(fn, leaves, own, spec, counters)
+            examples = [torch.tensor(count), *recording.examples()]
+            graph = make_fx(recording, tracing_mode="real", _allow_non_fake_inputs=True)(*examples)
+            if not recording.changed:
+                break
+            counters |= recording.changed
+        if random.getstate() != python or np.random.get_state(legacy=False)["state"]["pos"] != numpy:  # pyright: ignore[reportArgumentType,reportCallIssue]
+            raise Uncapturable("it draws from Python's or NumPy's generator, and what is drawn would be the same at every step")
+        with torch.no_grad():
+            run = torch._inductor.compile(graph, [torch.tensor(count), *recording.examples()])
+    return _Graph(run, recording.inputs, counters, recording.plan, recording.spec)
+
+
+class _Recording:
+    """The function of tensors alone that is recorded, and what it found out about its outputs."""
+
+    def __init__(self, fn: Any, leaves: list[Any], own: int, spec: Any, counters: frozenset[int]) -> None:
+        self.fn, self.leaves, self.own, self.in_spec = fn, leaves, own, spec
+        self.inputs = [*sorted(counters), *(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))]
+        self.changed: frozenset[int] = frozenset()
+        self.counters = counters
+        self.plan: list[tuple[str, Any]] = []
+        self.spec: Any = None
+
+    def examples(self) -> list[Tensor]:
+        """Inputs that may be written to."""
+        return [self.leaves[i].clone() if isinstance(self.leaves[i], Tensor) else torch.tensor(self.leaves[i]) for i in self.inputs]
+
+    def __call__(self, count: Tensor, *tensors: Tensor) -> list[Tensor]:
+        leaves = list(self.leaves)
+        for i, tensor in zip(self.inputs, tensors, strict=True):
+            leaves[i] = tensor
+        places = {id(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
+        memory = {storage(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
+        given, kept, x = optree.tree_unflatten(self.in_spec, leaves)
+        result: Any = self.fn(given, kept, x, count)
+        new, metrics = result
+        state: Any = (given, kept)
+        olds, old_spec = optree.tree_flatten(state)
+        news, new_spec = optree.tree_flatten(new)
+        if old_spec != new_spec:
+            raise Uncapturable(f"the state does not keep its structure: {old_spec} becomes {new_spec}")
+        rest, _ = optree.tree_flatten(metrics)
+        self.spec = optree.tree_structure(result)
+        outputs: list[Tensor] = []
+        overwritten: list[tuple[Tensor, Tensor]] = []
+        self.plan, changed = [], set()
+
+        def output(kind: str, tensor: Tensor) -> None:
+            self.plan.append((kind, len(outputs)))
+            outputs.append(tensor.detach().clone() if storage(tensor) in memory else tensor.detach())
+
+        for i, (old, value) in enumerate(zip(olds, news, strict=True)):  # the state's leaves come first among the arguments'
+            if i in self.counters:
+                output("number", value if isinstance(value, Tensor) else torch.tensor(value))
+            elif not isinstance(old, Tensor):
+                if isinstance(value, Tensor) or value != old:
+                    changed.add(i)
+                self.plan.append(("constant", value))
+            elif id(value) in places or (memory.get(storage(value)) == i and value.shape == old.shape):
+                self.plan.append(("input", places.get(id(value), i)))
+            elif i < self.own and value.shape == old.shape and value.dtype == old.dtype:
+                overwritten.append((old, value))
+                self.plan.append(("input", i))
+            else:
+                output("output", value)
+        for value in rest:
+            if isinstance(value, Tensor):
+                output("output", value)
+            else:
+                self.plan.append(("constant", value))
+        for old, value in overwritten:
+            old.copy_(value)
+        self.changed = frozenset(changed)
+        return outputs
