@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -104,7 +103,10 @@ class _Log:
             clock["data_seconds_per_tick"] = (self._program.data_seconds - self._waited) / self._ticks
         if left is not None:
             clock["eta"] = left
-        clock["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        if sys.platform != "win32":
+            import resource
+
+            clock["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         if torch.cuda.is_initialized():
             clock["peak_cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20
         return clock

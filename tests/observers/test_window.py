@@ -35,11 +35,11 @@ def expected(values, sizes, every, window, epoch):
         yield step, np.array(values[first:step], dtype=float), np.array(sizes[first:step], dtype=float)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.integers(1, 6),
-    st.one_of(st.integers(1, 20), st.sampled_from(["line", "epoch", "run"])),
-    st.integers(1, 9),
+    st.one_of(st.integers(1, 12), st.integers(1, 12), st.sampled_from(["line", "epoch", "run"])),
+    st.integers(1, 20),
     st.integers(1, 3),
     st.data(),
 )
