@@ -45,14 +45,13 @@ def machine() -> str:
     )
 
 
-def section(name: str) -> str:
+def section(name: str, rounds: int | None) -> str:
     """The benchmark's docstring and what it prints, as it prints it."""
     doc = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
     text = f"## {name}\n\n{doc}\n\n"
     print(text, end="", flush=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"benchmarks.{name}", *BENCHMARKS[name]], stdout=subprocess.PIPE, text=True, cwd=FOLDER.parent
-    )
+    command = [sys.executable, "-m", f"benchmarks.{name}", *BENCHMARKS[name], *(["--rounds", str(rounds)] if rounds else [])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=FOLDER.parent)
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
@@ -66,6 +65,7 @@ def section(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--rounds", type=int, help="of each, to see that all of it works; 2 at least")
     parser.add_argument("--out", type=Path, default=FOLDER / "results.md")
     options = parser.parse_args()
     head = f"""# Measured side by side
@@ -75,7 +75,7 @@ Written by `make bench`; not edited. {machine()}
 Figures are medians over the rounds. A ratio is taken within a round, in which every side has one turn, in an order that is drawn anew; it is
 shown as median (quartiles). Below 1 is faster, or smaller, than what stands behind the slash.
 """
-    sections = [section(name) for name in options.names or BENCHMARKS]
+    sections = [section(name, options.rounds) for name in options.names or BENCHMARKS]
     options.out.write_text("\n".join([head, *sections]))
 
 
