@@ -467,6 +467,7 @@ def _accumulated(gradients: Callable[..., Any], buffers: Any, batch: Any, pieces
         scaled = [None if g is None else g * weight for g in grads]
         total = scaled if not total else [a if b is None else b if a is None else a + b for a, b in zip(total, scaled, strict=True)]
         totals = folds.fold(totals, {name: _detach_all(value) for name, value in values.items()}, size)
+    totals = folds.settled(totals)
     means = {name: value for name, value in folds.compute(totals).items() if name in totals.names and name not in totals.folds}
     return total, buffers, {**means, **totals.folds}
 

@@ -25,7 +25,7 @@ from fnrun.metrics.perplexity import Perplexity, perplexity
 from fnrun.metrics.quantiles import Quantiles, quantiles
 from fnrun.metrics.regression import R2, Moments, Pearson, RootMean, mae, mse, pearson, r2, rmse
 from fnrun.metrics.segmentation import iou, mean_iou
-from fnrun.metrics.totals import Means, Totals, compute, examples, fold, values
+from fnrun.metrics.totals import Means, Totals, compute, examples, fold, settled, values
 
 __all__ = [
     "AUROC",
@@ -75,6 +75,7 @@ __all__ = [
     "r2",
     "recall",
     "rmse",
+    "settled",
     "sum",
     "top_k",
     "values",

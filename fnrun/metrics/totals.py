@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fnrun import tree
 from fnrun.metrics.base import wide
+from fnrun.metrics.basic import Mean, Sum
 from fnrun.tree import struct
 
 
@@ -38,13 +40,39 @@ class Means:
         share = examples / self.unit
         return Means(self.names, self.total + (wide(value) if isinstance(value, Tensor) else value) * share, self.weight + share, self.unit)
 
+    def add_each(self, values: Tensor, examples: Sequence[int]) -> Means:
+        """Several ticks at once, with the bits of one after the other: `values` is `[ticks, names]`."""
+        rows, weight = wide(values), self.weight
+        if any(n != self.unit for n in examples):
+            shares = [n / self.unit for n in examples]
+            rows = rows * torch.tensor(shares, dtype=rows.dtype, device=rows.device).unsqueeze(1)
+        else:
+            shares = [1.0] * len(examples)
+        for share in shares:
+            weight += share
+        if rows.is_cpu:  # where a running sum goes from row to row, and so what comes together does not change the bits
+            return Means(self.names, torch.cat([self.total.unsqueeze(0), rows]).cumsum(0)[-1], weight, self.unit)
+        return Means(self.names, functools.reduce(torch.add, rows.unbind(), self.total), weight, self.unit)
+
+    def add_numbers(self, values: Sequence[float], examples: Sequence[int]) -> Means:
+        """Several ticks of a Python number, one after the other."""
+        total, weight = self.total, self.weight
+        for value, n in zip(values, examples, strict=True):
+            share = n / self.unit
+            total, weight = total + float(value) * share, weight + share
+        return Means(self.names, total, weight, self.unit)
+
     def only(self, names: list[str]) -> Means:
         return Means(tuple(names), self.total[[self.names.index(name) for name in names]], self.weight, self.unit)
 
 
 @struct
 class Totals:
-    """The metrics of the ticks so far, folded: `names` as they first came; tensors in `means`, Python numbers in `numbers`, folds in `folds`."""
+    """The metrics of the ticks so far, folded: `names` as they first came; tensors in `means`, Python numbers in `numbers`, folds in `folds`.
+
+    The newest ticks wait in `waiting`, with their examples, to be folded together: one operation for many ticks. They are at most `TOGETHER`,
+    all with the metrics `shared`, which are scalars.
+    """
 
     __module__ = "fnrun.metrics"
 
@@ -52,6 +80,13 @@ class Totals:
     means: tuple[Means, ...] = ()
     numbers: dict[str, Means] = dataclasses.field(default_factory=dict)
     folds: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shared: tuple[str, ...] = ()
+    waiting: tuple[tuple[Any, ...], ...] = ()
+
+
+#: So many ticks of scalars are folded at once.
+TOGETHER = 16
+_SCALAR = frozenset({float, int, Mean, Sum})
 
 
 def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> Totals:
@@ -68,7 +103,80 @@ def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> To
     >>> compute(fold(totals, {"loss": torch.tensor(2.0), "seen": seen(torch.ones(1))}, examples=1))
     {'loss': tensor(1.2500, dtype=torch.float64), 'seen': tensor(4., dtype=torch.float64)}
     """
-    old = totals if totals is not None else Totals()
+    if totals is not None and totals.shared == (names := tuple(metrics)) and _scalars(metrics) and _like(totals, metrics):
+        waiting = (*totals.waiting, (examples, *metrics.values()))
+        together = Totals(totals.names, totals.means, totals.numbers, totals.folds, names, waiting)
+        return together if len(waiting) < TOGETHER else settled(together)
+    totals = _fold(settled(totals), metrics, examples)
+    if _scalars(metrics):
+        return dataclasses.replace(totals, shared=tuple(metrics))
+    return totals
+
+
+def _scalars(metrics: Mapping[str, Any]) -> bool:
+    for value in metrics.values():
+        if value.ndim if isinstance(value, Tensor) else type(value) not in _SCALAR:
+            return False
+    return True
+
+
+def _like(totals: Totals, metrics: Mapping[str, Any]) -> bool:
+    """Whether each metric is of the kind that it was."""
+    if totals.waiting:
+        return list(map(type, totals.waiting[-1][1:])) == list(map(type, metrics.values()))
+    kept = totals.folds
+    return all(type(kept[name]) is type(value) if name in kept else type(value) not in (Mean, Sum) for name, value in metrics.items())
+
+
+def settled(totals: Totals | None) -> Totals:
+    """The totals with no tick waiting."""
+    if totals is None:
+        return Totals()
+    if not totals.waiting:
+        return dataclasses.replace(totals, shared=()) if totals.shared else totals
+    shared, waiting = totals.shared, totals.waiting
+    totals = Totals(totals.names, totals.means, totals.numbers, totals.folds)
+    columns = dict(zip(shared, zip(*(tick[1:] for tick in waiting), strict=True), strict=True))
+    examples = [tick[0] for tick in waiting]
+    if not _regular(totals, columns):
+        for n, *values in waiting:
+            totals = _fold(totals, dict(zip(shared, values, strict=True)), n)
+        return totals
+    means = []
+    for stack in totals.means:
+        values = torch.stack([value for row in zip(*(columns[name] for name in stack.names), strict=True) for value in row])
+        means.append(stack.add_each(values.detach().view(len(waiting), -1), examples))
+    numbers, folds = dict(totals.numbers), dict(totals.folds)
+    for name, column in columns.items():
+        if name in folds:
+            folds[name] = _merged([folds[name], *column])
+        elif name in numbers:
+            numbers[name] = numbers[name].add_numbers(column, examples)
+    return Totals(totals.names, tuple(means), numbers, folds, shared)
+
+
+def _merged(each: list[Any]) -> Any:
+    """Folds of one kind, merged from left to right."""
+    first = each[0]
+    fields = [[getattr(fold, field.name) for fold in each] for field in dataclasses.fields(first)]
+    if all(x.is_cpu and x.ndim == 0 and x.dtype == row[0].dtype for row in fields for x in row):  # scalars: running sums, as in `add_each`
+        return type(first)(*(torch.stack(row).cumsum(0)[-1] for row in fields))
+    return functools.reduce(lambda a, b: a.merge(b), each)
+
+
+def _regular(totals: Totals, columns: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether the ticks that wait are all like those before: every stack whole, each metric of one kind and dtype."""
+    kinds = {name: {(type(v), v.dtype, v.device) if isinstance(v, Tensor) else type(v) for v in column} for name, column in columns.items()}
+    if any(len(kind) > 1 for kind in kinds.values()):
+        return False
+    tensors = {name for name, kind in kinds.items() if isinstance(next(iter(kind)), tuple)}
+    stacked = [name for stack in totals.means for name in stack.names]
+    alike = all(len(set().union(*(kinds[name] for name in stack.names))) == 1 for stack in totals.means if tensors.issuperset(stack.names))
+    rest = set(columns) - tensors
+    return alike and tensors == set(stacked) and rest <= {*totals.numbers, *totals.folds} and rest.isdisjoint(stacked)
+
+
+def _fold(old: Totals, metrics: Mapping[str, Any], examples: int) -> Totals:
     tensors: dict[str, Tensor] = {}
     numbers, folds = old.numbers, old.folds
     for name, value in metrics.items():
@@ -134,6 +242,7 @@ def compute(totals: Totals) -> dict[str, Any]:
 
     What a fold computes is under its name; of a fold that computes a dict, under `name/key`.
     """
+    totals = settled(totals)
     found: dict[str, Any] = {}
     for stack in totals.means:
         found.update(zip(stack.names, (stack.total / stack.weight).unbind(), strict=True))

@@ -79,6 +79,7 @@ class Window:
 
 def compute(parts: Sequence[Totals]) -> dict[str, Any]:
     """The values over all parts, by name."""
+    parts = [folds.settled(part) for part in parts]
     if len(parts) == 1:
         return folds.compute(parts[0])
     sums: dict[str, Any] = {}

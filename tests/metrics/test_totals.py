@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -67,8 +69,8 @@ def test_totals_do_not_grow():
     for i in range(300):
         named = {f"m{j}": torch.tensor(1.0) for j in range(6) if i % (j + 1) == 0}
         totals = metrics.fold(totals, named, 3)
-        first = first if i != 60 else len(tree.leaves(totals))
-    assert len(tree.leaves(totals)) == first
+        first = first if i != 60 else len(tree.leaves(metrics.settled(totals)))
+    assert len(tree.leaves(metrics.settled(totals))) == first
     assert all(float(value) == 1 for value in metrics.compute(totals).values())
 
 
@@ -150,3 +152,37 @@ def test_an_int_keeps_its_bits_beside_a_float():
     first = {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}
     totals = metrics.fold(metrics.fold(None, first, 1), {"a": torch.tensor(1.0), "b": torch.tensor(16777217)}, 1)
     assert metrics.compute(totals)["b"].item() == 8388609.0
+
+
+@unhurried
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 5),
+            st.sampled_from([("loss", "lr"), ("loss", "lr", "hits"), ("loss",), ("lr", "loss"), ("loss", "count")]),
+            st.booleans(),
+        ),
+        max_size=50,
+    )
+)
+def test_ticks_that_wait_are_folded_as_those_that_do_not(ticks: list[Any]) -> None:
+    """Any order of names, kinds and batch sizes: the mean of each name is that over the ticks that had it, weighted by examples."""
+    totals, seen = None, {}
+    for i, (n, names, wide) in enumerate(ticks):
+        loss = torch.tensor(1.0 + i, dtype=torch.float64 if wide else torch.float32)
+        values = {"loss": loss, "lr": 0.5 * i, "hits": metrics.accuracy(torch.eye(n, 5), torch.full((n,), i % 2)), "count": torch.tensor(i)}
+        totals = metrics.fold(totals, {name: values[name] for name in names}, n)
+        for name in names:
+            seen.setdefault(name, []).append((n, float(values[name].compute()) if name == "hits" else float(values[name])))
+    found = metrics.compute(totals) if totals is not None else {}
+    assert list(found) == list(seen)
+    for name, values in seen.items():
+        expected = np.average([value for _, value in values], weights=[n for n, _ in values])
+        np.testing.assert_allclose(float(found[name]), expected, rtol=1e-12)
+
+
+def test_few_ticks_wait() -> None:
+    totals = None
+    for i in range(100):
+        totals = metrics.fold(totals, {"loss": torch.tensor(float(i)), "lr": 0.1}, 4)
+        assert len(totals.waiting) < 16
