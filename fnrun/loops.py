@@ -101,9 +101,12 @@ class Loop:
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
         return metrics
 
-    def _batches(self, x: Any) -> list[Any]:
-        """What counts as a tick each: x itself, or those that were taken together."""
-        return [x]
+    def _taken(self, x: Any) -> int:
+        """How many ticks this one counts as: of several batches at a time, so many."""
+        return 1
+
+    def _examples(self, x: Any) -> int:
+        return 1
 
     def _next_member(self, frame: Frame) -> str | None:
         return None
@@ -130,10 +133,13 @@ class Loop:
             state = _framed(state, (*frames, Frame(name)))
         elif frames[depth].loop != name or (self.over_data and len(frames) > depth + 1 and all(is_step(s) for _, s in self.inner())):
             raise elsewhere(state, program)
+        if self.over_data:
+            at = at._replace(source=self._stream(data, at))
         program.lengths[name] = self._length(state, data, at)
         befores = [getattr(hook, "before") for hook in self.hooks if hasattr(hook, "before")]  # noqa: B009
         afters = [hook.after if isinstance(hook, Hook) else hook for hook in self.hooks]
         gatherers: list[Any] = [observer for observer in self.observers if hasattr(observer, "fold")]
+        watching = [(observer, _saves(observer)) for observer in self.observers]
         token = here.set(ASIDE)  # a loop that a hook or an observer calls is no part of this program
         try:
             while True:
@@ -156,25 +162,25 @@ class Loop:
                 state, metrics = self._turn(state, x, frame, at)
                 if len(state.position.frames) != depth + 1:
                     raise elsewhere(state, program)
-                batches = self._batches(x)
-                examples = sum(map(folds.examples, batches)) if self.over_data else 1
+                taken = self._taken(x)
+                examples = self._examples(x)
                 program.examples += examples
                 plain = self._plain(metrics) if afters or self.observers else {}
                 gathered = {o.name: o.fold(frame.folds.get(o.name), before, plain, examples) for o in gatherers}
                 totals = self._total(frame.totals, metrics, examples)
-                frame = Frame(name, frame.ticks + len(batches), totals, gathered, self._next_member(frame))
+                frame = Frame(name, frame.ticks + taken, totals, gathered, self._next_member(frame))
                 position = state.position
                 moved = position.streams if streams is None else {**position.streams, **streams}
                 state = state.replace(
-                    position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data * len(batches))
+                    position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data * taken)
                 )
                 if afters or self.observers:
                     program.open()
                     values = self._values(plain, metrics)
                     for hook in afters:
                         state = hook(state, values)
-                    for observer in self.observers:
-                        if _saves(observer):
+                    for observer, saves in watching:
+                        if saves:
                             program.flush()
                         observer(state, values)
                 program.seen(state)
@@ -223,6 +229,8 @@ class _OverData(Loop):
         return at.over_batch
 
     def _stream(self, data: Any, at: Here) -> tuple[str, Batches]:
+        if at.source is not None:
+            return at.source
         name, stream = at.program.stream(data, at)
         return (f"{self.kind} {name}" if self._passing(at) else name), stream
 
@@ -239,8 +247,7 @@ class _OverData(Loop):
         return state.replace(position=state.position.forget(self._stream(data, at)[0])) if self._passing(at) else state
 
     def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
-        options = {"lease": at.lease} if self.donate and donates(self.step) else {}
-        result = self._call(self._turned(), state, x, at._replace(depth=at.depth + 1, over_batch=True), **options)
+        result = self._stepped(state, x, at)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(
                 f"{_title(self.step)} returned {type(result).__name__}, and a step in {self.kind} returns (state, metrics). "
@@ -248,11 +255,21 @@ class _OverData(Loop):
             )
         return result
 
-    def _turned(self) -> AnyStep:
-        return self.step
+    @functools.cached_property
+    def _lawful(self) -> bool:
+        """Whether the step is known to be one, in which no loop of this program can stand."""
+        return is_step(self.step)
+
+    def _stepped(self, state: Any, x: Any, at: Here) -> Any:
+        if self._lawful:
+            return self.step(state, x)
+        return self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True, source=None))
 
     def _plain(self, metrics: Any) -> dict[str, Any]:
         return metrics
+
+    def _examples(self, x: Any) -> int:
+        return folds.examples(x)
 
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
         return folds.fold(totals, metrics, examples)
@@ -272,6 +289,13 @@ class _OverData(Loop):
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Training(_OverData):
     donate: bool = False
+
+    @functools.cached_property
+    def _donates(self) -> bool:
+        return self.donate and donates(self.step)
+
+    def _stepped(self, state: Any, x: Any, at: Here) -> Any:
+        return self.step(state, x, lease=at.lease) if self._donates else super()._stepped(state, x, at)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -322,11 +346,18 @@ class _StepLoop(_Training):
         fused = f", {self.fused_steps} at a time" if self.fused_steps > 1 else ""
         return f"step_loop, {self.steps} steps{fused}" + (f", until step {self.until_step}" if self.until_step is not None else "")
 
-    def _turned(self) -> AnyStep:
-        return self.step if self.fused_steps == 1 else fusing(self.step) or self.step
+    def _stepped(self, state: Any, x: Any, at: Here) -> Any:
+        if self.fused_steps == 1:
+            return super()._stepped(state, x, at)
+        several = fusing(self.step)
+        assert several is not None
+        return several(state, x, lease=at.lease if self._donates else None)
 
-    def _batches(self, x: Any) -> list[Any]:
-        return [x] if self.fused_steps == 1 else x
+    def _taken(self, x: Any) -> int:
+        return 1 if self.fused_steps == 1 else len(x)
+
+    def _examples(self, x: Any) -> int:
+        return folds.examples(x) if self.fused_steps == 1 else sum(map(folds.examples, x))
 
     def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
         if self.fused_steps == 1:
@@ -372,7 +403,7 @@ class _EvalLoop(_OverData):
         return frame.ticks > 0 and self._cursor(state, frame, data, at).batch == 0
 
     def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
-        metrics = self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True))
+        metrics = self._stepped(state, x, at)
         if not isinstance(metrics, Mapping):
             raise TypeError(f"{_title(self.step)} returned {type(metrics).__name__}, and a step in eval_loop returns metrics, a dict")
         return state, dict(metrics)
@@ -383,7 +414,7 @@ class _PredictLoop(_EvalLoop):
     kind = "predict_loop"
 
     def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
-        return state, self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True))
+        return state, self._stepped(state, x, at)
 
     def _plain(self, metrics: Any) -> dict[str, Any]:
         return {}
@@ -478,9 +509,12 @@ class _Sequence(_Members):
     def _member(self, frame: Frame) -> str:
         return frame.member or next(iter(self.steps))
 
-    def _batches(self, x: Any) -> list[Any]:
-        """What counts as a tick each: x itself, or those that were taken together."""
-        return [x]
+    def _taken(self, x: Any) -> int:
+        """How many ticks this one counts as: of several batches at a time, so many."""
+        return 1
+
+    def _examples(self, x: Any) -> int:
+        return 1
 
     def _next_member(self, frame: Frame) -> str | None:
         names = [*self.steps, self.end]

@@ -5,6 +5,8 @@ Live iterators, open observers and the interrupt belong here. Where the program 
 
 from __future__ import annotations
 
+import dataclasses
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -55,6 +57,7 @@ class Here(NamedTuple):
     path: str = ""
     round: tuple[int, int | None] | None = None  # of the nearest repeat: its index, and how many there are where that is known
     over_batch: bool = False  # within a loop over data: what comes down is one of its batches
+    source: tuple[str, Batches] | None = None  # of a loop over data: the name and the stream
     lease: Lease | None = (
         None  # of the loops down to here, if one of them donates and no wrapper stands between, which may want the old state
     )
@@ -82,7 +85,8 @@ class ProgramError(ValueError):
     """The state and the program, or the state and the data, do not belong together."""
 
 
-class Live(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Live:
     stream: Batches
     iterator: Iterator[tuple[Any, Cursor]]
     epoch: int
@@ -96,6 +100,7 @@ class Program:
         self.loop = loop
         self.interrupt = interrupt
         self.latest: Any = state
+        self.data_seconds = 0.0  # waited for batches in this call
         self.examples = 0  # that went through the loops in this call
         self.lengths: dict[str, int | None] = {}  # how many ticks a frame's loop will have, by the frame's name, where that is known
         self.reports = collecting()
@@ -229,13 +234,14 @@ class Program:
             if live is not None:
                 getattr(live.iterator, "close", lambda: None)()
             key = getattr(state, "rng", Key(0)).fold_in("data", name)
-            live = Live(stream, stream.iterate(key, cursor, replay=replay), cursor.epoch, cursor.batch)
+            live = self._live[name] = Live(stream, stream.iterate(key, cursor, replay=replay), cursor.epoch, cursor.batch)
+        began = time.perf_counter()
         try:
             batch, after = next(live.iterator)
         except StopIteration:
             raise ProgramError(
                 f"the stream {name!r} ended at epoch {cursor.epoch}, batch {cursor.batch}: `iterate` goes on for ever"
             ) from None
-        again = replay and after.batch == 0
-        self._live[name] = Live(stream, live.iterator, cursor.epoch if again else after.epoch, after.batch)
+        self.data_seconds += time.perf_counter() - began
+        live.epoch, live.batch = cursor.epoch if replay and after.batch == 0 else after.epoch, after.batch
         return batch, after

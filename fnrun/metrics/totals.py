@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fnrun import tree
 from fnrun.metrics.base import wide
-from fnrun.metrics.basic import Mean, Sum
+from fnrun.metrics.basic import Last, Max, Mean, Min, Sum
 from fnrun.tree import struct
 
 
@@ -86,7 +86,8 @@ class Totals:
 
 #: So many ticks of scalars are folded at once.
 TOGETHER = 16
-_SCALAR = frozenset({float, int, Mean, Sum})
+_FOLDS = frozenset({Mean, Sum, Min, Max, Last})
+_SCALAR = frozenset({float, int}) | _FOLDS
 
 
 def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> Totals:
@@ -115,7 +116,8 @@ def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> To
 
 def _scalars(metrics: Mapping[str, Any]) -> bool:
     for value in metrics.values():
-        if value.ndim if isinstance(value, Tensor) else type(value) not in _SCALAR:
+        kind = type(value)
+        if value.ndim if isinstance(value, Tensor) else kind not in _SCALAR or (kind is Last and getattr(value.value, "ndim", 0)):
             return False
     return True
 
@@ -125,7 +127,7 @@ def _like(totals: Totals, metrics: Mapping[str, Any]) -> bool:
     if totals.waiting:
         return list(map(type, totals.waiting[-1][1:])) == list(map(type, metrics.values()))
     kept = totals.folds
-    return all(type(kept[name]) is type(value) if name in kept else type(value) not in (Mean, Sum) for name, value in metrics.items())
+    return all(type(kept[name]) is type(value) if name in kept else type(value) not in _FOLDS for name, value in metrics.items())
 
 
 def settled(totals: Totals | None) -> Totals:
@@ -158,6 +160,10 @@ def settled(totals: Totals | None) -> Totals:
 def _merged(each: list[Any]) -> Any:
     """Folds of one kind, merged from left to right."""
     first = each[0]
+    if isinstance(first, Last):
+        return each[-1]
+    if not isinstance(first, (Mean, Sum)):
+        return functools.reduce(lambda a, b: a.merge(b), each)
     fields = [[getattr(fold, field.name) for fold in each] for field in dataclasses.fields(first)]
     if all(x.is_cpu and x.ndim == 0 and x.dtype == row[0].dtype for row in fields for x in row):  # scalars: running sums, as in `add_each`
         return type(first)(*(torch.stack(row).cumsum(0)[-1] for row in fields))

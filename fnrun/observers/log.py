@@ -34,7 +34,7 @@ class _Log:
         self._program, self._pace = program, Pace()
         self._writes = rank() == 0
         self._began = self._last = time.perf_counter()
-        self._waited, self._ticks = getattr(program, "data_seconds", None), 0
+        self._waited, self._ticks = program.data_seconds, 0
         for sink in self.sinks if self._writes else ():
             sink.open(state)
 
@@ -89,7 +89,7 @@ class _Log:
                 for sink in self.sinks:
                     sink.write(line)
         self._last, self._ticks = now, 0
-        self._waited = getattr(self._program, "data_seconds", None)
+        self._waited = self._program.data_seconds
 
     def _check(self, values: Mapping[str, Any]) -> None:
         missing = sorted(self._unseen - values.keys())
@@ -99,8 +99,7 @@ class _Log:
 
     def _clock(self, now: float, left: float | None) -> dict[str, float]:
         clock = {"time": time.time(), "elapsed": now - self._began, "seconds_per_tick": (now - self._last) / self._ticks}
-        if self._waited is not None:
-            clock["data_seconds_per_tick"] = (self._program.data_seconds - self._waited) / self._ticks
+        clock["data_seconds_per_tick"] = (self._program.data_seconds - self._waited) / self._ticks
         if left is not None:
             clock["eta"] = left
         if sys.platform != "win32":
