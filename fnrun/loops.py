@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import cycle
 from types import CellType, FunctionType, MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from fnrun import metrics as folds
 from fnrun.data import Batches
-from fnrun.donation import Lease, given_lease, husk
+from fnrun.donation import Lease, fate, given_lease, husk
 from fnrun.program import ASIDE, Here, Hook, Observer, Program, ProgramError, Unwind, here, spy
 from fnrun.reports import collecting
 from fnrun.state import Cursor, Frame, Position, S
-from fnrun.steps import donates, fusing, is_step
+from fnrun.steps import donates, fusing, is_step, looks_at_step_only
 
 Metrics = dict[str, Any]
 AnyHook = Hook | Callable[[Any, Metrics], Any]
@@ -139,6 +140,7 @@ class Loop:
         befores = [getattr(hook, "before") for hook in self.hooks if hasattr(hook, "before")]  # noqa: B009
         afters = [hook.after if isinstance(hook, Hook) else hook for hook in self.hooks]
         gatherers: list[Any] = [observer for observer in self.observers if hasattr(observer, "fold")]
+        begun = False  # the first tick of a call is always one by itself: what is wrong shows there
         watching = [(observer, _saves(observer)) for observer in self.observers]
         token = here.set(ASIDE)  # a loop that a hook or an observer calls is no part of this program
         try:
@@ -149,6 +151,10 @@ class Loop:
                 between = len(state.position.frames) == depth + 1  # else a loop within is open: this tick began before the state was saved
                 if between and self._done(state, frame, data, at):
                     break
+                if begun and (ahead := self._unwatched(state, frame, at)):
+                    state = self._straight(state, frame, at, ahead, gatherers)
+                    continue
+                begun = True
                 x, streams, member = self._take(state, frame, data, at)
                 if member != frame.member:
                     frame = dataclasses.replace(frame, member=member)
@@ -171,9 +177,7 @@ class Loop:
                 frame = Frame(name, frame.ticks + taken, totals, gathered, self._next_member(frame))
                 position = state.position
                 moved = position.streams if streams is None else {**position.streams, **streams}
-                state = state.replace(
-                    position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data * taken)
-                )
+                state = state.replace(position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data * taken))
                 if afters or self.observers:
                     program.open()
                     values = self._values(plain, metrics)
@@ -188,6 +192,13 @@ class Loop:
             here.reset(token)
         frames = state.position.frames
         return self._close(_framed(state, frames[:depth]), data, at), self._result(frames[depth].totals)
+
+    def _unwatched(self, state: Any, frame: Frame, at: Here) -> int:
+        """How many ticks come now whose states nobody would see."""
+        return 0
+
+    def _straight(self, state: Any, frame: Frame, at: Here, ticks: int, gatherers: list[Any]) -> Any:
+        raise NotImplementedError
 
     def _close(self, state: Any, data: Any, at: Here) -> Any:
         return state
@@ -210,6 +221,18 @@ class Loop:
 
     def __str__(self) -> str:
         return "\n".join(_drawn("", self, 0))
+
+
+#: So many ticks at most go straight on.
+STRAIGHT = 64
+
+
+class Before(NamedTuple):
+    """The state before a tick, for observers that fold and look at no more."""
+
+    step: int
+    position: Position
+    memory: Any
 
 
 # --- loops over data ---------------------------------------------------------------------------------------------------
@@ -290,12 +313,64 @@ class _OverData(Loop):
 class _Training(_OverData):
     donate: bool = False
 
+    ends_with_pass: ClassVar[bool] = False
+
     @functools.cached_property
     def _donates(self) -> bool:
         return self.donate and donates(self.step)
 
     def _stepped(self, state: Any, x: Any, at: Here) -> Any:
         return self.step(state, x, lease=at.lease) if self._donates else super()._stepped(state, x, at)
+
+    @functools.cached_property
+    def _every(self) -> int:
+        """How many ticks may follow each other in one go: none where a hook acts, or an observer that may look at each state."""
+        if self.hooks or not looks_at_step_only(self.step) or not all(getattr(o, "idle_between", False) for o in self.observers):
+            return 0
+        return math.gcd(*(getattr(o, "every") for o in self.observers)) if self.observers else STRAIGHT  # noqa: B009
+
+    def _unwatched(self, state: Any, frame: Frame, at: Here) -> int:
+        every = self._every
+        return min(STRAIGHT, every - 1 - state.step % every) if every > 1 and at.program.unspied else 0
+
+    def _straight(self, state: Any, frame: Frame, at: Here, ticks: int, gatherers: list[Any]) -> Any:
+        """So many ticks, or as many as the pass has, with what loops do around a tick done once at their end.
+
+        The state afterwards is that of tick by tick, bit for bit. An interrupt or an exception ends the run of ticks early.
+        """
+        program, (name, stream) = at.program, self._stream(None, at)
+        position, replay, cursor = state.position, self._passing(at), self._cursor(state, frame, None, at)
+        done: list[tuple[int, Any, Any, int]] = []
+
+        def finished(state: Any) -> Any:
+            totals, gathered = frame.totals, frame.folds
+            for step, memory, metrics, examples in done:
+                totals = self._total(totals, metrics, examples)
+                before = Before(step, position, memory)
+                gathered = {o.name: o.fold(gathered.get(o.name), before, metrics, examples) for o in gatherers}
+                program.examples += examples
+            new = Frame(frame.loop, frame.ticks + len(done), totals, gathered, frame.member)
+            streams = {**position.streams, name: cursor}
+            state = state.replace(position=Position((*position.frames[: at.depth], new), streams, position.ticks + len(done)))
+            program.seen(state)
+            return state
+
+        try:
+            while len(done) < ticks and (not done or cursor.batch or not self.ends_with_pass):
+                if program.interrupt is not None and (reason := program.interrupt()):
+                    raise Unwind(finished(state), reason)
+                batch, after = program.next_batch(name, stream, state, cursor, replay=replay)
+                step, memory = state.step, state.memory
+                state, metrics = self._stepped(state, batch, at)
+                done.append((step, memory, metrics, folds.examples(batch)))
+                cursor = after
+        except Unwind:
+            raise
+        except BaseException:
+            if done and fate(state) is None:
+                finished(state)
+            raise
+        return finished(state)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -310,6 +385,7 @@ class _Training(_OverData):
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _EpochLoop(_Training):
     kind = "epoch_loop"
+    ends_with_pass = True
 
     def _length(self, state: Any, data: Any, at: Here) -> int | None:
         frame = state.position.frames[at.depth]
@@ -352,6 +428,12 @@ class _StepLoop(_Training):
         several = fusing(self.step)
         assert several is not None
         return several(state, x, lease=at.lease if self._donates else None)
+
+    def _unwatched(self, state: Any, frame: Frame, at: Here) -> int:
+        if self.fused_steps > 1:
+            return 0
+        left = self.steps - frame.ticks if self.until_step is None else min(self.steps - frame.ticks, self.until_step - state.step)
+        return min(super()._unwatched(state, frame, at), left)
 
     def _taken(self, x: Any) -> int:
         return 1 if self.fused_steps == 1 else len(x)

@@ -119,6 +119,18 @@ def is_step(fn: Any) -> bool:
 _fusing: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
+#: Of these, those of which the state's position is no input: only parameters, buffers, optimizer state, key and step are.
+_positionless: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def looks_at_step_only(fn: Any) -> bool:
+    """Whether the step does not look at where in the program it stands, but for the count of steps."""
+    try:
+        return fn in _positionless
+    except TypeError:
+        return False
+
+
 def fusing(fn: Any) -> Callable[..., tuple[Any, Metrics]] | None:
     """The function that does several of these steps in one compiled call, or None."""
     try:
@@ -300,7 +312,7 @@ def make_train_step(
                 return loss_fn(model, batch)
 
         result, buffers = shell.run(forward, tensors, buffers, train=True)
-        loss, metrics = _loss_and_metrics(result)
+        loss, metrics = (result, {}) if isinstance(result, torch.Tensor) else _loss_and_metrics(result)
         scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(memory, loss)
         return _grad(loss, leaves, scaled), buffers, {"loss": loss, **metrics}
 
@@ -316,7 +328,9 @@ def make_train_step(
         count, memory = state.step, state.opt_state
         with within(state.rng, "train", count) as reports:
             grads, buffers, metrics = gradients(state.params, memory, batch, state.buffers)
-            metrics = {name: _detach_all(value) for name, value in _with(metrics, reports).items()}
+            for value_name, value in reports.items():
+                metrics.setdefault(value_name, value)
+            metrics = {name: _detach_all(value) for name, value in metrics.items()}
             params = state.params if whole else {name: state.params[name] for name in trained}
             key = state.rng.fold_in("optimizer", count) if optimizer.keyed else None
             if lease is None:
@@ -394,6 +408,7 @@ def make_train_step(
 
     train_step.__qualname__ = train_step.__name__ = name
     _steps.add(train_step)
+    _positionless.add(train_step)
     if compile:
         _fusing[train_step] = fused_steps
     if optimizer.donatable:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -508,3 +509,70 @@ def test_no_warning_where_nothing_is_wrong():
         warnings.simplefilter("error")
         state, _ = fnrun.epoch_loop(train, hooks=[hooks.ema(0.5)])(fresh(), batches(2))
         fnrun.eval_loop(lambda s, b: {"x": 0.0})(state, batches(1))
+
+
+class TestStraightOn:
+    """Ticks that nobody looks at follow each other; the states, metrics and lines are those of tick by tick."""
+
+    @staticmethod
+    def made(donate: bool = False, every: int = 5, more: tuple[Any, ...] = ()) -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
+        optimizer = fnrun.optim.adamw(1e-2)
+        step = fnrun.make_train_step(model, lambda m, b: (m(b).square().mean(), {"size": float(len(b))}), optimizer)
+        lines: list[Any] = []
+
+        class Kept:
+            def open(self, state: Any) -> None: ...
+            def flush(self) -> None: ...
+            def close(self) -> None: ...
+            def write(self, record: Any) -> None:
+                lines.append(record._replace(clock={}))
+
+        watching = [fnrun.observers.log(every, to=[Kept()], window=7, statistics={"loss": ["mean", "max", ("last", "line")]}), *more]
+        loop = fnrun.repeat(
+            fnrun.sequence(
+                a=fnrun.epoch_loop(step, observers=watching, donate=donate),
+                b=fnrun.step_loop(step, 30, until_step=70, observers=more, donate=donate),
+            ),
+            3,
+        )
+        rows = torch.randn(47, 3, generator=torch.Generator().manual_seed(1))
+        stream = fnrun.data.arrays(rows, 4, shuffle=True)
+        return loop, fnrun.TrainState.create(model, optimizer), {"a": stream, "b": stream}, lines
+
+    @pytest.mark.parametrize("donate", [False, True])
+    def test_it_is_tick_by_tick_to_the_bit(self, donate: bool) -> None:
+        straight, state, data, lines = self.made(donate)
+        looked, _, _, others = self.made(donate, more=(lambda state, metrics: None,))
+        assert_same(straight(state, data), looked(state, data), "straight on, the program ends differently")
+        assert_same(lines, others, "straight on, the log has other lines")
+
+    def test_interrupts_are_asked_at_each_tick(self) -> None:
+        straight, state, data, lines = self.made()
+        end, _ = straight(state, data)
+        whole = list(lines)
+        for n in (2, 7, 20, 33, 61, 100):
+            straight, state, data, lines = self.made()
+            left = iter(range(n))
+            first, _ = straight(state, data, interrupt=lambda left=left: "now" if next(left, None) is None else None)
+            assert first.position.frames, n
+            assert_same(straight(first, data)[0], end, f"interrupted at {n} and continued, the program ends in another state")
+            assert_same(lines, whole, f"interrupted at {n} and continued, the log has other lines")
+
+    def test_an_exception_leaves_the_state_of_the_last_tick(self, tmp_path: Any) -> None:
+        model, optimizer = torch.nn.Linear(3, 1), fnrun.optim.sgd(0.1)
+
+        def loss(model: Any, batch: Any) -> Any:
+            if len(batch) == 3:
+                raise ZeroDivisionError
+            return model(batch).square().mean()
+
+        step, state = fnrun.make_train_step(model, loss, optimizer), fnrun.TrainState.create(model, optimizer)
+        stream = fnrun.data.arrays(torch.randn(47, 3), 4)
+        with fnrun.checkpoint.Checkpoints(tmp_path) as checkpoints:
+            loop = fnrun.repeat(fnrun.epoch_loop(step), 2, observers=[fnrun.observers.checkpoint(checkpoints)])
+            with pytest.raises(ZeroDivisionError):
+                loop(state, stream)
+            saved = checkpoints.restore(like=state)
+        assert (saved.step, saved.position.frames[-1].ticks) == (11, 11)

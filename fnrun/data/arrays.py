@@ -59,10 +59,14 @@ class Order:
         self.at = (epoch, first)
         return True
 
-    def within(self, batch: int) -> slice:
-        """Where the rows of this batch are in the block at hand."""
+    def within(self, batch: int, batches: int = 1) -> slice:
+        """Where the rows of this batch, and of those after it, are in the block at hand."""
         start = (batch - self.at[1]) * self.batch_size
-        return slice(start, min(start + self.batch_size, len(self.block)))
+        return slice(start, min(start + self.batch_size * batches, len(self.block)))
+
+
+#: Small batches are gathered several at a time, in one call: so many bytes of them.
+TOGETHER = 2**18
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,17 +96,22 @@ class Arrays(Stream):
         leaves, structure = optree.tree_flatten(self.tensors)
         order = Order(key, self.rows, self.batch_size, self.shuffle)
         indices: dict[torch.device, torch.Tensor] = {}
+        sizes = [leaf[:1].nbytes * self.batch_size for leaf in leaves]
+        # Not where a batch would begin in the middle of a cache line: kernels may give other bits there, and a resumed run cuts elsewhere.
+        together = max(1, TOGETHER // max(1, sum(sizes))) if not any(size % 64 for size in sizes) else 1
+        begin, gathered = (-1, 0), []
         for epoch, batch, after in walk(cursor, len(self), replay):
-            if self.shuffle:
-                if order.fill(epoch, batch):
+            if begin[0] != epoch or not 0 <= batch - begin[1] < len(gathered):
+                if order.fill(epoch, batch) and self.shuffle:
                     block = torch.from_numpy(order.block)
                     indices = {device: block.to(device) for device in {leaf.device for leaf in leaves}}
-                rows = order.within(batch)
-                found = [leaf.index_select(0, indices[leaf.device][rows]) for leaf in leaves]
-            else:
-                rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-                found = [leaf[rows].clone() for leaf in leaves]
-            made = structure.unflatten(found)
+                if self.shuffle:
+                    rows = order.within(batch, together)
+                    found = [leaf.index_select(0, indices[leaf.device][rows]) for leaf in leaves]
+                else:
+                    found = [leaf[batch * self.batch_size : (batch + together) * self.batch_size].clone() for leaf in leaves]
+                begin, gathered = (epoch, batch), list(zip(*(each.split(self.batch_size) for each in found), strict=True))
+            made = structure.unflatten(gathered[batch - begin[1]])
             if self.transform is not None:
                 made = _transformed(self.transform, made, key.fold_in(epoch, "batch", batch))
             yield made, Cursor(*after, self.source)

@@ -281,6 +281,10 @@ def examples(batch: Any) -> int:
     >>> examples({"image": torch.zeros(8, 3), "label": torch.zeros(8)}), examples(3.5)
     (8, 1)
     """
+    if type(batch) is dict and batch:  # the usual case, found out without a look at the whole tree
+        lengths = {value.shape[0] if type(value) is Tensor and value.ndim else None for value in batch.values()}
+        if len(lengths) == 1 and None not in lengths:
+            return lengths.pop()  # pyright: ignore[reportReturnType]
     for leaf in (batch,) if isinstance(batch, Tensor) else tree.leaves(batch):
         if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim:
             return len(leaf)

@@ -23,6 +23,8 @@ STATISTICS: dict[str, Statistic] = {"lr": "last"}
 
 
 class _Log:
+    idle_between = True
+
     def __init__(self, every: int, sinks: Sequence[Sink], named: tuple[Window, ...], asked: frozenset[str], name: str) -> None:
         self.every, self.windows, self.name = every, {str(window.size): window for window in named}, name
         self.sinks = tuple(sinks)
@@ -34,7 +36,7 @@ class _Log:
         self._program, self._pace = program, Pace()
         self._writes = rank() == 0
         self._began = self._last = time.perf_counter()
-        self._waited, self._ticks = program.data_seconds, 0
+        self._waited, self._ticks, self._step = program.data_seconds, 0, state.step
         for sink in self.sinks if self._writes else ():
             sink.open(state)
 
@@ -71,7 +73,9 @@ class _Log:
     # The line.
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        self._ticks += 1
+        training = state.position.frames[-1].loop.startswith(("epoch_loop", "step_loop"))
+        self._ticks += max(1, state.step - self._step) if training else 1
+        self._step = state.step
         if self._ticks == 1 or due(state, self.every):
             now = time.perf_counter()
             left = self._pace.at(state.position.frames, self._program.lengths, now)

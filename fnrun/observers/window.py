@@ -64,7 +64,8 @@ class Window:
         if not (self.rest and self.chosen.keys().isdisjoint(metrics)):
             metrics = self._expanded(metrics)
         if begins or not parts:
-            return (*parts, folds.fold(None, metrics, examples))[-max(1, self.parts) :]
+            ended = (*parts[:-1], folds.settled(parts[-1])) if parts else ()
+            return (*ended, folds.fold(None, metrics, examples))[-max(1, self.parts) :]
         return (*parts[:-1], folds.fold(parts[-1], metrics, examples))
 
     def _expanded(self, metrics: Mapping[str, Any]) -> dict[str, Any]:

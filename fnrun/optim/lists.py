@@ -107,7 +107,7 @@ def capturing() -> Iterator[None]:
 
 def eager() -> bool:
     """Whether operations run as they are called: no compiler and no `torch.func` transform looks on."""
-    return not _capturing.get() and not torch.compiler.is_compiling() and kernels._C._functorch.peek_interpreter_stack() is None
+    return not torch.compiler.is_compiling() and not _capturing.get() and kernels._C._functorch.peek_interpreter_stack() is None
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})

@@ -76,13 +76,33 @@ class RuleState:
     misses: Misses
 
 
+class _Constants:
+    """The values of the step before, for as long as nothing that they are made of can have changed: no schedule, the same leaves."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._fixed = settings, not settings.schedules
+        self._leaves: Any = None
+        self._values: dict[str, Any] = {}
+
+    def at(self, hyper: Hyperparams, count: Any) -> dict[str, Any]:
+        """The values now, `lr_scale` multiplied into `lr`."""
+        plain = eager()
+        if plain and hyper.leaves is self._leaves:
+            return self._values
+        values = self._settings.at(hyper, count)
+        values["lr"] = values["lr"] * values.pop("lr_scale")
+        if plain and self._fixed and not any(isinstance(value, Tensor) for value in values.values()):
+            self._leaves, self._values = hyper.leaves, values
+        return values
+
+
 _is_none = partial(operator.is_, None)
 
 
 def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], Any] | None = None) -> Optimizer:
     """The optimizer that follows `rule`, with `lr_scale` beside its hyperparameters."""
 
-    flatten = Flat()
+    flatten, constants = Flat(), _Constants(settings)
 
     def init(params: Any, /) -> RuleState:
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
@@ -97,8 +117,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         slots: Lists = {name: spec.flatten_up_to(tree) for name, tree in state.slots.items()}
         slots.update(state.scalars)
         count = known(state.hyper.count)
-        values = settings.at(state.hyper, count)
-        values["lr"] = values["lr"] * values.pop("lr_scale")
+        values = constants.at(state.hyper, count)
         note("lr", values["lr"])
         misses = state.misses
         missing = any(map(_is_none, flat))
@@ -175,11 +194,14 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
 
 def _uniform(tensors: list[Tensor], params: list[Tensor]) -> bool:
     """Whether all are as a fused kernel wants them: the usual case, found out in few passes."""
-    kinds = {(p.dtype, p.device) for p in params}
-    if len(kinds) > 1 or not eager() or not _PLAIN.issuperset(map(type, tensors)) or flows(tensors):
+    if not eager() or not _PLAIN.issuperset(map(type, tensors)) or flows(tensors) or False in map(Tensor.is_contiguous, tensors):
         return False
-    dtype, device = kinds.pop()
-    return dtype in _FUSED and device.type in ("cpu", "cuda") and all(map(Tensor.is_contiguous, tensors))
+    first = params[0]
+    one_kind = len(set(map(_dtype, params))) == len(set(map(Tensor.get_device, params))) == 1
+    return one_kind and first.dtype in _FUSED and (first.is_cpu or first.is_cuda)
+
+
+_dtype = operator.attrgetter("dtype")
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
