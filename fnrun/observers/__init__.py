@@ -5,9 +5,14 @@ They see the finished state of each tick of the loop that they are given to, and
 
 from fnrun.observers.log import log
 from fnrun.observers.media import Histogram, Image, Text, histogram
+from fnrun.observers.memory import memory
+from fnrun.observers.nonfinite import debug_nonfinite
+from fnrun.observers.predicting import predictions
+from fnrun.observers.profiling import profile
 from fnrun.observers.progress import progress
 from fnrun.observers.saving import checkpoint
 from fnrun.observers.sinks import Record, Sink, console, csv, jsonl, mlflow, record, tensorboard, trackio, wandb
+from fnrun.observers.watching import watch, watch_gradients
 
 __all__ = [
     "Histogram",
@@ -18,13 +23,19 @@ __all__ = [
     "checkpoint",
     "console",
     "csv",
+    "debug_nonfinite",
     "histogram",
     "jsonl",
     "log",
+    "memory",
     "mlflow",
+    "predictions",
+    "profile",
     "progress",
     "record",
     "tensorboard",
     "trackio",
     "wandb",
+    "watch",
+    "watch_gradients",
 ]

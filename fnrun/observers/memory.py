@@ -1,0 +1,113 @@
+"""Where the memory is."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import optree
+import torch
+
+from fnrun import tree
+from fnrun.donation import storage
+from fnrun.observers.ranks import rank
+from fnrun.observers.sinks import Sink
+from fnrun.observers.writing import Writing
+from fnrun.state import LoopState, due
+
+logger = logging.getLogger("fnrun")
+
+LARGEST = 8  # leaves of the state in the table
+
+
+class _Memory:
+    name = "memory"
+    idle_between = True  # but for the first tick of a call, which every observer sees
+
+    def __init__(self, every: int, sinks: Sequence[Sink]) -> None:
+        self.every, self._writing = every, Writing(sinks)
+        self._shown = False
+
+    def __str__(self) -> str:
+        return f"memory every {self.every}"
+
+    def open(self, program: Any, state: LoopState) -> None:
+        self._shown = rank() != 0
+        self._writing.open(state)
+
+    def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
+        if not self._shown:
+            self._shown = True
+            logger.info("%s", table(state))
+        if due(state, self.every):
+            self._writing.write(state, {"state_mib": sum(_sizes(state).values()) / 2**20}, resident())
+
+    def flush(self) -> None:
+        self._writing.flush()
+
+    def close(self, state: LoopState, reason: str | BaseException | None) -> None:
+        self._writing.close()
+
+
+def _sizes(state: Any) -> dict[str, int]:
+    """The bytes of each tensor of the state, by path; memory that several share counts with the first, and whole."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for path, leaf in zip(tree.paths(state), tree.leaves(state), strict=True):
+        if isinstance(leaf, torch.Tensor) and storage(leaf) not in seen:
+            seen.add(storage(leaf))
+            found[path] = leaf.untyped_storage().nbytes()
+    return found
+
+
+def resident() -> dict[str, float]:
+    """What this process holds now, in MiB: `resident_mib` where the system says so, `cuda_mib` and `cuda_reserved_mib` where CUDA is in use."""
+    found: dict[str, float] = {}
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as file:
+            import resource
+
+            found["resident_mib"] = int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    if torch.cuda.is_initialized():
+        found["cuda_mib"] = torch.cuda.memory_allocated() / 2**20
+        found["cuda_reserved_mib"] = torch.cuda.memory_reserved() / 2**20
+    return found
+
+
+def table(state: Any) -> str:
+    """The largest tensors of a state and what each part of it takes.
+
+    >>> from fnrun.state import TrainState
+    >>> print(table(TrainState.create(torch.nn.Linear(1024, 512))))
+    memory: the state takes 2.0 MiB: params 2.0
+           2.00 MiB  params/weight         [512, 1024] float32
+           0.00 MiB  params/bias           [512] float32
+    """
+    sizes = _sizes(state)
+    parts: dict[str, int] = {}
+    for path, size in sizes.items():
+        part = path.partition("/")[0]
+        parts[part] = parts.get(part, 0) + size
+    described = ", ".join(f"{part} {size / 2**20:,.1f}" for part, size in sorted(parts.items(), key=lambda item: -item[1]))
+    rows = [f"memory: the state takes {sum(sizes.values()) / 2**20:,.1f} MiB" + (f": {described}" if described else "")]
+    shapes = {tree.join(path): leaf for path, leaf in zip(*optree.tree_flatten_with_path(state)[:2], strict=True)}
+    largest = sorted(sizes, key=lambda path: -sizes[path])[:LARGEST]
+    width = max((len(path) for path in largest), default=0)
+    for path in largest:
+        dtype = str(shapes[path].dtype).removeprefix("torch.")
+        rows.append(f"  {sizes[path] / 2**20:>9,.2f} MiB  {path:<{max(width, 20)}}  {list(shapes[path].shape)} {dtype}")
+    return "\n".join(rows)
+
+
+def memory(every: int = 1, *, to: Sequence[Sink] = ()) -> Any:
+    """At the first tick the sizes of the largest tensors of the state, as a table in the log; then a record on each n-th step or round, to `to`.
+
+    The record's metric is `state_mib`, the memory of the state's tensors. Its clock holds what differs from run to run: `resident_mib` (the process's
+    memory now, on Linux), `cuda_mib` and `cuda_reserved_mib` (what tensors hold, and what torch keeps for them). Their peaks are in every line of
+    `observers.log`. Raises ValueError for an `every` below 1.
+    """
+    if every < 1:
+        raise ValueError(f"memory: every is at least 1, not {every!r}")
+    return _Memory(every, to)

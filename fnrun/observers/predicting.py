@@ -1,0 +1,137 @@
+"""Predictions, written to disk as they come."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fnrun import tree
+from fnrun.observers.sinks.lines import Lines, naming, plain
+from fnrun.state import LoopState
+
+_SHARD = re.compile(r"\d{9}\.pt")
+
+
+class _Rows:
+    """A line for each example."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = Lines(path)
+
+    def __str__(self) -> str:
+        return f"predictions -> {self._lines.path}"
+
+    def open(self, program: Any, state: LoopState) -> None:
+        if not self._lines:
+            self._lines.open(state.position.order if state.position.frames else ())
+
+    def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
+        ticks, *own = state.position.order
+        place = {"ticks": ticks, "at": ".".join(map(str, own)), "step": state.step, "batch": state.position.frames[-1].ticks - 1}
+        for i, output in enumerate(rows(_outputs(metrics))):
+            self._lines.append({**place, "row": i, "output": plain(output)})
+
+    def flush(self) -> None:
+        self._lines.flush()
+
+    def close(self, state: LoopState, reason: str | BaseException | None) -> None:
+        self._lines.close()
+
+
+class _Shards:
+    """A file for each batch, named by `Position.ticks`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __str__(self) -> str:
+        return f"predictions -> {self.directory}"
+
+    def open(self, program: Any, state: LoopState) -> None:
+        with naming(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.iterdir():
+                late = _SHARD.fullmatch(path.name) and (not state.position.frames or int(path.stem) > state.position.ticks)
+                if late or path.name == ".new":
+                    path.unlink()
+
+    def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
+        new = self.directory / ".new"
+        # Copies: of a tensor that is a piece of another, the whole other would be written.
+        outputs = tree.map(lambda leaf: leaf.cpu().clone() if isinstance(leaf, torch.Tensor) else leaf, _outputs(metrics))
+        with naming(self.directory):
+            with new.open("wb") as file:
+                torch.save(outputs, file)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self.directory / f"{state.position.ticks:09}.pt")  # whole or not at all
+
+
+def _outputs(metrics: dict[str, Any]) -> Any:
+    if "outputs" not in metrics:
+        raise ValueError(
+            f"predictions: this loop reports {', '.join(map(repr, metrics)) or 'nothing'} and no outputs: give it to a predict_loop"
+        )
+    return metrics["outputs"]
+
+
+def rows(outputs: Any) -> list[Any]:
+    """The outputs of each example of a batch: tensors, arrays and lists are cut along their first dimension. Waits for the device.
+
+    Raises ValueError where they are not of one length.
+
+    >>> rows({"label": torch.tensor([3, 1]), "name": ["a", "b"]})
+    [{'label': 3, 'name': 'a'}, {'label': 1, 'name': 'b'}]
+    """
+    columns = tree.map(lambda leaf: leaf.tolist() if isinstance(leaf, (torch.Tensor, np.ndarray)) else leaf, outputs)
+    lengths = set(_lengths(columns))
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            "predictions: a line is written for each example, so outputs are tensors or lists of one length, in dictionaries and tuples; these "
+            f"are {tree.map(_described, outputs)}. Others go into a directory: predictions('path/without/suffix')"
+        )
+    return [_row(columns, i) for i in range(lengths.pop() or 0)]
+
+
+def _lengths(columns: Any) -> Iterator[int | None]:
+    if isinstance(columns, (dict, tuple)):
+        for part in columns.values() if isinstance(columns, dict) else columns:
+            yield from _lengths(part)
+    else:
+        yield len(columns) if isinstance(columns, list) else None
+
+
+def _row(columns: Any, i: int) -> Any:
+    if isinstance(columns, dict):
+        return {name: _row(part, i) for name, part in columns.items()}
+    return [_row(part, i) for part in columns] if isinstance(columns, tuple) else columns[i]
+
+
+def _described(leaf: Any) -> str:
+    return f"{type(leaf).__name__} {list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
+
+
+def predictions(path: str | Path) -> Any:
+    """The outputs of a `predict_loop`, written to disk as they come. What `path` is says how:
+
+    - `predictions.jsonl`: a JSON object for each example: `batch` and `row` (its place in the pass and in the batch, from 0), `step`, `ticks`,
+      `at`, and `output`, which is what the step returned for it, in JSON's terms. For labels, scores, texts.
+    - a directory: one file for each batch in the order of their names, which `torch.load(file, weights_only=True)` reads if the outputs are tensors
+      and plain containers. For masks, embeddings, whatever is large.
+
+    A call that goes on in the middle of a program cuts what is later than its state, which is written again. Any other call begins anew.
+    Where a predict_loop stands in a `repeat`, each round's predictions follow those of the round before.
+
+    Raises ValueError in another loop, and for outputs that cannot be cut into examples.
+
+    >>> print(predictions("runs/digits/predictions.jsonl"))
+    predictions -> runs/digits/predictions.jsonl
+    """
+    path = Path(path)
+    return _Rows(path) if path.suffix == ".jsonl" else _Shards(path)

@@ -1,0 +1,96 @@
+"""Parameters, their updates and their gradients, each on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnrun import tree
+from fnrun.donation import secured
+from fnrun.hooks.ticks import in_training
+from fnrun.observers.media import histogram
+from fnrun.observers.sinks import Sink
+from fnrun.observers.writing import Writing
+from fnrun.optim import Transform
+from fnrun.reports import report
+from fnrun.state import LoopState, due
+
+
+class _Watch:
+    name = "watch"
+
+    def __init__(self, every: int, sinks: Sequence[Sink], histograms: bool) -> None:
+        self.every, self.histograms, self._writing = every, histograms, Writing(sinks)
+        self._kept: tuple[int, Mapping[str, Tensor]] | None = None  # the step before a line, and its parameters
+
+    def __str__(self) -> str:
+        return f"watch every {self.every}"
+
+    def open(self, program: Any, state: Any) -> None:
+        self._writing.open(state)
+        self._keep(state)  # a resumed run may stand right before a line
+
+    def __call__(self, state: Any, metrics: dict[str, Any]) -> None:
+        if due(state, self.every):
+            self._writing.write(state, self._values(state))
+        if in_training(state):
+            self._keep(state)
+
+    def _keep(self, state: Any) -> None:
+        self._kept = (state.step, secured(state.params)) if (state.step + 1) % self.every == 0 else None
+
+    def _values(self, state: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {f"norm/{name}": torch.linalg.vector_norm(value) for name, value in state.params.items()}
+        if self._kept is not None and self._kept[0] + 1 == state.step:
+            before = self._kept[1]
+            found.update((f"update_norm/{name}", torch.linalg.vector_norm(value - before[name])) for name, value in state.params.items())
+        if self.histograms:
+            found.update((f"histogram/{name}", histogram(value)) for name, value in state.params.items() if not value.is_complex())
+        return found
+
+    def flush(self) -> None:
+        self._writing.flush()
+
+    def close(self, state: LoopState, reason: str | BaseException | None) -> None:
+        self._kept = None
+        self._writing.close()
+
+
+def watch(every: int, *, to: Sequence[Sink], histograms: bool = True) -> Any:
+    """On each n-th step a record of every parameter: `norm/NAME`, `update_norm/NAME` and `histogram/NAME`, to the sinks `to`.
+
+    The norms are Euclidean. `update_norm` is that of the change in the step just taken, hooks included: over `norm` it says how fast a parameter
+    moves (a thousandth is usual). It is a function of the run, so a resumed run writes the same records; for it, and only on the tick before a line,
+    the parameters are kept. In a loop whose ticks are no training steps the records have none. Gradients: `watch_gradients`.
+
+    Raises ValueError for an `every` below 1.
+    """
+    if every < 1:
+        raise ValueError(f"watch: every is at least 1, not {every!r}")
+    return _Watch(every, to, histograms)
+
+
+def watch_gradients(*, histograms: bool = False) -> Transform:
+    """A member of an `optim.chain` that changes nothing and reports each gradient's Euclidean norm as the metric `gradient_norm/NAME`.
+
+    It sees the gradients as they are at its place: before or after clipping. With `histograms` it also reports `gradient_histogram/NAME`, at a cost
+    on each step; a line shows the newest. A compiled step (`compile=True`) reports neither.
+
+    >>> from fnrun import optim
+    >>> grads, _ = optim.chain(watch_gradients(), optim.scale(2.0)).update({"x": torch.tensor([3.0, 4.0])}, ((), ()), {"x": torch.zeros(2)})
+    >>> grads
+    {'x': tensor([6., 8.])}
+    """
+
+    def update(grads: Any, state: Any, params: Any, /, *, key: Any = None, step: int | None = None) -> tuple[Any, Any]:
+        if not torch.compiler.is_compiling():
+            for name, value in zip(tree.paths(grads), tree.leaves(grads), strict=True):
+                report(f"gradient_norm/{name}", torch.linalg.vector_norm(value))
+                if histograms and not value.is_complex():
+                    report(f"gradient_histogram/{name}", histogram(value))
+        return grads, state
+
+    return Transform(lambda params: (), update, donatable=True)
