@@ -20,14 +20,14 @@ FLOORS = [
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
     ["shell", "compiled", "steps"],
-    ["program", "loops", "hooks", "interrupts"],
+    ["program", "dry", "loops", "hooks", "interrupts"],
     ["observers"],
     ["run", "plot", "testing"],
     ["cli"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 #: On one floor these may be imported by those beside them.
-BESIDE = {("shell", "steps"), ("compiled", "steps"), ("program", "loops"), ("run", "cli")}
+BESIDE = {("shell", "steps"), ("compiled", "steps"), ("program", "loops"), ("dry", "loops"), ("run", "cli")}
 
 
 def part(module: str) -> str:
