@@ -47,7 +47,7 @@ class _Clock:
             now = time.perf_counter()
             # Loops within are over before the one around them; they and what comes after them are its time.
             note.seconds = now - self.last + sum(each.seconds for each in note.inner)
-            note.metrics = tuple(metrics)
+            note.metrics = tuple(dict.fromkeys((*note.metrics, *metrics)))  # a sequence's tick has those of one member
             self.last = now
 
         return observe

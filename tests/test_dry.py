@@ -72,7 +72,8 @@ def test_each_loop_runs_once_and_nothing_is_written(tmp_path):
     assert val.metrics == ("loss",)
     assert test.metrics == ("outputs",)
     assert [each.metrics for each in both.inner] == [("loss", "lr"), ("loss",)]
-    assert {"train/loss", "val/loss"} <= set(found.metrics)
+    for outer in (found, found.inner[0]):
+        assert {"train/loss", "val/loss", "both/a/loss"} <= set(outer.metrics)
     every = [found, found.inner[0], *found.inner[0].inner, *both.inner]
     assert all(each.seconds > 0 for each in every)
     assert found.seconds >= found.inner[0].seconds >= sum(each.seconds for each in found.inner[0].inner)
