@@ -19,7 +19,7 @@ types: $(VENV)/.test
 	$(BIN)/basedpyright --level error
 
 pytest: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal  # one thread each: small tensors wait for threads longer than they compute
 
 # Every comparison, side by side on this machine; writes benchmarks/results.md. About 20 minutes in which nothing else should run.
 bench: $(VENV)/.bench

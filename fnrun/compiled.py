@@ -65,7 +65,6 @@ class Compiled:
         """
         if self.reason is not None:
             return None
-        own, _ = optree.tree_flatten(given)
         arguments: Any = (given, kept, x)
         leaves, spec = optree.tree_flatten(arguments)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -74,19 +73,20 @@ class Compiled:
         try:
             graph = self.graphs.get((spec, shapes, constants, inplace))
             if graph is None:
-                graph = self._capture(leaves, len(own) if inplace else 0, spec, count, (spec, shapes, inplace))
+                own = len(optree.tree_leaves(given))
+                graph = self._capture(leaves, own, inplace, spec, count, (spec, shapes, inplace))
                 constants = tuple(_constants(leaves, self._counters))
                 self.graphs[spec, shapes, constants, inplace] = graph
         except Exception as error:  # of whatever kind: the same call without the compiler says whether it is the step's own
             self.reason = (f"{type(error).__name__}: " * (not isinstance(error, Uncapturable)) + str(error).strip()).splitlines()[0]
             return None
-        return Call(graph, leaves, len(own), count)
+        return Call(graph, leaves, count)
 
-    def _capture(self, leaves: list[Any], own: int, spec: Any, count: int, kind: Any) -> _Graph:
+    def _capture(self, leaves: list[Any], own: int, inplace: bool, spec: Any, count: int, kind: Any) -> _Graph:
         self._constants[kind] += 1
         if self._constants[kind] > self.CONSTANTS:
             raise Uncapturable("numbers or texts in its batches change from one to the next, and each would need a graph of its own")
-        graph = _captured(self.fn, leaves, own, spec, count)
+        graph = _captured(self.fn, leaves, own, inplace, spec, count)
         self._counters |= graph.counters
         return graph
 
@@ -96,16 +96,15 @@ def _constants(leaves: list[Any], counters: frozenset[int]) -> list[Any]:
 
 
 class Call(NamedTuple):
-    """A graph and the leaves that it will be given; the first `own` of them are those of `given`."""
+    """A graph and the leaves that it will be given."""
 
     graph: _Graph
     leaves: list[Any]
-    own: int
     steps: int
 
     def owning(self, own: Callable[[list[Tensor]], list[Tensor]]) -> Call:
         """The call with other tensors in `given`: those to write over."""
-        places = [i for i in range(self.own) if isinstance(self.leaves[i], Tensor)]
+        places = self.graph.own
         for i, tensor in zip(places, own([self.leaves[i] for i in places]), strict=True):
             self.leaves[i] = tensor
         return self
@@ -117,15 +116,16 @@ class Call(NamedTuple):
 class _Graph:
     """A compiled call: how its inputs are taken from the arguments' leaves, and what its outputs become."""
 
-    def __init__(self, run: Any, inputs: list[int], counters: frozenset[int], plan: list[tuple[str, Any]], spec: Any) -> None:
+    def __init__(self, run: Any, inputs: list[int], own: int, counters: frozenset[int], plan: list[tuple[str, Any]], spec: Any) -> None:
         self.counters, self._run, self._spec = counters, run, spec
+        self.own = [i for i in inputs if i < own and i not in counters]  # the tensors of `given`
         self._tensors = [i for i in inputs if i not in counters]
         self._numbers = [i for i in inputs if i in counters]
         self._plan = plan
 
     def __call__(self, leaves: list[Any], count: int) -> Any:
-        numbers = [torch.tensor(leaves[i]) for i in self._numbers]
-        outputs = self._run(torch.tensor(count), *numbers, *[leaves[i] for i in self._tensors])
+        numbers = [_number(leaves[i]) for i in self._numbers]
+        outputs = self._run(_number(count), *numbers, *[leaves[i] for i in self._tensors])
         return optree.tree_unflatten(self._spec, [_made(kind, what, leaves, outputs) for kind, what in self._plan])
 
 
@@ -137,15 +137,19 @@ def _made(kind: str, what: Any, leaves: list[Any], outputs: Any) -> Any:
     return leaves[what] if kind == "input" else what
 
 
-def _captured(fn: Any, leaves: list[Any], own: int, spec: Any, count: int) -> _Graph:
-    """Record and compile; the tensors among the first `own` leaves are written over. Raises whatever `fn` or the compiler raises."""
+def _number(value: Any) -> Tensor:
+    return torch.full((), value, dtype=torch.int64 if type(value) is int else torch.float64)
+
+
+def _captured(fn: Any, leaves: list[Any], own: int, inplace: bool, spec: Any, count: int) -> _Graph:
+    """Record and compile; with `inplace` the tensors among the first `own` leaves are written over. Raises whatever `fn` or the compiler raises."""
     counters: frozenset[int] = frozenset()
     python, numpy = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]  # pyright: ignore[reportArgumentType,reportCallIssue]
     with Key(0).scope(), capturing(), warnings.catch_warnings():  # recording computes, and draws, for real
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # of torch by torch
         while True:
-            recording = _Recording(fn, leaves, own, spec, counters)
-            examples = [torch.tensor(count), *recording.examples()]
+            recording = _Recording(fn, leaves, own if inplace else 0, spec, counters)
+            examples = [_number(count), *recording.examples()]
             graph = make_fx(recording, tracing_mode="real", _allow_non_fake_inputs=True)(*examples)
             if not recording.changed:
                 break
@@ -153,8 +157,8 @@ def _captured(fn: Any, leaves: list[Any], own: int, spec: Any, count: int) -> _G
         if random.getstate() != python or np.random.get_state(legacy=False)["state"]["pos"] != numpy:  # pyright: ignore[reportArgumentType,reportCallIssue]
             raise Uncapturable("it draws from Python's or NumPy's generator, and what is drawn would be the same at every step")
         with torch.no_grad():
-            run = torch._inductor.compile(graph, [torch.tensor(count), *recording.examples()])
-    return _Graph(run, recording.inputs, counters, recording.plan, recording.spec)
+            run = torch._inductor.compile(graph, [_number(count), *recording.examples()])
+    return _Graph(run, recording.inputs, own, counters, recording.plan, recording.spec)
 
 
 class _Recording:
@@ -170,7 +174,7 @@ class _Recording:
 
     def examples(self) -> list[Tensor]:
         """Inputs that may be written to."""
-        return [self.leaves[i].clone() if isinstance(self.leaves[i], Tensor) else torch.tensor(self.leaves[i]) for i in self.inputs]
+        return [self.leaves[i].clone() if isinstance(self.leaves[i], Tensor) else _number(self.leaves[i]) for i in self.inputs]
 
     def __call__(self, count: Tensor, *tensors: Tensor) -> list[Tensor]:
         leaves = list(self.leaves)
@@ -198,7 +202,7 @@ class _Recording:
 
         for i, (old, value) in enumerate(zip(olds, news, strict=True)):  # the state's leaves come first among the arguments'
             if i in self.counters:
-                output("number", value if isinstance(value, Tensor) else torch.tensor(value))
+                output("number", value if isinstance(value, Tensor) else _number(value))
             elif not isinstance(old, Tensor):
                 if isinstance(value, Tensor) or value != old:
                     changed.add(i)

@@ -134,8 +134,7 @@ class Loop:
             state = _framed(state, (*frames, Frame(name)))
         elif frames[depth].loop != name or (self.over_data and len(frames) > depth + 1 and all(is_step(s) for _, s in self.inner())):
             raise elsewhere(state, program)
-        if self.over_data:
-            at = at._replace(source=self._stream(data, at))
+        at = self._entered(data, at)
         program.lengths[name] = self._length(state, data, at)
         befores = [getattr(hook, "before") for hook in self.hooks if hasattr(hook, "before")]  # noqa: B009
         afters = [hook.after if isinstance(hook, Hook) else hook for hook in self.hooks]
@@ -192,6 +191,10 @@ class Loop:
             here.reset(token)
         frames = state.position.frames
         return self._close(_framed(state, frames[:depth]), data, at), self._result(frames[depth].totals)
+
+    def _entered(self, data: Any, at: Here) -> Here:
+        """`at`, with what stays the same in this call."""
+        return at
 
     def _unwatched(self, state: Any, frame: Frame, at: Here) -> int:
         """How many ticks come now whose states nobody would see."""
@@ -250,6 +253,9 @@ class _OverData(Loop):
     def _passing(self, at: Here) -> bool:
         """Whether each call begins the stream anew and leaves no position behind, as a loop over the batch of another loop does."""
         return at.over_batch
+
+    def _entered(self, data: Any, at: Here) -> Here:
+        return at._replace(source=self._stream(data, at))
 
     def _stream(self, data: Any, at: Here) -> tuple[str, Batches]:
         if at.source is not None:
@@ -320,7 +326,8 @@ class _Training(_OverData):
         return self.donate and donates(self.step)
 
     def _stepped(self, state: Any, x: Any, at: Here) -> Any:
-        return self.step(state, x, lease=at.lease) if self._donates else super()._stepped(state, x, at)
+        step: Any = self.step
+        return step(state, x, lease=at.lease) if self._donates else super()._stepped(state, x, at)
 
     @functools.cached_property
     def _every(self) -> int:

@@ -59,6 +59,10 @@ class Key:
         """The key for `data`: ints of any size or strings. `fold_in(a, b)` is `fold_in(a).fold_in(b)`."""
         return Key(self.seed, _folded(self.path, data))
 
+    def fold_path(self, *data: int | str) -> bytes:
+        """The `path` of `fold_in(*data)`, for what needs no key around it."""
+        return _folded(self.path, data)
+
     def split(self, n: int) -> tuple[Key, ...]:
         """`n` independent keys."""
         return tuple(self.fold_in("split", i) for i in range(n))
@@ -81,7 +85,7 @@ class Key:
 
         Other threads wait at their own scopes meanwhile: there is one set of generators.
         """
-        return Scope(_folded(self.path, data), host)
+        return Scope(self.fold_path(*data), host)
 
 
 class Scope:
@@ -92,7 +96,7 @@ class Scope:
     def __init__(self, path: bytes, host: bool) -> None:
         self._path, self._host = path, host
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Any:
         self._lock = ambient_lock
         self._lock.acquire()
         self._generators = _ambient()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import sys
 from typing import Any, Protocol, Self, TypeVar
 
@@ -117,12 +119,18 @@ class TrainState(Donatable):
 
     def replace(self, **changes: Any) -> Self:
         """The state with these fields changed."""
-        kept = {name: getattr(self, name) for name in fields(type(self)) if name not in changes}
-        return type(self)(**kept, **changes)
+        cls = type(self)
+        return cls(**{**dict(zip(fields(cls), _values(cls)(self), strict=True)), **changes})
 
     def rewind(self) -> Self:
         """The state with its open frames given up and its stop cleared: a program called on it begins anew. Streams stay where they are."""
         return self.replace(position=dataclasses.replace(self.position, frames=()), stop=None)
+
+
+@functools.cache
+def _values(cls: Any) -> Any:
+    """What gets all fields of a state at once."""
+    return operator.attrgetter(*fields(cls))
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -56,7 +56,7 @@ class _Surroundings:
         self.name, self.host, self.left = name, host_random, 0 if host_random else self.WATCHED
 
     def __call__(self, key: Key, *data: int | str) -> _Within:
-        return _Within(self, key.scope(*data, host=self.host))
+        return _Within(self, key.fold_path(*data))
 
     def look(self) -> Any:
         self.left -= 1
@@ -76,16 +76,17 @@ class _Surroundings:
             )
 
 
-class _Within:
-    """One call in its surroundings: `with` gives the reports, a dictionary that fills up. One object, for it is made at each step."""
+class _Within(Scope):
+    """One call in its surroundings: `with` gives the reports, a dictionary that fills up."""
 
-    __slots__ = ("_before", "_collect", "_scope", "_surroundings")
+    __slots__ = ("_before", "_collect", "_surroundings")
 
-    def __init__(self, surroundings: _Surroundings, scope: Scope) -> None:
-        self._surroundings, self._scope = surroundings, scope
+    def __init__(self, surroundings: _Surroundings, path: bytes) -> None:
+        super().__init__(path, surroundings.host)
+        self._surroundings = surroundings
 
     def __enter__(self) -> dict[str, Any]:
-        self._scope.__enter__()
+        super().__enter__()
         self._before = self._surroundings.look() if self._surroundings.left else None  # under the scope's lock, which keeps others out
         self._collect = collect()
         return self._collect.__enter__()
@@ -96,7 +97,7 @@ class _Within:
             if self._before is not None:
                 self._surroundings.compare(self._before)
         finally:
-            self._scope.__exit__()
+            super().__exit__()
 
 
 #: Functions that are known to be steps, and to hold no loops that belong to the program around them.

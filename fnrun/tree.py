@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -59,8 +60,10 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
     names = tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("pytree_node", True))
     statics = tuple(f.name for f in dataclasses.fields(cls) if f.name not in names)
 
-    def flatten(node: Any) -> tuple[list[Any], Any, tuple[str, ...]]:
-        return [getattr(node, name) for name in names], tuple(getattr(node, name) for name in statics), names
+    get, get_static = _getter(names), _getter(statics)
+
+    def flatten(node: Any) -> tuple[Any, Any, tuple[str, ...]]:
+        return get(node), get_static(node), names
 
     def unflatten(context: Any, children: Any) -> Any:
         # Past `__init__`: what stands in a field while a tree is mapped (a mask, an axis, a spec) need not be a valid value.
@@ -74,10 +77,20 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
 
     optree.register_pytree_node(cls, flatten, unflatten, path_entry_type=optree.DataclassEntry, namespace=EVERYWHERE)
     torch_pytree.register_pytree_node(
-        cls, lambda node: flatten(node)[:2], lambda children, context: unflatten(context, children), flatten_with_keys_fn=flatten_with_keys
+        cls,
+        lambda node: (list(get(node)), get_static(node)),
+        lambda children, context: unflatten(context, children),
+        flatten_with_keys_fn=flatten_with_keys,
     )
     _structs[class_name(cls)] = cls
     return cls
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """What gets these attributes of a node as a tuple; at each step states are flattened, so in one call where there are several."""
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda node: tuple(getattr(node, name) for name in names)
 
 
 def module_name(module: str) -> str:

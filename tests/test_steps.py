@@ -78,7 +78,8 @@ def test_a_train_step_is_the_plain_loop(dtype, ours, theirs, ulps):
             if ulps == 0 or not a.is_floating_point():
                 assert tree.equal(a, b), name
             else:
-                assert (a - b).abs().max() <= ulps * torch.finfo(dtype).eps * b.abs().max().clamp(min=1), name
+                # A bias before batch norm has no gradient but rounding's, which Adam makes steps of: a floor for what that may come to.
+                assert (a - b).abs().max() <= max(ulps * torch.finfo(dtype).eps * b.abs().max().clamp(min=1).item(), 1e-10), name
     assert torch.equal(ours[0]["frozen"], model.frozen)
     assert torch.equal(ours[0]["unused"], model.unused)
 
