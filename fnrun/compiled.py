@@ -138,7 +138,13 @@ def _made(kind: str, what: Any, leaves: list[Any], outputs: Any) -> Any:
 
 
 def _number(value: Any) -> Tensor:
-    return torch.full((), value, dtype=torch.int64 if type(value) is int else torch.float64)
+    """A number of the state as an input of a graph."""
+    if type(value) not in _NUMBERS:
+        raise Uncapturable(f"a {type(value).__name__} in the state changes from step to step, and no tensor can stand for it")
+    return torch.full((), value, dtype=_NUMBERS[type(value)])
+
+
+_NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 def _captured(fn: Any, leaves: list[Any], own: int, inplace: bool, spec: Any, count: int) -> _Graph:

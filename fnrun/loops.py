@@ -59,11 +59,10 @@ class Loop:
         if None in names or len(set(names)) < len(names):
             raise ValueError(f"observers of one loop that fold need names of their own, to keep what they gather: {names}")
         for part in (*hooks, *self.observers):
-            monitor, members = getattr(part, "monitor", None), _member_names(self)
-            if monitor is not None and members is not None and monitor.partition("/")[0] not in members:
-                raise ValueError(
-                    f"{getattr(part, 'name', part)}: no step reports {monitor!r}: the members here are {', '.join(map(repr, members))}"
-                )
+            monitor, prefixes = getattr(part, "monitor", None), _prefixes(self)
+            if monitor is not None and not monitor.startswith(tuple(prefixes)):
+                members = ", ".join(repr(prefix.rstrip("/")) for prefix in prefixes)
+                raise ValueError(f"{getattr(part, 'name', part)}: no step reports {monitor!r}: the members here are {members}")
         object.__setattr__(self, "hooks", hooks)
         object.__setattr__(self, "observers", tuple(sorted(self.observers, key=_saves)))
 
@@ -500,6 +499,8 @@ class _EvalLoop(_OverData):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _PredictLoop(_EvalLoop):
+    keep: bool = True
+
     kind = "predict_loop"
 
     def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
@@ -512,7 +513,7 @@ class _PredictLoop(_EvalLoop):
         return {"outputs": metrics}
 
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
-        return (*(totals or ()), metrics)
+        return (*(totals or ()), metrics) if self.keep else None
 
     def _result(self, totals: Any) -> Any:
         return list(totals or ())
@@ -544,6 +545,17 @@ class _Repeat(Loop):
     def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
         known = self.times if self.until is None else None
         return self._call(self.step, state, x, at._replace(depth=at.depth + 1, round=(frame.ticks, known)))
+
+    def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
+        values = super()._values(plain, metrics)
+        if values and _prefixes(self) == [""]:  # no member that may come in another round
+            for part in (*self.hooks, *self.observers):
+                monitor = getattr(part, "monitor", None)
+                if monitor is not None and monitor not in values and "skipped" not in values:
+                    raise ValueError(
+                        f"{getattr(part, 'name', part)}: no step reports {monitor!r}; reported: {', '.join(map(repr, values))}"
+                    )
+        return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -730,9 +742,12 @@ def eval_loop(eval_step: AnyStep, *, steps: int | None = None, observers: Sequen
     return _EvalLoop(step=eval_step, steps=None if steps is None else _count(steps, "steps"), observers=observers)
 
 
-def predict_loop(predict_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = ()) -> Loop:
-    """`predict_step` (`(state, batch) -> outputs`) over one pass: the state as it came, and a list with each batch's outputs, in order."""
-    return _PredictLoop(step=predict_step, steps=None if steps is None else _count(steps, "steps"), observers=observers)
+def predict_loop(predict_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = (), keep: bool = True) -> Loop:
+    """`predict_step` (`(state, batch) -> outputs`) over one pass: the state as it came, and a list with each batch's outputs, in order.
+
+    With `keep=False` the list is empty: for outputs that an observer writes as they come (`observers.predictions`), and that would not fit.
+    """
+    return _PredictLoop(step=predict_step, steps=None if steps is None else _count(steps, "steps"), observers=observers, keep=keep)
 
 
 def repeat(
@@ -798,11 +813,11 @@ def _members(steps: Mapping[str, AnyStep]) -> dict[str, AnyStep]:
     return dict(steps)
 
 
-def _member_names(step: Any) -> list[str] | None:
-    """The names that all metrics of `step` begin with, where that is known."""
+def _prefixes(step: Any) -> list[str]:
+    """What the names of the metrics of `step` may begin with: the paths of members; '' where any name may come."""
     if isinstance(step, _Members):
-        return list(step.steps)
-    return _member_names(step.step) if isinstance(step, (_Repeat, _Every)) else None
+        return [f"{name}/{rest}" for name, inner in step.steps.items() for rest in _prefixes(inner)]
+    return _prefixes(step.step) if isinstance(step, (_Repeat, _Every)) else [""]
 
 
 def _flatten(hooks: Iterable[Any]) -> Iterator[Any]:

@@ -149,7 +149,8 @@ def call(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """`model(*args, **kwargs)` with these tensors in place of its own: the outputs, and the buffers after the call.
 
-    Gradients flow to `params`. With `train` the submodules run in the modes in which they are, without in eval mode. Neither the module nor
+    Gradients flow to `params`; take them of a model without `torch.utils.checkpoint`, which calls the module again in the backward, when it has its own
+    tensors back (`make_train_step` takes them before). With `train` the submodules run in the modes in which they are, without in eval mode. Neither the module nor
     what is passed in changes. Raises ValueError where names are missing or unexpected.
 
     >>> model = nn.BatchNorm1d(2)

@@ -306,16 +306,18 @@ def make_train_step(
             for i, leaf in zip(indices, leaves, strict=True):
                 tensors[i] = leaf
 
-        def forward() -> Any:
+        def forward_and_backward() -> tuple[Any, Metrics]:  # both with the state's tensors: a checkpointed part runs again in the backward
             if autocast is None:
-                return loss_fn(model, batch)
-            with autocast():
-                return loss_fn(model, batch)
+                result = loss_fn(model, batch)
+            else:
+                with autocast():
+                    result = loss_fn(model, batch)
+            loss, metrics = (result, {}) if isinstance(result, torch.Tensor) else _loss_and_metrics(result)
+            scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(memory, loss)
+            return _grad(loss, leaves, scaled), {"loss": loss, **metrics}
 
-        result, buffers = shell.run(forward, tensors, buffers, train=True)
-        loss, metrics = (result, {}) if isinstance(result, torch.Tensor) else _loss_and_metrics(result)
-        scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(memory, loss)
-        return _grad(loss, leaves, scaled), buffers, {"loss": loss, **metrics}
+        (grads, metrics), buffers = shell.run(forward_and_backward, tensors, buffers, train=True)
+        return grads, buffers, metrics
 
     def gradients(params: Any, memory: Any, batch: Any, buffers: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], Metrics]:
         with _NOTHING if torch.is_grad_enabled() else torch.enable_grad():

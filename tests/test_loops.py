@@ -576,3 +576,22 @@ class TestStraightOn:
                 loop(state, stream)
             saved = checkpoints.restore(like=state)
         assert (saved.step, saved.position.frames[-1].ticks) == (11, 11)
+
+
+def test_a_monitor_that_no_member_can_report_is_refused_at_any_depth() -> None:
+    stop = hooks.early_stopping("val/c/loss", patience=1)
+    inner = fnrun.sequence(a=fnrun.eval_loop(lambda s, b: {}), b=fnrun.eval_loop(lambda s, b: {}))
+    with pytest.raises(ValueError, match=r"no step reports 'val/c/loss': the members here are 'train', 'val/a', 'val/b'"):
+        fnrun.repeat(fnrun.sequence(train=fnrun.epoch_loop(train), val=inner), 3, hooks=[stop])
+    lone = fnrun.repeat(fnrun.epoch_loop(train), 3, hooks=[hooks.early_stopping("val/loss", patience=1)])
+    with pytest.raises(ValueError, match=r"no step reports 'val/loss'; reported: 'loss', 'size'"):
+        lone(fresh(), [torch.ones(2)] * 3)
+
+
+def test_predictions_that_an_observer_takes_need_not_be_kept() -> None:
+    seen: list[Any] = []
+    loop = fnrun.predict_loop(
+        lambda s, b: b * 2, observers=[lambda s, m: seen.append((m["outputs"], s.position.frames[-1].totals))], keep=False
+    )
+    assert loop(fresh(), [torch.ones(1), torch.zeros(1)])[1] == []
+    assert [(float(outputs), kept) for outputs, kept in seen] == [(2.0, None), (0.0, None)]

@@ -285,3 +285,27 @@ class TestErrors:
         with pytest.raises(KeyError, match="mine") as caught:
             step(state, torch.ones(1, 2))
         assert caught.traceback[-1].name == "loss_fn"
+
+
+def test_activations_that_are_computed_again_are_those_of_the_state():
+    """Checkpointing runs a part of the forward once more during the backward, dropout and all."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Net(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.again = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(0.3)), nn.Linear(5, 1), again
+
+        def forward(self, x):
+            return self.second(checkpoint(self.first, x, use_reentrant=False) if self.again else self.first(x))
+
+    ends = []
+    for again in (False, True):
+        model = Net(again)
+        step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), optim.sgd(0.5))
+        state = fnrun.TrainState.create(model, optim.sgd(0.5))
+        for i in range(5):
+            state, _ = step(state, torch.linspace(-1, 1, 12).view(4, 3) + i)
+        ends.append(state.params)
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
