@@ -113,11 +113,11 @@ def test_a_state_in_the_middle_of_a_program_serves_too(tmp_path):
     loop, streams = whole(tmp_path / "run", small)
     asked = iter(range(1000))
     half, _ = loop(small.state(), streams, interrupt=lambda: "enough" if next(asked) == 5 else None)
-    half = half.replace(stop="a hook stopped it")
+    half = half.replace(stop="a hook stopped it", step=10)
     held = tree.snapshot(half)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     found = dry(loop, half, streams)
-    assert found.inner[0].inner[2].metrics == ("loss",)
+    assert [each.metrics for each in found.inner[0].inner[:3]] == [("loss", "lr"), ("loss", "lr"), ("loss",)]
     assert_same(half, held, "the state given")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fnrun import tree
 from fnrun.donation import secured
-from fnrun.hooks.ticks import in_training
 from fnrun.observers.media import histogram
 from fnrun.observers.sinks import Sink
 from fnrun.observers.writing import Writing
@@ -36,8 +35,7 @@ class _Watch:
     def __call__(self, state: Any, metrics: dict[str, Any]) -> None:
         if due(state, self.every):
             self._writing.write(state, self._values(state))
-        if in_training(state):
-            self._keep(state)
+        self._keep(state)
 
     def _keep(self, state: Any) -> None:
         self._kept = (state.step, secured(state.params)) if (state.step + 1) % self.every == 0 else None
@@ -64,7 +62,7 @@ def watch(every: int, *, to: Sequence[Sink], histograms: bool = True) -> Any:
 
     The norms are Euclidean. `update_norm` is that of the change in the step just taken, hooks included: over `norm` it says how fast a parameter
     moves (a thousandth is usual). It is a function of the run, so a resumed run writes the same records; for it, and only on the tick before a line,
-    the parameters are kept. In a loop whose ticks are no training steps the records have none. Gradients: `watch_gradients`.
+    the parameters are kept. In a loop whose ticks are more than one step each the records have none. Gradients: `watch_gradients`.
 
     Raises ValueError for an `every` below 1.
     """
@@ -77,7 +75,7 @@ def watch_gradients(*, histograms: bool = False) -> Transform:
     """A member of an `optim.chain` that changes nothing and reports each gradient's Euclidean norm as the metric `gradient_norm/NAME`.
 
     It sees the gradients as they are at its place: before or after clipping. With `histograms` it also reports `gradient_histogram/NAME`, at a cost
-    on each step; a line shows the newest. A compiled step (`compile=True`) reports neither.
+    on each step; a line shows the newest.
 
     >>> from fnrun import optim
     >>> grads, _ = optim.chain(watch_gradients(), optim.scale(2.0)).update({"x": torch.tensor([3.0, 4.0])}, ((), ()), {"x": torch.zeros(2)})
@@ -86,7 +84,7 @@ def watch_gradients(*, histograms: bool = False) -> Transform:
     """
 
     def update(grads: Any, state: Any, params: Any, /, *, key: Any = None, step: int | None = None) -> tuple[Any, Any]:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # which cannot follow a report to where it is collected
             for name, value in zip(tree.paths(grads), tree.leaves(grads), strict=True):
                 report(f"gradient_norm/{name}", torch.linalg.vector_norm(value))
                 if histograms and not value.is_complex():

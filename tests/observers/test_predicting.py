@@ -66,6 +66,30 @@ def test_what_a_killed_run_wrote_behind_its_state_comes_once(tmp_path, name, tic
 
 
 @pytest.mark.parametrize("name", ["predictions.jsonl", "predictions"])
+def test_a_state_in_the_middle_keeps_what_belongs_to_it(tmp_path, name):
+    path = tmp_path / name
+    small, loop, batches = predicting(path)
+    asked = iter(range(100))
+    half, _ = loop(small.state(), batches, interrupt=lambda: "enough" if next(asked) == 3 else None)
+    loop(half, batches)
+    if name == "predictions":
+        (path / ".new").write_bytes(b"half a file")
+        (path / "notes.pt").write_bytes(b"somebody else's")
+    loop(half, batches, interrupt=lambda: "at once")
+    if name == "predictions":
+        assert sorted(p.name for p in path.iterdir()) == [f"{n:09}.pt" for n in (1, 2, 3)] + ["notes.pt"]
+    else:
+        assert {line["batch"] for line in lines(path)} == {0, 1, 2}
+
+
+def test_of_a_piece_of_a_tensor_only_the_piece_is_written(tmp_path):
+    big = torch.zeros(1 << 18)
+    small, loop, batches = predicting(tmp_path / "p", fn=lambda model, batch: big[:4])
+    loop(small.state(), batches)
+    assert all(p.stat().st_size < 10_000 for p in (tmp_path / "p").iterdir())
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "predictions"])
 def test_a_call_from_the_beginning_begins_the_file_anew(tmp_path, name):
     path = tmp_path / name
     small, loop, batches = predicting(path)
