@@ -48,6 +48,13 @@ class _Average:
     buffers: Buffers
     name: str
 
+    def __str__(self) -> str:
+        decay = getattr(self.weight, "decay", None)
+        words = [self.name + (f" {decay}" if decay is not None else "")]
+        words += [f"every {self.every}"] if self.every > 1 else []
+        words += [f"from {self.start}"] if self.start else []
+        return ", ".join(words)
+
     def init(self, state: TrainState) -> dict[str, Any]:
         return {**{field: _copies(values) for field, values in self._averaged(state).items()}, "updates": 0}
 

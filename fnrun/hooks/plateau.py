@@ -28,6 +28,9 @@ class _ReduceOnPlateau:
     hyperparam: str
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.name} on {self.monitor} ({self.mode}), patience {self.patience}, factor {self.factor}"
+
     def init(self, state: TrainState) -> dict[str, torch.Tensor]:
         leaves.check(self.name, state.opt_state, self.hyperparam)
         like = next(iter(leaves.named(state.opt_state, self.hyperparam).values()))

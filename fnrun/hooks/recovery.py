@@ -23,6 +23,9 @@ class _Rollback:
     lr_factor: float
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.name} on {self.monitor}"
+
     def init(self, state: TrainState) -> dict[str, Any]:
         if self.lr_factor != 1:
             leaves.check(self.name, state.opt_state, "lr_scale")

@@ -23,6 +23,9 @@ class _EarlyStopping:
     check_finite: bool
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.name} on {self.monitor} ({self.mode}), patience {self.patience}"
+
     def init(self, state: LoopState) -> dict[str, Any]:
         return {"best": None, "waited": 0}
 
@@ -85,6 +88,9 @@ class _StopAfterSteps:
     steps: int
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.steps} steps"
+
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> Any:
         return state.replace(stop=f"{self.name}: {state.step} steps") if state.step >= self.steps else state
 
@@ -94,6 +100,9 @@ class _StopAfterEpochs:
     epochs: int
     stream: str | None
     name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.epochs} epochs"
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> Any:
         streams = state.position.streams
@@ -109,6 +118,9 @@ class _StopAfterTokens:
     tokens: int
     count: Callable[[Any], int]
     name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.tokens} tokens"
 
     def init(self, state: LoopState) -> dict[str, Any]:
         return {"tokens": 0}

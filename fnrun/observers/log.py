@@ -32,6 +32,9 @@ class _Log:
         self._program: Any = None
         self._writes = False
 
+    def __str__(self) -> str:
+        return f"{self.name} every {self.every} -> {', '.join(map(str, self.sinks)) or 'nowhere'}"
+
     def open(self, program: Any, state: LoopState) -> None:
         self._program, self._pace = program, Pace()
         self._writes = rank() == 0
@@ -49,6 +52,12 @@ class _Log:
         count = before.step if frame.loop.startswith(("epoch_loop", "step_loop")) else frame.ticks
         kept = folded if folded is not None else self._first(before)
         return {size: window.fold(kept.get(size, ()), count % self.every, metrics, examples) for size, window in self.windows.items()}
+
+    def fold_each(self, folded: Any, before: Any, ticks: Sequence[tuple[Any, int]]) -> Any:
+        """`fold` for ticks of a training loop that follow each other; `before` is before the first."""
+        kept = folded if folded is not None else self._first(before)
+        first = before.step % self.every
+        return {size: window.fold_each(kept.get(size, ()), first, ticks) for size, window in self.windows.items()}
 
     def _first(self, before: LoopState) -> dict[str, Any]:
         """What a window begins with where the loop begins: nothing, or what earlier rounds have left in the hook's memory."""

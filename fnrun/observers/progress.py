@@ -27,6 +27,9 @@ class _Progress:
         self._program: Any = None
         self._watched = False
 
+    def __str__(self) -> str:
+        return "progress"
+
     def open(self, program: Any, state: LoopState) -> None:
         if self._program is program:
             return

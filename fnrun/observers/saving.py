@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,6 +28,10 @@ class _Checkpoint:
         self.mode: Literal["min", "max"] = mode
         self._saved: tuple[int, ...] | None = None
         self._failures = 0
+
+    def __str__(self) -> str:
+        best = f", best by {self.monitor} ({self.mode})" if self.monitor is not None else ""
+        return f"checkpoint every {self.every} -> {os.path.relpath(self.checkpoints.directory)}{best}"
 
     def open(self, program: Any, state: LoopState) -> None:
         self._saved = state.position.order if state.position.ticks else None  # a state that stands somewhere came from a checkpoint

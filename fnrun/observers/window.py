@@ -68,6 +68,17 @@ class Window:
             return (*ended, folds.fold(None, metrics, examples))[-max(1, self.parts) :]
         return (*parts[:-1], folds.fold(parts[-1], metrics, examples))
 
+    def fold_each(self, parts: tuple[Totals, ...], at: int, ticks: Sequence[tuple[Mapping[str, Any], int]]) -> tuple[Totals, ...]:
+        """`fold` for ticks one after the other, of which only the first may be the first behind a line."""
+        if isinstance(self.size, int):
+            for i, (metrics, examples) in enumerate(ticks):
+                parts = self.fold(parts, at + i, metrics, examples)
+            return parts
+        parts = self.fold(parts, at, *ticks[0])
+        plain = self.rest and not self.chosen
+        rest = folds.fold_each(parts[-1], ticks[1:] if plain else [(self._expanded(metrics), n) for metrics, n in ticks[1:]])
+        return (*parts[:-1], rest) if rest is not None else parts
+
     def _expanded(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, metric in metrics.items():

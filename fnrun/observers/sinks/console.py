@@ -67,6 +67,9 @@ class _Console:
     def __init__(self, hide: Sequence[str], clock: Sequence[str]) -> None:
         self.hide, self.clock = tuple(hide), tuple(clock)
 
+    def __str__(self) -> str:
+        return "console"
+
     def open(self, state: LoopState) -> None:
         if not logger.hasHandlers():
             logger.addHandler(StdoutHandler())

@@ -23,6 +23,9 @@ class _Csv:
         self._file: IO[str] | None = None
         self._columns: list[str] = []
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     def open(self, state: LoopState) -> None:
         if self._file is None:
             with naming(self.path):

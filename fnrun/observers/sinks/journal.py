@@ -39,6 +39,9 @@ class Journaled:
         self.lines, self.service = Lines(path), service
         self._number = self._held = 0
 
+    def __str__(self) -> str:
+        return str(self.lines.path)
+
     def open(self, state: LoopState) -> None:
         if self.lines:
             return

@@ -14,6 +14,9 @@ class _JsonLines:
     def __init__(self, path: Path) -> None:
         self.lines = Lines(path)
 
+    def __str__(self) -> str:
+        return str(self.lines.path)
+
     def open(self, state: LoopState) -> None:
         if not self.lines:
             self.lines.open(state.position.order)

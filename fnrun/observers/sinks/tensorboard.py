@@ -30,6 +30,9 @@ class _TensorBoard:
         self._file: IO[bytes] | None = None
         self._records: Any = None
 
+    def __str__(self) -> str:
+        return str(self.directory)
+
     def open(self, state: LoopState) -> None:
         if self._file is not None:
             return
