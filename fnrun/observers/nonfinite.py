@@ -22,7 +22,7 @@ NAMED = 5  # leaves in a message
 
 
 def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
-    """`step`, returning exactly what it returns; the first time that its loss, a parameter or a buffer is not finite, it says why.
+    """`step`, returning exactly what it returns; the first time that its loss or a parameter is not finite, it says why.
 
     A step is pure, so it is done once more on the same state and batch, with hooks on the modules of `model`. The log then names what was not finite
     first: the state that came in, the batch, the output of a module, the loss, the gradient of a module's input or output, or a parameter after the
@@ -41,7 +41,7 @@ def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
         new, metrics = step(state, batch)
         if new.position is not state.position:
             raise TypeError("debug_nonfinite goes around a step, inside the loop: epoch_loop(debug_nonfinite(step, ...))")
-        if not seen and not _finite([metrics["loss"], new.params, new.buffers]):
+        if not seen and not _finite([metrics["loss"], new.params]):
             seen = True
             own = rank()
             directory = Path(to) / (f"step-{new.step}" + (f".rank{own}" if own else ""))
@@ -86,8 +86,7 @@ def _report(step: Any, model: nn.Module, state: Any, batch: Any, new: Any, metri
 
 
 def _cause(step: Any, model: nn.Module, state: Any, batch: Any, metrics: dict[str, Any]) -> str:
-    before = {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state}
-    if paths := _paths(before):
+    if paths := _paths({"params": state.params, "opt_state": state.opt_state}):  # an infinite buffer is a mask, as a rule
         return f"the state was not finite before the step: {_listed(paths)}"
     if paths := _paths(batch):
         return f"the batch is not finite: {_listed(paths)}"

@@ -180,6 +180,17 @@ def test_a_finite_training_leaves_nothing(tmp_path, caplog):
     assert caplog.text == ""
 
 
+def test_a_mask_in_a_buffer_is_no_alarm_and_not_the_cause(tmp_path, caplog):
+    model, optimizer, step, batches = training("forward")
+    model[0].register_buffer("mask", torch.tensor([-torch.inf, 0.0]))
+    step = fnrun.make_train_step(model, lambda model, batch: model(batch["x"]).mean(), optimizer)
+    debugged = observers.debug_nonfinite(step, model, to=tmp_path)
+    state, _ = fnrun.epoch_loop(debugged)(fnrun.TrainState.create(model, optimizer), batches[:2])
+    assert caplog.text == ""
+    debugged(state, batches[2])
+    assert "1.1 (Broken)" in caplog.text
+
+
 def test_around_a_loop_it_is_refused(tmp_path):
     model, optimizer, step, batches = training("nothing")
     loop = fnrun.repeat(observers.debug_nonfinite(fnrun.epoch_loop(step), model, to=tmp_path), 1)
