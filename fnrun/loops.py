@@ -346,15 +346,13 @@ class _Training(_OverData):
         """
         program, (name, stream) = at.program, self._stream(None, at)
         position, replay, cursor = state.position, self._passing(at), self._cursor(state, frame, None, at)
-        done: list[tuple[int, Any, Any, int]] = []
+        done: list[tuple[Before, Any, int]] = []
 
         def finished(state: Any) -> Any:
-            totals, gathered = frame.totals, frame.folds
-            for step, memory, metrics, examples in done:
-                totals = self._total(totals, metrics, examples)
-                before = Before(step, position, memory)
-                gathered = {o.name: o.fold(gathered.get(o.name), before, metrics, examples) for o in gatherers}
-                program.examples += examples
+            ticks = [(metrics, examples) for _, metrics, examples in done]
+            gathered = {o.name: o.fold_each(frame.folds.get(o.name), done[0][0], ticks) for o in gatherers} if done else frame.folds
+            totals = folds.fold_each(frame.totals, ticks)
+            program.examples += sum(examples for _, examples in ticks)
             new = Frame(frame.loop, frame.ticks + len(done), totals, gathered, frame.member)
             streams = {**position.streams, name: cursor}
             state = state.replace(position=Position((*position.frames[: at.depth], new), streams, position.ticks + len(done)))
@@ -366,9 +364,9 @@ class _Training(_OverData):
                 if program.interrupt is not None and (reason := program.interrupt()):
                     raise Unwind(finished(state), reason)
                 batch, after = program.next_batch(name, stream, state, cursor, replay=replay)
-                step, memory = state.step, state.memory
+                before = Before(state.step, position, state.memory)
                 state, metrics = self._stepped(state, batch, at)
-                done.append((step, memory, metrics, folds.examples(batch)))
+                done.append((before, metrics, folds.examples(batch)))
                 cursor = after
         except Unwind:
             raise

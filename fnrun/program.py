@@ -43,8 +43,9 @@ class Observer(Protocol):
     - `name` and `fold(folded, before, metrics, examples) -> folded`, a pytree that the loop keeps in its frame
       (`state.position.frames[-1].folds[name]`), so that what is gathered over ticks survives a kill. It gets None at first, the state before
       the tick, the step's metrics uncomputed and the batch's number of examples.
-    - `every = n` and `idle_between = True`: in a loop of training steps it does nothing in ticks that are not due, and its `fold` looks at the
-      step before, the position of the loops and the memory alone. Then ticks in which nothing is due follow each other without a pause.
+    - `every = n` and `idle_between = True`: in a loop of training steps it does nothing in ticks that are not due. Then ticks in which nothing is
+      due follow each other without a pause; if it folds, `fold_each(folded, before, ticks)` gets them all, as `[(metrics, examples), ...]`, and
+      of the state before the first one the step, the position of the loops and the memory.
     - `flush()`: what was written must be on disk when it returns. `saves = True`: it acts last in a tick, after every flush.
     """
 

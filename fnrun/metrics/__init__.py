@@ -25,7 +25,7 @@ from fnrun.metrics.perplexity import Perplexity, perplexity
 from fnrun.metrics.quantiles import Quantiles, quantiles
 from fnrun.metrics.regression import R2, Moments, Pearson, RootMean, mae, mse, pearson, r2, rmse
 from fnrun.metrics.segmentation import iou, mean_iou
-from fnrun.metrics.totals import Means, Totals, compute, examples, fold, settled, values
+from fnrun.metrics.totals import Means, Totals, compute, examples, fold, fold_each, settled, values
 
 __all__ = [
     "AUROC",
@@ -58,6 +58,7 @@ __all__ = [
     "examples",
     "f1",
     "fold",
+    "fold_each",
     "from_torchmetrics",
     "iou",
     "last",

@@ -114,6 +114,24 @@ def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> To
     return totals
 
 
+def fold_each(totals: Totals | None, ticks: Sequence[tuple[Mapping[str, Any], int]]) -> Totals | None:
+    """`fold` for several ticks, each `(metrics, examples)`, one after the other."""
+    i = 0
+    while i < len(ticks):
+        totals = fold(totals, *ticks[i])
+        i += 1
+        if not totals.waiting:
+            continue
+        names, kinds, waiting = totals.shared, list(map(type, totals.waiting[-1][1:])), list(totals.waiting)
+        for metrics, examples in ticks[i : i + TOGETHER - 1 - len(waiting)]:  # the last one before they are folded comes by itself
+            if tuple(metrics) != names or list(map(type, metrics.values())) != kinds or not _scalars(metrics):
+                break
+            waiting.append((examples, *metrics.values()))
+            i += 1
+        totals = Totals(totals.names, totals.means, totals.numbers, totals.folds, names, tuple(waiting))
+    return totals
+
+
 def _scalars(metrics: Mapping[str, Any]) -> bool:
     for value in metrics.values():
         kind = type(value)

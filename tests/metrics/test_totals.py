@@ -167,15 +167,17 @@ def test_an_int_keeps_its_bits_beside_a_float():
 )
 def test_ticks_that_wait_are_folded_as_those_that_do_not(ticks: list[Any]) -> None:
     """Any order of names, kinds and batch sizes: the mean of each name is that over the ticks that had it, weighted by examples."""
-    totals, seen = None, {}
+    totals, seen, given = None, {}, []
     for i, (n, names, wide) in enumerate(ticks):
         loss = torch.tensor(1.0 + i, dtype=torch.float64 if wide else torch.float32)
         values = {"loss": loss, "lr": 0.5 * i, "hits": metrics.accuracy(torch.eye(n, 5), torch.full((n,), i % 2)), "count": torch.tensor(i)}
-        totals = metrics.fold(totals, {name: values[name] for name in names}, n)
+        given.append(({name: values[name] for name in names}, n))
+        totals = metrics.fold(totals, *given[-1])
         for name in names:
             seen.setdefault(name, []).append((n, float(values[name].compute()) if name == "hits" else float(values[name])))
     found = metrics.compute(totals) if totals is not None else {}
     assert list(found) == list(seen)
+    assert tree.equal(totals, metrics.fold_each(None, given))
     for name, values in seen.items():
         expected = np.average([value for _, value in values], weights=[n for n, _ in values])
         np.testing.assert_allclose(float(found[name]), expected, rtol=1e-12)
