@@ -59,7 +59,7 @@ def over(times: Times, name: str, base: str) -> list[float]:
 
 
 def by_steps(rounds: int) -> str:
-    problem = tiny()
+    problem = tiny(1000)
     optimizer = optim.adamw(1e-3)
     train_step = fnrun.make_train_step(problem.model, loss_fn, optimizer)
     fresh = fnrun.TrainState.create(problem.model, optimizer)
@@ -83,7 +83,7 @@ def by_steps(rounds: int) -> str:
 
         return fit
 
-    sides = {"bare": timed(bare(tiny().model, loss_fn, problem.batches), 1000), **{str(n): timed(program(n), 1000) for n in STEPS}}
+    sides = {"bare": timed(bare(tiny(1000).model, loss_fn, problem.batches), 1000), **{str(n): timed(program(n), 1000) for n in STEPS}}
     times = alternate(sides, rounds)
     first = str(STEPS[0])
     rows = [
@@ -103,7 +103,7 @@ def counting(opt_state: Any, done: int) -> Any:
 
 
 def by_rows(rounds: int) -> str:
-    problem, steps = tiny(), 2048
+    problem, steps = tiny(1000), 2048
     optimizer = optim.adamw(1e-3)
     fit = fnrun.step_loop(fnrun.make_train_step(problem.model, loss_fn, optimizer), steps)
     fresh = fnrun.TrainState.create(problem.model, optimizer)
@@ -114,7 +114,7 @@ def by_rows(rounds: int) -> str:
         return lambda: fit(fresh, stream)
 
     batches = [problem.batches[i % len(problem.batches)] for i in range(steps)]
-    sides = {"bare": timed(bare(tiny().model, loss_fn, batches), steps), **{str(n): timed(trained(n), steps) for n in ROWS}}
+    sides = {"bare": timed(bare(tiny(1000).model, loss_fn, batches), steps), **{str(n): timed(trained(n), steps) for n in ROWS}}
     times = alternate(sides, rounds)
     first = str(ROWS[0])
     rows = [

@@ -1,11 +1,12 @@
 """What a step costs besides its arithmetic, here and elsewhere: a tiny network, one thread.
 
-64-64-10 with ReLU, batches of 32, float32, AdamW, cross entropy. A turn is 1,000 steps, of a whole program 3 epochs of 1,000.
+64-64-10 with ReLU, batches of 32, float32, AdamW, cross entropy. A turn is 2,000 steps, of a whole
+program 3 epochs of 2,000: 64,000 examples in each, about as many as MNIST has.
 
 What counts. A bare loop, fnrun's step and loop, and every other framework go through a list of batches that were cut before; their start
 and their end are not timed, only what is between the first batch and the last. A *program* also shuffles and gathers its batches, logs each
 50th step to a file, validates on 4 batches and saves a checkpoint each epoch, and its whole call counts, with the wait for the last
-checkpoint to be on disk. `by hand` is that written in plain PyTorch, with torch.save. Validation is 0.4% of the batches, in both.
+checkpoint to be on disk. `by hand` is that written in plain PyTorch, with torch.save. Validation is 0.2% of the batches, in both.
 
     python -m benchmarks.overhead [--rounds 9] [--only bare fnrun ...]
 """

@@ -27,7 +27,7 @@ def cut(x: Tensor, y: Tensor, size: int) -> list[Batch]:
     return [(a.clone(), b.clone()) for a, b in zip(x.split(size), y.split(size), strict=True)]
 
 
-def tiny(batches: int = 1000) -> Problem:
+def tiny(batches: int = 2000) -> Problem:
     """64-64-10, ReLU, batches of 32: a step is so short that what is around it shows."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

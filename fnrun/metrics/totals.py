@@ -299,8 +299,9 @@ def examples(batch: Any) -> int:
     >>> examples({"image": torch.zeros(8, 3), "label": torch.zeros(8)}), examples(3.5)
     (8, 1)
     """
-    if type(batch) is dict and batch:  # the usual case, found out without a look at the whole tree
-        lengths = {value.shape[0] if type(value) is Tensor and value.ndim else None for value in batch.values()}
+    if type(batch) in (dict, tuple, list) and batch:  # the usual case, found out without a look at the whole tree
+        values = batch.values() if type(batch) is dict else batch
+        lengths = {value.shape[0] if type(value) is Tensor and value.ndim else None for value in values}
         if len(lengths) == 1 and None not in lengths:
             return lengths.pop()  # pyright: ignore[reportReturnType]
     for leaf in (batch,) if isinstance(batch, Tensor) else tree.leaves(batch):
