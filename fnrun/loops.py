@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 from fnrun import metrics as folds
 from fnrun.data import Batches
 from fnrun.donation import Lease, fate, given_lease, husk
+from fnrun.dry import DryRun, dry_run
 from fnrun.program import ASIDE, Here, Hook, Observer, Program, ProgramError, Unwind, here, spy
 from fnrun.reports import collecting
 from fnrun.state import Cursor, Frame, Position, S
@@ -222,7 +223,16 @@ class Loop:
             here.reset(token)
 
     def __str__(self) -> str:
-        return "\n".join(_drawn("", self, 0))
+        first, *rest = _drawn("", self, 0)
+        total = _total_steps(self)
+        return "\n".join([first + (f", {total:,} steps in all" if total else ""), *rest])
+
+    def dry_run(self, state: Any, data: Any) -> DryRun:
+        """One tick of every loop, with its hooks and no observer: nothing is written, the state stays. `print` draws what ran, and how long it took.
+
+        Raises what the program raises. Loops that a wrapper function hides are not cut short.
+        """
+        return dry_run(self, state, data, step_loop)
 
 
 #: So many ticks at most go straight on.
@@ -608,13 +618,6 @@ class _Sequence(_Members):
     def _member(self, frame: Frame) -> str:
         return frame.member or next(iter(self.steps))
 
-    def _taken(self, x: Any) -> int:
-        """How many ticks this one counts as: of several batches at a time, so many."""
-        return 1
-
-    def _examples(self, x: Any) -> int:
-        return 1
-
     def _next_member(self, frame: Frame) -> str | None:
         names = [*self.steps, self.end]
         return names[names.index(str(frame.member)) + 1]
@@ -945,7 +948,30 @@ def _drawn(name: str, step: Any, depth: int) -> Iterator[str]:
                 yield f"{indent}  {what} {_named(part)}"
 
 
+def _total_steps(step: Any) -> int | None:
+    """How many training steps a program will have taken, where that follows from the program alone."""
+    if isinstance(step, (_EvalLoop, _PredictLoop)):
+        return 0
+    if isinstance(step, _StepLoop):
+        return step.steps if step.until_step is None else None
+    if isinstance(step, _Repeat):
+        inner = _total_steps(step.step)
+        return None if inner is None or step.times is None or step.until is not None else step.times * inner
+    if isinstance(step, _Sequence):
+        return _sum(map(_total_steps, step.steps.values()))
+    if isinstance(step, _Workflow):
+        return _sum(_total_steps(step.steps[name]) for name in step._order())
+    return 0 if isinstance(step, _Every) and _total_steps(step.step) == 0 else None
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
+
+
 def _named(part: Any) -> str:
     if hasattr(part, "hook"):  # one that acts now and then: it goes by the name of what it holds back
         return f"{_named(part.hook)}, now and then"
+    if not isinstance(part, type) and type(part).__str__ is not object.__str__:
+        return str(part)
     return getattr(part, "name", None) or getattr(part, "__qualname__", type(part).__name__)

@@ -530,6 +530,7 @@ def make_eval_step(
             result = {"loss": loss, **metrics}
         return _with(result, reports)
 
+    eval_step.__qualname__ = eval_step.__name__ = f"eval_step({type(model).__name__})"
     _steps.add(eval_step)
     return eval_step
 
@@ -548,6 +549,7 @@ def make_predict_step(
     def predict_step(state: Any, batch: Any) -> Any:
         return run(state, batch)[0]
 
+    predict_step.__qualname__ = predict_step.__name__ = f"predict_step({type(model).__name__})"
     _steps.add(predict_step)
     return predict_step
 

@@ -499,7 +499,7 @@ def test_a_program_can_be_printed():
     assert lines[0] == "repeat 10 times"
     assert lines[1] == "  sequence"
     assert lines[2] == "    train: epoch_loop"
-    assert lines[4] == "      hook ema"
+    assert lines[4] == "      hook ema 0.9"
     assert "    val: every round, each 2, from 4, and the last" in lines
     assert lines[-1] == "  observer print"
 
@@ -595,3 +595,29 @@ def test_predictions_that_an_observer_takes_need_not_be_kept() -> None:
     )
     assert loop(fresh(), [torch.ones(1), torch.zeros(1)])[1] == []
     assert [(float(outputs), kept) for outputs, kept in seen] == [(2.0, None), (0.0, None)]
+
+
+def test_a_program_says_how_many_steps_it_has_where_that_is_known() -> None:
+    steps, evaluates = fnrun.step_loop(train, 50), fnrun.every(2, fnrun.eval_loop(lambda s, b: {}))
+    assert str(fnrun.repeat(fnrun.sequence(train=steps, val=evaluates), 20)).splitlines()[0] == "repeat 20 times, 1,000 steps in all"
+    flow = fnrun.workflow([("train", 2), ("val", 1)], times=3, train=steps, val=evaluates)
+    assert str(flow).splitlines()[0].endswith("3 times, 150 steps in all")
+    for unknown in (fnrun.epoch_loop(train), fnrun.step_loop(train, 50, until_step=60), fnrun.eval_loop(lambda s, b: {})):
+        assert "in all" not in str(fnrun.repeat(unknown, 2))
+
+
+def test_a_dry_run_is_one_tick_of_every_loop() -> None:
+    seen: list[int] = []
+    loop = fnrun.repeat(
+        fnrun.sequence(
+            train=fnrun.epoch_loop(train, observers=[lambda s, m: seen.append(1)]),
+            val=fnrun.every(3, fnrun.eval_loop(lambda s, b: {"a": b.mean()})),
+        ),
+        9,
+    )
+    state, batches = fresh(), [torch.ones(2)] * 5
+    ran = loop.dry_run(state, {"train": batches, "val": batches})
+    assert "train/loss" in ran.metrics
+    assert "val/a" in ran.metrics
+    assert "train: epoch_loop" in str(ran)
+    assert (state.step, seen) == (0, [])
