@@ -371,7 +371,7 @@ class _Training(_OverData):
 
         try:
             while len(done) < ticks and (not done or cursor.batch or not self.ends_with_pass):
-                if program.interrupt is not None and (reason := program.interrupt()):
+                if done and program.interrupt is not None and (reason := program.interrupt()):  # before the first it was asked already
                     raise Unwind(finished(state), reason)
                 batch, after = program.next_batch(name, stream, state, cursor, replay=replay)
                 before = Before(state.step, position, state.memory)

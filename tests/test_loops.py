@@ -554,9 +554,12 @@ class TestStraightOn:
         whole = list(lines)
         for n in (2, 7, 20, 33, 61, 100):
             straight, state, data, lines = self.made()
-            left = iter(range(n))
+            left, right = iter(range(n)), iter(range(n))
             first, _ = straight(state, data, interrupt=lambda left=left: "now" if next(left, None) is None else None)
             assert first.position.frames, n
+            looked, _, _, _ = self.made(more=(lambda state, metrics: None,))
+            other, _ = looked(state, data, interrupt=lambda right=right: "now" if next(right, None) is None else None)
+            assert_same(first, other, f"asked {n} times, the two stand in different places")
             assert_same(straight(first, data)[0], end, f"interrupted at {n} and continued, the program ends in another state")
             assert_same(lines, whole, f"interrupted at {n} and continued, the log has other lines")
 
