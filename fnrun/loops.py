@@ -428,7 +428,7 @@ class _StepLoop(_Training):
             every = getattr(part, "every", self.fused_steps)
             if every % self.fused_steps:
                 raise ValueError(
-                    f"fused_steps={self.fused_steps}: {_named(part)} acts every {every} steps, and {self.fused_steps} at a time are "
+                    f"fused_steps={self.fused_steps}: {getattr(part, 'name', _named(part))} acts every {every} steps, and {self.fused_steps} at a time are "
                     "one call that nothing looks into: let every= be a multiple"
                 )
 

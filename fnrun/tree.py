@@ -72,13 +72,16 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
             object.__setattr__(node, name, value)
         return node
 
+    def flatten_for_torch(node: Any) -> Any:  # in what its compiler can follow
+        return [getattr(node, name) for name in names], tuple(getattr(node, name) for name in statics)
+
     def flatten_with_keys(node: Any) -> Any:
-        return [(torch_pytree.GetAttrKey(name), getattr(node, name)) for name in names], flatten(node)[1]
+        return [(torch_pytree.GetAttrKey(name), getattr(node, name)) for name in names], flatten_for_torch(node)[1]
 
     optree.register_pytree_node(cls, flatten, unflatten, path_entry_type=optree.DataclassEntry, namespace=EVERYWHERE)
     torch_pytree.register_pytree_node(
         cls,
-        lambda node: (list(get(node)), get_static(node)),
+        flatten_for_torch,
         lambda children, context: unflatten(context, children),
         flatten_with_keys_fn=flatten_with_keys,
     )

@@ -42,7 +42,9 @@ def _in_a_directory_of_its_own(tmp_path, monkeypatch):
 def process(path: Path, *kill_at: int) -> subprocess.Popen:
     path.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.observers.training", str(path), ",".join(INSTALLED), *map(str, kill_at)]
-    environment = {**os.environ, "TRACKIO_DIR": str(path / "trackio"), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    # A service of its own: one that an earlier test has started outlives the kill, and holds the run's id.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SERVICE")}
+    environment = {**own, "TRACKIO_DIR": str(path / "trackio"), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     return subprocess.Popen(command, env=environment, cwd=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
