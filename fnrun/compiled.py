@@ -8,6 +8,7 @@ others: nothing in it is dynamic, so which calls came before never changes its b
 
 from __future__ import annotations
 
+import logging
 import operator
 import random
 import warnings
@@ -24,6 +25,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fnrun.donation import storage
 from fnrun.optim.lists import capturing
 from fnrun.rng import Key
+
+logger = logging.getLogger("fnrun")
 
 
 class Uncapturable(Exception):
@@ -48,11 +51,14 @@ class Compiled:
     `count` is an int that is a tensor within. Where `fn` cannot be captured there is no graph, and `reason` says why.
     """
 
+    #: A batch of a new shape takes seconds to compile for: who has more than so many shapes is told.
+    SHAPES = 8
+
     #: So many graphs may differ in nothing but constants of `x`; more, and there would be one for each batch.
     CONSTANTS = 4
 
-    def __init__(self, fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]]) -> None:
-        self.fn = fn
+    def __init__(self, fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]], name: str) -> None:
+        self.fn, self.name = fn, name
         self.graphs: dict[Any, _Graph] = {}
         self.reason: str | None = None
         self._counters: frozenset[int] = frozenset()
@@ -86,6 +92,13 @@ class Compiled:
         self._constants[kind] += 1
         if self._constants[kind] > self.CONSTANTS:
             raise Uncapturable("numbers or texts in its batches change from one to the next, and each would need a graph of its own")
+        if len(self.graphs) == self.SHAPES:
+            warnings.warn(
+                f"{self.name} has been compiled for {self.SHAPES} shapes of its batches, and here is one more: each takes its time. Pad or crop "
+                "batches to a few shapes, or go without compile=True",
+                stacklevel=6,
+            )
+        logger.info("%s: compiling, for a shape of batch that is new", self.name)
         graph = _captured(self.fn, leaves, own, inplace, spec, count)
         self._counters |= graph.counters
         return graph

@@ -361,7 +361,7 @@ def make_train_step(
             seen.append(_with(metrics, reports))
         return ((params, memory), (buffers, frozen)), seen[0] if len(seen) == 1 else _together(seen, batches)
 
-    graphs = Compiled(several) if compile else None
+    graphs = Compiled(several, name) if compile else None
 
     def compiled(state: TrainState, batches: list[Any], lease: Lease | None) -> tuple[TrainState, Metrics] | None:
         assert graphs is not None

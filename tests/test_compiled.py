@@ -202,3 +202,16 @@ def test_fused_steps_refuse_what_would_act_in_between() -> None:
         fnrun.step_loop(compiled, 8, fused_steps=4, observers=[observers.log(6, to=[])])
     with pytest.raises(TypeError, match="compile=True"):
         fnrun.step_loop(fnrun.make_train_step(model, loss_fn, optim.sgd(0.1)), 8, fused_steps=4)
+
+
+def test_many_shapes_are_said(graphs: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model, optimizer = nn.Linear(6, 3), optim.sgd(0.1)
+    step = fnrun.make_train_step(model, lambda m, b: m(b).square().mean(), optimizer, compile=True)
+    state = TrainState.create(model, optimizer)
+    for rows in range(1, 9):
+        state, _ = step(state, X[:rows])
+    with pytest.warns(UserWarning, match="compiled for 8 shapes.*Pad or crop"):
+        step(state, X[:9])
+    assert len(graphs) == 9
+    assert caplog.text.count("compiling, for a shape of batch that is new") == 9
