@@ -1,4 +1,4 @@
-"""Laws 2 and 3 with every hook in the program at once: each of them acts, and some of them more than once."""
+"""Laws 2 and 3 with every hook and observer in the program at once: each of them acts, and some of them more than once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Training:
         with fnrun.Key(0).scope():
             model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2))
             x = torch.randn(18, 2)
-        optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(0.05))
+        optimizer = optim.chain(observers.watch_gradients(), optim.clip_by_global_norm(1.0), optim.adamw(0.05))
 
         def loss_fn(model, batch):
             logits = model(batch["x"])
@@ -53,12 +53,17 @@ class Training:
             hooks.stop_after(steps=27),
             hooks.stop_after(epochs=9, stream="train", name="epochs"),
         ]
+        statistics = {"loss": ["mean", "max", ("mean", 4), ("min", "epoch")], "lr": "last"}
+        watching = [
+            observers.log(3, to=[], statistics=statistics),
+            observers.progress(),
+            observers.memory(5),
+            observers.watch(4, to=[]),
+        ]
         self.fresh = fnrun.TrainState.create(model, optimizer, seed=seed)
         self.program = fnrun.repeat(
             fnrun.sequence(
-                train=fnrun.epoch_loop(
-                    fnrun.make_train_step(model, loss_fn, optimizer), hooks=per_step, observers=[observers.log(3, to=[])], donate=donate
-                ),
+                train=fnrun.epoch_loop(fnrun.make_train_step(model, loss_fn, optimizer), hooks=per_step, observers=watching, donate=donate),
                 val=fnrun.eval_loop(evaluate("ema")),
                 averages=fnrun.every(
                     2, fnrun.sequence(swa=fnrun.eval_loop(evaluate("swa")), slow=fnrun.eval_loop(evaluate("slow"), steps=1))
