@@ -99,8 +99,10 @@ class Compiled:
                 stacklevel=6,
             )
         logger.info("%s: compiling, for a shape of batch that is new", self.name)
-        graph = _captured(self.fn, leaves, own, inplace, spec, count)
-        self._counters |= graph.counters
+        graph = _captured(self.fn, leaves, own, inplace, spec, count, self._counters)
+        if graph.counters != self._counters:  # what was a constant of the graphs before is none
+            self.graphs.clear()
+            self._counters = graph.counters
         return graph
 
 
@@ -160,9 +162,8 @@ def _number(value: Any) -> Tensor:
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
-def _captured(fn: Any, leaves: list[Any], own: int, inplace: bool, spec: Any, count: int) -> _Graph:
-    """Record and compile; with `inplace` the tensors among the first `own` leaves are written over. Raises whatever `fn` or the compiler raises."""
-    counters: frozenset[int] = frozenset()
+def _captured(fn: Any, leaves: list[Any], own: int, inplace: bool, spec: Any, count: int, counters: frozenset[int]) -> _Graph:
+    """Record and compile; `counters` are the leaves that are known to be numbers that change, more may be found. With `inplace` the tensors among the first `own` leaves are written over. Raises whatever `fn` or the compiler raises."""
     python, numpy = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]  # pyright: ignore[reportArgumentType,reportCallIssue]
     with Key(0).scope(), capturing(), warnings.catch_warnings():  # recording computes, and draws, for real
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # of torch by torch

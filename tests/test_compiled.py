@@ -215,3 +215,27 @@ def test_many_shapes_are_said(graphs: list[Any], caplog: pytest.LogCaptureFixtur
         step(state, X[:9])
     assert len(graphs) == 9
     assert caplog.text.count("compiling, for a shape of batch that is new") == 9
+
+
+def test_a_parameter_that_only_some_shapes_reach() -> None:
+    """How many updates it missed is no constant of the graph that was there first."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.always, self.wide = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.always(x) + self.wide(x) if len(x) > 4 else self.always(x)
+
+    ends = []
+    for compile in (False, True):
+        model, optimizer = Net(), optim.adamw(1e-2)
+        step = fnrun.make_train_step(model, lambda m, b: m(b).square().mean(), optimizer, compile=compile)
+        state = TrainState.create(model, optimizer)
+        for rows in (8, 8, 4, 8, 4, 4, 8, 8):
+            state, _ = step(state, X[:rows])
+        ends.append(state)
+    assert ends[0].opt_state.misses.total == ends[1].opt_state.misses.total == 6
+    torch.testing.assert_close(dict(ends[1].params), dict(ends[0].params), rtol=1e-4, atol=1e-6)
