@@ -37,9 +37,11 @@ class Donatable:
     _fate: str
     _lease: Lease | None
 
-    def __post_init__(self) -> None:
+    def __new__(cls, *args: Any, **options: Any) -> Self:  # and not `__post_init__`, which a subclass may have for itself
+        self = object.__new__(cls)
         for lease in _active:
             lease.enlist(self)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         if name not in fields(type(self)):
@@ -143,11 +145,10 @@ class Lease:
         _active.remove(self)
 
     def enlist(self, state: Any) -> None:
-        """Note a state that carries the tensors: it dies when they are written over."""
-        if getattr(state, "params", None) is self.params and self.params is not None:
-            self._states.append(weakref.ref(state))
-            if len(self._states) > 64:
-                self._states = [ref for ref in self._states if ref() is not None]
+        """Note a state that is made while the lease lasts: if it carries the tensors, it dies when they are written over."""
+        self._states.append(weakref.ref(state))
+        if len(self._states) > 64:
+            self._states = [ref for ref in self._states if ref() is not None]
 
     @property
     def storages(self) -> frozenset[int]:
@@ -195,7 +196,7 @@ class Lease:
         if self._granted:
             states, self._states = self._states, []
             for ref in states:
-                if (state := ref()) is not None:
+                if (state := ref()) is not None and fate(state) is None and state.params is self.params:
                     bury(state, f"this state was donated: {by} wrote the next one over it")
         self._written, self._copied = [], False
         token = _writing.set(self)

@@ -286,3 +286,25 @@ def test_two_in_the_same_memory_are_never_both_written_to() -> None:
     lease = Lease.of(state)
     assert lease.shares(state.params["c"])
     assert not lease.shares(weight)
+
+
+@tree.struct
+class Checked(TrainState):
+    """A state of one's own, which looks at itself when it is made."""
+
+    extra: Any = None
+
+    def __post_init__(self) -> None:
+        assert self.step >= 0
+
+
+def test_states_of_ones_own_die_too() -> None:
+    shell, optimizer = model(), optim.adamw(1e-2)
+    step, state = fnrun.make_train_step(shell, loss_fn, optimizer), Checked.create(shell, optimizer, extra=torch.ones(2))
+    seen: list[Any] = []
+    end, _ = fnrun.epoch_loop(step, observers=[lambda s, m: seen.append(s)], donate=True)(state, BATCHES)
+    assert isinstance(end, Checked)
+    assert end.extra is state.extra
+    for dead in seen[:-1]:
+        with pytest.raises(DonatedStateError):
+            _ = dead.params
