@@ -90,19 +90,17 @@ def husk(state: Any) -> Any:
     """A state as it will be readable after it was donated: without parameters and optimizer state."""
     if not isinstance(state, Donatable):
         return state
-    kept = object.__new__(type(state))
-    for name in fields(type(state)):
-        if name not in DONATED:
-            object.__setattr__(kept, name, getattr(state, name))
+    kept = unlisted(state, without=DONATED)
     object.__setattr__(kept, "_fate", "an observer that folds sees the state before the tick without what the tick wrote over")
     return kept
 
 
-def unlisted(state: Any) -> Any:
+def unlisted(state: Any, without: tuple[str, ...] = ()) -> Any:
     """The same state as another object, which outlives the donation of its tensors: for the step that gets them."""
     copy = object.__new__(type(state))
     for name in fields(type(state)):
-        object.__setattr__(copy, name, getattr(state, name))
+        if name not in without:
+            object.__setattr__(copy, name, getattr(state, name))
     return copy
 
 

@@ -214,11 +214,11 @@ class Loop:
         """What hooks and observers are given."""
         return folds.values(plain)
 
-    def _call(self, step: AnyStep, state: Any, x: Any, at: Here, **options: Any) -> Any:
+    def _call(self, step: AnyStep, state: Any, x: Any, at: Here) -> Any:
         """The step within, told where it is called. A wrapper gets no lease on the state: it may want to look at the old one."""
         token = here.set(at._replace(opened=[], lease=at.lease if _open(step) else None))
         try:
-            return step(state, x, **options)
+            return step(state, x)
         finally:
             here.reset(token)
 
@@ -356,13 +356,12 @@ class _Training(_OverData):
         """
         program, (name, stream) = at.program, self._stream(None, at)
         position, replay, cursor = state.position, self._passing(at), self._cursor(state, frame, None, at)
-        done: list[tuple[Before, Any, int]] = []
+        before, done = Before(state.step, position, state.memory), list[tuple[Any, int]]()
 
         def finished(state: Any) -> Any:
-            ticks = [(metrics, examples) for _, metrics, examples in done]
-            gathered = {o.name: o.fold_each(frame.folds.get(o.name), done[0][0], ticks) for o in gatherers} if done else frame.folds
-            totals = folds.fold_each(frame.totals, ticks)
-            program.examples += sum(examples for _, examples in ticks)
+            gathered = {o.name: o.fold_each(frame.folds.get(o.name), before, done) for o in gatherers} if done else frame.folds
+            totals = folds.fold_each(frame.totals, done)
+            program.examples += sum(examples for _, examples in done)
             new = Frame(frame.loop, frame.ticks + len(done), totals, gathered, frame.member)
             streams = {**position.streams, name: cursor}
             state = state.replace(position=Position((*position.frames[: at.depth], new), streams, position.ticks + len(done)))
@@ -374,9 +373,8 @@ class _Training(_OverData):
                 if done and program.interrupt is not None and (reason := program.interrupt()):  # before the first it was asked already
                     raise Unwind(finished(state), reason)
                 batch, after = program.next_batch(name, stream, state, cursor, replay=replay)
-                before = Before(state.step, position, state.memory)
                 state, metrics = self._stepped(state, batch, at)
-                done.append((before, metrics, folds.examples(batch)))
+                done.append((metrics, folds.examples(batch)))
                 cursor = after
         except Unwind:
             raise

@@ -156,8 +156,17 @@ class LoopState(Protocol):
 S = TypeVar("S", bound=LoopState)
 
 
+def in_training(state: Any) -> bool:
+    """Whether the loop at work takes training steps; elsewhere its ticks are rounds. Outside every loop a call is like a training step."""
+    frames = state.position.frames
+    return not frames or frames[-1].loop.startswith(("epoch_loop", "step_loop"))
+
+
+def counted(state: Any) -> int:
+    """The number of the tick that has just ended: `state.step` in a loop of training steps, finished rounds elsewhere."""
+    return state.step if in_training(state) else state.position.frames[-1].ticks
+
+
 def due(state: LoopState, every: int) -> bool:
     """Whether a hook or an observer with `every=n` acts now: counted in `state.step` in a loop of training steps, in rounds elsewhere."""
-    frames = state.position.frames
-    training = not frames or frames[-1].loop.startswith(("epoch_loop", "step_loop"))
-    return (state.step if training else frames[-1].ticks) % every == 0
+    return counted(state) % every == 0

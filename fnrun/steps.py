@@ -331,9 +331,7 @@ def make_train_step(
         count, memory = state.step, state.opt_state
         with within(state.rng, "train", count) as reports:
             grads, buffers, metrics = gradients(state.params, memory, batch, state.buffers)
-            for value_name, value in reports.items():
-                metrics.setdefault(value_name, value)
-            metrics = {name: _detach_all(value) for name, value in metrics.items()}
+            metrics = {name: _detach_all(value) for name, value in _with(metrics, reports).items()}
             params = state.params if whole else {name: state.params[name] for name in trained}
             key = state.rng.fold_in("optimizer", count) if optimizer.keyed else None
             if lease is None:
@@ -346,9 +344,7 @@ def make_train_step(
         params = params if whole else {**state.params, **params}
         if lease is not None:
             lease.settle(params, memory, buffers)
-        for report, value in reports.items():
-            if report not in metrics:
-                metrics[report] = _detach_all(value)
+        metrics = _with(metrics, {name: _detach_all(value) for name, value in reports.items()})  # and those of the optimizer
         return state.replace(params=params, buffers=buffers, opt_state=memory, step=count + 1), metrics
 
     def several(given: Any, kept: Any, batches: list[Any], count: Any) -> tuple[Any, Metrics]:

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from fnrun.hooks.ticks import counted
-from fnrun.state import TrainState
+from fnrun.state import TrainState, counted
 
 Buffers = Literal["copy", "average"]
 Tensors = dict[str, torch.Tensor]

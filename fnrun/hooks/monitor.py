@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from fnrun.hooks.ticks import in_training
-from fnrun.state import LoopState
+from fnrun.state import LoopState, in_training
 
 Mode = Literal["min", "max"]
 

@@ -11,8 +11,7 @@ import torch
 
 from fnrun.hooks import leaves
 from fnrun.hooks.monitor import monitored
-from fnrun.hooks.ticks import in_training
-from fnrun.state import TrainState
+from fnrun.state import TrainState, in_training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fnrun.hooks.monitor import reported
-from fnrun.hooks.ticks import counted, in_training
-from fnrun.state import due
+from fnrun.state import counted, due, in_training
 
 AnyHook = Any  # a Hook or a function (state, metrics) -> state
 

@@ -14,7 +14,7 @@ from fnrun.observers.pace import Pace
 from fnrun.observers.ranks import rank
 from fnrun.observers.sinks import Sink, console, record
 from fnrun.observers.window import Size, Statistic, Window, compute, windows
-from fnrun.state import LoopState, due
+from fnrun.state import LoopState, counted, due, in_training
 
 logger = logging.getLogger("fnrun")
 
@@ -48,10 +48,10 @@ class _Log:
     def fold(self, folded: Any, before: LoopState, metrics: Any, examples: int) -> Any:
         if not isinstance(metrics, dict):
             return None
-        frame = before.position.frames[-1]
-        count = before.step if frame.loop.startswith(("epoch_loop", "step_loop")) else frame.ticks
         kept = folded if folded is not None else self._first(before)
-        return {size: window.fold(kept.get(size, ()), count % self.every, metrics, examples) for size, window in self.windows.items()}
+        return {
+            size: window.fold(kept.get(size, ()), counted(before) % self.every, metrics, examples) for size, window in self.windows.items()
+        }
 
     def fold_each(self, folded: Any, before: Any, ticks: Sequence[tuple[Any, int]]) -> Any:
         """`fold` for ticks of a training loop that follow each other; `before` is before the first."""
@@ -82,8 +82,7 @@ class _Log:
     # The line.
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        training = state.position.frames[-1].loop.startswith(("epoch_loop", "step_loop"))
-        self._ticks += max(1, state.step - self._step) if training else 1
+        self._ticks += max(1, state.step - self._step) if in_training(state) else 1
         self._step = state.step
         if self._ticks == 1 or due(state, self.every):
             now = time.perf_counter()

@@ -10,8 +10,7 @@ from typing import Any, Literal
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.donation import fate
 from fnrun.hooks.monitor import reported
-from fnrun.hooks.ticks import in_training
-from fnrun.state import LoopState, due
+from fnrun.state import LoopState, due, in_training
 
 logger = logging.getLogger("fnrun")
 

@@ -7,20 +7,19 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fnrun.observers.media import Media
 from fnrun.observers.sinks.base import Record, Sink
-from fnrun.observers.sinks.lines import naming, order_of, place, plain
+from fnrun.observers.sinks.lines import OnDisk, naming, order_of, place, plain
 from fnrun.state import LoopState
 
 PLACE = ("ticks", "at", "step", "epoch")
 
 
-class _Csv:
+class _Csv(OnDisk):
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: IO[str] | None = None
+        super().__init__(path)
         self._columns: list[str] = []
 
     def __str__(self) -> str:
@@ -77,17 +76,6 @@ class _Csv:
                 self._rewrite(self._rows(), [*self._columns, *fresh])
             table.DictWriter(self._file, self._columns, lineterminator="\n").writerow(row)
             self._file.flush()
-
-    def flush(self) -> None:
-        if self._file is not None:
-            with naming(self.path):
-                os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self.flush()
-            self._file.close()
-            self._file = None
 
 
 def _cell(value: Any) -> Any:

@@ -13,12 +13,27 @@ from typing import IO, Any
 from fnrun.observers.sinks.base import Record
 
 
-class Lines:
-    """Appends to `path`. Each line has the fields `ticks` and `at`, which are `Position.order`."""
+class OnDisk:
+    """What writes to a file at, or below, `path` while it is open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[str] | None = None
+        self._file: IO[Any] | None = None
+
+    def flush(self) -> None:
+        if self._file is not None:
+            with naming(self.path):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.flush()
+            self._file.close()
+            self._file = None
+
+
+class Lines(OnDisk):
+    """Appends to `path`. Each line has the fields `ticks` and `at`, which are `Position.order`."""
 
     def __bool__(self) -> bool:
         """Whether it is open."""
@@ -39,17 +54,6 @@ class Lines:
         with naming(self.path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()  # a killed process loses nothing; a power cut nothing that came before a checkpoint (`flush`)
-
-    def flush(self) -> None:
-        if self._file is not None:
-            with naming(self.path):
-                os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self.flush()
-            self._file.close()
-            self._file = None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from fnrun.observers.media import Histogram, Image, Text
 from fnrun.observers.sinks.base import Record, Sink, media, numbers, require
-from fnrun.observers.sinks.lines import naming
+from fnrun.observers.sinks.lines import OnDisk, naming
 from fnrun.state import LoopState
 
 WRITER = "fnrun at "  # begins the name of the writer in each of our events; behind it stands `Position.order`
@@ -24,29 +24,28 @@ def _messages(kind: str) -> Any:
     return import_module(f"tensorboard.compat.proto.{kind}_pb2")
 
 
-class _TensorBoard:
+class _TensorBoard(OnDisk):
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._file: IO[bytes] | None = None
+        super().__init__(directory)
         self._records: Any = None
 
     def __str__(self) -> str:
-        return str(self.directory)
+        return str(self.path)
 
     def open(self, state: LoopState) -> None:
         if self._file is not None:
             return
         messages = _messages("event")
         RecordWriter = import_module("tensorboard.summary.writer.record_writer").RecordWriter
-        with naming(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for path in sorted(self.directory.glob("events.out.tfevents.*.fnrun.*")):
+        with naming(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in sorted(self.path.glob("events.out.tfevents.*.fnrun.*")):
                 _cut(path, state.position.order)
             # The number keeps the files in order, which TensorBoard reads by name.
-            numbers_so_far = [int(path.name.rpartition(".")[2]) for path in self.directory.glob("events.out.tfevents.*.fnrun.*")]
+            numbers_so_far = [int(path.name.rpartition(".")[2]) for path in self.path.glob("events.out.tfevents.*.fnrun.*")]
             number = max(numbers_so_far, default=-1) + 1
             name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.fnrun.{number:04d}"
-            self._file = (self.directory / name).open("xb")
+            self._file = (self.path / name).open("xb")
         self._records = RecordWriter(self._file)
         self._add(messages.Event(file_version="brain.Event:2"), state.position.order)
         if number:  # a TensorBoard that is looking on has seen what was cut: it is to forget it
@@ -58,7 +57,7 @@ class _TensorBoard:
         event.wall_time = time.time() if wall_time is None else wall_time
         event.source_metadata.writer = WRITER + ".".join(map(str, order))
         assert self._file is not None
-        with naming(self.directory):
+        with naming(self.path):
             self._records.write(event.SerializeToString())
             self._file.flush()
 
@@ -69,17 +68,6 @@ class _TensorBoard:
         for name, shown in media(record).items():
             values.extend(_summary(name, shown).value)
         self._add(Event(summary=Summary(value=values), step=record.step), record.order, record.clock.get("time"))
-
-    def flush(self) -> None:
-        if self._file is not None:
-            with naming(self.directory):
-                os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self.flush()
-            self._file.close()
-            self._file = None
 
 
 def _summary(name: str, value: Image | Histogram | Text) -> Any:
