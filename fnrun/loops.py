@@ -885,6 +885,21 @@ def _loops(step: Any) -> list[Loop]:
     return [step, *inner] if isinstance(step, Loop) else inner
 
 
+def with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
+    """`step` with the observers of each loop that stands in it openly changed; its hooks and steps are the same objects."""
+    if not dataclasses.is_dataclass(step) or isinstance(step, type):
+        return step
+    fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    inner: dict[str, Any] = {}
+    if "step" in fields:
+        inner["step"] = with_observers(fields["step"], change)
+    if isinstance(fields.get("steps"), dict):
+        inner["steps"] = {name: with_observers(member, change) for name, member in fields["steps"].items()}
+    if isinstance(step, Loop):
+        inner["observers"] = change(tuple(step.observers))
+    return dataclasses.replace(step, **inner)
+
+
 def _hidden(step: Any, seen: frozenset[int] = frozenset()) -> list[Loop]:
     """The loops that wrappers hold: in what they close over, were given, belong to or name.
 

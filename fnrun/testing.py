@@ -13,7 +13,7 @@ import torch
 
 from fnrun import tree
 from fnrun.donation import secured
-from fnrun.loops import Loop
+from fnrun.loops import Loop, with_observers
 from fnrun.program import spy
 from fnrun.state import TrainState
 
@@ -109,9 +109,9 @@ def assert_observers_do_not_matter(loop: Loop, state: Any, data: Any) -> None:
     """
     end, metrics = loop(state, data)
     for what, changed in (
-        ("without its observers", _with_observers(loop, lambda observers: ())),
-        ("with its observers in reverse", _with_observers(loop, lambda observers: tuple(reversed(observers)))),
-        ("with one more observer in every loop", _with_observers(loop, lambda observers: (*observers, _Reader()))),
+        ("without its observers", with_observers(loop, lambda observers: ())),
+        ("with its observers in reverse", with_observers(loop, lambda observers: tuple(reversed(observers)))),
+        ("with one more observer in every loop", with_observers(loop, lambda observers: (*observers, _Reader()))),
     ):
         again, again_metrics = changed(state, data)
         assert_same(_unwatched(end), _unwatched(again), f"{what}, the program ends in another state")
@@ -137,17 +137,3 @@ class _Reader:
             if isinstance(value, torch.Tensor):
                 value.tolist()
         _ = torch.rand(1), random.random(), np.random.rand()
-
-
-def _with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
-    if not dataclasses.is_dataclass(step) or isinstance(step, type):
-        return step
-    fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
-    inner: dict[str, Any] = {}
-    if "step" in fields:
-        inner["step"] = _with_observers(fields["step"], change)
-    if isinstance(fields.get("steps"), dict):
-        inner["steps"] = {name: _with_observers(member, change) for name, member in fields["steps"].items()}
-    if isinstance(step, Loop):
-        inner["observers"] = change(tuple(step.observers))
-    return dataclasses.replace(step, **inner)
