@@ -24,6 +24,8 @@ FLOORS = [
     ["observers"],
     ["run", "plot", "testing"],
     ["cli"],
+    ["command"],
+    ["__main__"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 #: On one floor these may be imported by those beside them.

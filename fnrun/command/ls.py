@@ -1,0 +1,154 @@
+"""`fnrun ls`: the runs below a directory, without torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fnrun.command import CommandError, Ls
+from fnrun.command.output import age, document, number, size, table, terminal_width
+from fnrun.command.places import CHECKPOINT, newest_manifest, runs_below, what_is_at
+from fnrun.plot import curves, records
+from fnrun.run import Run, RunError
+
+#: What is shown of a run without monitored metrics: by the last part of the name, and which is better.
+JUDGED = {"loss": "min", "accuracy": "max"}
+
+
+def run(asked: Ls) -> int:
+    if not asked.directory.is_dir():
+        raise CommandError(f"{asked.directory} is no directory of runs: {what_is_at(asked.directory)}")
+    found = sorted((_seen(path) for path in runs_below(asked.directory)), key=lambda row: row["idle"])
+    if asked.json:
+        document(found)
+    elif not found:
+        print(f"no runs in or below {asked.directory}: {what_is_at(asked.directory)}")
+    else:
+        lines, width = _wide(found), terminal_width()
+        print(_narrow(found) if width is not None and max(map(len, lines.splitlines())) > width else lines)
+    return 0
+
+
+# --- what is known of a run --------------------------------------------------------------------------------------------
+
+
+def _seen(path: Path) -> dict[str, Any]:
+    """A run in plain values. What cannot be read of it is among its `problems`, and the rest is there."""
+    sizes = [entry.stat() for entry in _files(path)]
+    row: dict[str, Any] = {"path": str(path), "experiment": None, "state": "damaged", "reason": None, "problems": []}
+    row |= {"step": None, "epoch": None, "metrics": {}, "bytes": sum(stat.st_size for stat in sizes)}
+    row["idle"] = max(0.0, time.time() - max((stat.st_mtime for stat in sizes), default=time.time()))
+    try:
+        found = Run.open(path)
+        row["experiment"] = found.experiment
+        status = found.status()
+        row |= {"state": status.state, "reason": status.reason}
+    except RunError as error:
+        row["problems"].append(str(error))
+    name, manifest = newest_manifest(path / "checkpoints")
+    if name is not None and manifest is None:
+        row["problems"].append(f"the manifest of {path / 'checkpoints' / name} is damaged")
+    lines = _lines(path / "metrics.jsonl", row["problems"])
+    last = lines[-1] if lines else {}
+    saved = CHECKPOINT.fullmatch(name or "")
+    row["step"] = max((step for step in (last.get("step"), int(saved[1]) if saved else None) if step is not None), default=None)
+    row["epoch"] = last.get("epoch")
+    row["metrics"] = _metrics(curves(lines), _monitors(manifest or {}))
+    return row
+
+
+def _files(path: Path) -> list[Path]:
+    walked = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+    return [file for file in walked if file.is_file() and not file.is_symlink()]
+
+
+def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    try:
+        return records(path)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        problems.append(f"{path} cannot be read: {error}")
+        return []
+
+
+def _monitors(manifest: dict[str, Any]) -> dict[str, str]:
+    """The monitored metrics and their modes, of this format of manifests and the first."""
+    monitors = manifest.get("monitors")
+    if isinstance(monitors, dict):
+        return monitors
+    return {manifest["monitor"]: manifest.get("mode", "min")} if manifest.get("monitor") else {}
+
+
+def _metrics(found: dict[str, Any], monitors: dict[str, str]) -> dict[str, dict[str, Any]]:
+    monitors = {name: mode for name, mode in monitors.items() if name in found}
+    monitors = monitors or {name: JUDGED[kind] for name in found if (kind := name.rpartition("/")[2]) in JUDGED}
+    metrics = {}
+    for name, mode in monitors.items():
+        steps, values = found[name]
+        numbers = [(value, step) for value, step in zip(values, steps, strict=True) if not math.isnan(value)]
+        best = (max if mode == "max" else min)(numbers, key=lambda pair: pair[0], default=(None, None))
+        metrics[name] = {"mode": mode, "last": values[-1], "best": best[0], "best_step": best[1]}
+    return metrics
+
+
+# --- how it is shown ---------------------------------------------------------------------------------------------------
+
+
+def _wide(found: list[dict[str, Any]]) -> str:
+    """A line a run."""
+    rows = []
+    for row in found:
+        metrics = ", ".join(f"{name} {number(m['last'])} (best {_best(m)})" for name, m in row["metrics"].items())
+        where = "  ".join([row["path"], *_notes(row)])
+        rows.append(
+            [
+                row["state"],
+                _told(row["step"]),
+                _told(row["epoch"]),
+                metrics,
+                size(row["bytes"]),
+                age(row["idle"]),
+                row["experiment"] or "",
+                where,
+            ]
+        )
+    return table(["state", "step", "epoch", "metrics", "size", "age", "experiment", "run"], rows, right=["step", "epoch", "size", "age"])
+
+
+def _narrow(found: list[dict[str, Any]]) -> str:
+    """Two lines a run or more, for 80 columns; its path comes last, so that a terminal breaks it nowhere but at its edge."""
+    rows = []
+    for row in found:
+        metrics = [line for name, m in row["metrics"].items() for line in ((name, number(m["last"])), ("  best", _best(m)))]
+        rows.append(
+            [
+                f"{row['state']}\n{age(row['idle'])} ago",
+                f"{_told(row['step'])}\n{_told(row['epoch'])}",
+                "\n".join(name for name, _ in metrics),
+                "\n".join(value for _, value in metrics),
+                size(row["bytes"]),
+                "\n".join([row["path"], row["experiment"] or "", *_notes(row)]),
+            ]
+        )
+    return table(
+        ["state\n", "step\nepoch", "metric\n", "last\nbest", "size\n", "run\nexperiment"],
+        rows,
+        right=["step\nepoch", "last\nbest", "size\n"],
+        spaced=True,
+    )
+
+
+def _told(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _best(metric: dict[str, Any]) -> str:
+    return "none" if metric["best"] is None else number(metric["best"])
+
+
+def _notes(row: dict[str, Any]) -> list[str]:
+    return [*([row["reason"]] if row["reason"] else []), *row["problems"]]

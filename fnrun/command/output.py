@@ -1,0 +1,91 @@
+"""What commands print: tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def document(value: Any) -> None:
+    """Print `value` as one JSON document. NaN and infinities, which JSON does not have, are the strings that `float` reads."""
+    print(json.dumps(_plain(value), indent=2, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), spaced: bool = False) -> str:
+    """Rows under their columns; those named in `right` are aligned there. Nothing is cut: a terminal breaks a long last cell at its edge.
+
+    With `spaced`, an empty line is between two rows.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for column in columns:
+        shown.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    for number, row in enumerate(rows):
+        shown.add_row(*(Text(f"{cell}\n" if spaced and number < len(rows) - 1 else cell) for cell in row))
+    console = Console(file=io.StringIO(), width=10**6, color_system=None)
+    console.print(shown, crop=False)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def number(value: Any) -> str:
+    """A number as people read it.
+
+    >>> number(0.98333), number(1e-7), number(12), number(float("nan"))
+    ('0.9833', '1e-07', '12', 'nan')
+    """
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+
+
+def size(count: int) -> str:
+    """A number of bytes as people read it.
+
+    >>> size(512), size(1_400_000)
+    ('512 B', '1.4 MB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    value, unit = float(count), ""
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if value < 999.5:
+            break
+    return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
+
+
+def age(seconds: float) -> str:
+    """A time that has gone by, in a unit of which it has two at least.
+
+    >>> age(5), age(150), age(90_000)
+    ('5 s', '2 min', '25 h')
+    """
+    for unit, length in {"d": 86400, "h": 3600, "min": 60}.items():
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that is printed to; None where it is none."""
+    import shutil
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

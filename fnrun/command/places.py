@@ -1,0 +1,96 @@
+"""What lies at a path that was given: a run, the checkpoints of one, one checkpoint; read without torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fnrun.command import CommandError
+from fnrun.run import Run
+
+#: The name of a checkpoint: step, ticks, and a version where there are several.
+CHECKPOINT = re.compile(r"(\d+)-(\d+)(?:\.(\d+))?")
+
+
+def run_at(path: Path) -> Run:
+    """The run at `path`. Raises CommandError with what is there instead, RunError for a run whose config cannot be read."""
+    if not is_run(path):
+        raise CommandError(f"{path} is no run: {what_is_at(path)}")
+    return Run.open(path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a directory with a config."""
+    return (path / "config.yaml").is_file()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is the directory of one checkpoint, also of one that was given up."""
+    return (path / "manifest.json").is_file()
+
+
+def what_is_at(path: Path) -> str:
+    """In words what a path holds, for one that was to hold something else."""
+    if not path.exists():
+        return _nothing(path)
+    if not path.is_dir():
+        return "it is a file"
+    if is_run(path):
+        return "it is a run"
+    if is_checkpoint(path):
+        return f"it is a checkpoint{_of(path.parent.parent)}"
+    if path.name == "checkpoints" or any(is_checkpoint(child) for child in path.iterdir()):
+        return f"it holds checkpoints{_of(path.parent)}"
+    below = [os.path.relpath(run, path) for _, run in zip(range(4), runs_below(path), strict=False)]
+    if below:
+        return f"it holds runs: {', '.join(below[:3])}{', ...' if len(below) > 3 else ''}"
+    return "it is an empty directory" if not any(path.iterdir()) else "it is a directory with no run in or below it"
+
+
+def _of(run: Path) -> str:
+    return f" of the run {run}" if is_run(run) else ""
+
+
+def _nothing(path: Path) -> str:
+    beside = sorted(child.name for child in path.parent.iterdir() if not child.name.startswith(".")) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside)
+    return f"there is nothing there{f'; near: {path.parent / near[0]}' if near else ''}"
+
+
+def runs_below(directory: Path) -> Iterator[Path]:
+    """The runs in and below a directory; within a run there are no others, and what begins with a dot is nobody's."""
+    for folder, names, files in os.walk(directory):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        if "config.yaml" in files and _looks_like_a_run(Path(folder)):
+            names.clear()
+            yield Path(folder)
+
+
+def _looks_like_a_run(path: Path) -> bool:
+    """Whether the config is one of a run, or is damaged beside what only runs have: other programs have a config.yaml too."""
+    try:
+        text = (path / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    ours = re.search(r"^experiment:", text, re.MULTILINE) and re.search(r"^config:", text, re.MULTILINE)
+    return bool(ours) or (path / "environment.json").is_file() or (path / "checkpoints").is_dir()
+
+
+def newest_manifest(checkpoints: Path) -> tuple[str | None, dict[str, Any] | None]:
+    """The name of the newest checkpoint in a directory and its manifest as plain JSON, unchecked; None for what is not there or no JSON."""
+    if not checkpoints.is_dir():
+        return None, None
+    found = [match for path in checkpoints.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
+    if not found:
+        return None, None
+    name = max(found, key=lambda m: (int(m[2]), int(m[1]), int(m[3] or 0)))[0]
+    try:
+        manifest = json.loads((checkpoints / name / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return name, None
+    return name, manifest if isinstance(manifest, dict) else None
