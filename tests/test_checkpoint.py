@@ -359,6 +359,111 @@ def test_select_restores_only_what_it_names(tmp_path: Path) -> None:
             checkpoints.restore(select="parms/**")
 
 
+def test_damage_in_a_pack_is_told_by_its_leaf(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1).replace(params={str(i): torch.full((40,), float(i)) for i in range(1, 9)}))
+        checkpoints.wait()
+        (pack,) = [path for path in files(tmp_path) if path.name == "0"]
+        data = bytearray(pack.read_bytes())
+        data[data.find(torch.tensor([5.0]).numpy().tobytes())] ^= 1
+        pack.write_bytes(data)
+        with pytest.raises(DamagedError, match=r"Lost: params/5;"):
+            checkpoints.restore()
+        pack.unlink()
+        with pytest.raises(DamagedError, match=r"state/00000/0 is missing\. Lost: params/1, params/2, params/3 and 5 more;"):
+            checkpoints.restore()
+
+
+def test_select_can_leave_out(tmp_path: Path) -> None:
+    state, like = fresh(seed=1), fresh()
+    like = like.replace(params=like.params | {"head.weight": torch.zeros(7, 4)})  # a head for other classes
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        back = checkpoints.restore(like, select=["params/**", "!params/head.*"])
+        assert back.params["head.weight"] is like.params["head.weight"]
+        assert tree.equal(back.params["body.0.weight"], state.params["body.0.weight"])
+        with pytest.raises(CheckpointError, match=r"nothing that was saved matches 'params/tail\.\*'"):
+            checkpoints.restore(like, select=["params/**", "!params/tail.*"])
+
+
+def test_leaves_are_restored_under_other_names(tmp_path: Path) -> None:
+    state = fresh(seed=1).replace(memory={"ema": {"params": {"body.0.bias": torch.ones(4)}}})
+    like = fresh()
+    params = {name.replace("body.", "encoder."): value for name, value in like.params.items()}
+    buffers = {name.replace("body.", "encoder."): value for name, value in like.buffers.items()}
+    like = like.replace(params=params, buffers=buffers, opt_state=Momentum().init(params))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        for rename in ({r"/body\.": "/encoder."}, lambda path: path.replace("/body.", "/encoder.")):
+            back = checkpoints.restore(like, rename=rename)
+            assert list(back.params) == list(params)
+            assert tree.equal(list(back.params.values()), list(state.params.values()))
+            assert list(back.opt_state.first) == list(params)
+            assert list(back.memory["ema"]["params"]) == ["encoder.0.bias"]
+        back = checkpoints.restore(fresh(), rename={"^memory/ema/params/body.0.bias$": "params/extra"}, strict=False)
+        assert (back.memory, "extra" in back.params) == ({"ema": {"params": {}}}, False)
+        with pytest.raises(CheckpointError, match=r"params/body.0.weight and params/body.0.bias would both be params/x"):
+            checkpoints.restore(like, rename={"^params/body.0.*": "params/x"})
+        with pytest.raises(CheckpointError, match=r"rename: step cannot be params/step: it is not an entry of a dictionary"):
+            checkpoints.restore(like, rename={"^step$": "params/step"})
+        with pytest.raises(CheckpointError, match=r"rename: params/head.weight cannot be parms/x: no dictionary was saved at parms"):
+            checkpoints.restore(like, rename={"^params/head.weight$": "parms/x"})
+        with pytest.raises(CheckpointError, match=r"rename: it changes no path that was saved; saved: params/body.0.weight, "):
+            checkpoints.restore(like, rename={"^module.": ""})
+
+
+def test_not_strict_leaves_out_what_one_side_lacks_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = fresh(seed=1)
+    like = fresh().replace(params={"new": torch.zeros(3)} | {k: v for k, v in fresh().params.items() if k != "head.weight"})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        with caplog.at_level(logging.INFO, "fnrun"):
+            back = checkpoints.restore(like, select="params/**", strict=False)
+        assert back.params["new"] is like.params["new"]
+        assert tree.equal(back.params["body.0.weight"], state.params["body.0.weight"])
+        assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+            "not in the checkpoint, left as they are: params/new",
+            "in the checkpoint and left out: params/head.weight",
+        ]
+        wider = like.replace(params=like.params | {"body.0.bias": torch.zeros(9)})
+        with pytest.raises(CheckpointError, match=r"params/body.0.bias +tensor float32 \(4,\) +tensor float32 \(9,\)"):
+            checkpoints.restore(wider, select="params/**", strict=False)
+
+
+def test_another_dtype_only_when_asked(tmp_path: Path) -> None:
+    state = fresh(seed=1)
+    half = {name: value.bfloat16() for name, value in fresh().params.items()}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        with pytest.raises(CheckpointError, match=r"head.weight +tensor float32 \(2, 4\) +tensor bfloat16 \(2, 4\)"):
+            checkpoints.restore(fresh().replace(params=half), select="params/**")
+        back = checkpoints.restore(fresh().replace(params=half), select=["params/**", "buffers/**"], dtype=torch.bfloat16)
+        assert tree.equal(back.params, {name: value.bfloat16() for name, value in state.params.items()})
+        assert tree.equal(back.buffers, state.buffers)  # float32 in `like`, int64 everywhere
+        everything = checkpoints.restore(dtype=torch.float64, device="cpu")
+        assert {value.dtype for value in tree.leaves((everything.params, everything.buffers))} == {torch.float64, torch.int64}
+        with pytest.raises(CheckpointError, match=r"head.weight +tensor float32 \(2, 4\) +tensor bfloat16 \(2, 4\)"):
+            checkpoints.restore(fresh().replace(params=half), select="params/**", dtype=torch.float16)
+
+
+def test_leaves_are_read_without_any_class(tmp_path: Path) -> None:
+    tied = torch.ones(3)
+    state = at(1).replace(opt_state=Pair(tied, Box([tied, 2**70], "m")))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        leaves = checkpoints.read()
+        assert leaves["params/w"].equal(state.params["w"])
+        assert leaves["opt_state/second/inside/0"] is leaves["opt_state/first"]
+        assert (leaves["opt_state/second/inside/1"], leaves["step"], leaves["stop"]) == (2**70, 1, None)
+        assert list(checkpoints.read(select="params/*")) == ["params/w", "params/b"]
+        (entry,) = checkpoints.entries()
+        beside, same = Checkpoints.at(tmp_path / entry.name)
+        assert (beside.directory, same) == (tmp_path, entry)
+        assert tree.equal(beside.read(same), leaves)
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        Checkpoints.at(tmp_path)
+
+
 def test_what_is_not_selected_needs_no_class_and_may_be_empty(tmp_path: Path) -> None:
     code = """
         import sys
@@ -528,8 +633,9 @@ def test_a_leaf_is_checked_after_orbax_has_read_it(tmp_path: Path) -> None:
         checkpoints.wait()
         (path,) = [path for path in files(tmp_path) if needle in path.read_bytes()]
         path.write_bytes(path.read_bytes().replace(needle, needle[:-1] + bytes([needle[-1] ^ 1])))
-        with pytest.raises(DamagedError, match=f"{path.name} is damaged"):
+        with pytest.raises(DamagedError, match=rf"{path} is damaged: [^.]*\. Lost: params/w;") as error:
             checkpoints.restore()
+        assert error.value.leaves == ["params/w"]
         forge(tmp_path, lambda manifest: None)  # the file digests agree again: orbax opens it
         with pytest.raises(DamagedError, match=r"leaf params/w is not what was saved|cannot be read by orbax"):
             checkpoints.restore()
@@ -542,9 +648,11 @@ def test_a_renamed_checkpoint_and_a_later_format_are_refused(tmp_path: Path) -> 
         (tmp_path / "00000001-00000001").rename(tmp_path / "00000002-00000002")
         with pytest.raises(DamagedError, match=r"holds step 1, ticks 1: the directory was renamed; its name is 00000001-00000001"):
             checkpoints.restore()
-        forge(tmp_path, lambda manifest: manifest.update(format=2))
-        with pytest.raises(CheckpointError, match=r"written in format 2; this version of fnrun reads format 1"):
-            checkpoints.restore()
+        (tmp_path / "00000002-00000002").rename(tmp_path / "00000001-00000001")
+        for version in (0, 3):
+            forge(tmp_path, lambda manifest, version=version: manifest.update(format=version))
+            with pytest.raises(CheckpointError, match=rf"written in format {version}; this version of fnrun reads 1 to 2"):
+                checkpoints.restore()
 
 
 # --- which is which ----------------------------------------------------------------------------------------------------
@@ -684,8 +792,53 @@ def test_prune_leaves_what_it_cannot_judge(tmp_path: Path) -> None:
         assert checkpoints.steps() == [1, 3]
         with pytest.raises(DamagedError, match="00000001-00000001"):
             checkpoints.best()
-        with pytest.raises(ValueError, match="at least one"):
+        with pytest.raises(ValueError, match="keep is at least 1, not 0"):
             checkpoints.prune(0)
+        with pytest.raises(ValueError, match="keep_every is at least 1 step, not 0"):
+            checkpoints.prune(1, 0)
+
+
+def test_prune_keeps_one_of_each_so_many_steps(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (5, 10, 15, 20, 33, 35, 45, 47, 48):
+            checkpoints.save(at(step))
+            checkpoints.prune(2, keep_every=10)
+        assert checkpoints.steps() == [10, 20, 33, 45, 47, 48]
+        assert [entry.step for entry in checkpoints.superfluous(1)] == [10, 20, 33, 45, 47]
+
+
+def test_several_metrics_have_a_best_each(tmp_path: Path) -> None:
+    monitor: Any = {"val/loss": "min", "val/accuracy": "max"}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, (loss, accuracy) in enumerate([(0.5, 0.7), (0.2, 0.8), (0.3, 0.9), (0.4, 0.6), (float("nan"), 0.5)]):
+            checkpoints.save(at(step), {"val/loss": loss, "val/accuracy": accuracy}, monitor=monitor)
+            checkpoints.prune(1)
+        assert checkpoints.steps() == [1, 2, 4]
+        assert (checkpoints.best(), checkpoints.best("val/loss"), checkpoints.best("val/accuracy")) == (1, 1, 2)
+        assert [checkpoints.restore(step=which).step for which in ("best", "best:val/loss", "best:val/accuracy", None)] == [1, 1, 2, 4]
+        with pytest.raises(
+            CheckpointError, match=r"no checkpoint was saved with 'val/acuracy' monitored; monitored: val/loss, val/accuracy"
+        ):
+            checkpoints.restore(step="best:val/acuracy")
+        with pytest.raises(CheckpointError, match="named by its step, 'best' or 'best:METRIC', not 'worst'"):
+            checkpoints.restore(step="worst")
+
+
+def test_a_guard_keeps_a_process_out_that_may_not_write_any_more(tmp_path: Path) -> None:
+    state, asked = at(1), []
+
+    def guard() -> None:
+        asked.append(len(names(tmp_path)))
+        if len(asked) == 4:
+            raise CheckpointError("the run was taken over")
+
+    with Checkpoints(tmp_path, guard=guard) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.save(at(2))
+        with pytest.raises(CheckpointError, match="step 2 was not saved: the run was taken over"):
+            checkpoints.wait()
+        assert checkpoints.steps() == [1]
+    assert names(tmp_path) == ["00000001-00000001"]
 
 
 def test_the_manifest_tells_config_and_environment(tmp_path: Path) -> None:
@@ -699,7 +852,7 @@ def test_the_manifest_tells_config_and_environment(tmp_path: Path) -> None:
         checkpoints.save(at(3, 4), {"loss": 2})
         manifest = checkpoints.manifest()
     assert (manifest.format, manifest.step, manifest.ticks, manifest.config, manifest.metrics) == (
-        1,
+        2,
         3,
         4,
         {"lr": 0.1, "clip": [math.inf, -0.0], "seed": 2**70},
@@ -930,5 +1083,5 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path: Path) -> 
 
 
 def test_the_public_names() -> None:
-    assert set(checkpoint.__all__) == {"Checkpoints", "CheckpointError", "DamagedError", "Manifest"}
+    assert set(checkpoint.__all__) == {"Checkpoints", "CheckpointError", "DamagedError", "Entry", "Manifest"}
     assert issubclass(DamagedError, CheckpointError)

@@ -19,25 +19,25 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import torch
 
 from fnrun.checkpoint import codec, match, store
-from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Manifest, constant, encode_config, scalars
+from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Leaf, Manifest, Mode, constant, encode_config, scalars
 from fnrun.donation import secured
 
-__all__ = ["CheckpointError", "Checkpoints", "DamagedError", "Manifest"]
+__all__ = ["CheckpointError", "Checkpoints", "DamagedError", "Entry", "Manifest"]
 
 _NAME = re.compile(r"(\d+)-(\d+)(?:\.(\d+))?")
 _TEMPORARY = ".tmp-"
 _ABANDONED = "abandoned-"
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """A checkpoint on disk, by its name: `STEP-TICKS`, or `STEP-TICKS.VERSION` if another state was saved there before. Sorts by age."""
 
     ticks: int
@@ -48,9 +48,22 @@ class _Entry(NamedTuple):
     def name(self) -> str:
         return f"{self.step:08d}-{self.ticks:08d}" + (f".{self.version}" if self.version else "")
 
+    @classmethod
+    def of(cls, name: str) -> Entry | None:
+        """The checkpoint of that name; None for a name that is none."""
+        found = _NAME.fullmatch(name)
+        return cls(int(found[2]), int(found[1]), int(found[3] or 0)) if found else None
+
+
+#: What names a checkpoint: its step (the newest of several), itself, "best" by the metric monitored first, "best:METRIC", or None for the newest.
+Which = int | str | Entry | None
+
 
 class Checkpoints:
-    """The checkpoints in `directory`, which is made at the first save. `config` is written into each manifest.
+    """The checkpoints in `directory`, which is made at the first save.
+
+    `config` is written into each manifest, and `environment` beside what is found out about versions and machine. `guard()` is called before
+    anything is written and before it takes its place; raising a CheckpointError it keeps a process out that may not write any more.
 
     >>> import tempfile, torch, fnrun.state
     >>> state = fnrun.state.TrainState.create(torch.nn.Linear(2, 1), seed=0)
@@ -61,9 +74,18 @@ class Checkpoints:
     ([10, 20], 10, 20)
     """
 
-    def __init__(self, directory: str | Path, *, config: Any = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        config: Any = None,
+        environment: Mapping[str, str] | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
         self.directory = Path(directory).absolute()  # orbax takes no other, and the process may change its directory
         self.config = encode_config(config)
+        self.environment = dict(environment or {})
+        self.guard = guard
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._opened = False
@@ -71,20 +93,27 @@ class Checkpoints:
     # --- saving
 
     def save(
-        self, state: Any, metrics: Mapping[str, Any] | None = None, *, monitor: str | None = None, mode: Literal["min", "max"] = "min"
+        self,
+        state: Any,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        monitor: str | Mapping[str, Mode] | None = None,
+        mode: Mode = "min",
     ) -> None:
         """Hand `state` over to be saved behind the training; returns before it is on disk, `wait()` when it is.
 
-        The tensors are not copied, for nobody writes to them; only those that a running loop donates are. At most one save is in flight, a second one waits for it. The scalars
-        among `metrics` are kept; `monitor` names the one by which `best()` chooses (a NaN, or none, is never the best).
+        The tensors are not copied, for nobody writes to them; only those that a running loop donates are. At most one save is in flight, a
+        second one waits for it. The scalars among `metrics` are kept; `monitor` names the one by which `best()` chooses (a NaN, or none, is
+        never the best), or several with their modes: `{"val/loss": "min", "val/accuracy": "max"}`.
 
         A state of a step and a tick that are on disk already, bit for bit, with nothing new in its metrics, is not written again;
         one that differs is written beside it, and is the newer of the two.
 
         Raises CheckpointError at once for what cannot be saved. The failure of an earlier save is raised when this one is under way.
         """
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode is 'min' or 'max', not {mode!r}")
+        monitors = monitored(monitor, mode)
+        if self.guard is not None:
+            self.guard()
         step, ticks = _place(state)
         self._join()  # before the copy, so that there is one at most
         description, metrics = codec.describe(secured(state)), dict(metrics or {})
@@ -99,9 +128,9 @@ class Checkpoints:
                 ticks=ticks,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 metrics=scalars(metrics),
-                monitor=monitor,
-                mode=mode,
+                monitors=monitors,
                 config=self.config,
+                environment=self.environment,
                 structure=description.structure,
                 leaves=description.leaves,
             )
@@ -118,12 +147,14 @@ class Checkpoints:
         if here and self._holds(here[-1], manifest):
             self._abandon_after(here[-1])
             return
-        entry = _Entry(manifest.ticks, manifest.step, here[-1].version + 1 if here else 0)
+        entry = Entry(manifest.ticks, manifest.step, here[-1].version + 1 if here else 0)
         temporary = self.directory / f"{_TEMPORARY}{entry.name}"
         store.remove(temporary)
         try:
             temporary.mkdir()
             store.write(temporary, manifest, bits)
+            if self.guard is not None:
+                self.guard()
             self._abandon_after(entry)
             temporary.rename(self.directory / entry.name)
             store.sync(self.directory)
@@ -143,7 +174,7 @@ class Checkpoints:
             store.remove(leftover)
         self._opened = True
 
-    def _holds(self, entry: _Entry, manifest: Manifest) -> bool:
+    def _holds(self, entry: Entry, manifest: Manifest) -> bool:
         """Whether that checkpoint is this state, whole, with these metrics."""
         try:
             found = store.read_manifest(self.directory / entry.name)
@@ -151,10 +182,10 @@ class Checkpoints:
         except CheckpointError:
             return False
         same = _content(found) == _content(manifest)
-        judged = (found.metrics, found.monitor, found.mode) == (manifest.metrics, manifest.monitor, manifest.mode)
+        judged = (found.metrics, found.monitors) == (manifest.metrics, manifest.monitors)
         return same and (judged or not manifest.metrics)
 
-    def _abandon_after(self, entry: _Entry) -> None:
+    def _abandon_after(self, entry: Entry) -> None:
         """Move aside what lies beyond: the future of a run that went on from an older checkpoint."""
         beyond = [other for other in self._entries() if other[:2] > entry[:2]]
         for other in beyond:
@@ -224,83 +255,121 @@ class Checkpoints:
 
     # --- looking
 
-    def _entries(self) -> list[_Entry]:
+    def entries(self) -> list[Entry]:
+        """Every checkpoint, from the oldest to the newest. A save in flight is waited for, here and in what follows."""
+        self._join()
+        return self._entries()
+
+    def _entries(self) -> list[Entry]:
         if not self.directory.is_dir():
             return []
-        found = [_NAME.fullmatch(path.name) for path in self.directory.iterdir()]
-        return sorted(_Entry(int(m[2]), int(m[1]), int(m[3] or 0)) for m in found if m)
+        return sorted(entry for path in self.directory.iterdir() if (entry := Entry.of(path.name)) is not None)
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, in order. A save in flight is waited for, here and in what follows."""
-        self._join()
-        return list(dict.fromkeys(entry.step for entry in self._entries()))
+        """The steps of which there is a checkpoint, in order."""
+        return list(dict.fromkeys(entry.step for entry in self.entries()))
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, by ticks: what was saved last."""
-        self._join()
-        entries = self._entries()
+        entries = self.entries()
         return entries[-1].step if entries else None
 
-    def best(self) -> int | None:
-        """The step of the checkpoint with the best value of the metric that the newest monitored one names; the first of equals.
+    def best(self, metric: str | None = None) -> int | None:
+        """The step of the checkpoint with the best value of `metric`, or of the first one that the newest monitored checkpoint names; the first of equals.
 
-        Read from the manifests. Raises CheckpointError if one is damaged.
+        Read from the manifests. None where nothing was monitored. Raises CheckpointError if a manifest is damaged, or `metric` was never monitored.
         """
         self._join()
-        best = self._best(self._manifests())
+        best = self._best(self._manifests(), metric)
         return best.step if best else None
 
-    def manifest(self, step: int | Literal["best"] | None = None) -> Manifest:
+    def manifest(self, step: Which = None) -> Manifest:
         """What a checkpoint says of itself, its arrays apart: metrics, config, environment, leaves. Arguments as in `restore`."""
-        return self._manifest(self._find(step))
+        return self._manifest(self.find(step))
 
-    def _manifests(self) -> dict[_Entry, Manifest]:
+    def _manifests(self) -> dict[Entry, Manifest]:
         return {entry: self._manifest(entry) for entry in self._entries()}
 
-    def _manifest(self, entry: _Entry) -> Manifest:
+    def _manifest(self, entry: Entry) -> Manifest:
         manifest = store.read_manifest(self.directory / entry.name)
         if (manifest.step, manifest.ticks) != (entry.step, entry.ticks):
             raise DamagedError(
                 f"{self.directory / entry.name} holds step {manifest.step}, ticks {manifest.ticks}: the directory was renamed; "
-                f"its name is {_Entry(manifest.ticks, manifest.step, 0).name}"
+                f"its name is {Entry(manifest.ticks, manifest.step, 0).name}"
             )
         return manifest
 
-    def _best(self, manifests: Mapping[_Entry, Manifest]) -> _Entry | None:
-        monitored = [manifest for manifest in manifests.values() if manifest.monitor is not None]
-        if not monitored:
+    def _best(self, manifests: Mapping[Entry, Manifest], metric: str | None = None) -> Entry | None:
+        monitors = _monitors(manifests)
+        if metric is not None and metric not in monitors:
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint was saved with {metric!r} monitored; monitored: {', '.join(monitors) or 'nothing'}"
+            )
+        metric = metric or next(iter(monitors), None)
+        if metric is None:
             return None
-        judge = (monitored[-1].monitor, monitored[-1].mode)
-        values = [(value, entry) for entry, m in manifests.items() if (m.monitor, m.mode) == judge and (value := m.value()) is not None]
+        values = [(value, entry) for entry, m in manifests.items() if (value := m.value(metric, monitors[metric])) is not None]
         return min(values)[1] if values else None
 
-    def _find(self, step: int | Literal["best"] | None) -> _Entry:
-        self._join()
-        entries = self._entries()
+    def find(self, step: Which = None) -> Entry:
+        """The checkpoint that `step` names: a step (the newest of several), "best", "best:METRIC", or None for the newest.
+
+        Raises CheckpointError where there is none, saying which there are.
+        """
+        entries = self.entries()
         if not entries:
             raise CheckpointError(f"{self.directory}: there is no checkpoint here")
         if step is None:
             return entries[-1]
-        if step == "best":
-            best = self._best(manifests := self._manifests())
-            if best is None:
-                names = sorted({name for manifest in manifests.values() for name in manifest.metrics})
-                raise CheckpointError(
-                    f"{self.directory}: no checkpoint was saved with a monitored metric that is a number, so none is the best; "
-                    f"metrics: {', '.join(names) or 'none'}"
-                )
-            return best
-        found = [entry for entry in entries if entry.step == step]
+        if isinstance(step, Entry):
+            found = [entry for entry in entries if entry == step]
+        elif isinstance(step, str):
+            return self._find_best(step)
+        else:
+            found = [entry for entry in entries if entry.step == step]
         if not found:
+            number = step.step if isinstance(step, Entry) else step
             steps = ", ".join(str(entry.step) for entry in entries)
-            given_up = sorted(path.name for path in self.directory.glob(f"{_ABANDONED}{step:08d}-*"))
+            given_up = sorted(path.name for path in self.directory.glob(f"{_ABANDONED}{number:08d}-*"))
             hint = f"; {given_up[0]} was given up when the run went on from an older step: rename it to bring it back" if given_up else ""
-            raise CheckpointError(f"{self.directory}: there is no checkpoint of step {step}; there are: {steps}{hint}")
+            raise CheckpointError(f"{self.directory}: there is no checkpoint of step {number}; there are: {steps}{hint}")
         return found[-1]
+
+    def _find_best(self, text: str) -> Entry:
+        kind, _, metric = text.partition(":")
+        if kind != "best":
+            raise CheckpointError(f"a checkpoint is named by its step, 'best' or 'best:METRIC', not {text!r}")
+        best = self._best(manifests := self._manifests(), metric or None)
+        if best is None:
+            names = sorted({name for manifest in manifests.values() for name in manifest.metrics})
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint was saved with a monitored metric that is a number, so none is the best; "
+                f"metrics: {', '.join(names) or 'none'}"
+            )
+        return best
+
+    @classmethod
+    def at(cls, path: str | Path) -> tuple[Checkpoints, Entry]:
+        """The one checkpoint in the directory `path`, and those beside it. Raises CheckpointError where `path` is none."""
+        path = Path(path).absolute()
+        entry = Entry.of(path.name)
+        if entry is None or not path.is_dir():
+            raise CheckpointError(f"{path} is no checkpoint: one is a directory named STEP-TICKS, such as {Entry(120, 100, 0).name}")
+        return cls(path.parent), entry
 
     # --- restoring
 
-    def restore(self, like: Any = None, step: int | Literal["best"] | None = None, select: str | Sequence[str] | None = None) -> Any:
+    def restore(
+        self,
+        like: Any = None,
+        step: Which = None,
+        select: str | Sequence[str] | None = None,
+        *,
+        rename: match.Rename | None = None,
+        strict: bool = True,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
         """The state of a checkpoint, bit for bit: the latest, that of a step (the newest of several), or the best.
 
         `like` is a fresh state. Its params, buffers and optimizer state must be those that were saved: names, containers, shapes, dtypes.
@@ -308,81 +377,161 @@ class Checkpoints:
         devices of `like`'s; those that it does not have, to where the tensors lie that were beside them when they were saved.
         Without `like` everything is rebuilt, on the CPU; the classes of structs and NamedTuples must be loaded.
 
-        `select` restores some leaves only, by glob patterns on their paths (`"params/**"`, `["params/*.weight", "buffers/**"]`);
-        the others are those of `like`, or None.
+        `select` restores some leaves only, by glob patterns on their paths (`"params/**"`, `["params/**", "!params/head.*"]`);
+        the others are those of `like`, or None. `rename` restores leaves of dictionaries under other paths: regular expressions and what to put
+        for them, `{r"^params/backbone\\.": "params/encoder."}`, or a function of the path; `select` then sees the new ones. With
+        `strict=False` what is missing in the checkpoint stays as it is in `like`, and what `like` does not have is left out; both are logged.
+        `device` brings all tensors there. `dtype` casts floating-point tensors to it, those that have it in `like` or, without `like`, all.
 
         Raises DamagedError if a byte on disk is not as it was written, CheckpointError with a table of what differs from `like`.
         """
-        entry = self._find(step)
+        entry = self.find(step)
         directory = self.directory / entry.name
         manifest = self._manifest(entry)
         store.check_files(directory, manifest)
-        try:
-            return self._build(directory, manifest, like, select)
-        except CheckpointError:
-            raise
-        except Exception as error:  # whatever a manifest may say: the digests agree, so somebody else wrote it
-            raise CheckpointError(f"{directory / store.MANIFEST} describes what cannot be built: {error}") from error
+        with _describing(directory):
+            structure, leaves = manifest.structure, manifest.leaves
+            if rename is not None:
+                structure, leaves = match.renamed(structure, leaves, rename)
+            matcher = match.Matcher(structure, leaves, _patterns(select), strict=strict, cast=dtype)
+            plan = matcher.plan(match.ABSENT if like is None else like, str(directory))
+            picks = list(codec.picks(plan))
+            found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
+            restored = codec.build(plan, _values(leaves, picks, found, device, dtype))
+        for line in matcher.left():
+            logging.getLogger("fnrun").info("%s: %s", directory, line)
+        return restored
 
-    def _build(self, directory: Path, manifest: Manifest, like: Any, select: str | Sequence[str] | None) -> Any:
-        leaves = manifest.leaves
-        matcher = match.Matcher(manifest, [select] if isinstance(select, str) else select)
-        plan = matcher.match(manifest.structure, match.ABSENT if like is None else like)
-        if matcher.wrong:
-            raise CheckpointError(f"{directory} does not match the state that it is restored into:\n{matcher.table()}")
-        picks = list(codec.picks(plan))
-        origin = {pick.number: leaves[pick.number].origin(pick.number) for pick in picks}
-        beside = {leaves[pick.number].device: pick.device for pick in picks if pick.device is not None}
-        found = store.read_leaves(directory, manifest, {first for first in origin.values() if leaves[first].stored})
-        moved: dict[tuple[int, Any], Any] = {}
-
-        def value(pick: codec.Pick) -> Any:
-            first, leaf = origin[pick.number], leaves[pick.number]
-            if not leaf.stored:
-                return constant(leaf.value)
-            if leaf.kind == "ndarray":
-                return found[first]
-            device = pick.device or beside.get(leaf.device) or torch.device("cpu")
-            device = torch.device("cpu") if device.type == "meta" else device
-            return moved.setdefault((first, device), found[first].to(device))
-
-        return codec.build(plan, value)
+    def read(self, step: Which = None, select: str | Sequence[str] | None = None) -> dict[str, Any]:
+        """The leaves of a checkpoint by path, on the CPU; no class of the state need be known. Arguments and errors as in `restore`."""
+        entry = self.find(step)
+        directory = self.directory / entry.name
+        manifest = self._manifest(entry)
+        store.check_files(directory, manifest)
+        with _describing(directory):
+            leaves, patterns = manifest.leaves, _patterns(select)
+            wanted = match.selector(patterns, [] if patterns is None else list(match.paths(manifest.structure)))
+            picks = [codec.Pick(number) for number, leaf in enumerate(leaves) if wanted(leaf.path)]
+            found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
+            value = _values(leaves, picks, found, None, None)
+            return {leaves[pick.number].path: value(pick) for pick in picks}
 
     # --- deleting
 
-    def prune(self, keep: int) -> None:
+    def prune(self, keep: int, keep_every: int | None = None) -> None:
         """Delete all but the `keep` newest checkpoints and the best; behind a save in flight, so that nothing goes before it is written.
 
-        What was overtaken at its own step and tick counts as old. One whose manifest is damaged is left alone: it may be the best.
+        With `keep_every=k` the first one at or after each multiple of k steps stays too. What was overtaken at its own step and tick counts as
+        old. One whose manifest is damaged is left alone: it may be the best.
         """
-        if keep < 1:
-            raise ValueError(f"prune keeps at least one checkpoint, not {keep}")
+        check_keep("prune", keep, keep_every)
         if self._thread is not None and self._thread.is_alive():
-            self._start(lambda: self._prune(keep), "old checkpoints were not deleted")
+            self._start(lambda: self._delete(self._superfluous(keep, keep_every)), "old checkpoints were not deleted")
             return
         try:
-            self._prune(keep)
+            self._delete(self._superfluous(keep, keep_every))
         except OSError as error:
             raise CheckpointError(f"{self.directory}: old checkpoints were not deleted: {error}") from error
 
-    def _prune(self, keep: int) -> None:
-        readable: dict[_Entry, Manifest] = {}
+    def superfluous(self, keep: int, keep_every: int | None = None) -> list[Entry]:
+        """What `prune` would delete."""
+        check_keep("superfluous", keep, keep_every)
+        self._join()
+        return self._superfluous(keep, keep_every)
+
+    def _superfluous(self, keep: int, keep_every: int | None) -> list[Entry]:
+        readable: dict[Entry, Manifest] = {}
         entries = self._entries()
         for entry in entries:
             with contextlib.suppress(DamagedError):
                 readable[entry] = self._manifest(entry)
-        newest = {entry[:2]: entry for entry in entries}
-        kept = {*list(newest.values())[-keep:], self._best(readable)}
-        doomed = []
-        for entry in entries:
-            if entry in readable and entry not in kept:
-                path = self.directory / f"{_TEMPORARY}delete-{entry.name}"
-                (self.directory / entry.name).rename(path)
-                doomed.append(path)
+        newest = list({entry[:2]: entry for entry in entries}.values())
+        kept = {*newest[-keep:], *(self._best(readable, metric) for metric in _monitors(readable))}
+        if keep_every is not None:
+            kept.update({bucket: entry for entry in reversed(newest) if (bucket := entry.step // keep_every)}.values())
+        return [entry for entry in entries if entry in readable and entry not in kept]
+
+    def garbage(self) -> list[Path]:
+        """What killed processes have left half written or half deleted, and the futures that were given up; nobody reads either."""
+        self._join()
+        if not self.directory.is_dir():
+            return []
+        return sorted(path for path in self.directory.iterdir() if path.name.startswith((_TEMPORARY, _ABANDONED)))
+
+    def _delete(self, entries: Sequence[Entry]) -> None:
+        doomed = [self.directory / f"{_TEMPORARY}delete-{entry.name}" for entry in entries]
+        for entry, path in zip(entries, doomed, strict=True):
+            (self.directory / entry.name).rename(path)
         if doomed:
             store.sync(self.directory)  # only then: a power cut must not bring the name back with half of its files
         for path in doomed:
             store.remove(path)
+
+
+def monitored(monitor: str | Mapping[str, Mode] | None, mode: Mode) -> dict[str, Mode]:
+    """The monitored metrics with their modes. Raises ValueError for a mode that is neither "min" nor "max"."""
+    monitors: dict[str, Mode] = {monitor: mode} if isinstance(monitor, str) else dict(monitor or {})
+    for one in (mode, *monitors.values()):
+        if one not in ("min", "max"):
+            raise ValueError(f"mode is 'min' or 'max', not {one!r}")
+    return monitors
+
+
+def check_keep(who: str, keep: int | None, keep_every: int | None) -> None:
+    """Raise ValueError where that many, or each of so many steps, cannot be kept."""
+    if keep is not None and keep < 1:
+        raise ValueError(f"{who}: keep is at least 1, not {keep!r}: the newest checkpoint always stays")
+    if keep_every is not None and keep_every < 1:
+        raise ValueError(f"{who}: keep_every is at least 1 step, not {keep_every!r}")
+
+
+def _monitors(manifests: Mapping[Entry, Manifest]) -> dict[str, Mode]:
+    """The metrics by which checkpoints are judged, those of the newest monitored one first."""
+    found: dict[str, Mode] = {}
+    for manifest in reversed(list(manifests.values())):
+        found = {**found, **{metric: mode for metric, mode in manifest.monitors.items() if metric not in found}}
+    return found
+
+
+def _patterns(select: str | Sequence[str] | None) -> Sequence[str] | None:
+    return [select] if isinstance(select, str) else select
+
+
+@contextlib.contextmanager
+def _describing(directory: Path) -> Iterator[None]:
+    """What goes wrong besides our own errors: the digests agree, so somebody else wrote a manifest that makes no sense."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{directory / store.MANIFEST} describes what cannot be built: {error}") from error
+
+
+def _values(
+    leaves: list[Leaf],
+    picks: list[codec.Pick],
+    found: Mapping[int, Any],
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> Callable[[codec.Pick], Any]:
+    """The value of each leaf that is restored, of those `found` on the CPU; leaves that were one tensor are one again."""
+    beside = {leaves[pick.number].device: pick.device for pick in picks if pick.device is not None}
+    moved: dict[Any, Any] = {}
+
+    def value(pick: codec.Pick) -> Any:
+        leaf = leaves[pick.number]
+        first = leaf.origin(pick.number)
+        if not leaf.stored:
+            return constant(leaf.value)
+        if leaf.kind == "ndarray":
+            return found[first]
+        to = torch.device(device or pick.device or beside.get(leaf.device) or "cpu")
+        to = torch.device("cpu") if to.type == "meta" else to
+        cast = dtype if dtype is not None and match.castable(leaf) and (pick.dtype or dtype) == dtype else None
+        return moved.setdefault((first, to, cast), found[first].to(to, cast))
+
+    return value
 
 
 def _place(state: Any) -> tuple[int, int]:

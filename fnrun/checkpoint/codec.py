@@ -166,10 +166,11 @@ def _identity(value: Any) -> Any:
 
 
 class Pick(NamedTuple):
-    """A leaf to be restored: its number in the table, and the device of the tensor that it stands for, if it stands for one."""
+    """A leaf to be restored: its number in the table, and device and dtype of the tensor that it stands for, if it stands for one."""
 
     number: int
-    device: torch.device | None
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
 
 
 class Keep(NamedTuple):

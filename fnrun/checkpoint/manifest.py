@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import struct as binary
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -13,8 +13,10 @@ import torch
 
 from fnrun import tree
 
-#: The version of the format. A reader refuses a version that it does not know.
-FORMAT = 1
+#: The version of the format. Earlier ones are read too (`migrate`); a later one is refused.
+FORMAT = 2
+
+Mode = Literal["min", "max"]
 
 TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 #: The kinds of containers whose keys go without saying.
@@ -26,7 +28,11 @@ class CheckpointError(Exception):
 
 
 class DamagedError(CheckpointError):
-    """What is on disk is not what was saved. The checkpoint before it may be whole."""
+    """What is on disk is not what was saved; `leaves` are the paths of those that are lost, where that is known. The checkpoint before it may be whole."""
+
+    def __init__(self, text: str, leaves: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.leaves = list(leaves)
 
 
 # --- the manifest ------------------------------------------------------------------------------------------------------
@@ -95,18 +101,17 @@ class Manifest(msgspec.Struct, kw_only=True):
     ticks: int
     created: str
     metrics: dict[str, float | str] = {}
-    monitor: str | None = None
-    mode: str = "min"
+    monitors: dict[str, Mode] = {}
     config: Any = None
     environment: dict[str, str] = {}
     structure: Node | int
     leaves: list[Leaf]
     files: dict[str, File] = {}
 
-    def value(self) -> float | None:
-        """The monitored metric as a number to be minimized; None if there is none, or if it is NaN."""
-        value = float(self.metrics.get(self.monitor or "", "nan"))
-        return None if math.isnan(value) else (-value if self.mode == "max" else value)
+    def value(self, metric: str, mode: Mode) -> float | None:
+        """A metric by which checkpoints are judged, as a number to be minimized; None if it was not monitored like this, or is NaN."""
+        value = float(self.metrics.get(metric, "nan")) if self.monitors.get(metric) == mode else math.nan
+        return None if math.isnan(value) else (-value if mode == "max" else value)
 
     def check(self) -> None:
         """Raise ValueError unless the structure names each leaf once, in order, and each leaf says where its bytes are."""
@@ -120,6 +125,14 @@ class Manifest(msgspec.Struct, kw_only=True):
                 raise ValueError(f"{leaf.path} has no place")
             elif leaf.stored and (len(leaf.sha256) != 64 or min((*leaf.shape, leaf.array or 0, leaf.offset or 0)) < 0):
                 raise ValueError(f"{leaf.path} is badly described")
+
+
+def migrate(raw: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of an earlier format, as JSON, in the words of this one."""
+    if raw["format"] == 1:  # one monitored metric at most; and orbax's OCDBT, which tells its arrays apart from ours by itself
+        monitor = raw.pop("monitor", None)
+        raw = {**raw, "format": 2, "monitors": {} if monitor is None else {monitor: raw.get("mode", "min")}}
+    return raw
 
 
 def _numbers(structure: Node | int) -> Iterator[int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
 from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of
-from fnrun.checkpoint.manifest import CheckpointError, Manifest, Node, constant, text
+from fnrun.checkpoint.manifest import TORCH_DTYPES, CheckpointError, Leaf, Node, constant, encode_constant, text
 
 #: Fields of a state that must match `like` exactly. Elsewhere an empty container or None in `like` takes whatever was saved.
 EXACT = ("params", "buffers", "opt_state")
@@ -26,23 +26,30 @@ ABSENT = _Absent()
 
 
 def selector(patterns: Sequence[str] | None, known: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a path is among `patterns`: `*` stands for anything within one entry, `**` for any number of entries.
+    """Whether a path is among `patterns`: `*` stands for anything within one entry, `**` for any number of entries; `!` before one takes out.
 
+    Patterns that begin with `!` leave out what the others select, or where there are no others, of everything.
     Raises CheckpointError for a pattern that matches none of the `known` paths.
 
-    >>> wanted = selector(["params/**"], ["params", "params/0.weight"])
-    >>> wanted("params/0.weight"), wanted("buffers/0.mean")
-    (True, False)
+    >>> wanted = selector(["params/**", "!params/head.*"], ["params", "params/0.weight", "params/head.weight"])
+    >>> wanted("params/0.weight"), wanted("params/head.weight"), wanted("buffers/0.mean")
+    (True, False, False)
     """
     if patterns is None:
         return lambda path: True
-    globs = [pattern.split("/") for pattern in patterns]
-    for glob in globs:
+    taken = [pattern.split("/") for pattern in patterns if not pattern.startswith("!")]
+    left_out = [pattern[1:].split("/") for pattern in patterns if pattern.startswith("!")]
+    for glob in [*taken, *left_out]:
         if not any(_matches(glob, path.split("/")) for path in known):
             near = difflib.get_close_matches("/".join(glob).rstrip("*/"), known, cutoff=0.5)
             hint = f"near: {', '.join(near)}" if near else f"saved: {', '.join(path for path in known if path and '/' not in path)}"
             raise CheckpointError(f"select: nothing that was saved matches {'/'.join(glob)!r}; {hint}")
-    return functools.cache(lambda path: any(_matches(glob, path.split("/")) for glob in globs))
+
+    def wanted(path: str) -> bool:
+        entries = path.split("/")
+        return (not taken or any(_matches(glob, entries) for glob in taken)) and not any(_matches(glob, entries) for glob in left_out)
+
+    return functools.cache(wanted)
 
 
 def _matches(glob: list[str], entries: list[str]) -> bool:
@@ -59,12 +66,78 @@ def _entry(glob: str) -> re.Pattern[str]:
     return re.compile("".join(parts), re.DOTALL)
 
 
-def _paths(structure: Node | int, path: tuple[Any, ...] = ()) -> Iterator[str]:
+def paths(structure: Node | int, path: tuple[Any, ...] = ()) -> Iterator[str]:
     """The paths of all containers and leaves."""
     yield text(path)
     if isinstance(structure, Node):
         for key, child in structure.items():
-            yield from _paths(child, (*path, key))
+            yield from paths(child, (*path, key))
+
+
+# --- other names -------------------------------------------------------------------------------------------------------
+
+Rename = Mapping[str, str] | Callable[[str], str]
+
+
+def renamed(structure: Node | int, leaves: list[Leaf], rename: Rename) -> tuple[Node | int, list[Leaf]]:
+    """The same leaves under other paths; they, and the places they go to, must be entries of dictionaries.
+
+    `rename` is a function of a leaf's path, or regular expressions and what to put for them (`re.sub`), one after the other.
+    Raises CheckpointError where it changes nothing, two leaves would get one path, or a path leads nowhere.
+    """
+    new = rename if callable(rename) else functools.partial(_substitute, {re.compile(pattern): put for pattern, put in rename.items()})
+    paths = [new(leaf.path) for leaf in leaves]
+    moved = {number: path for number, path in enumerate(paths) if path != leaves[number].path}
+    if not moved:
+        raise CheckpointError(f"rename: it changes no path that was saved; saved: {_shortened([leaf.path for leaf in leaves])}")
+    taken: dict[str, str] = {}
+    for leaf, path in zip(leaves, paths, strict=True):
+        if path in taken:
+            raise CheckpointError(f"rename: {taken[path]} and {leaf.path} would both be {path}")
+        taken[path] = leaf.path
+    found: dict[str, Node] = {}
+    root = _retold(structure, "", moved, found)
+    for number, path in moved.items():
+        parent, _, key = path.rpartition("/")
+        if parent not in found:
+            raise CheckpointError(f"rename: {leaves[number].path} cannot be {path}: no dictionary was saved at {parent or 'the root'}")
+        if leaves[number].path.rpartition("/")[0] not in found:
+            raise CheckpointError(f"rename: {leaves[number].path} cannot be {path}: it is not an entry of a dictionary")
+        if leaves[number].path.rpartition("/")[0] != parent:
+            found[parent].keys.append(_key(key))
+            found[parent].children.append(number)
+    return root, [msgspec.structs.replace(leaf, path=path) for leaf, path in zip(leaves, paths, strict=True)]
+
+
+def _substitute(patterns: Mapping[re.Pattern[str], str], path: str) -> str:
+    for pattern, put in patterns.items():
+        path = pattern.sub(put, path)
+    return path
+
+
+def _retold(structure: Node | int, path: str, moved: Mapping[int, str], found: dict[str, Node]) -> Any:
+    """A copy in which leaves that stay in their dictionary have their new key, and those that leave it are gone; `found` is all dictionaries by path."""
+    if isinstance(structure, int):
+        return structure
+    places = {key: f"{path}/{text((key,))}" if path else text((key,)) for key, _ in structure.items()}
+    children = [_retold(child, places[key], moved, found) for key, child in structure.items()]
+    node = msgspec.structs.replace(structure, children=children)
+    if structure.kind in DICTS:
+        kept = [
+            (_key(moved[child].rpartition("/")[2]) if isinstance(child, int) and child in moved else key, child)
+            for key, child in zip(structure.keys, children, strict=True)
+            if not isinstance(child, int) or moved.get(child, path + "/").rpartition("/")[0] == path
+        ]
+        node.keys, node.children = [key for key, _ in kept], [child for _, child in kept]
+        found[path] = node
+    return node
+
+
+def _key(entry: str) -> Any:
+    return encode_constant(entry.replace("~1", "/").replace("~0", "~"))
+
+
+# --- matching ----------------------------------------------------------------------------------------------------------
 
 
 class Mismatch(NamedTuple):
@@ -76,13 +149,33 @@ class Mismatch(NamedTuple):
 
 
 class Matcher:
-    """What to restore, given what was saved, what a fresh state looks like (or ABSENT) and which leaves are wanted."""
+    """What to restore, given what was saved, what a fresh state looks like (or ABSENT) and which leaves are wanted.
 
-    def __init__(self, manifest: Manifest, patterns: Sequence[str] | None) -> None:
-        self.leaves = manifest.leaves
+    Floating-point tensors may have the dtype `cast` in `like`, whatever they had when they were saved. Unless it is `strict`, what is missing or
+    unexpected is noted in `apart` and not wrong.
+    """
+
+    def __init__(
+        self,
+        structure: Node | int,
+        leaves: list[Leaf],
+        patterns: Sequence[str] | None,
+        *,
+        strict: bool = True,
+        cast: torch.dtype | None = None,
+    ) -> None:
+        self.structure, self.leaves, self.cast = structure, leaves, cast
         self.all = patterns is None
-        self.wanted = selector(patterns, [] if patterns is None else list(_paths(manifest.structure)))
+        self.wanted = selector(patterns, [] if patterns is None else list(paths(structure)))
         self.wrong: list[Mismatch] = []
+        self.apart: list[Mismatch] = self.wrong if strict else []
+
+    def plan(self, like: Any, where: str) -> Any:
+        """A tree of Branch, Pick and Keep. Raises CheckpointError with a table of what does not match; `where` says what was saved."""
+        plan = self.match(self.structure, like)
+        if self.wrong:
+            raise CheckpointError(f"{where} does not match the state that it is restored into:\n{self.table()}")
+        return plan
 
     def match(self, saved: Any, like: Any, path: tuple[Any, ...] = ()) -> Any:
         """A tree of Branch, Pick and Keep; what does not match is added to `wrong`."""
@@ -115,13 +208,18 @@ class Matcher:
     def _leaf(self, number: int, like: Any, node: Container | None, path: tuple[Any, ...], free: bool) -> Any:
         saved = self.leaves[number]
         if like is ABSENT:
-            return Pick(number, None)
-        if node is not None or (not free and leaf_of(like, path).spec() != saved.spec()):
+            return Pick(number)
+        if node is not None or (not free and not self._fits(leaf_of(like, path), saved)):
             self.wrong.append(Mismatch(saved.path, saved.spec(), _words(like)))
             return Keep(like)
         if not self.wanted(saved.path):
             return Keep(like)
-        return Pick(number, like.device if isinstance(like, torch.Tensor) else None)
+        return Pick(number, like.device, like.dtype) if isinstance(like, torch.Tensor) else Pick(number)
+
+    def _fits(self, like: Leaf, saved: Leaf) -> bool:
+        return like.spec() == saved.spec() or (
+            castable(saved) and like.kind == "tensor" and like.shape == saved.shape and TORCH_DTYPES[like.dtype] == self.cast
+        )
 
     def _branch(self, saved: Node, node: Container | None, path: tuple[Any, ...], free: bool, cls: type | None) -> Branch:
         ours = {_typed(key): child for key, child in saved.items()}
@@ -150,20 +248,26 @@ class Matcher:
     def _only_in(self, like: Any, path: tuple[Any, ...]) -> None:
         node = container(like, path)
         if (node is None or not node.items) and self.wanted(text(path)):
-            self.wrong.append(Mismatch(text(path), "(missing)", _words(like)))
+            self.apart.append(Mismatch(text(path), "(missing)", _words(like)))
         for key, child in node.items if node else ():
             self._only_in(child, (*path, key))
 
     def _only_saved(self, saved: Any, path: tuple[Any, ...]) -> None:
         if isinstance(saved, int) or not saved.children:
             if self.wanted(text(path)):
-                self.wrong.append(Mismatch(text(path), self._words(saved), "(unexpected)"))
+                self.apart.append(Mismatch(text(path), self._words(saved), "(unexpected)"))
             return
         for key, child in saved.items():
             self._only_saved(child, (*path, key))
 
     def _words(self, saved: Any) -> str:
         return self.leaves[saved].spec() if isinstance(saved, int) else f"{saved.kind} of {len(saved.children)}"
+
+    def left(self) -> list[str]:
+        """What was left out without an error, in words."""
+        what = {"(missing)": "not in the checkpoint, left as they are", "(unexpected)": "in the checkpoint and left out"}
+        names = {of: [row.path for row in self.apart if of in row] for of in what} if self.apart is not self.wrong else {}
+        return [f"{what[of]}: {_shortened(found)}" for of, found in names.items() if found]
 
     def table(self, rows: int = 30) -> str:
         """What does not match, a line each, with near names for what is missing."""
@@ -178,6 +282,15 @@ class Matcher:
         if len(self.wrong) > rows:
             shown.append(f"  ... and {len(self.wrong) - rows} more")
         return "\n".join(shown)
+
+
+def castable(leaf: Leaf) -> bool:
+    """Whether a leaf is a floating-point tensor."""
+    return leaf.kind == "tensor" and TORCH_DTYPES[leaf.dtype].is_floating_point
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _words(like: Any) -> str:

@@ -3,6 +3,7 @@
     manifest.json      structure, leaves, metrics, config, environment, the digest of each other file
     manifest.sha256    the digest of the manifest
     arrays/            orbax: numbered arrays; small leaves lie together in packs, uint8 arrays in which each has its offset
+      state/00012/0.0  the bytes of array 12, in the order of C, as zarr (v2, uncompressed, one chunk) lays them down
 
 orbax sees only numbers: names with dots, empty arrays, kinds of containers and odd dtypes, all of which it loses or mixes up, stand in
 the manifest. It is imported where it is used, since it brings JAX.
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 
 from fnrun import tree
-from fnrun.checkpoint.manifest import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest, config
+from fnrun.checkpoint.manifest import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest, config, migrate
 
 #: Smaller leaves are packed: an array costs orbax about a millisecond, whatever its size.
 PACKED = 256 * 1024
@@ -45,6 +46,7 @@ _NATIVE = {"bool", "float16", "float32", "float64", "complex64", "complex128"} |
 ALIGNMENT = 64
 
 MANIFEST, DIGEST, ARRAYS = "manifest.json", "manifest.sha256", "arrays"
+_ARRAY_FILE = re.compile(rf"{ARRAYS}/state/(\d{{5}})/([^/]+)")
 
 
 # --- orbax -------------------------------------------------------------------------------------------------------------
@@ -81,13 +83,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+    """absl at times takes its own file for the caller's."""
+    return record.levelno >= logging.ERROR or not any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "absl"))
 
 
 def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
     ocp = orbax()
     context = ocp.Context()
     context.array.saving.use_compression = False
+    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = (
+        False  # a folder an array: damage in a file says which leaves are lost
+    )
     context.memory.deepcopy_host_arrays = False  # a state is immutable, and copying is what takes the time
     with context, _quiet():
         ocp.save(path, {f"{number:05d}": array for number, array in enumerate(arrays)})
@@ -143,7 +149,7 @@ def write(directory: Path, manifest: Manifest, bits: dict[int, np.ndarray]) -> N
     arrays = _place(manifest.leaves, bits)
     if arrays:
         _save_arrays(directory / ARRAYS, arrays)
-    manifest.environment = environment()
+    manifest.environment = {**environment(), **manifest.environment}
     names = _names(directory)
     manifest.files = dict(zip(names, _each(lambda name: _file(directory / name, durably=True), names), strict=True))
     encoded = msgspec.json.encode(manifest)
@@ -266,9 +272,14 @@ def read_manifest(directory: Path) -> Manifest:
         raise DamagedError(f"{damaged} is damaged: {MANIFEST} and {DIGEST} do not agree; {_elsewhere(directory)}")
     try:
         version = msgspec.json.decode(encoded, type=_Version).format
-        if version != FORMAT:
-            raise CheckpointError(f"{directory / MANIFEST} is written in format {version}; this version of fnrun reads format {FORMAT}")
-        manifest = msgspec.json.decode(encoded, type=Manifest)
+        if not 1 <= version <= FORMAT:
+            raise CheckpointError(
+                f"{directory / MANIFEST} is written in format {version}; this version of fnrun reads 1 to {FORMAT}: update it"
+            )
+        if version < FORMAT:
+            manifest = msgspec.convert(migrate(msgspec.json.decode(encoded)), Manifest)
+        else:
+            manifest = msgspec.json.decode(encoded, type=Manifest)
         manifest.check()
         manifest.config = config(manifest.config)
     except (ValueError, TypeError, KeyError, RecursionError, binary.error) as error:
@@ -277,30 +288,58 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
-    """Compare every file with its digest, before anything opens one. Raises DamagedError, naming the first that differs."""
+    """Compare every file with its digest, before anything opens one. Raises DamagedError, naming the first that differs and the leaves in it."""
 
     def check(name: str) -> None:
         expected = manifest.files[name]
         if name.startswith("/") or ".." in name.split("/"):
             raise DamagedError(f"{directory / MANIFEST} names the file {name!r}, outside of the checkpoint")
         path = directory / name
-        if not path.is_file():
-            raise DamagedError(f"{path} is missing; {_elsewhere(directory)}")
         try:
-            found = _file(path)
+            found = _file(path) if path.is_file() else None
         except OSError as error:
             raise DamagedError(f"{path} cannot be read: {error}; {_elsewhere(directory)}") from error
-        if found.size != expected.size:
-            raise DamagedError(f"{path} has {found.size} bytes, {expected.size} were written; {_elsewhere(directory)}")
-        if found.sha256 != expected.sha256:
-            raise DamagedError(f"{path} is damaged: its sha256 is not the one that was written; {_elsewhere(directory)}")
+        if found is None:
+            wrong = "is missing"
+        elif found.size != expected.size:
+            wrong = f"has {found.size} bytes, {expected.size} were written"
+        elif found.sha256 != expected.sha256:
+            wrong = "is damaged: its sha256 is not the one that was written"
+        else:
+            return
+        lost = _lost(path, name, manifest)
+        raise DamagedError(f"{path} {wrong}{_named(lost)}; {_elsewhere(directory)}", lost)
 
     _each(check, manifest.files)
 
 
+def _lost(path: Path, name: str, manifest: Manifest) -> list[str]:
+    """The leaves that a damaged file takes with it: those of its array, and of a pack that has its length those whose own bytes are not theirs."""
+    place = _ARRAY_FILE.match(name)
+    if place is None:
+        return []
+    inside = [leaf for leaf in manifest.leaves if leaf.array == int(place[1])]
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError:
+        data = np.empty(0, np.uint8)
+    if place[2] == ".zarray" or data.size != manifest.files[name].size:
+        return [leaf.path for leaf in inside]
+    slices = [data[leaf.offset or 0 :][: leaf.nbytes] for leaf in inside]
+    return [leaf.path for leaf, part in zip(inside, slices, strict=True) if _sha256(part) != leaf.sha256]
+
+
+def _named(leaves: list[str]) -> str:
+    if not leaves:
+        return ""
+    more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
+    return f". Lost: {', '.join(leaves[:3])}{more}"
+
+
 def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[int, Any]:
-    """These leaves, as tensors on the CPU and arrays, their digests checked."""
+    """Those of these leaves that are stored, as tensors on the CPU and arrays, their digests checked."""
     leaves = manifest.leaves
+    numbers = {number for number in numbers if leaves[number].stored}
     places = {leaf.array: _stored_dtype(leaf) for leaf in (leaves[number] for number in numbers) if leaf.array is not None}
     try:
         arrays = {number: _bytes(array) for number, array in _load_arrays(directory / ARRAYS, places).items()} if places else {}
@@ -316,7 +355,9 @@ def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[
         else:
             data = arrays[leaf.array][leaf.offset : leaf.offset + leaf.nbytes]
         if data.size != leaf.nbytes or _sha256(data) != leaf.sha256:
-            raise DamagedError(f"{directory}: leaf {leaf.path} is not what was saved: its sha256 differs; {_elsewhere(directory)}")
+            raise DamagedError(
+                f"{directory}: leaf {leaf.path} is not what was saved: its sha256 differs; {_elsewhere(directory)}", [leaf.path]
+            )
         return _tensor(leaf, data) if leaf.kind == "tensor" else _array(leaf, data)
 
     return dict(zip(numbers, _each(read, numbers), strict=True))

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from fnrun.checkpoint import CheckpointError, Checkpoints
+from fnrun.checkpoint import CheckpointError, Checkpoints, check_keep, monitored
 from fnrun.donation import fate
 from fnrun.hooks.monitor import reported
 from fnrun.state import LoopState, due, in_training
 
 logger = logging.getLogger("fnrun")
 
-#: So many saves may fail in a row before training ends: a full disk may be emptied, a lost one does not come back.
-MAX_FAILURES = 3
+Mode = Literal["min", "max"]
 
 
 class _Checkpoint:
     name = "checkpoint"
     saves = True  # the loop calls it last in a tick, with every sink flushed
 
-    def __init__(self, checkpoints: Checkpoints, monitor: str | None, mode: Literal["min", "max"], keep: int | None, every: int) -> None:
-        self.checkpoints, self.monitor, self.keep, self.every = checkpoints, monitor, keep, every
-        self.mode: Literal["min", "max"] = mode
+    def __init__(
+        self, checkpoints: Checkpoints, monitors: dict[str, Mode], keep: int | None, keep_every: int | None, every: int, max_failures: int
+    ) -> None:
+        self.checkpoints, self.monitors, self.every = checkpoints, monitors, every
+        self.keep, self.keep_every, self.max_failures = keep, keep_every, max_failures
         self._saved: tuple[int, ...] | None = None
         self._failures = 0
 
     def __str__(self) -> str:
-        best = f", best by {self.monitor} ({self.mode})" if self.monitor is not None else ""
+        best = f", best by {' and '.join(f'{metric} ({mode})' for metric, mode in self.monitors.items())}" if self.monitors else ""
         return f"checkpoint every {self.every} -> {os.path.relpath(self.checkpoints.directory)}{best}"
 
     def open(self, program: Any, state: LoopState) -> None:
@@ -39,8 +40,9 @@ class _Checkpoint:
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         self._surviving(self.checkpoints.poll)
         now = due(state, self.every)
-        if self.monitor is not None and (now or not in_training(state)):
-            reported("checkpoint", self.monitor, state, metrics)
+        if now or not in_training(state):
+            for metric in self.monitors:
+                reported("checkpoint", metric, state, metrics)
         if now:
             self._surviving(lambda: self._save(state, metrics))
 
@@ -50,18 +52,18 @@ class _Checkpoint:
         except CheckpointError as error:
             self._failures += 1
             self._saved = None
-            if self._failures >= MAX_FAILURES:
+            if self._failures >= self.max_failures:
                 raise
             logger.error("%s. Training goes on, the next save is tried in full", error)
 
     def _save(self, state: LoopState, metrics: dict[str, Any]) -> None:
         before = self._saved
-        self.checkpoints.save(state, metrics, monitor=self.monitor, mode=self.mode)  # raises if the save before this one failed
+        self.checkpoints.save(state, metrics, monitor=self.monitors)  # raises if the save before this one failed
         if before is not None:
             self._failures = 0
         self._saved = state.position.order
         if self.keep is not None:
-            self.checkpoints.prune(self.keep)
+            self.checkpoints.prune(self.keep, self.keep_every)
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
         if (by := fate(state)) is not None:
@@ -72,16 +74,25 @@ class _Checkpoint:
 
 
 def checkpoint(
-    checkpoints: Checkpoints, *, monitor: str | None = None, mode: Literal["min", "max"] = "max", keep: int | None = None, every: int = 1
+    checkpoints: Checkpoints,
+    *,
+    monitor: str | Mapping[str, Mode] | None = None,
+    mode: Mode = "max",
+    keep: int | None = None,
+    keep_every: int | None = None,
+    every: int = 1,
+    max_failures: int = 3,
 ) -> Any:
     """Save the whole state on each n-th step (in a loop of training steps) or round (elsewhere), in the background.
 
-    `keep` of them stay, besides the best by `monitor`. However the program ends (its last round, a stop, an interrupt, an exception), the
-    state of the last finished tick is saved. A save that fails is logged and training goes on; the third in a row raises CheckpointError.
-    Raises ValueError where no step reports the monitored metric.
+    `keep` of them stay, besides the best by `monitor` (or by each of several: `{"val/loss": "min", "val/accuracy": "max"}`) and, with
+    `keep_every=k`, the first one at or after each multiple of k steps. However the program ends (its last round, a stop, an interrupt, an
+    exception), the state of the last finished tick is saved. A save that fails is logged, training goes on and the next one is tried in full;
+    the `max_failures`-th in a row raises CheckpointError. Raises ValueError where no step reports a monitored metric.
     """
-    if mode not in ("min", "max"):
-        raise ValueError(f"checkpoint: mode is 'min' or 'max', not {mode!r}")
-    if keep is not None and keep < 1:
-        raise ValueError(f"checkpoint: keep is at least 1, not {keep!r}")
-    return _Checkpoint(checkpoints, monitor, mode, keep, every)
+    check_keep("checkpoint", keep, keep_every)
+    if keep_every is not None and keep is None:
+        raise ValueError("checkpoint: keep_every says what stays besides the `keep` newest: give keep too (without it everything stays)")
+    if max_failures < 1:
+        raise ValueError(f"checkpoint: max_failures is at least 1, not {max_failures!r}")
+    return _Checkpoint(checkpoints, monitored(monitor, mode), keep, keep_every, every, max_failures)
