@@ -16,10 +16,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 __all__ = ["COMMANDS", "CommandError", "main"]
 
@@ -46,8 +46,63 @@ class Ls:
     json: Json = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Prove a run: from each checkpoint its program is run to the next one, and every bit is compared.
+
+    The first checkpoint is proven from the fresh state with --from-start, where --to names it, and where it is the only one. Nothing is written
+    into the run. Exit code 0: all of it is proven, as far as checkpoints are kept; 1: something differs or is damaged; 2: nothing to prove.
+    """
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """the run directory"""
+    to: Annotated[tuple[int, ...], arg(metavar="STEP ...")] = ()
+    """only the pairs of checkpoints that end at these steps"""
+    from_start: bool = False
+    """also from the fresh state to the first checkpoint"""
+    json: Json = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Fork:
+    """Begin a new run from a checkpoint of another one; the experiment's own flags, which come last, change its config.
+
+    fnrun fork runs/digits/try1 --step best --out runs/digits/try2 --epochs 8 --optimizer.lr 3e-4
+    """
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """the run directory that is forked; it is only read"""
+    step: Annotated[str, arg(metavar="STEP")]
+    """a step, latest, best, or best:METRIC"""
+    out: Annotated[Path, arg(metavar="NEW")]
+    """the new run directory"""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+    json: Json = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draw the curves of runs, in the terminal or as a picture.
+
+    A panel a kind of metric (loss, accuracy, ...). In the terminal, several runs get a panel a metric. Without --only it is what is measured outside
+    of training too: loss and accuracy, say, but no learning rate. NaN and infinities are gaps, and are listed.
+    """
+
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help_behavior_hint="")]]
+    """run directories"""
+    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """write a picture (.png, .svg or .pdf) instead"""
+    by: Literal["step", "time", "epoch"] = "step"
+    """what is on the horizontal axis; time is that of training, without the time between an end and a resume"""
+    only: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="GLOB")]] = ()
+    """only metrics of such names: 'val/*'; '*' is all"""
+    log: Annotated[bool, arg(help_behavior_hint="")] = False
+    """a logarithmic vertical axis"""
+    json: Json = False
+
+
 #: By name, in the order in which the help lists them.
-COMMANDS: dict[str, type] = {"ls": Ls}
+COMMANDS: dict[str, type] = {"ls": Ls, "verify": Verify, "fork": Fork}
 
 
 # --- the call ----------------------------------------------------------------------------------------------------------
@@ -91,14 +146,27 @@ def _parse(args: list[str]) -> tuple[str, Any]:
     name, *rest = args
     if name not in COMMANDS:
         raise CommandError(f"there is no command {name!r}; there are: {', '.join(COMMANDS)} (fnrun --help says what they do)")
+    command: Any = COMMANDS[name]
+    options: dict[str, Any] = {"prog": f"fnrun {name}", "config": (tyro.conf.FlagCreatePairsOff,)}
+    try:
+        if not hasattr(command, "overrides"):
+            return name, read_flags(command, rest, **options)
+        asked, overrides = read_flags(command, rest, return_unknown_args=True, **options)
+        return name, dataclasses.replace(asked, overrides=tuple(overrides))
+    except SystemExit:
+        return name, None
+
+
+def read_flags(kind: Any, args: Sequence[str], **options: Any) -> Any:
+    """What `tyro.cli` reads, its errors as a CommandError. Raises SystemExit where help was asked for, and given."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return name, tyro.cli(COMMANDS[name], prog=f"fnrun {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(kind, args=args, **options)
     except SystemExit as end:
         if end.code:
             raise CommandError(_one_line(said.getvalue())) from None
-        return name, None
+        raise
 
 
 def _overview() -> str:
