@@ -59,9 +59,9 @@ def describe(value: Any) -> Description:
         if leaf.stored:
             if leaf.device == "meta":
                 raise CheckpointError(f"{leaf.path} is a meta tensor: it has no data to save")
-            leaf.shares = known.get(identity := _identity(value))
+            leaf.shares = known.get(same := identity(value))
             if leaf.shares is None:
-                known[identity] = number
+                known[same] = number
                 sources[number] = value
         return number
 
@@ -155,7 +155,8 @@ def _strides(value: torch.Tensor) -> tuple[int, ...] | None:
     return strides
 
 
-def _identity(value: Any) -> Any:
+def identity(value: Any) -> Any:
+    """What two tensors or arrays have in common that are one: the same elements of the same memory, in the same order."""
     if isinstance(value, np.ndarray):
         return id(value)
     storage = value.untyped_storage()._cdata

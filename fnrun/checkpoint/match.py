@@ -85,11 +85,11 @@ def renamed(structure: Node | int, leaves: list[Leaf], rename: Rename) -> tuple[
     `rename` is a function of a leaf's path, or regular expressions and what to put for them (`re.sub`), one after the other.
     Raises CheckpointError where it changes nothing, two leaves would get one path, or a path leads nowhere.
     """
-    new = rename if callable(rename) else functools.partial(_substitute, {re.compile(pattern): put for pattern, put in rename.items()})
+    new = renaming(rename)
     paths = [new(leaf.path) for leaf in leaves]
     moved = {number: path for number, path in enumerate(paths) if path != leaves[number].path}
     if not moved:
-        raise CheckpointError(f"rename: it changes no path that was saved; saved: {_shortened([leaf.path for leaf in leaves])}")
+        raise CheckpointError(f"rename: it changes no path that was saved; saved: {shortened([leaf.path for leaf in leaves])}")
     taken: dict[str, str] = {}
     for leaf, path in zip(leaves, paths, strict=True):
         if path in taken:
@@ -107,6 +107,11 @@ def renamed(structure: Node | int, leaves: list[Leaf], rename: Rename) -> tuple[
             found[parent].keys.append(_key(key))
             found[parent].children.append(number)
     return root, [msgspec.structs.replace(leaf, path=path) for leaf, path in zip(leaves, paths, strict=True)]
+
+
+def renaming(rename: Rename) -> Callable[[str], str]:
+    """`rename` as a function of a path."""
+    return rename if callable(rename) else functools.partial(_substitute, {re.compile(pattern): put for pattern, put in rename.items()})
 
 
 def _substitute(patterns: Mapping[re.Pattern[str], str], path: str) -> str:
@@ -267,7 +272,7 @@ class Matcher:
         """What was left out without an error, in words."""
         what = {"(missing)": "not in the checkpoint, left as they are", "(unexpected)": "in the checkpoint and left out"}
         names = {of: [row.path for row in self.apart if of in row] for of in what} if self.apart is not self.wrong else {}
-        return [f"{what[of]}: {_shortened(found)}" for of, found in names.items() if found]
+        return [f"{what[of]}: {shortened(found)}" for of, found in names.items() if found]
 
     def table(self, rows: int = 30) -> str:
         """What does not match, a line each, with near names for what is missing."""
@@ -289,7 +294,8 @@ def castable(leaf: Leaf) -> bool:
     return leaf.kind == "tensor" and TORCH_DTYPES[leaf.dtype].is_floating_point
 
 
-def _shortened(names: Sequence[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
