@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import operator
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -137,6 +138,24 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of `model` by name; one that is a parameter's tensor too is a parameter."""
     params = {id(p) for p in model.parameters()}
     return {name: b for name, b in model.named_buffers() if id(b) not in params}
+
+
+def weights_of(state: Any, weights: str | Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Parameters and buffers of a state: its own ("params"), those that the hook of this name remembers, or what a function of the state returns.
+
+    The function returns `params` or `(params, buffers)`; buffers that are not told are the state's own. Raises ValueError for another name.
+    """
+    if weights == "params":
+        return state.params, state.buffers
+    if callable(weights):
+        chosen = weights(state)
+        return chosen if isinstance(chosen, tuple) else (chosen, state.buffers)
+    if weights not in state.memory:
+        raise ValueError(f"weights={weights!r}: no hook of this name is remembered in the state; there are {sorted(state.memory)}")
+    chosen = state.memory[weights]
+    if not isinstance(chosen, Mapping) or "params" not in chosen:
+        raise ValueError(f"weights={weights!r}: this hook remembers no 'params'")
+    return chosen["params"], chosen.get("buffers", state.buffers)
 
 
 class LoopState(Protocol):

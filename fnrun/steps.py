@@ -23,7 +23,7 @@ from fnrun.metrics.base import wide
 from fnrun.reports import collect
 from fnrun.rng import Key, Scope
 from fnrun.shell import Shell
-from fnrun.state import S, TrainState
+from fnrun.state import S, TrainState, weights_of
 
 if TYPE_CHECKING:
     from fnrun.optim import Optimizer
@@ -558,7 +558,7 @@ def _evaluation(
     autocast = _autocast(precision, shell.device_type) or nullcontext
 
     def run(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-        params, buffers = _weights(state, weights)
+        params, buffers = weights_of(state, weights)
         frames = state.position.frames
         place = frames[-1].ticks if frames else 0
         with within(state.rng, "eval", state.step, place) as reports, torch.no_grad(), autocast():
@@ -566,20 +566,6 @@ def _evaluation(
         return outputs, reports
 
     return run
-
-
-def _weights(state: Any, weights: str | Callable[[Any], Any]) -> tuple[Any, Any]:
-    if weights == "params":
-        return state.params, state.buffers
-    if callable(weights):
-        chosen = weights(state)
-        return chosen if isinstance(chosen, tuple) else (chosen, state.buffers)
-    if weights not in state.memory:
-        raise ValueError(f"weights={weights!r}: no hook of this name is remembered in the state; there are {sorted(state.memory)}")
-    chosen = state.memory[weights]
-    if not isinstance(chosen, Mapping) or "params" not in chosen:
-        raise ValueError(f"weights={weights!r}: this hook remembers no 'params'")
-    return chosen["params"], chosen.get("buffers", state.buffers)
 
 
 # --- transformers ------------------------------------------------------------------------------------------------------
