@@ -1,58 +1,309 @@
-"""The curves of a run, from its `metrics.jsonl`."""
+"""The curves of runs, from their `metrics.jsonl`: as a picture, and as text."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 #: Fields of a line that are not metrics.
 PLACE = ("ticks", "at", "step", "epoch", "clock")
+By = Literal["step", "time", "epoch"]
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
 
 
 def records(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; one that was cut short by a kill is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            lines.append(record)
     return lines
 
 
-def curves(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Of each metric its steps and values; NaN and infinities included."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for line in lines:
+def curves(lines: list[dict[str, Any]], by: By = "step") -> dict[str, tuple[list[Any], list[float]]]:
+    """Of each metric where its values lie, and the values; NaN and infinities included."""
+    found: dict[str, tuple[list[Any], list[float]]] = {}
+    for line, x in zip(lines, _places(lines, by), strict=True):
         for name, value in line.items():
-            if name not in PLACE and isinstance(value, (int, float, str)):
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(line["step"])
-                values.append(float(value))
+            if name not in PLACE and (number := _number(value)) is not None:
+                places, values = found.setdefault(name, ([], []))
+                places.append(x)
+                values.append(number)
     return found
 
 
-def plot(metrics: Path, to: Path, title: str) -> Path | None:
-    """Draw loss and accuracy over steps, training beside validation, to the PNG `to`; None where nothing was logged yet."""
-    found = curves(records(metrics)) if metrics.exists() else {}
-    groups = {kind: [name for name in found if name.rpartition("/")[2] == kind] for kind in ("loss", "accuracy")}
-    panels = [(kind, names) for kind, names in groups.items() if names]
-    if not panels:
+def _number(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, (int, float, str)) else None
+    except (ValueError, OverflowError):
         return None
+
+
+def _places(lines: list[dict[str, Any]], by: By) -> list[Any]:
+    if by == "step":
+        return [line["step"] for line in lines]
+    return _seconds(lines) if by == "time" else _epochs(lines)
+
+
+def _seconds(lines: list[dict[str, Any]]) -> list[float]:
+    """How long the run had been training: the time between an end and a resume does not count."""
+    seconds, before, last, began = [], 0.0, 0.0, None
+    for line in lines:
+        clock = line.get("clock") or {}
+        elapsed = clock.get("elapsed", 0.0)
+        start = clock.get("time", 0.0) - elapsed
+        if began is not None and abs(start - began) > 1:  # another process: its clock begins anew
+            before = last
+        began, last = start, before + elapsed
+        seconds.append(last)
+    return seconds
+
+
+def _epochs(lines: list[dict[str, Any]]) -> list[float]:
+    """Finished epochs: the last line of an epoch is its end, those before it lie where their steps are."""
+    ends: dict[int, int] = {}
+    for line in lines:
+        epoch = line.get("epoch") or 0
+        ends[epoch] = max(line["step"], ends.get(epoch, 0))
+    begins = {epoch: ends.get(epoch - 1, 0) for epoch in ends}
+    longest = max((ends[epoch] - begins[epoch] for epoch in ends), default=0)
+    places = []
+    for line in lines:
+        epoch = line.get("epoch") or 0
+        length = longest if epoch == max(ends) else ends[epoch] - begins[epoch]
+        places.append(max(epoch - 1, 0) + (line["step"] - begins[epoch]) / max(length, 1))
+    return places
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------------
+
+
+class Curve(NamedTuple):
+    """One metric of one run. Where a value cannot be drawn (`missing` of them) `y` is NaN: a gap."""
+
+    run: str
+    metric: str
+    x: list[float]
+    y: list[float]
+
+    @property
+    def kind(self) -> str:
+        """What is measured, whatever it is measured on: the last part of the name."""
+        return self.metric.rpartition("/")[2]
+
+    @property
+    def member(self) -> str:
+        """What it is measured on: the name without its last part."""
+        return self.metric.rpartition("/")[0]
+
+    @property
+    def missing(self) -> int:
+        return sum(map(math.isnan, self.y))
+
+
+def chosen(runs: Mapping[str, list[dict[str, Any]]], *, by: By = "step", only: Sequence[str] = (), log: bool = False) -> list[Curve]:
+    """The curves of several runs, given the lines of each: of the metrics that match a glob of `only`.
+
+    Without `only`: what is measured outside of training too (loss and accuracy, say, but no learning rate), or everything if nothing is.
+    With `log`, values that are not positive are gaps.
+    """
+    found = [Curve(run, name, *pair) for run, lines in runs.items() for name, pair in curves(lines, by).items()]
+    kinds = {curve.kind for curve in found if not curve.member.startswith("train")}
+    if only:
+        found = [curve for curve in found if any(fnmatch.fnmatchcase(curve.metric, glob) for glob in only)]
+    elif kinds:
+        found = [curve for curve in found if curve.kind in kinds]
+    return [curve._replace(y=[y if math.isfinite(y) and (y > 0 or not log) else math.nan for y in curve.y]) for curve in found]
+
+
+def _panels(found: Iterable[Curve]) -> dict[str, list[Curve]]:
+    """The curves by what they measure; loss and accuracy first."""
+    panels: dict[str, list[Curve]] = {}
+    for curve in found:
+        panels.setdefault(curve.kind, []).append(curve)
+    first = ["loss", "accuracy"]
+    return dict(sorted(panels.items(), key=lambda panel: (first.index(panel[0]) if panel[0] in first else len(first), panel[0])))
+
+
+def _axis(found: Iterable[Curve], by: By) -> tuple[str, float]:
+    """The label of the places and what they are divided by: time in the unit that suits it."""
+    if by != "time":
+        return by, 1.0
+    longest = max((x for curve in found for x in curve.x), default=0.0)
+    return next(
+        (f"time [{unit}]", length) for unit, length in (("h", 3600.0), ("min", 60.0), ("s", 1.0)) if longest >= 3 * length or length == 1
+    )
+
+
+# --- a picture ---------------------------------------------------------------------------------------------------------
+
+#: What is measured in training is dashed, where runs are told apart by colour.
+STYLES: dict[str, Any] = {"train": "--", "val": "-", "": "-"}
+
+
+def plot(metrics: Path, to: Path, title: str) -> Path | None:
+    """Draw the curves of one run over steps, training beside validation, to the picture `to`; None where nothing was logged yet."""
+    found = chosen({title: records(metrics)}) if metrics.exists() else []
+    if not found:
+        return None
+    draw(found, to, title=title)
+    return to
+
+
+def draw(found: list[Curve], to: Path, *, title: str = "", by: By = "step", log: bool = False) -> None:
+    """Draw curves to the picture `to`, a panel a kind of metric. The colours are those of the runs, or of the metrics of a single run.
+
+    Raises ValueError for a kind of file that matplotlib does not write.
+    """
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained", dpi=150)
+    panels, runs = _panels(found), list(dict.fromkeys(curve.run for curve in found))
+    members = list(dict.fromkeys(curve.member for curve in found))
+    label, unit = _axis(found, by)
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(5 * columns, 7 if len(runs) > 1 else 5), 3.4 * rows), layout="constrained", dpi=150)
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (kind, names) in zip(axes, panels, strict=True):
-        for name in sorted(names):
-            steps, values = found[name]
-            validation = not name.startswith("train")
-            axis.plot(steps, values, marker="o" if validation else None, markersize=3, linewidth=1.5, label=name)
-        axis.set(xlabel="step", ylabel=kind)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (kind, group) in zip(axes, panels.items(), strict=False):
+        for curve in sorted(group, key=lambda curve: curve.metric):
+            look: dict[str, Any] = {"linewidth": 1.5, "label": curve.metric}
+            if len(runs) > 1:
+                look |= {"color": _colors(len(runs))[runs.index(curve.run)], "linestyle": STYLES.get(curve.member, ":")}
+            dots = len(curve.x) <= 50 and ((len(runs) == 1 and not curve.member.startswith("train")) or _lonely(curve))
+            axis.plot([x / unit for x in curve.x], curve.y, marker="o" if dots else None, markersize=3, **look)
+        axis.set(xlabel=label, ylabel=kind, yscale="log" if log else "linear")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+        if missing := sum(curve.missing for curve in group):
+            axis.set_title(f"gaps: {missing} values that are not {'positive numbers' if log else 'finite'}", fontsize=8)
+        if len(runs) == 1:
+            axis.legend(frameon=False)
+    for axis in list(axes):
+        axis.set_visible(False)
+    if len(runs) > 1:
+        _legend(figure, runs, members, 5 * columns)
     figure.savefig(to)
-    return to
+
+
+def _lonely(curve: Curve) -> bool:
+    """Whether a value stands between gaps, where a line would not show it."""
+    padded = [math.nan, *curve.y, math.nan]
+    return any(not math.isnan(y) and math.isnan(padded[i]) and math.isnan(padded[i + 2]) for i, y in enumerate(curve.y))
+
+
+def _colors(count: int) -> list[Any]:
+    import matplotlib
+
+    if count <= 10:
+        return list(matplotlib.colormaps["tab10"](range(count)))
+    return [matplotlib.colormaps["turbo"](i / (count - 1)) for i in range(count)]
+
+
+def _legend(figure: Any, runs: list[str], members: list[str], inches: float) -> None:
+    """One legend below all panels: a colour a run, a style a member."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=color, label=run) for run, color in zip(runs, _colors(len(runs)), strict=True)]
+    styles = [Line2D([], [], color="black", linestyle=STYLES.get(member, ":"), label=member) for member in members if member]
+    longest = max(map(len, runs))
+    columns = max(1, min(len(handles) + len(styles), int(inches / (0.075 * longest + 0.6))))
+    figure.legend(handles=[*handles, *styles], loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+# --- text --------------------------------------------------------------------------------------------------------------
+
+#: Colours that are told apart on a dark and on a light terminal.
+COLORS = ("blue", "red", "green", "magenta", "cyan", "yellow", "bright_black", "bright_red")
+HEIGHT = 12
+
+
+def text(found: list[Curve], *, width: int = 80, color: bool = False, by: By = "step", log: bool = False) -> str:
+    """The curves as text, a panel below the other, `width` columns at most. Without `color` each curve has a letter at its points.
+
+    A panel holds what one run has of a kind of metric; of several runs, one metric.
+    """
+    several = len({curve.run for curve in found}) > 1
+    panels: dict[str, list[Curve]] = {}
+    for kind, group in _panels(found).items():
+        for curve in group:
+            panels.setdefault(curve.metric if several else kind, []).append(curve)
+    return "\n\n".join(_panel(title, group, width, color, by, log) for title, group in panels.items())
+
+
+def _panel(title: str, group: list[Curve], width: int, color: bool, by: By, log: bool) -> str:
+    import plotille
+
+    several = len({curve.run for curve in group}) > 1
+    label, unit = _axis(group, by)
+    points = [
+        (x / unit, math.log10(y) if log else y) for curve in group for x, y in zip(curve.x, curve.y, strict=True) if not math.isnan(y)
+    ]
+    names = [curve.run if several else curve.metric for curve in group]
+    if not points:
+        return f"{title}: nothing to draw, no value is {'positive' if log else 'finite'} ({', '.join(names)})"
+    figure = plotille.Figure()
+    figure.width, figure.height, figure.origin, figure.with_colors = max(width - 13 - len(label) - 6, 20), HEIGHT, False, color
+    figure.x_label, figure.y_label = label, ""
+    figure.width -= figure.width % 10
+    figure.set_x_limits(0, _end(max(x for x, _ in points), figure.width // 10))
+    figure.set_y_limits(*_limits([y for _, y in points]))
+    figure.y_ticks_fkt = lambda low, high: f"{10 ** float(low) if log else low:.4g}"  # pyright: ignore[reportArgumentType]
+    figure.x_ticks_fkt = lambda low, high: f"{low:.4g}"
+    keys = []
+    for number, curve in enumerate(group):
+        hue, letter = COLORS[number % len(COLORS)], None if color or len(group) == 1 else chr(ord("a") + number % 26)
+        for piece in _pieces(curve, unit, log):
+            figure.plot(*piece, lc=hue, marker=letter)
+        keys.append(f"{plotille.color('━━', fg=hue) if color else letter or ''} {names[number]}".strip())
+    return "\n".join([title, *(line.rstrip() for line in figure.show().splitlines()[1:]), *_wrapped(keys, width)])
+
+
+def _end(last: float, ticks: int) -> float:
+    """Where an axis from 0 past `last` ends, for its ticks to be round numbers."""
+    step = last / ticks or 1.0
+    power = 10 ** math.floor(math.log10(step))
+    return ticks * next(round_ * power for round_ in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if round_ * power >= step * (1 - 1e-9))
+
+
+def _limits(values: list[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - (abs(low) or 1) / 10, low + (abs(low) or 1) / 10)
+
+
+def _pieces(curve: Curve, unit: float, log: bool) -> Iterable[tuple[list[float], list[float]]]:
+    """The curve between its gaps."""
+    piece: tuple[list[float], list[float]] = ([], [])
+    for x, y in zip(curve.x, curve.y, strict=True):
+        if not math.isnan(y):
+            piece[0].append(x / unit)
+            piece[1].append(math.log10(y) if log else y)
+        elif piece[0]:
+            yield piece
+            piece = ([], [])
+    if piece[0]:
+        yield piece
+
+
+def _wrapped(keys: list[str], width: int) -> list[str]:
+    """The legend, as many in a line as there is room for; colours take none."""
+    import re
+
+    lines, room = [], 0
+    for key in keys:
+        length = len(re.sub(r"\x1b\[[0-9;]*m", "", key)) + 3
+        if room < length:
+            lines, room = [*lines, []], width
+        lines[-1].append(key)
+        room -= length
+    return ["   ".join(line) for line in lines]

@@ -13,7 +13,9 @@ import dataclasses
 import importlib
 import io
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +45,104 @@ class Ls:
 
     directory: Positional[Annotated[Path, arg(metavar="DIR")]] = Path("runs")
     """where to look"""
+    json: Json = False
+
+
+Which = Annotated[str, arg(metavar="WHICH")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Show what a run or a checkpoint holds: config, history, environment, metrics, and every leaf of the state.
+
+    Every byte is checked against its digest first. The classes of the state are not needed, and no code of the run's is executed.
+    """
+
+    path: Positional[Annotated[Path, arg(metavar="PATH")]]
+    """a run, its directory of checkpoints, or one checkpoint"""
+    checkpoint: Which = "latest"
+    """latest, best, best:METRIC, or a step"""
+    only: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="GLOB")]] = ()
+    """only leaves of such paths: 'params/**'; '!params/**' leaves them out"""
+    json: Json = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """Compare the final states of two runs, or two checkpoints, bit for bit; or two configs.
+
+    What counts is the state, all of it but position/frames/*/folds: what observers gather in open loops is theirs, and they may differ. A run that
+    was interrupted and resumed is equal to one that was not. Configs, environments and logged metrics are compared too, and do not count. Two
+    config.yaml files are compared by their fields. Exit code 0: equal; 1: different; 2: an error, damage among them.
+    """
+
+    a: Positional[Annotated[Path, arg(metavar="A")]]
+    """a run, its directory of checkpoints, one checkpoint, or a config.yaml"""
+    b: Positional[Annotated[Path, arg(metavar="B")]]
+    """what it is compared with"""
+    json: Json = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draw the curves of runs, in the terminal or as a picture.
+
+    A panel a kind of metric (loss, accuracy, ...). In the terminal, several runs get a panel a metric. Without --only it is what is measured outside
+    of training too: loss and accuracy, say, but no learning rate. NaN and infinities are gaps, and are listed.
+    """
+
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help_behavior_hint="")]] = ()
+    """run directories"""
+    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """write a picture (.png, .svg or .pdf) instead"""
+    by: Literal["step", "time", "epoch"] = "step"
+    """what is on the horizontal axis; time is that of training, without the time between an end and a resume"""
+    only: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="GLOB")]] = ()
+    """only metrics of such names: 'val/*'; '*' is all"""
+    log: Annotated[bool, arg(help_behavior_hint="")] = False
+    """a logarithmic vertical axis"""
+    json: Json = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the weights of a checkpoint to a file that other programs read.
+
+    Parameters and buffers have the names of the model's state_dict. The checkpoint is only read.
+    """
+
+    path: Positional[Annotated[Path, arg(metavar="PATH")]]
+    """a run, its directory of checkpoints, or one checkpoint"""
+    out: Annotated[Path, arg(metavar="FILE")]
+    """the new file: .safetensors, or .pt for torch.load"""
+    weights: Annotated[str, arg(metavar="NAME")] = "params"
+    """params, or the name of the hook that averaged them: ema"""
+    checkpoint: Which = "latest"
+    """latest, best, best:METRIC, or a step"""
+    dtype: Annotated[str | None, arg(metavar="DTYPE", help_behavior_hint="")] = None
+    """what floating-point tensors are cast to: bfloat16"""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """replace a file that is there"""
+    json: Json = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Gc:
+    """Delete what runs no longer need; without --yes it is only shown.
+
+    That is what killed processes have left half written, and futures that were given up when a run went on from an older checkpoint. With --keep
+    also old checkpoints: the newest, and the best by each monitored metric, always stay, and so does one that is damaged, for it may be the best.
+    A run that is being written is refused.
+    """
+
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help_behavior_hint="")]] = ()
+    """run directories; by default all below runs"""
+    keep: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """delete old checkpoints too, all but the N newest"""
+    keep_every: Annotated[int | None, arg(metavar="K", help_behavior_hint="")] = None
+    """of the old checkpoints keep the first at or after each multiple of K steps"""
+    yes: Annotated[bool, arg(help_behavior_hint="")] = False
+    """delete"""
     json: Json = False
 
 
@@ -80,29 +180,8 @@ class Fork:
     json: Json = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """Draw the curves of runs, in the terminal or as a picture.
-
-    A panel a kind of metric (loss, accuracy, ...). In the terminal, several runs get a panel a metric. Without --only it is what is measured outside
-    of training too: loss and accuracy, say, but no learning rate. NaN and infinities are gaps, and are listed.
-    """
-
-    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help_behavior_hint="")]]
-    """run directories"""
-    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """write a picture (.png, .svg or .pdf) instead"""
-    by: Literal["step", "time", "epoch"] = "step"
-    """what is on the horizontal axis; time is that of training, without the time between an end and a resume"""
-    only: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="GLOB")]] = ()
-    """only metrics of such names: 'val/*'; '*' is all"""
-    log: Annotated[bool, arg(help_behavior_hint="")] = False
-    """a logarithmic vertical axis"""
-    json: Json = False
-
-
 #: By name, in the order in which the help lists them.
-COMMANDS: dict[str, type] = {"ls": Ls, "verify": Verify, "fork": Fork}
+COMMANDS: dict[str, type] = {command.__name__.lower(): command for command in (Ls, Show, Diff, Plot, Export, Gc, Verify, Fork)}
 
 
 # --- the call ----------------------------------------------------------------------------------------------------------
@@ -147,7 +226,7 @@ def _parse(args: list[str]) -> tuple[str, Any]:
     if name not in COMMANDS:
         raise CommandError(f"there is no command {name!r}; there are: {', '.join(COMMANDS)} (fnrun --help says what they do)")
     command: Any = COMMANDS[name]
-    options: dict[str, Any] = {"prog": f"fnrun {name}", "config": (tyro.conf.FlagCreatePairsOff,)}
+    options: dict[str, Any] = {"prog": f"fnrun {name}", "description": _paragraphs(command), "config": (tyro.conf.FlagCreatePairsOff,)}
     try:
         if not hasattr(command, "overrides"):
             return name, read_flags(command, rest, **options)
@@ -177,7 +256,14 @@ def _overview() -> str:
     )
 
 
+def _paragraphs(command: type) -> str:
+    """The docstring, broken where the terminal ends and indented: lines that begin with a letter tyro joins again."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    parts = (" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
+    return "\n\n".join(textwrap.fill(part, width, initial_indent="  ", subsequent_indent="  ") for part in parts)
+
+
 def _one_line(box: str) -> str:
     """tyro's message without the frame that it draws around it: `What is wrong; perhaps you meant ...`."""
     rows = [line.strip(" │") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    return "; ".join(" ".join(part.split()) for part in "\n".join(rows).split("─") if part.strip())
+    return "; ".join(" ".join(part.split()).rstrip(".") for part in "\n".join(rows).split("─") if part.strip())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from fnrun.command import CommandError
 
 
 def document(value: Any) -> None:
@@ -45,6 +49,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it, a disk that cannot be written is the user's to correct."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
+
+
 def number(value: Any) -> str:
     """A number as people read it.
 
@@ -64,12 +77,9 @@ def size(count: int) -> str:
     """
     if count < 1000:
         return f"{count} B"
-    value, unit = float(count), ""
-    for unit in ("kB", "MB", "GB", "TB"):
-        value /= 1000
-        if value < 999.5:
-            break
-    return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
+    power = min(int(math.log10(count) / 3 + 1e-12), 4)
+    value = count / 1000**power
+    return f"{value:.{0 if value >= 99.95 else 1}f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def age(seconds: float) -> str:
