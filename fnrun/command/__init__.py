@@ -260,7 +260,7 @@ def _paragraphs(command: type) -> str:
     """The docstring, broken where the terminal ends and indented: lines that begin with a letter tyro joins again."""
     width = min(shutil.get_terminal_size().columns, 100)
     parts = (" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
-    return "\n\n".join(textwrap.fill(part, width, initial_indent="  ", subsequent_indent="  ") for part in parts)
+    return "\n".join(textwrap.fill(part, width, initial_indent="  ", subsequent_indent="  ") for part in parts)
 
 
 def _one_line(box: str) -> str:

@@ -44,9 +44,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         shown.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     for number, row in enumerate(rows):
         shown.add_row(*(Text(f"{cell}\n" if spaced and number < len(rows) - 1 else cell) for cell in row))
-    console = Console(file=io.StringIO(), width=10**6, color_system=None)
-    console.print(shown, crop=False)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    printed = io.StringIO()
+    Console(file=printed, width=10**6, color_system=None).print(shown, crop=False)
+    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
 
 
 @contextlib.contextmanager
