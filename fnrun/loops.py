@@ -59,11 +59,11 @@ class Loop:
         names = [getattr(observer, "name", None) for observer in self.observers if hasattr(observer, "fold")]
         if None in names or len(set(names)) < len(names):
             raise ValueError(f"observers of one loop that fold need names of their own, to keep what they gather: {names}")
-        for part in (*hooks, *self.observers):
-            monitor, prefixes = getattr(part, "monitor", None), _prefixes(self)
-            if monitor is not None and not monitor.startswith(tuple(prefixes)):
+        prefixes = _prefixes(self)
+        for who, metric in _monitored((*hooks, *self.observers)):
+            if not metric.startswith(tuple(prefixes)):
                 members = ", ".join(repr(prefix.rstrip("/")) for prefix in prefixes)
-                raise ValueError(f"{getattr(part, 'name', part)}: no step reports {monitor!r}: the members here are {members}")
+                raise ValueError(f"{who}: no step reports {metric!r}: the members here are {members}")
         object.__setattr__(self, "hooks", hooks)
         object.__setattr__(self, "observers", tuple(sorted(self.observers, key=_saves)))
 
@@ -555,12 +555,9 @@ class _Repeat(Loop):
     def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
         values = super()._values(plain, metrics)
         if values and _prefixes(self) == [""]:  # no member that may come in another round
-            for part in (*self.hooks, *self.observers):
-                monitor = getattr(part, "monitor", None)
-                if monitor is not None and monitor not in values and "skipped" not in values:
-                    raise ValueError(
-                        f"{getattr(part, 'name', part)}: no step reports {monitor!r}; reported: {', '.join(map(repr, values))}"
-                    )
+            for who, metric in _monitored((*self.hooks, *self.observers)):
+                if metric not in values and "skipped" not in values:
+                    raise ValueError(f"{who}: no step reports {metric!r}; reported: {', '.join(map(repr, values))}")
         return values
 
 
@@ -810,6 +807,14 @@ def _members(steps: Mapping[str, AnyStep]) -> dict[str, AnyStep]:
         if not callable(step):
             raise TypeError(f"{name} is no step: {step!r} is not callable")
     return dict(steps)
+
+
+def _monitored(parts: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """The metrics that hooks and observers wait for, each with who does; one says `monitor`, a name, or `monitors`, several."""
+    for part in parts:
+        one = getattr(part, "monitor", None)
+        for metric in getattr(part, "monitors", () if one is None else (one,)):
+            yield getattr(part, "name", None) or str(part), metric
 
 
 def _prefixes(step: Any) -> list[str]:

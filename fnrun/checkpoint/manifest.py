@@ -24,7 +24,12 @@ SEQUENCES = ("list", "tuple", "deque")
 
 
 class CheckpointError(Exception):
-    """A checkpoint that could not be saved or restored: what was wrong, where, and what to do."""
+    """A checkpoint that could not be saved or restored: what was wrong, where, and what to do.
+
+    Where a run ends because it cannot save, `state` is where it stood.
+    """
+
+    state: Any = None
 
 
 class DamagedError(CheckpointError):

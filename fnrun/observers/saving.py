@@ -38,21 +38,22 @@ class _Checkpoint:
         self._failures = 0
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        self._surviving(self.checkpoints.poll)
+        self._surviving(state, self.checkpoints.poll)
         now = due(state, self.every)
         if now or not in_training(state):
             for metric in self.monitors:
                 reported("checkpoint", metric, state, metrics)
         if now:
-            self._surviving(lambda: self._save(state, metrics))
+            self._surviving(state, lambda: self._save(state, metrics))
 
-    def _surviving(self, action: Callable[[], None]) -> None:
+    def _surviving(self, state: LoopState, action: Callable[[], None]) -> None:
         try:
             action()
         except CheckpointError as error:
             self._failures += 1
             self._saved = None
             if self._failures >= self.max_failures:
+                error.state = state
                 raise
             logger.error("%s. Training goes on, the next save is tried in full", error)
 
@@ -88,7 +89,7 @@ def checkpoint(
     `keep` of them stay, besides the best by `monitor` (or by each of several: `{"val/loss": "min", "val/accuracy": "max"}`) and, with
     `keep_every=k`, the first one at or after each multiple of k steps. However the program ends (its last round, a stop, an interrupt, an
     exception), the state of the last finished tick is saved. A save that fails is logged, training goes on and the next one is tried in full;
-    the `max_failures`-th in a row raises CheckpointError. Raises ValueError where no step reports a monitored metric.
+    the `max_failures`-th in a row ends the run with a CheckpointError, whose `state` is that of the tick. Raises ValueError where no step reports a monitored metric.
     """
     check_keep("checkpoint", keep, keep_every)
     if keep_every is not None and keep is None:

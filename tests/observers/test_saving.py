@@ -1,0 +1,100 @@
+"""The checkpoint observer: when it saves, what it keeps, and how it bears a disk that fails."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fnrun import data, epoch_loop, eval_loop, observers, optim, repeat, sequence
+from fnrun.checkpoint import CheckpointError, Checkpoints
+from fnrun.state import TrainState
+from fnrun.steps import make_eval_step, make_train_step
+
+
+def training(rounds: int, saving: Any) -> Any:
+    """A program of 4 steps a round, its validation scripted: the loss falls, the accuracy is best in round 2; and its state and data."""
+    model = torch.nn.Linear(2, 1)
+    accuracies = [0.5, 0.9, 0.7, 0.6, 0.65, 0.1]
+
+    def measured(model: Any, batch: Any) -> dict[str, Any]:
+        done = round(float(model.bias.detach()) / 4)  # the bias counts the steps
+        return {"loss": torch.tensor(1.0 / done), "accuracy": torch.tensor(accuracies[done - 1])}
+
+    optimizer = optim.sgd(1.0)
+    step = make_train_step(model, lambda model, batch: -model.bias.sum() + 0 * model(batch["x"]).sum(), optimizer)
+    fit = repeat(sequence(train=epoch_loop(step), val=eval_loop(make_eval_step(model, measured))), rounds, observers=[saving])
+    state = TrainState.create(model, optimizer)
+    state = state.replace(params={**state.params, "bias": torch.zeros(1)})
+    return fit, state, {name: data.arrays({"x": torch.ones(8, 2)}, 2 if name == "train" else 8) for name in ("train", "val")}
+
+
+def test_the_best_by_each_of_several_metrics_stays(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    saving = observers.checkpoint(checkpoints, monitor={"val/loss": "min", "val/accuracy": "max"}, keep=1)
+    fit, state, batches = training(6, saving)
+    assert str(saving).endswith("best by val/loss (min) and val/accuracy (max)")
+    fit(state, batches)
+    assert (checkpoints.steps(), checkpoints.best("val/accuracy"), checkpoints.best()) == ([8, 24], 8, 24)
+    resumed, _ = fit(checkpoints.restore(state, "best:val/accuracy"), batches)
+    assert resumed.step == 24
+
+
+def test_one_of_each_so_many_steps_stays(tmp_path: Path) -> None:
+    fit, state, batches = training(6, observers.checkpoint(Checkpoints(tmp_path), keep=1, keep_every=10))
+    fit(state, batches)
+    assert Checkpoints(tmp_path).steps() == [12, 20, 24]
+
+
+def test_what_makes_no_sense_is_refused_when_it_is_made(tmp_path: Path) -> None:
+    for options, message in (
+        ({"monitor": {"val/loss": "lowest"}}, "mode is 'min' or 'max', not 'lowest'"),
+        ({"keep": 0}, "keep is at least 1, not 0"),
+        ({"keep": 1, "keep_every": -1}, "keep_every is at least 1 step, not -1"),
+        ({"keep_every": 5}, "give keep too"),
+        ({"max_failures": 0}, "max_failures is at least 1, not 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            observers.checkpoint(Checkpoints(tmp_path), **options)
+    with pytest.raises(ValueError, match="no step reports 'test/loss': the members here are 'train', 'val'"):
+        training(1, observers.checkpoint(Checkpoints(tmp_path), monitor={"val/loss": "min", "test/loss": "min"}))
+
+
+def test_a_save_that_fails_is_told_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The directory's place is taken by a file for two rounds."""
+    place = tmp_path / "checkpoints"
+    place.write_text("in the way")
+
+    def clearing(state: Any, metrics: Any) -> None:
+        if state.step == 12:
+            saving.checkpoints._join()
+            place.unlink()
+
+    saving = observers.checkpoint(Checkpoints(place))
+    fit, state, batches = training(4, saving)
+    fit = repeat(fit.step, 4, observers=[clearing, saving])
+    with caplog.at_level(logging.ERROR, "fnrun"):
+        fit(state, batches)
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.partition(": ")[2].partition(" was not saved")[0] for text in told] == ["step 4", "step 8"]
+    assert all(text.endswith("Training goes on, the next save is tried in full") for text in told)
+    assert Checkpoints(place).steps() == [12, 16]
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_after_so_many_failures_in_a_row_the_run_ends(allowed: int, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    place.write_text("in the way")
+    seen: list[int] = []
+    saving = observers.checkpoint(Checkpoints(place), max_failures=allowed)
+    fit, state, batches = training(6, saving)
+    fit = repeat(fit.step, 6, observers=[lambda state, metrics: seen.append(state.step), saving])
+    with pytest.raises(CheckpointError, match=f"step {4 * allowed} was not saved") as error:
+        fit(state, batches)
+    assert seen[-1] == error.value.state.step == 4 * (allowed + 1)
+    place.unlink()
+    goes_on, _ = training(6, observers.checkpoint(Checkpoints(place)))[0](error.value.state, batches)
+    assert goes_on.step == 24
