@@ -15,7 +15,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -579,52 +578,6 @@ def test_a_fuzzed_manifest_is_an_error_of_ours(tmp_path: Path) -> None:
 # --- damage ------------------------------------------------------------------------------------------------------------
 
 
-def damaged_restore(checkpoints: Checkpoints) -> str:
-    with pytest.raises(DamagedError) as error:
-        checkpoints.restore()
-    assert "is missing" in str(error.value) or "damaged" in str(error.value) or "bytes" in str(error.value)
-    return str(error.value)
-
-
-def test_a_flipped_bit_anywhere_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    chance = random.Random(0)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(at(1))
-        checkpoints.wait()
-        for path in files(tmp_path):
-            data = path.read_bytes()
-            for position in {0, len(data) - 1, *(chance.randrange(len(data)) for _ in range(25))} if data else ():
-                flipped = bytearray(data)
-                flipped[position] ^= 1 << chance.randrange(8)
-                path.write_bytes(flipped)
-                assert path.name in damaged_restore(checkpoints)
-            path.write_bytes(data)
-        assert tree.equal(checkpoints.restore(), at(1))
-
-
-@pytest.mark.parametrize("damage", ["truncate", "empty", "delete", "grow", "directory"])
-def test_a_file_that_is_not_whole_is_an_error_that_names_it(damage: str, tmp_path: Path) -> None:
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(at(1))
-        checkpoints.wait()
-        for path in files(tmp_path):
-            data = path.read_bytes()
-            if not data and damage in ("truncate", "empty"):
-                continue
-            if damage in ("delete", "directory"):
-                path.unlink()
-                if damage == "directory":
-                    path.mkdir()
-            else:
-                path.write_bytes({"truncate": data[:-1], "empty": b"", "grow": data + b"\0"}[damage])
-            with pytest.raises(DamagedError, match=path.name.replace(".", r"\.")):
-                checkpoints.restore()
-            if damage == "directory":
-                path.rmdir()
-            path.write_bytes(data)
-        assert tree.equal(checkpoints.restore(), at(1))
-
-
 def test_a_leaf_is_checked_after_orbax_has_read_it(tmp_path: Path) -> None:
     state = at(1)
     needle = state.params["w"].numpy().tobytes()[:64]
@@ -1052,34 +1005,6 @@ def test_data_workers_are_forked_beside_a_save(tmp_path: Path) -> None:
     """
     ran = python(code, tmp_path, env=os.environ | {"PYTHONWARNINGS": "error::RuntimeWarning"})
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "[1, 2, 3, 4]\n", "")
-
-
-SAVING = """
-    import sys
-    from fnrun.checkpoint import Checkpoints
-    from tests.test_checkpoint import at
-    checkpoints = Checkpoints(sys.argv[1])
-    step = checkpoints.latest() or 0
-    while True:
-        step += 1
-        checkpoints.save(at(step), {"loss": 1 / step}, monitor="loss")
-        checkpoints.prune(2)
-"""
-
-
-def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path: Path) -> None:
-    chance, last = random.Random(0), 0
-    checkpoints = Checkpoints(tmp_path)
-    for _ in range(10):
-        with subprocess.Popen([sys.executable, "-c", textwrap.dedent(SAVING), str(tmp_path)], cwd=ROOT) as child:
-            while (checkpoints.latest() or 0) == last:
-                assert child.poll() is None
-                time.sleep(0.001)
-            time.sleep(chance.random() * 0.2)
-            child.kill()
-        last = checkpoints.latest() or 0
-        for step in checkpoints.steps():
-            assert tree.equal(checkpoints.restore(step=step, like=at(0)), at(step))
 
 
 def test_the_public_names() -> None:

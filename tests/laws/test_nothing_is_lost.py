@@ -1,56 +1,48 @@
-"""Law 6: the newest completed checkpoint restores exactly, or an error of ours names what is damaged. (Kills: tests/experiments, tests/test_checkpoint.)"""
+"""Law 6: the newest checkpoint that was completed restores exactly, or an error of ours names what is damaged.
+
+A sample of what `tests/torture` does in full.
+"""
 
 from __future__ import annotations
 
-import shutil
+import logging
+import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
 
-from fnrun import tree
-from fnrun.checkpoint import CheckpointError, Checkpoints
-from fnrun.testing import states_seen
-from tests.programs import build, fresh
+from tests.torture.flips import Damage, Sweep, large, small, whole
+from tests.torture.kills import SPREAD, Kills
+from tests.torture.training import WAYS
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A state in the middle of a program, on disk, with an older one beneath."""
-    loop, data = build(("repeat", ("sequence", ("epoch",), ("eval",)), 2), [3, 2])
-    seen, _ = states_seen(loop, fresh(), data)
-    directory = tmp_path_factory.mktemp("saved")
-    with Checkpoints(directory) as checkpoints:
-        checkpoints.save(seen[0])
-        checkpoints.save(seen[4])
-    return directory, seen[0], seen[4]
+@pytest.mark.parametrize("way", WAYS)
+def test_a_kill_at_any_moment_loses_nothing(way: str, tmp_path: Path):
+    chance, kills = random.Random(way), Kills()
+    kills.at_moments(way, tmp_path / "moments", [chance.uniform(0, SPREAD) for _ in range(4)])
+    kills.at_operations(way, tmp_path / "operations", sorted(chance.sample(range(200), 4)))
+    assert (kills.lost, kills.wrong, kills.kills) == ([], [], 8)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_damage_is_named_and_never_loaded(saved, data):
-    directory, older, newer = saved
-    copy = directory.parent / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(directory, copy)
-    newest = copy / sorted(p.name for p in copy.iterdir())[-1]
-    file = data.draw(st.sampled_from(sorted(p for p in newest.rglob("*") if p.is_file())))
-    content = bytearray(file.read_bytes())
-    match data.draw(st.sampled_from(["flip", "cut", "delete", "append", "none"])):
-        case "flip" if content:
-            at = data.draw(st.integers(0, len(content) - 1))
-            content[at] ^= 1 << data.draw(st.integers(0, 7))
-            file.write_bytes(content)
-        case "cut" if content:
-            file.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
-        case "delete":
-            file.unlink()
-        case "append":
-            file.write_bytes(bytes(content) + b"\0")
-        case _:
-            assert tree.equal(Checkpoints(copy).restore(like=fresh()), newer)
-            return
-    with pytest.raises(CheckpointError) as error:
-        Checkpoints(copy).restore(like=fresh())
-    assert file.name in str(error.value) or Path(newest).name in str(error.value)
-    assert tree.equal(Checkpoints(copy).restore(like=fresh(), step=older.step), older)
+def some(damages: Iterable[Damage], count: int) -> list[Damage]:
+    return random.Random(0).sample(list(damages), count)
+
+
+def test_a_flipped_bit_anywhere_is_an_error_that_names_the_file_and_what_is_lost(tmp_path: Path):
+    sweep = Sweep(tmp_path, large)
+    assert sweep(some(sweep.flips(random.Random(0), 101), 150)).bad == []
+    assert set(sweep.found) == {"errors that name the file", "errors that name the file and what is lost"}
+
+
+def test_files_that_are_cut_missing_mixed_up_or_added_are_named_or_do_not_matter(tmp_path: Path):
+    sweep = Sweep(tmp_path, small)
+    assert sweep(whole(sweep)).bad == []
+    assert sweep.found["exact"] == 20, "what was added, beside the checkpoint or in it, and no more"
+
+
+def test_damage_that_its_digest_does_not_show_is_noticed_by_leaf(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.CRITICAL, "absl")
+    sweep = Sweep(tmp_path, small)
+    assert sweep(some(sweep.forged(sweep.flips(random.Random(0))), 100)).bad == []
+    assert sweep.found["errors that name what is lost"] > 0
