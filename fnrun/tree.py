@@ -147,6 +147,15 @@ def join(path: tuple[Any, ...]) -> str:
     return "/".join(str(entry).replace("~", "~0").replace("/", "~1") for entry in path)
 
 
+def split(path: str) -> tuple[str, ...]:
+    """The entries of which `join` made a path, as text.
+
+    >>> split(join(("params", "a/b~c")))
+    ('params', 'a/b~c')
+    """
+    return tuple(entry.replace("~1", "/").replace("~0", "~") for entry in path.split("/"))
+
+
 def snapshot(tree: Any) -> Any:
     """An independent copy: every tensor and array is copied, so that nothing done in place elsewhere reaches it."""
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
+from fnrun import tree
 from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of
 from fnrun.checkpoint.manifest import TORCH_DTYPES, CheckpointError, Leaf, Node, constant, encode_constant, text
 
@@ -139,7 +140,7 @@ def _retold(structure: Node | int, path: str, moved: Mapping[int, str], found: d
 
 
 def _key(entry: str) -> Any:
-    return encode_constant(entry.replace("~1", "/").replace("~0", "~"))
+    return encode_constant(*tree.split(entry))
 
 
 # --- matching ----------------------------------------------------------------------------------------------------------

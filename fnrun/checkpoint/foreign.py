@@ -1,0 +1,270 @@
+"""State dicts in files: those that torch, MMEngine, Lightning and safetensors write, read without running any code in them, and written.
+
+A pickle is read by torch's restricted unpickler alone (`torch.load(weights_only=True)`). Where a file holds objects of other classes too, as
+MMEngine's do, each of these classes and functions is stood in for by one of ours that takes whatever it is given and does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnrun import tree
+from fnrun.checkpoint import codec, store
+from fnrun.checkpoint.manifest import CheckpointError, DamagedError
+from fnrun.checkpoint.match import shortened
+
+#: Where a state dict stands in a file that holds more: MMEngine's and Lightning's, and that of many others.
+KEYS = ("state_dict", "model")
+#: What can be written, by suffix.
+SUFFIXES = (".safetensors", ".pt", ".pth")
+#: The entry of a safetensors header that says which names are one tensor: JSON, other name to first name.
+TIED = "tied"
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def params_from(source: str | Path | Mapping[str, Any], key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a state dict by name, on the CPU, under the names that they have there.
+
+    `source` is a state dict, a file that `torch.save` or safetensors wrote (told by its content), or what such a file holds. The state dict
+    is all of it if its values are tensors, and else what stands under `state_dict` or `model`, or under `key`. No code in a file is run.
+    Names that are one tensor (tied weights) are one tensor here too.
+
+    Raises DamagedError for a file that is cut off or changed, as far as its format can tell: zip files (torch's since 1.6) have a checksum.
+    Raises CheckpointError for other files, for pickles that cannot be read without running code, where there is no state dict or more than
+    one, and for entries that are no plain tensors.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> list(params_from({"epoch": 3, "state_dict": model.state_dict()}))
+    ['weight', 'bias']
+    """
+    if isinstance(source, Mapping):
+        return state_dict(source, key)
+    copies: dict[Any, Tensor] = {}  # a file that is mapped into memory may be changed later
+    found = state_dict(source, key)
+    for tensor in found.values():
+        if (identity := codec.identity(tensor)) not in copies:
+            copies[identity] = tensor.clone()
+    return {name: copies[codec.identity(tensor)] for name, tensor in found.items()}
+
+
+def state_dict(source: str | Path | Mapping[str, Any], key: str | None = None) -> dict[str, Tensor]:
+    """What `params_from` returns; tensors of a file may be mapped from it, and are to be copied."""
+    if isinstance(source, Mapping):
+        return _chosen(source, key, "the mapping")
+    path = Path(source)
+    try:
+        content = _content(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    return _chosen(content, key, str(path))
+
+
+def _content(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"PK\x03\x04"):
+        _check_zip(path)
+        return _torch_file(path, mapped=True)
+    if head.startswith(_LEGACY):
+        return _torch_file(path, mapped=False)
+    if head[8:9] == b"{":
+        return _safetensors_file(path)
+    what = next((what for start, what in _OTHERS.items() if head.lstrip().startswith(start)), f"it begins with {head[:24]!r}")
+    raise CheckpointError(f"{path} is no file of torch or safetensors: {what if head else 'it is empty'}")
+
+
+#: How torch's files began before 1.6: a pickle of this number.
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_OTHERS = {
+    b"<": "it is an HTML page, which is what a failed download often is",
+    b"version https://git-lfs": "it is a pointer to a file in Git LFS: `git lfs pull` fetches that",
+    b"\x80": "it is a plain pickle, which cannot be read without running code",
+}
+
+
+def _check_zip(path: Path) -> None:
+    """Compare the content with the checksums that torch wrote and does not look at itself."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            changed = file.testzip()
+    except Exception as error:
+        raise DamagedError(f"{path} is damaged or cut off: {error}; fetch it again") from error
+    if changed:
+        raise DamagedError(
+            f"{path} is damaged: the checksum of {changed} in it is wrong; fetch it again. (If it was saved under "
+            "torch.serialization.set_crc32_options(False) it has none: pass what torch.load makes of it.)"
+        )
+
+
+def _torch_file(path: Path, *, mapped: bool) -> Any:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
+        with _unpickling, torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever a pickle may say
+        raise CheckpointError(
+            f"{path} cannot be read as tensors and plain values, running no code: {_reason(error)}. Read it where it was written and save "
+            "the tensors alone: torch.save(model.state_dict(), ...)"
+        ) from error
+
+
+#: torch's list of what may be unpickled is one for the process.
+_unpickling = threading.Lock()
+
+
+class Inert:
+    """What stands for an object of a class that is not torch's."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _empty_dict(*args: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _stand_in(name: str) -> Any:
+    """What to unpickle in place of this class or function: for a dictionary one that can be filled, elsewhere what does nothing."""
+    return _empty_dict if name == "collections.defaultdict" else type(name, (Inert,), {})
+
+
+def _reason(error: Exception) -> str:
+    """What the unpickler said, without the advice that torch wraps it in: to trust the file."""
+    inner = error.__context__ if type(error.__context__) is type(error) else error
+    return (str(inner).strip().partition(" Please use")[0].splitlines() or [""])[0].rstrip(".") or type(error).__name__
+
+
+def _safetensors_file(path: Path) -> dict[str, Tensor]:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            tied = json.loads((file.metadata() or {}).get(TIED, "{}"))
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:  # pyright: ignore[reportAttributeAccessIssue]
+        raise DamagedError(f"{path} is damaged, cut off or no safetensors file: {error}; fetch it again") from error
+    for other, first in tied.items():
+        if other in tensors and first in tensors and tree.equal(tensors[other], tensors[first]):
+            tensors[other] = tensors[first]
+    return tensors
+
+
+def _chosen(content: Any, key: str | None, where: str) -> dict[str, Tensor]:
+    """The state dict in what was read. Raises CheckpointError, saying what there is."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{where} holds {_words(content)}, not a state dict; save model.state_dict() where its class is")
+    keys = [key] if key is not None else [] if any(isinstance(v, Tensor) for v in content.values()) else list(KEYS)
+    chosen = [content[name] for name in keys if isinstance(content.get(name), Mapping)] if keys else [content]
+    if len(chosen) != 1:
+        found = ", ".join(f"{name} ({_words(value)})" for name, value in list(content.items())[:30])
+        what = f"{'more than one' if chosen else 'no'} state dict under {' or '.join(keys)}"
+        raise CheckpointError(f"{where} holds {what}; it has: {found or 'nothing'}. Name one of these: params_from(..., key=...)")
+    others = [f"{name} is {_words(value)}" for name, value in chosen[0].items() if not (isinstance(name, str) and _plain(value))]
+    if others:
+        raise CheckpointError(
+            f"{where}: a state dict has plain, dense tensors by name, and here {shortened(others)}. Leave out what is none: read the "
+            'file with torch.load(..., weights_only=True) and pass the rest, or name the state dict in it: params_from(..., key="model")'
+        )
+    if not chosen[0]:
+        raise CheckpointError(f"{where}: the state dict is empty")
+    return {name: value.detach() for name, value in chosen[0].items()}
+
+
+def _plain(value: Any) -> bool:
+    plain = type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return plain and value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "a tensor" if _plain(value) else f"a {type(value).__name__} of {value.layout}, {value.dtype}, on {value.device}"
+    article = "an" if type(value).__name__[0] in "aeiouAEIOU" else "a"
+    return f"{article} {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, Mapping) else "")
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def check_target(to: Path, *, overwrite: bool) -> None:
+    """Raises CheckpointError where `write` would not write."""
+    if to.suffix not in SUFFIXES:
+        raise CheckpointError(f"{to}: weights are written as {', '.join(SUFFIXES)}, not as {to.suffix or 'a file without a suffix'}")
+    if to.exists() and not overwrite:
+        raise CheckpointError(f"{to} is there already; overwrite=True writes over it")
+
+
+def write(to: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A state dict in a file that appears whole or not at all; `metadata` goes into the header of a safetensors file.
+
+    Tensors that are one object are one in a torch file too; safetensors has no such thing, they are written twice, and the header says so.
+    """
+    tensors = _independent(tensors)
+    try:
+        with _replacing(to) as temporary:
+            if to.suffix == ".safetensors":
+                _write_safetensors(temporary, tensors, metadata)
+            else:
+                with temporary.open("wb") as file:
+                    torch.save(tensors, file)
+    except OSError as error:
+        raise CheckpointError(f"{to} cannot be written: {error.strerror or error}") from error
+
+
+def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none a part of a larger memory, sharing none but where two names are one tensor."""
+    copies: dict[Any, Tensor] = {}
+    for tensor in tensors.values():
+        if (identity := codec.identity(tensor)) not in copies:
+            copy = tensor.detach().cpu().resolve_conj().resolve_neg()
+            copies[identity] = copy.clone() if copy.untyped_storage().nbytes() != copy.nbytes else copy
+    return {name: copies[codec.identity(tensor)] for name, tensor in tensors.items()}
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    import safetensors.torch
+
+    first: dict[int, str] = {}
+    tied = {name: first[id(tensor)] for name, tensor in tensors.items() if first.setdefault(id(tensor), name) != name}
+    header = {**metadata, **({TIED: json.dumps(tied)} if tied else {})}
+    own = {
+        name: tensor.clone(memory_format=torch.contiguous_format) if name in tied else tensor.contiguous()
+        for name, tensor in tensors.items()
+    }
+    try:
+        safetensors.torch.save_file(own, path, header)
+    except KeyError as error:  # a dtype
+        names = shortened([name for name, tensor in own.items() if tensor.dtype == error.args[0]])
+        raise CheckpointError(f"safetensors has no {error.args[0]}, as {names} is: write a .pt file") from error
+    except safetensors.SafetensorError as error:  # pyright: ignore[reportAttributeAccessIssue]
+        raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _replacing(to: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `to` when it is on disk for good, or leaves nothing behind."""
+    temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        store.sync(temporary)
+        temporary.replace(to)
+        store.sync(to.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,253 @@
+"""Weights between states, checkpoints and files: a fresh state with the weights of another training, and the weights of a state as a file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import optree
+import torch
+from torch import Tensor, nn
+
+import fnrun
+from fnrun import checkpoint, tree
+from fnrun.checkpoint import codec, foreign, match, store
+from fnrun.checkpoint.manifest import CheckpointError, text
+from fnrun.state import buffers_of, weights_of
+
+if TYPE_CHECKING:
+    from fnrun.checkpoint import Checkpoints, Which
+
+Weights = str | Callable[[Any], Any]
+S = TypeVar("S")
+FIELDS = ("params", "buffers")
+
+
+# --- from a file or a checkpoint to a state ----------------------------------------------------------------------------
+
+
+def load_from(
+    source: str | Path | Checkpoints | Mapping[str, Any],
+    like: S,
+    *,
+    weights: Weights = "params",
+    select: str | Sequence[str] = ("params/**", "buffers/**"),
+    rename: match.Rename | None = None,
+    strict: bool = True,
+    step: Which = None,
+) -> S:
+    """`like`, a fresh state, with the parameters and buffers of `source`; step, key, position and all else are `like`'s.
+
+    `source` is a run, its checkpoints or one of them (`step` as in `restore`, `weights` as in `make_eval_step`), or what `params_from` takes.
+    Names, shapes and dtypes must be those of `like`: nothing is cast. Tensors are copies, in the layout and on the device of `like`'s. Where the
+    fresh optimizer state holds a copy of the parameters (schedule-free, lookahead), it holds one of the new ones.
+
+    `select`, `rename` and `strict` are as in `Checkpoints.restore`, on paths such as `params/0.weight` and `buffers/1.running_mean`. For a
+    state dict, which does not tell parameters from buffers, `rename` is asked about both, and a second name of a tensor is not unexpected.
+
+    Raises CheckpointError with a table of what differs, DamagedError for a file that is not as it was written.
+
+    >>> model = nn.Linear(2, 1)
+    >>> state = load_from(model.state_dict(), fnrun.TrainState.create(nn.Linear(2, 1)))
+    >>> tree.equal(state.params, dict(model.state_dict()))
+    True
+    """
+    entries, where = _entries(source, weights, step)
+    fresh = {field: dict(getattr(like, field)) for field in FIELDS}
+    patterns = [select] if isinstance(select, str) else list(select)
+    found = _placed(entries, fresh, match.renaming(rename) if rename is not None else None)
+    described = codec.describe(found)
+    matcher = match.Matcher(described.structure, described.leaves, patterns, strict=strict)
+    plan = matcher.plan(fresh, where)
+    sources, leaves = described.sources, described.leaves
+    built = codec.build(plan, lambda pick: sources[leaves[pick.number].origin(pick.number)])
+    for line in matcher.left():
+        logging.getLogger("fnrun").info("%s: %s", where, line)
+    new = {field: {name: _copied(built[field][name], value) for name, value in fresh[field].items()} for field in FIELDS}
+    state: Any = like
+    return state.replace(**new, opt_state=_followed(state.opt_state, fresh["params"], new["params"]))
+
+
+def _entries(source: Any, weights: Weights, step: Which) -> tuple[list[tuple[tuple[str, ...], Tensor]], str]:
+    """Each tensor of `source` with the paths at which it may stand in a state, and where they are from, in words."""
+    if isinstance(source, Mapping) or not (checkpoints := _checkpoints(source)):
+        if weights != "params" or step is not None:
+            raise CheckpointError("weights and step choose among what a checkpoint holds; a state dict has one set of weights and no step")
+        tensors = foreign.state_dict(source)
+        where = "the state dict" if isinstance(source, Mapping) else str(source)
+        return [(tuple(text((field, name)) for field in FIELDS), tensor) for name, tensor in tensors.items()], where
+    found, _, where = _saved(*checkpoints, weights, step)
+    return [((text((field, name)),), tensor) for field in FIELDS for name, tensor in found[field].items()], where
+
+
+def _placed(
+    entries: list[tuple[tuple[str, ...], Tensor]], fresh: Mapping[str, Any], rename: Callable[[str], str] | None
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors by field and name: where `fresh` has a place for them under their new names, elsewhere where they come first."""
+    known = {text((field, name)): (field, name) for field in FIELDS for name in fresh[field]}
+    placed: dict[str, Tensor] = {}
+    before: dict[str, str] = {}
+    spare: dict[str, Tensor] = {}
+    for paths, tensor in entries:
+        new = [rename(path) if rename else path for path in paths]
+        old, path = next(((old, path) for old, path in zip(paths, new, strict=True) if path in known), (paths[0], new[0]))
+        if path in before:
+            raise CheckpointError(f"rename: {before[path]} and {old} would both be {path}")
+        if path.partition("/")[0] not in FIELDS or path.count("/") != 1:
+            raise CheckpointError(f"rename: {old} cannot be {path!r}: a path is params/NAME or buffers/NAME")
+        before[path] = old
+        (placed if path in known else spare)[path] = tensor
+    if rename and all(path == old for path, old in before.items()):
+        raise CheckpointError(f"rename: it changes no path; there are {match.shortened(list(before))}")
+    taken = {codec.identity(tensor) for tensor in placed.values()}
+    spare = {path: tensor for path, tensor in spare.items() if codec.identity(tensor) not in taken}
+    found: dict[str, dict[str, Tensor]] = {field: {} for field in FIELDS}
+    for path, tensor in {**placed, **spare}.items():
+        field, name = tree.split(path)
+        found[field][name] = tensor
+    return found
+
+
+def _copied(value: Tensor, like: Tensor) -> Tensor:
+    if value is like:
+        return like
+    device = "cpu" if like.is_meta else like.device
+    return torch.empty_like(like, device=device, requires_grad=False).copy_(value)
+
+
+def _followed(opt_state: Any, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Any:
+    """The fresh optimizer state, with copies of the new parameters where it holds copies of the old ones."""
+
+    def copies(value: Any) -> bool:  # all of them, and not all zero: so are moments
+        named = isinstance(value, dict) and bool(value) and all(name in before for name in value)
+        return (
+            named
+            and any(isinstance(v, Tensor) and bool(v.any()) for v in value.values())
+            and tree.equal(value, {n: before[n] for n in value})
+        )
+
+    return optree.tree_map(lambda value: {n: after[n].clone() for n in value} if copies(value) else value, opt_state, is_leaf=copies)
+
+
+# --- from a state or a checkpoint to a file ----------------------------------------------------------------------------
+
+
+def export(
+    source: Any,
+    to: str | Path,
+    *,
+    weights: Weights = "params",
+    step: Which = None,
+    dtype: torch.dtype | None = None,
+    model: nn.Module | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Parameters and buffers as a plain state dict of names to tensors, in a `.safetensors`, `.pt` or `.pth` file.
+
+    `source` is a state, a run, its checkpoints or one of them (`step` as in `restore`); `weights` as in `make_eval_step`: the state's own
+    (`"params"`), those that a hook remembers (`"ema"`), or a function of the state. Names and classes of a checkpoint need not be known, but
+    for a function of the state. `dtype` casts floating-point tensors. With `model` the names are those of `model.state_dict()`, tied ones
+    too and no buffers that are not persistent, so that `load_state_dict` takes it; without, each tensor has one name.
+
+    The file appears whole or not at all. The header of a safetensors file says step, weights and version. Returns the path.
+    Raises CheckpointError for another suffix, a file that is there already and is not to be overwritten, and weights that are not `model`'s.
+
+    >>> import tempfile
+    >>> from fnrun.checkpoint import params_from
+    >>> state = fnrun.TrainState.create(nn.Linear(2, 1))
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = export(state, f"{directory}/linear.safetensors")
+    ...     tree.equal(params_from(path), state.params)
+    True
+    """
+    to = Path(to)
+    foreign.check_target(to, overwrite=overwrite)
+    found, at = _found(source, weights, step)
+    tensors = {**found["params"], **found["buffers"]}
+    if model is not None:
+        tensors = _as_named_by(model, tensors)
+    if dtype is not None:
+        casts = {id(tensor): tensor.to(dtype) for tensor in tensors.values() if tensor.is_floating_point()}
+        tensors = {name: casts.get(id(tensor), tensor) for name, tensor in tensors.items()}
+    name = weights if isinstance(weights, str) else getattr(weights, "__qualname__", type(weights).__name__)
+    foreign.write(to, tensors, {"format": "pt", "fnrun": fnrun.__version__, "step": str(at), "weights": name})
+    return to
+
+
+def _found(source: Any, weights: Weights, step: Which) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """Parameters and buffers by field and name, and their step."""
+    if hasattr(source, "params"):
+        if step is not None:
+            raise CheckpointError("step chooses among the checkpoints of a run; this is one state")
+        params, buffers = weights_of(source, weights)
+        return {"params": dict(params), "buffers": dict(buffers)}, source.step
+    checkpoints = _checkpoints(source)
+    if checkpoints is None:
+        raise CheckpointError(f"{source} is no run and no checkpoint")
+    found, at, _ = _saved(*checkpoints, weights, step)
+    return found, at
+
+
+def _as_named_by(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under all names that they have in `model.state_dict()`. Raises CheckpointError where the two don't fit."""
+    own: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers_of(model)}
+    apart = [
+        f"{name} is {what}"
+        for names, what in ((own.keys() - tensors, "missing"), (tensors.keys() - own, "unexpected"))
+        for name in sorted(names)
+    ]
+    apart += [f"{name} is {tuple(tensors[name].shape)}" for name, t in own.items() if name in tensors and tensors[name].shape != t.shape]
+    if apart:
+        raise CheckpointError(f"these are not the weights of the {type(model).__name__}: {match.shortened(apart)}")
+    names = {id(tensor): name for name, tensor in own.items()}
+    found = {name: names.get(id(value)) for name, value in model.state_dict(keep_vars=True).items()}
+    if strange := [name for name, known in found.items() if known is None]:
+        raise CheckpointError(f"{type(model).__name__}.state_dict() has entries that are none of its tensors: {match.shortened(strange)}")
+    return {name: tensors[known] for name, known in found.items() if known is not None}
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def _checkpoints(source: Any) -> tuple[Checkpoints, checkpoint.Entry | None] | None:
+    """The checkpoints that `source` means, and which of them if it is one; None for what is no directory."""
+    source = getattr(source, "checkpoints", source)
+    if isinstance(source, checkpoint.Checkpoints):
+        return source, None
+    path = Path(source)
+    if not path.is_dir():
+        return None
+    if (path / store.MANIFEST).exists() or checkpoint.Entry.of(path.name):
+        return checkpoint.Checkpoints.at(path)
+    return checkpoint.Checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
+
+
+def _saved(
+    checkpoints: Checkpoints, entry: checkpoint.Entry | None, weights: Weights, step: Which
+) -> tuple[dict[str, dict[str, Tensor]], int, str]:
+    """Parameters and buffers of a checkpoint by field and name, its step, and where it is."""
+    if entry is not None and step is not None:
+        raise CheckpointError(f"{checkpoints.directory / entry.name} is one checkpoint: step chooses among several")
+    entry = entry or checkpoints.find(step)
+    where = str(checkpoints.directory / entry.name)
+    if callable(weights):
+        params, buffers = weights_of(checkpoints.restore(step=entry), weights)
+        return {"params": dict(params), "buffers": dict(buffers)}, entry.step, where
+    fields = dict(zip(FIELDS, FIELDS, strict=True))
+    if weights != "params":
+        remembered = text(("memory", weights))
+        paths = [leaf.path for leaf in checkpoints.manifest(entry).leaves]
+        if not any(path.startswith(f"{remembered}/params/") for path in paths):
+            names = sorted({path.split("/")[1] for path in paths if path.startswith("memory/") and path.split("/")[2:3] == ["params"]})
+            raise CheckpointError(f"{where}: weights={weights!r}: no hook of this name remembers 'params'; there are {names}")
+        own = [field for field in FIELDS if any(path.startswith(f"{remembered}/{field}/") for path in paths)]
+        fields |= {field: f"{remembered}/{field}" for field in own}
+    leaves = checkpoints.read(entry, [f"{place}/**" for place in fields.values()])
+    found: dict[str, dict[str, Tensor]] = {field: {} for field in FIELDS}
+    for field, place in fields.items():
+        for path, leaf in leaves.items():
+            if path.startswith(f"{place}/"):
+                found[field][tree.split(path)[-1]] = leaf
+    return found, entry.step, where
