@@ -1008,5 +1008,6 @@ def test_data_workers_are_forked_beside_a_save(tmp_path: Path) -> None:
 
 
 def test_the_public_names() -> None:
-    assert set(checkpoint.__all__) == {"Checkpoints", "CheckpointError", "DamagedError", "Entry", "Manifest"}
+    names = {"Checkpoints", "CheckpointError", "DamagedError", "Entry", "Manifest", "Which", "params_from", "load_from", "export"}
+    assert set(checkpoint.__all__) == names
     assert issubclass(DamagedError, CheckpointError)

@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from fnrun.checkpoint import CheckpointError, Checkpoints, check_keep, monitored
+from fnrun.checkpoint import CheckpointError, Checkpoints
+from fnrun.checkpoint.retention import check_keep, monitored
 from fnrun.donation import fate
 from fnrun.hooks.monitor import reported
 from fnrun.state import LoopState, due, in_training

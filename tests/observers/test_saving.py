@@ -70,7 +70,7 @@ def test_a_save_that_fails_is_told_and_training_goes_on(tmp_path: Path, caplog: 
 
     def clearing(state: Any, metrics: Any) -> None:
         if state.step == 12:
-            saving.checkpoints._join()
+            saving.checkpoints.steps()  # waits for the save in flight
             place.unlink()
 
     saving = observers.checkpoint(Checkpoints(place))

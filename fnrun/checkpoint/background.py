@@ -1,0 +1,78 @@
+"""Work behind the training: one job after the other, in a thread; what goes wrong is kept until somebody asks."""
+
+from __future__ import annotations
+
+import concurrent.futures.thread  # noqa: F401  (its own clean-up at exit must come after ours)
+import contextlib
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+
+from fnrun.checkpoint.manifest import CheckpointError
+
+
+class Background:
+    """Jobs in their order, for `where`; a program that ends lets them finish."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, job: Callable[[], None], failed: str) -> None:
+        """Begin `job` once those before it are done; `failed` says what was not done if it raises."""
+        before = self._thread
+
+        def work() -> None:
+            if before is not None:
+                before.join()
+            try:
+                job()
+            except Exception as error:
+                failure = CheckpointError(f"{self.where}: {failed}: {error}")
+                failure.__cause__ = error
+                if self._failure is None:
+                    self._failure = failure
+                else:
+                    self._failure.add_note(str(failure))
+
+        _finish_at_exit(self)
+        self._thread = threading.Thread(target=work, name="fnrun-checkpoint")
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for every job."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> CheckpointError | None:
+        """What went wrong since it was last asked for."""
+        failure, self._failure = self._failure, None
+        return failure
+
+
+_unfinished: weakref.WeakSet[Background] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unfinished.clear)  # a data worker has nothing to finish
+
+
+def _finish_at_exit(background: Background) -> None:
+    """Let a program that ends without waiting finish its save: once the interpreter shuts down, orbax can start no more threads."""
+    if not _unfinished and hasattr(threading, "_register_atexit"):
+        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down already
+            threading._register_atexit(_finish)  # pyright: ignore[reportAttributeAccessIssue]
+    _unfinished.add(background)
+
+
+def _finish() -> None:
+    for background in list(_unfinished):
+        background.join()
+        if (failure := background.failure()) is not None:
+            logging.getLogger("fnrun").error(str(failure))

@@ -1,0 +1,462 @@
+"""A directory of checkpoints: saving, finding, restoring, deleting.
+
+    with Checkpoints("runs/digits/try1/checkpoints") as checkpoints:
+        checkpoints.save(state, {"val/loss": 0.2}, monitor="val/loss")     # returns at once, writes behind
+    state = Checkpoints("runs/digits/try1/checkpoints").restore(like=fresh)
+
+A directory of checkpoints is one history, ordered by `state.position.ticks`. After a save, `latest()` is what was saved: where a run goes
+on from an older checkpoint, what lies beyond it is a future that was given up, and is moved aside when the first new checkpoint is
+written (`abandoned-...`: nothing reads it; `fnrun gc` deletes it, or rename it back). One process at a time writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import torch
+
+from fnrun.checkpoint import codec, match, store
+from fnrun.checkpoint.background import Background
+from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Leaf, Manifest, Mode, constant, encode_config, scalars
+from fnrun.checkpoint.retention import Entry, Which, best, check_keep, judges, monitored, superfluous
+from fnrun.donation import secured
+
+_TEMPORARY = ".tmp-"
+_ABANDONED = "abandoned-"
+
+
+class Checkpoints:
+    """The checkpoints in `directory`, which is made at the first save.
+
+    `config` is written into each manifest, and `environment` beside what is found out about versions and machine. `guard()` is called before
+    anything is written and before it takes its place; raising a CheckpointError it keeps a process out that may not write any more.
+
+    >>> import tempfile, torch, fnrun.state
+    >>> state = fnrun.state.TrainState.create(torch.nn.Linear(2, 1), seed=0)
+    >>> with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
+    ...     checkpoints.save(state.replace(step=10), {"loss": 0.5}, monitor="loss")
+    ...     checkpoints.save(state.replace(step=20), {"loss": 0.7}, monitor="loss")
+    ...     checkpoints.steps(), checkpoints.best(), checkpoints.restore(like=state).step
+    ([10, 20], 10, 20)
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        config: Any = None,
+        environment: Mapping[str, str] | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
+        self.directory = Path(directory).absolute()  # orbax takes no other, and the process may change its directory
+        self.config = encode_config(config)
+        self.environment = dict(environment or {})
+        self.guard = guard
+        self._background = Background(str(self.directory))
+        self._opened = False
+
+    # --- saving
+
+    def save(
+        self,
+        state: Any,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        monitor: str | Mapping[str, Mode] | None = None,
+        mode: Mode = "min",
+    ) -> None:
+        """Hand `state` over to be saved behind the training; returns before it is on disk, `wait()` when it is.
+
+        The tensors are not copied, for nobody writes to them; only those that a running loop donates are. At most one save is in flight, a
+        second one waits for it. The scalars among `metrics` are kept; `monitor` names the one by which `best()` chooses (a NaN, or none, is
+        never the best), or several with their modes: `{"val/loss": "min", "val/accuracy": "max"}`.
+
+        A state of a step and a tick that are on disk already, bit for bit, with nothing new in its metrics, is not written again;
+        one that differs is written beside it, and is the newer of the two.
+
+        Raises CheckpointError at once for what cannot be saved. The failure of an earlier save is raised when this one is under way.
+        """
+        monitors = monitored(monitor, mode)
+        if self.guard is not None:
+            self.guard()
+        step, ticks = _place(state)
+        self._background.join()  # before the copy, so that there is one at most
+        description, metrics = codec.describe(secured(state)), dict(metrics or {})
+        ready = [torch.cuda.current_stream(device).record_event() for device in _devices(description.sources.values())]
+        failure = self._background.failure()
+
+        def job() -> None:
+            for event in ready:
+                event.synchronize()
+            manifest = Manifest(
+                step=step,
+                ticks=ticks,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                metrics=scalars(metrics),
+                monitors=monitors,
+                config=self.config,
+                environment=self.environment,
+                structure=description.structure,
+                leaves=description.leaves,
+            )
+            self._write(manifest, description.sources)
+
+        self._background.start(job, f"step {step} was not saved")
+        if failure is not None:
+            raise failure
+
+    def _write(self, manifest: Manifest, sources: dict[int, Any]) -> None:
+        self._open()
+        bits = store.digest(manifest, sources)
+        here = [entry for entry in self._entries() if (entry.ticks, entry.step) == (manifest.ticks, manifest.step)]
+        if here and self._holds(here[-1], manifest):
+            self._abandon_after(here[-1])
+            return
+        entry = Entry(manifest.ticks, manifest.step, here[-1].version + 1 if here else 0)
+        temporary = self.directory / f"{_TEMPORARY}{entry.name}"
+        store.remove(temporary)
+        try:
+            temporary.mkdir()
+            store.write(temporary, manifest, bits)
+            if self.guard is not None:
+                self.guard()
+            self._abandon_after(entry)
+            temporary.rename(self.directory / entry.name)
+            store.sync(self.directory)
+        except BaseException:
+            store.remove(temporary)
+            raise
+
+    def _open(self) -> None:
+        """Make the directory, and clean up behind a process that was killed."""
+        if self._opened:
+            return
+        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            store.sync(path.parent)
+        for leftover in self.directory.glob(f"{_TEMPORARY}*"):
+            store.remove(leftover)
+        self._opened = True
+
+    def _holds(self, entry: Entry, manifest: Manifest) -> bool:
+        """Whether that checkpoint is this state, whole, with these metrics."""
+        try:
+            found = store.read_manifest(self.directory / entry.name)
+            store.check_files(self.directory / entry.name, found)
+        except CheckpointError:
+            return False
+        same = _content(found) == _content(manifest)
+        judged = (found.metrics, found.monitors) == (manifest.metrics, manifest.monitors)
+        return same and (judged or not manifest.metrics)
+
+    def _abandon_after(self, entry: Entry) -> None:
+        """Move aside what lies beyond: the future of a run that went on from an older checkpoint."""
+        beyond = [other for other in self._entries() if other[:2] > entry[:2]]
+        for other in beyond:
+            target = self.directory / f"{_ABANDONED}{other.name}"
+            count = 1
+            while target.exists():
+                count += 1
+                target = self.directory / f"{_ABANDONED}{other.name}-{count}"
+            (self.directory / other.name).rename(target)
+        if beyond:
+            store.sync(self.directory)
+            names = ", ".join(other.name for other in beyond)
+            logging.getLogger("fnrun").warning(
+                f"{self.directory}: the run goes on from step {entry.step}; moved aside as {_ABANDONED}*: {names}"
+            )
+
+    def poll(self) -> None:
+        """Raise the failure of a save that went wrong behind, if there is one; costs nothing and waits for nothing."""
+        if (failure := self._background.failure()) is not None:
+            raise failure
+
+    def wait(self) -> None:
+        """Return when everything handed over is on disk. Raises CheckpointError, naming the step, for what is not."""
+        self._background.join()
+        self.poll()
+
+    close = wait
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self.wait()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+
+    # --- looking
+
+    def entries(self) -> list[Entry]:
+        """Every checkpoint, from the oldest to the newest. A save in flight is waited for, here and in what follows."""
+        self._background.join()
+        return self._entries()
+
+    def _entries(self) -> list[Entry]:
+        if not self.directory.is_dir():
+            return []
+        return sorted(entry for path in self.directory.iterdir() if (entry := Entry.of(path.name)) is not None)
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, in order."""
+        return list(dict.fromkeys(entry.step for entry in self.entries()))
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint, by ticks: what was saved last."""
+        entries = self.entries()
+        return entries[-1].step if entries else None
+
+    def best(self, metric: str | None = None) -> int | None:
+        """The step of the checkpoint with the best value of `metric`, or of the first one that the newest monitored checkpoint names; the first of equals.
+
+        Read from the manifests. None where nothing was monitored. Raises CheckpointError if a manifest is damaged, or `metric` was never monitored.
+        """
+        self._background.join()
+        found = self._best(self._manifests(), metric)
+        return found.step if found else None
+
+    def _best(self, manifests: Mapping[Entry, Manifest], metric: str | None) -> Entry | None:
+        known = judges(manifests)
+        if metric is not None and metric not in known:
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint was saved with {metric!r} monitored; monitored: {', '.join(known) or 'nothing'}"
+            )
+        return best(manifests, metric)
+
+    def manifest(self, step: Which = None) -> Manifest:
+        """What a checkpoint says of itself, its arrays apart: metrics, config, environment, leaves. Arguments as in `restore`."""
+        return self._manifest(self.find(step))
+
+    def _manifests(self) -> dict[Entry, Manifest]:
+        return {entry: self._manifest(entry) for entry in self._entries()}
+
+    def _manifest(self, entry: Entry) -> Manifest:
+        manifest = store.read_manifest(self.directory / entry.name)
+        if (manifest.step, manifest.ticks) != (entry.step, entry.ticks):
+            raise DamagedError(
+                f"{self.directory / entry.name} holds step {manifest.step}, ticks {manifest.ticks}: the directory was renamed; "
+                f"its name is {Entry(manifest.ticks, manifest.step, 0).name}"
+            )
+        return manifest
+
+    def find(self, step: Which = None) -> Entry:
+        """The checkpoint that `step` names: a step (the newest of several), "best", "best:METRIC", or None for the newest.
+
+        Raises CheckpointError where there is none, saying which there are.
+        """
+        entries = self.entries()
+        if not entries:
+            raise CheckpointError(f"{self.directory}: there is no checkpoint here")
+        if step is None:
+            return entries[-1]
+        if isinstance(step, Entry):
+            found = [entry for entry in entries if entry == step]
+        elif isinstance(step, str):
+            return self._find_best(step)
+        else:
+            found = [entry for entry in entries if entry.step == step]
+        if not found:
+            number = step.step if isinstance(step, Entry) else step
+            steps = ", ".join(str(entry.step) for entry in entries)
+            given_up = sorted(path.name for path in self.directory.glob(f"{_ABANDONED}{number:08d}-*"))
+            hint = f"; {given_up[0]} was given up when the run went on from an older step: rename it to bring it back" if given_up else ""
+            raise CheckpointError(f"{self.directory}: there is no checkpoint of step {number}; there are: {steps}{hint}")
+        return found[-1]
+
+    def _find_best(self, text: str) -> Entry:
+        kind, _, metric = text.partition(":")
+        if kind != "best":
+            raise CheckpointError(f"a checkpoint is named by its step, 'best' or 'best:METRIC', not {text!r}")
+        found = self._best(manifests := self._manifests(), metric or None)
+        if found is None:
+            names = sorted({name for manifest in manifests.values() for name in manifest.metrics})
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint was saved with a monitored metric that is a number, so none is the best; "
+                f"metrics: {', '.join(names) or 'none'}"
+            )
+        return found
+
+    @classmethod
+    def at(cls, path: str | Path) -> tuple[Checkpoints, Entry]:
+        """The one checkpoint in the directory `path`, and those beside it. Raises CheckpointError where `path` is none."""
+        path = Path(path).absolute()
+        entry = Entry.of(path.name)
+        if entry is None or not path.is_dir():
+            raise CheckpointError(f"{path} is no checkpoint: one is a directory named STEP-TICKS, such as {Entry(120, 100, 0).name}")
+        return cls(path.parent), entry
+
+    # --- restoring
+
+    def restore(
+        self,
+        like: Any = None,
+        step: Which = None,
+        select: str | Sequence[str] | None = None,
+        *,
+        rename: match.Rename | None = None,
+        strict: bool = True,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """The state of a checkpoint, bit for bit: the latest, that of a step (the newest of several), or the best.
+
+        `like` is a fresh state. Its params, buffers and optimizer state must be those that were saved: names, containers, shapes, dtypes.
+        `position`, `memory` and, outside of those three, whatever is empty in `like` is rebuilt from the manifest. Tensors come to the
+        devices of `like`'s; those that it does not have, to where the tensors lie that were beside them when they were saved.
+        Without `like` everything is rebuilt, on the CPU; the classes of structs and NamedTuples must be loaded.
+
+        `select` restores some leaves only, by glob patterns on their paths (`"params/**"`, `["params/**", "!params/head.*"]`);
+        the others are those of `like`, or None. `rename` restores leaves of dictionaries under other paths: regular expressions and what to put
+        for them, `{r"^params/backbone\\.": "params/encoder."}`, or a function of the path; `select` then sees the new ones. With
+        `strict=False` what is missing in the checkpoint stays as it is in `like`, and what `like` does not have is left out; both are logged.
+        `device` brings all tensors there. `dtype` casts floating-point tensors to it, those that have it in `like` or, without `like`, all.
+
+        Raises DamagedError if a byte on disk is not as it was written, CheckpointError with a table of what differs from `like`.
+        """
+        entry = self.find(step)
+        directory = self.directory / entry.name
+        manifest = self._manifest(entry)
+        store.check_files(directory, manifest)
+        with _describing(directory):
+            structure, leaves = manifest.structure, manifest.leaves
+            if rename is not None:
+                structure, leaves = match.renamed(structure, leaves, rename)
+            matcher = match.Matcher(structure, leaves, _patterns(select), strict=strict, cast=dtype)
+            plan = matcher.plan(match.ABSENT if like is None else like, str(directory))
+            picks = list(codec.picks(plan))
+            found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
+            restored = codec.build(plan, _values(leaves, picks, found, device, dtype))
+        for line in matcher.left():
+            logging.getLogger("fnrun").info("%s: %s", directory, line)
+        return restored
+
+    def read(self, step: Which = None, select: str | Sequence[str] | None = None) -> dict[str, Any]:
+        """The leaves of a checkpoint by path, on the CPU; no class of the state need be known. Arguments and errors as in `restore`."""
+        entry = self.find(step)
+        directory = self.directory / entry.name
+        manifest = self._manifest(entry)
+        store.check_files(directory, manifest)
+        with _describing(directory):
+            leaves, patterns = manifest.leaves, _patterns(select)
+            wanted = match.selector(patterns, [] if patterns is None else list(match.paths(manifest.structure)))
+            picks = [codec.Pick(number) for number, leaf in enumerate(leaves) if wanted(leaf.path)]
+            found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
+            value = _values(leaves, picks, found, None, None)
+            return {leaves[pick.number].path: value(pick) for pick in picks}
+
+    # --- deleting
+
+    def prune(self, keep: int, keep_every: int | None = None) -> None:
+        """Delete all but the `keep` newest checkpoints and the best; behind a save in flight, so that nothing goes before it is written.
+
+        With `keep_every=k` the first one at or after each multiple of k steps stays too. What was overtaken at its own step and tick counts as
+        old. One whose manifest is damaged is left alone: it may be the best.
+        """
+        check_keep("prune", keep, keep_every)
+        if self._background.busy:
+            self._background.start(lambda: self._delete(self._superfluous(keep, keep_every)), "old checkpoints were not deleted")
+            return
+        try:
+            self._delete(self._superfluous(keep, keep_every))
+        except OSError as error:
+            raise CheckpointError(f"{self.directory}: old checkpoints were not deleted: {error}") from error
+
+    def superfluous(self, keep: int, keep_every: int | None = None) -> list[Entry]:
+        """What `prune` would delete."""
+        check_keep("superfluous", keep, keep_every)
+        self._background.join()
+        return self._superfluous(keep, keep_every)
+
+    def _superfluous(self, keep: int, keep_every: int | None) -> list[Entry]:
+        readable: dict[Entry, Manifest] = {}
+        entries = self._entries()
+        for entry in entries:
+            with contextlib.suppress(DamagedError):
+                readable[entry] = self._manifest(entry)
+        return superfluous(entries, readable, keep, keep_every)
+
+    def garbage(self) -> list[Path]:
+        """What killed processes have left half written or half deleted, and the futures that were given up; nobody reads either."""
+        self._background.join()
+        if not self.directory.is_dir():
+            return []
+        return sorted(path for path in self.directory.iterdir() if path.name.startswith((_TEMPORARY, _ABANDONED)))
+
+    def _delete(self, entries: Sequence[Entry]) -> None:
+        doomed = [self.directory / f"{_TEMPORARY}delete-{entry.name}" for entry in entries]
+        for entry, path in zip(entries, doomed, strict=True):
+            (self.directory / entry.name).rename(path)
+        if doomed:
+            store.sync(self.directory)  # only then: a power cut must not bring the name back with half of its files
+        for path in doomed:
+            store.remove(path)
+
+
+def _patterns(select: str | Sequence[str] | None) -> Sequence[str] | None:
+    return [select] if isinstance(select, str) else select
+
+
+@contextlib.contextmanager
+def _describing(directory: Path) -> Iterator[None]:
+    """What goes wrong besides our own errors: the digests agree, so somebody else wrote a manifest that makes no sense."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{directory / store.MANIFEST} describes what cannot be built: {error}") from error
+
+
+def _values(
+    leaves: list[Leaf],
+    picks: list[codec.Pick],
+    found: Mapping[int, Any],
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> Callable[[codec.Pick], Any]:
+    """The value of each leaf that is restored, of those `found` on the CPU; leaves that were one tensor are one again."""
+    beside = {leaves[pick.number].device: pick.device for pick in picks if pick.device is not None}
+    moved: dict[Any, Any] = {}
+
+    def value(pick: codec.Pick) -> Any:
+        leaf = leaves[pick.number]
+        first = leaf.origin(pick.number)
+        if not leaf.stored:
+            return constant(leaf.value)
+        if leaf.kind == "ndarray":
+            return found[first]
+        to = torch.device(device or pick.device or beside.get(leaf.device) or "cpu")
+        to = torch.device("cpu") if to.type == "meta" else to
+        cast = dtype if dtype is not None and match.castable(leaf) and (pick.dtype or dtype) == dtype else None
+        return moved.setdefault((first, to, cast), found[first].to(to, cast))
+
+    return value
+
+
+def _place(state: Any) -> tuple[int, int]:
+    """The step and the ticks by which a state is filed; the ticks of one without a position are its steps."""
+    step = getattr(state, "step", None)
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"a checkpoint is named by state.step, an int: this {type(state).__name__} has {step!r}")
+    ticks = getattr(getattr(state, "position", None), "ticks", step)
+    return step, ticks
+
+
+def _devices(values: Any) -> set[torch.device]:
+    return {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}
+
+
+def _content(manifest: Manifest) -> Any:
+    leaves = [(leaf.kind, repr(leaf.value), leaf.dtype, leaf.shape, leaf.strides, leaf.sha256, leaf.shares) for leaf in manifest.leaves]
+    return msgspec.json.encode(manifest.structure), leaves

@@ -1,0 +1,80 @@
+"""Which checkpoint is which: their names, the best, and those that may go. Pure functions of names and manifests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fnrun.checkpoint.manifest import Manifest, Mode
+
+_NAME = re.compile(r"(\d+)-(\d+)(?:\.(\d+))?")
+
+
+class Entry(NamedTuple):
+    """A checkpoint on disk, by its name: `STEP-TICKS`, or `STEP-TICKS.VERSION` if another state was saved there before. Sorts by age."""
+
+    ticks: int
+    step: int
+    version: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.step:08d}-{self.ticks:08d}" + (f".{self.version}" if self.version else "")
+
+    @classmethod
+    def of(cls, name: str) -> Entry | None:
+        """The checkpoint of that name; None for a name that is none."""
+        found = _NAME.fullmatch(name)
+        return cls(int(found[2]), int(found[1]), int(found[3] or 0)) if found else None
+
+
+#: What names a checkpoint: its step (the newest of several), itself, "best" by the metric monitored first, "best:METRIC", or None for the newest.
+Which = int | str | Entry | None
+
+
+def monitored(monitor: str | Mapping[str, Mode] | None, mode: Mode) -> dict[str, Mode]:
+    """The monitored metrics with their modes. Raises ValueError for a mode that is neither "min" nor "max"."""
+    monitors: dict[str, Mode] = {monitor: mode} if isinstance(monitor, str) else dict(monitor or {})
+    for one in (mode, *monitors.values()):
+        if one not in ("min", "max"):
+            raise ValueError(f"mode is 'min' or 'max', not {one!r}")
+    return monitors
+
+
+def judges(manifests: Mapping[Entry, Manifest]) -> dict[str, Mode]:
+    """The metrics by which checkpoints are judged, those of the newest monitored one first."""
+    found: dict[str, Mode] = {}
+    for manifest in reversed(list(manifests.values())):
+        found = {**found, **{metric: mode for metric, mode in manifest.monitors.items() if metric not in found}}
+    return found
+
+
+def best(manifests: Mapping[Entry, Manifest], metric: str | None = None) -> Entry | None:
+    """The checkpoint with the best value of `metric`, or of the first of the `judges`; the first of equals, None where there is no value."""
+    known = judges(manifests)
+    metric = metric or next(iter(known), None)
+    if metric not in known:
+        return None
+    values = [(value, entry) for entry, manifest in manifests.items() if (value := manifest.value(metric, known[metric])) is not None]
+    return min(values)[1] if values else None
+
+
+def superfluous(entries: list[Entry], manifests: Mapping[Entry, Manifest], keep: int, keep_every: int | None = None) -> list[Entry]:
+    """All but the `keep` newest, the best by each metric and the first at or after each multiple of `keep_every` steps; `entries` are in order.
+
+    Those without a manifest stay: they may be the best. What was overtaken at its own step and tick counts as old.
+    """
+    newest = list({entry[:2]: entry for entry in entries}.values())
+    kept = {*newest[-keep:], *(best(manifests, metric) for metric in judges(manifests))}
+    if keep_every is not None:
+        kept.update({bucket: entry for entry in reversed(newest) if (bucket := entry.step // keep_every)}.values())
+    return [entry for entry in entries if entry in manifests and entry not in kept]
+
+
+def check_keep(who: str, keep: int | None, keep_every: int | None) -> None:
+    """Raise ValueError where that many, or each of so many steps, cannot be kept."""
+    if keep is not None and keep < 1:
+        raise ValueError(f"{who}: keep is at least 1, not {keep!r}: the newest checkpoint always stays")
+    if keep_every is not None and keep_every < 1:
+        raise ValueError(f"{who}: keep_every is at least 1 step, not {keep_every!r}")
