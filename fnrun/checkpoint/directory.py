@@ -365,10 +365,10 @@ class Checkpoints:
         """
         check_keep("prune", keep, keep_every)
         if self._background.busy:
-            self._background.start(lambda: self._delete(self._superfluous(keep, keep_every)), "old checkpoints were not deleted")
+            self._background.start(lambda: self.delete([entry.name for entry in self._superfluous(keep, keep_every)]), "old checkpoints were not deleted")
             return
         try:
-            self._delete(self._superfluous(keep, keep_every))
+            self.delete([entry.name for entry in self._superfluous(keep, keep_every)])
         except OSError as error:
             raise CheckpointError(f"{self.directory}: old checkpoints were not deleted: {error}") from error
 
@@ -393,10 +393,15 @@ class Checkpoints:
             return []
         return sorted(path for path in self.directory.iterdir() if path.name.startswith((_TEMPORARY, _ABANDONED)))
 
-    def _delete(self, entries: Sequence[Entry]) -> None:
-        doomed = [self.directory / f"{_TEMPORARY}delete-{entry.name}" for entry in entries]
-        for entry, path in zip(entries, doomed, strict=True):
-            (self.directory / entry.name).rename(path)
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete what the directory holds under these names, each of it whole or not at all. Raises OSError where that is not allowed.
+
+        What stays the best or the newest is the caller's to judge; `superfluous` and `garbage` say what may go.
+        """
+        doomed = [self.directory / (name if name.startswith(_TEMPORARY) else f"{_TEMPORARY}delete-{name}") for name in names]
+        for name, path in zip(names, doomed, strict=True):
+            if path.name != name:
+                (self.directory / name).rename(path)
         if doomed:
             store.sync(self.directory)  # only then: a power cut must not bring the name back with half of its files
         for path in doomed:
