@@ -9,8 +9,8 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, Union
 import msgspec
 import tyro
 
+from fnrun.checkpoint import CheckpointError, DamagedError
+from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.program import ProgramError
-from fnrun.run import Experiment, Run, RunError
+from fnrun.run import CONFIG, Experiment, Run, RunError, Writing
 from fnrun.tree import module_name
 
 Build = Callable[[Any, Run], Experiment]
@@ -31,33 +33,7 @@ C = TypeVar("C")
 Level = Literal["debug", "info", "warning", "error"]
 
 #: Flags of a union's member may be given without naming the member: `--optimizer.lr 3e-4`.
-CONFIG = (tyro.conf.CascadeSubcommandArgs,)
-
-
-class Interrupt:
-    """SIGTERM and Ctrl-C as an interrupt of the program: the first one is a request between two ticks, a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    def __call__(self) -> str | None:
-        return self.signal.name if self.signal is not None else None
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.signal = signal.Signals(number)
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # not through logging: a handler may hold its lock where the signal arrives
-            os.write(2, f"\n{self.signal.name}: finishing the step and saving; once more to stop at once\n".encode())
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[Interrupt]:
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+FLAGS = (tyro.conf.CascadeSubcommandArgs,)
 
 
 def main(build: Build, args: Sequence[str] | None = None) -> None:
@@ -67,17 +43,18 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
     flags. The commands are `train`, `resume` and `evaluate`; each has `--help`. What a user can get wrong is one line on the standard error
     and exit code 1 (2 for a wrong flag); an exception from the experiment's own code keeps its traceback.
 
-    Exit codes: 0 done, 130 and 143 interrupted by Ctrl-C and SIGTERM, with a checkpoint saved.
+    Exit codes: 0 done; interrupted with a checkpoint saved, to be resumed: 130 by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by `--deadline`.
     """
     args = list(sys.argv[1:] if args is None else args)
-    name, config_type = module_name(build.__module__), _config_type(build)
-    command = _parse(args, name, config_type)
+    name, config_type = _name(build), _config_type(build)
+    command, run = _parse(args, name, config_type)
     try:
         if isinstance(command, _Evaluate):
             code = _evaluate(build, name, command)
         else:
-            with Interrupt().listening() as interrupt:
-                code = (_train if isinstance(command, _Train) else _resume)(build, name, command, interrupt)
+            limit = _deadline(command)
+            with Signals().listening() as signals:
+                code = _trained(build, name, command, run, _Asked(signals, limit, args))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -94,8 +71,6 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
 
 def _users_fault(error: Exception) -> bool:
     """Whether the message says all there is to say: errors about runs, checkpoints, programs, and the disk under them."""
-    from fnrun.checkpoint import CheckpointError
-
     return isinstance(error, (RunError, CheckpointError, ProgramError))
 
 
@@ -104,11 +79,16 @@ def _users_fault(error: Exception) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Train(Generic[C]):
-    """Begin a run and train it to its end."""
+    """Begin a run and train it to its end.
+
+    Exit codes: 0 done, 1 refused or failed; saved, to be resumed: 75 the deadline, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM.
+    """
 
     config: Annotated[C, tyro.conf.arg(name="")]
     out: Path | None = None
     """the run directory; by default runs/<experiment>/<date and time>"""
+    deadline: str | None = None
+    """save and leave after so long, with exit code 75: 50m, 2h30m, 90s, 1d"""
     log_level: Level = "info"
     """what is printed and written to run.log, from this level on"""
     debug: bool = False
@@ -117,11 +97,20 @@ class _Train(Generic[C]):
 
 @dataclasses.dataclass(frozen=True)
 class _Resume(Generic[C]):
-    """Go on with a run from its newest checkpoint, to the same end; flags change its config (more epochs, other workers)."""
+    """Go on with a run from its newest checkpoint, to the same end; flags change its config (more epochs, other workers).
+
+    Exit codes: 0 done, 1 refused or failed; saved, to be resumed: 75 the deadline, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM.
+    """
 
     run: tyro.conf.Positional[Path]
     """the run directory"""
     config: Annotated[C, tyro.conf.arg(name="")]
+    auto: bool = False
+    """begin where there is no run yet, only say so where it is finished: one command for a scheduler that starts it again and again"""
+    fall_back: bool = False
+    """pass over damaged checkpoints, to the newest that is whole"""
+    deadline: str | None = None
+    """save and leave after so long, with exit code 75: 50m, 2h30m, 90s, 1d"""
     log_level: Level = "info"
     """what is printed and written to run.log, from this level on"""
     debug: bool = False
@@ -135,15 +124,16 @@ class _Evaluate:
     run: tyro.conf.Positional[Path]
     """the run directory"""
     checkpoint: str = "latest"
-    """best, latest, or a step"""
+    """latest, a step, best, or of several monitored metrics best:METRIC"""
     debug: bool = False
     """show the traceback of every error"""
 
 
-def _parse(args: list[str], name: str, config_type: type) -> Any:
+def _parse(args: list[str], name: str, config_type: type) -> tuple[Any, Run | None]:
+    """The command, and the run that it resumes: flags that are not given keep the run's values."""
     command = _flags(args, name, config_type)
-    if not isinstance(command, _Resume):
-        return command
+    if not isinstance(command, _Resume) or (command.auto and not (command.run / CONFIG).exists()):
+        return command, None
     try:
         run = Run.open(command.run, config_type, name)
     except RunError as error:
@@ -151,18 +141,25 @@ def _parse(args: list[str], name: str, config_type: type) -> Any:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    return _flags(args, name, config_type, _Resume(command.run, run.config))  # flags that are not given keep the run's values
+    return _flags(args, name, config_type, _Resume(run=command.run, config=run.config)), run
 
 
 def _flags(args: list[str], name: str, config_type: type, default: Any = None) -> Any:
+    module = name.partition(":")[0]
     if default is not None:
-        return tyro.cli(_Resume[config_type], prog=f"python -m {name} resume", args=args[1:], default=default, config=CONFIG)
+        return tyro.cli(_Resume[config_type], prog=f"python -m {module} resume", args=args[1:], default=default, config=FLAGS)
     commands = (
         Annotated[_Train[config_type], tyro.conf.subcommand("train")],
         Annotated[_Resume[config_type], tyro.conf.subcommand("resume")],
         Annotated[_Evaluate, tyro.conf.subcommand("evaluate")],
     )
-    return tyro.cli(Union[commands], prog=f"python -m {name}", args=args, config=CONFIG)  # noqa: UP007  # pyright: ignore[reportCallIssue,reportArgumentType]
+    return tyro.cli(Union[commands], prog=f"python -m {module}", args=args, config=FLAGS)  # noqa: UP007  # pyright: ignore[reportCallIssue,reportArgumentType]
+
+
+def _name(build: Build) -> str:
+    """The experiment by which `load_build` finds the function again."""
+    module, function = module_name(build.__module__), getattr(build, "__name__", "build")
+    return module if function == "build" else f"{module}:{function}"
 
 
 def _config_type(build: Build) -> type:
@@ -176,42 +173,121 @@ def _config_type(build: Build) -> type:
 # --- the commands ------------------------------------------------------------------------------------------------------
 
 
-def _train(build: Build, name: str, command: Any, interrupt: Interrupt) -> int:
-    run = Run.create(name, command.config, command.out)
+class _Asked:
+    """What may end a command from outside, as one interrupt that keeps its answer, with the exit code that goes with it."""
+
+    def __init__(self, signals: Signals, limit: Interrupt | None, args: list[str]) -> None:
+        self.signals, self.args = signals, args
+        self._ask = signals if limit is None else any_of(signals, limit)
+        self.text: str | None = None
+
+    def __call__(self) -> str | None:
+        self.text = self.text or self._ask()
+        return self.text
+
+    @property
+    def code(self) -> int:
+        return 128 + self.signals.first if self.signals.first is not None and self.text == self.signals() else os.EX_TEMPFAIL
+
+
+def _deadline(command: Any) -> Interrupt | None:
+    """The deadline that was asked for, counted from the start of this process: importing takes its part of the time."""
+    import psutil
+
     try:
-        experiment = _built(build, run)
-        state = experiment.state()
-    except BaseException:
-        shutil.rmtree(run.path)  # nothing has begun: the command, corrected, may have the place
-        raise
-    with _logging(run, command.log_level):
-        logger.info("%s: a new run in %s", name, run.path)
-        return _go(run, experiment, state, interrupt)
+        return command.deadline and deadline(command.deadline, spent=max(0.0, time.time() - psutil.Process().create_time()))
+    except ValueError as error:
+        print(f"error: --deadline {error}", file=sys.stderr)
+        sys.exit(2)
 
 
-def _resume(build: Build, name: str, command: Any, interrupt: Interrupt) -> int:
-    before = Run.open(command.run, type(command.config), name)
-    run = dataclasses.replace(before, config=command.config)
-    experiment = _built(build, run)
-    state = experiment.state()
-    with _logging(run, command.log_level):
-        if run.checkpoints.latest() is None:
-            logger.info("%s has no checkpoint yet: starting at step 0", run.path)
-        else:
-            state = run.checkpoints.restore(like=state)
-            logger.info("resuming %s at step %d", run.path, state.step)
-        changes = list(_changes(msgspec.to_builtins(before.config), msgspec.to_builtins(run.config), ""))
-        if changes:
-            logger.info("changed: %s", ", ".join(changes))
-            run.write_config()
-            if state.stop:
-                logger.info("going on after: %s", state.stop)
-                state = state.replace(stop=None)
+def _trained(build: Build, name: str, command: Any, run: Run | None, asked: _Asked) -> int:
+    if run is None:
+        return _train(build, Run.create(name, command.config, command.run if isinstance(command, _Resume) else command.out), command, asked)
+    if command.auto and run.config == command.config and (steps := _finished(run)) is not None:
+        print(f"{run.path} is finished: {steps} steps")
+        return 0
+    return _resume(build, run, command, asked)
+
+
+def _finished(run: Run) -> int | None:
+    """The steps of a run whose newest checkpoint is its end, by its status: nothing is built to see it."""
+    status, entries = run.status(), run.checkpoints.entries()
+    return status.step if status.state == "finished" and entries and status.ticks == entries[-1].ticks else None
+
+
+def _train(build: Build, run: Run, command: Any, asked: _Asked) -> int:
+    with run.writing(asked) as writing, contextlib.ExitStack() as stack:
         try:
-            return _go(run, experiment, state, interrupt)
+            experiment = _built(build, run)
+            state = experiment.state()
+        except BaseException:
+            writing.withdraw()
+            stack.callback(run.discard)  # the command, corrected, may have the place
+            raise
+        stack.enter_context(_logging(run, command.log_level))
+        logger.info("%s: a new run in %s", run.experiment, run.path)
+        return _go(run, experiment, state, asked, writing)
+
+
+def _resume(build: Build, before: Run, command: Any, asked: _Asked) -> int:
+    run = dataclasses.replace(before, config=command.config, history=list(before.history))
+    with run.writing(asked) as writing, contextlib.ExitStack() as stack:
+        try:
+            experiment = _built(build, run)
+            state = experiment.state()
+            stack.enter_context(_logging(run, command.log_level))
+            if asked() is None:
+                state = _restored(run, state, command.fall_back)
+        except BaseException:
+            writing.withdraw()
+            raise
+        if asked() is not None:
+            writing.withdraw()
+            logger.info("%s: interrupted before it went on. To go on, the same again:\n  %s", asked.text, _again(run, asked.args))
+            return asked.code
+        try:
+            return _go(run, experiment, _departing(before, run, state), asked, writing)
         except ProgramError:
+            writing.withdraw()
             before.write_config()  # refused: the run is what it was
             raise
+
+
+def _restored(run: Run, like: Any, fall_back: bool) -> Any:
+    """The state of the newest checkpoint, or with `fall_back` of the newest that is whole."""
+    entries = run.checkpoints.entries()
+    if not entries:
+        logger.info("%s has no checkpoint yet: starting at step 0", run.path)
+        return like
+    while True:
+        newest = entries.pop()
+        try:
+            state = run.checkpoints.restore(like, newest)
+        except DamagedError as error:
+            if not entries:
+                raise
+            if not fall_back:
+                command = _command(run, "resume", "--fall-back")
+                raise RunError(f"{error}; to go on from the one before (step {entries[-1].step}): {command}") from error
+            logger.warning("passed over: %s", error)
+            continue
+        logger.info("resuming %s at step %d", run.path, state.step)
+        return state
+
+
+def _departing(before: Run, run: Run, state: Any) -> Any:
+    """The state to go on from. Where the config was changed here, which the history says, an earlier stop no longer holds."""
+    changed = dict(_changes(msgspec.to_builtins(before.config), msgspec.to_builtins(run.config), ""))
+    if changed:
+        logger.info("changed: %s", ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items()))
+        run.history.append({"changed": changed, "step": state.step, "ticks": state.position.ticks})
+        run.write_config()
+    last = run.history[-1] if run.history else {}
+    if state.stop and last.get("changed") and last["ticks"] == state.position.ticks:
+        logger.info("going on after: %s", state.stop)
+        state = state.replace(stop=None)
+    return state
 
 
 def _built(build: Build, run: Run) -> Experiment:
@@ -222,23 +298,29 @@ def _built(build: Build, run: Run) -> Experiment:
         raise RunError(f"the experiment cannot be built with this config: {error} (--debug shows where)") from error
 
 
-def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
+def _changes(old: Any, new: Any, name: str) -> Iterator[tuple[str, list[Any]]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
-        yield f"{name} {old} -> {new}"
+        yield name, [old, new]
 
 
-def _go(run: Run, experiment: Experiment, state: Any, interrupt: Interrupt) -> int:
-    began = state.position.ticks
-    stopped = state.stop
-    with run.checkpoints:
-        state, _ = experiment.program(state, experiment.data, interrupt=interrupt)
-    if interrupt.signal is not None and state.position.frames:
-        saved = "saved" if state.position.ticks else "before the first step"
-        logger.info("interrupted by %s at step %d, %s. To go on:\n  %s", interrupt.signal.name, state.step, saved, _command(run, "resume"))
-        return 128 + interrupt.signal
+def _go(run: Run, experiment: Experiment, state: Any, asked: _Asked, writing: Writing) -> int:
+    began, stopped = state.position.ticks, state.stop
+    if asked() is None:
+        with _workers_end_too(asked), run.checkpoints:
+            state, _ = experiment.program(state, experiment.data, interrupt=any_of(writing, asked))
+    writing.check()
+    writing.at(state.step, state.position.ticks)
+    if asked.text is not None:
+        writing.stopped(asked.text)
+        saved = run.checkpoints.latest()
+        where = "before the first step" if saved is None else f"at step {saved}, saved"
+        logger.info("%s: interrupted %s. To go on:\n  %s", asked.text, where, _command(run, "resume"))
+        return asked.code
+    if state.stop:
+        writing.stopped(state.stop)
     if state.position.ticks == began:
         ended = f"was stopped ({stopped})" if stopped else "is finished"
         logger.info("%s %s: %d steps. To go on, change its config: resume with more epochs, for one", run.path, ended, state.step)
@@ -248,15 +330,22 @@ def _go(run: Run, experiment: Experiment, state: Any, interrupt: Interrupt) -> i
     return 0
 
 
+@contextlib.contextmanager
+def _workers_end_too(asked: _Asked) -> Iterator[None]:
+    """A scheduler may send SIGTERM to all processes of a job: that data workers end by it is no error, and the program has saved its state."""
+    try:
+        yield
+    except RuntimeError as error:
+        if asked() is None or "DataLoader worker" not in str(error):
+            raise
+
+
 def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
     run = Run.open(command.run, _config_type(build), name)
-    step: int | str | None = None
-    if command.checkpoint == "best":
-        step = "best"
-    elif command.checkpoint != "latest":
-        if not command.checkpoint.isdecimal():
-            raise RunError(f"--checkpoint is best, latest or a step, not {command.checkpoint!r}")
-        step = int(command.checkpoint)
+    asked = command.checkpoint
+    if asked.partition(":")[0] != "best" and asked != "latest" and not asked.isdecimal():
+        raise RunError(f"--checkpoint is latest, a step, best or best:METRIC, not {asked!r}")
+    step = None if asked == "latest" else int(asked) if asked.isdecimal() else asked
     if run.checkpoints.latest() is None:
         raise RunError(f"{run.path} has no checkpoint yet")
     experiment = _built(build, run)
@@ -291,7 +380,11 @@ def _logging(run: Run, level: Level) -> Iterator[None]:
 
 
 def _command(run: Run, verb: str, *flags: str) -> str:
-    return shlex.join([_python(), "-m", run.experiment, verb, str(run.path), *flags])
+    return _again(run, [verb, str(run.path), *flags])
+
+
+def _again(run: Run, args: list[str]) -> str:
+    return shlex.join([_python(), "-m", run.experiment.partition(":")[0], *args])
 
 
 def _python() -> str:

@@ -1,8 +1,10 @@
 """A run: a directory that holds a training from its first step to its last. And an experiment: what can be run.
 
     runs/<experiment>/<name>/
-        config.yaml         the experiment's module and its config
+        config.yaml         the experiment's module, its config, and how that came to be: the run's history
         environment.json    versions and machine, when the run began
+        status.json         running, stopped, finished or crashed, and at which step
+        run.lock            who writes here at the moment
         checkpoints/        whole states
         metrics.jsonl       one line a record
         run.log             what was said, and when
@@ -12,29 +14,36 @@ Nothing in it depends on where it lies: a run can be moved.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
+import hashlib
+import importlib
 import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 import yaml
 
+from fnrun import writer
+from fnrun.writer import RunError, Status, Writing
+
 if TYPE_CHECKING:
     from fnrun.checkpoint import Checkpoints
 
+__all__ = ["Experiment", "Run", "RunError", "Status", "Writing", "decode", "environment", "load_build"]
+
 C = TypeVar("C")
 
-
-class RunError(ValueError):
-    """A run directory that cannot be made or opened, or a config that cannot be read."""
+CONFIG = "config.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +62,25 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory. `Run.create` makes one, `Run.open` opens one."""
+    """A run directory. `Run.create` makes one, `Run.open` opens one, and `with run.writing():` is where one trains.
+
+    `experiment` is the module whose `build` makes the experiment, or `module:function`. `history` says, oldest first, where the run left the path
+    of its first config: `{"changed": {"epochs": [5, 8]}, "step": 115, "ticks": 120}` of each resume with another config, and what it was
+    forked from.
+    """
 
     path: Path
     experiment: str
     config: Any
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list, hash=False)
 
     @classmethod
     def create(cls, experiment: str, config: Any, path: str | Path | None = None) -> Run:
-        """A new run of `experiment` (a module's name) at `path`, by default `runs/<experiment>/<date and time>`.
+        """A new run of `experiment` at `path`, by default `runs/<the module's last name>/<date and time>`.
 
         The directory appears with its config or not at all. Raises RunError where `path` holds something already, or cannot be written.
         """
-        short = experiment.rpartition(".")[2]
+        short = experiment.partition(":")[0].rpartition(".")[2]
         if path is not None:
             target = Path(path)
             if not cls._place(target, experiment, config):
@@ -88,8 +103,7 @@ class Run:
             made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
             try:
                 made.chmod(0o777 & ~_umask())
-                content = {"experiment": experiment, "config": msgspec.to_builtins(config)}
-                _write(made / "config.yaml", msgspec.yaml.encode(content))
+                _write(made / CONFIG, Run(target, experiment, config)._content())
                 _write(made / "environment.json", json.dumps(environment(), indent=2).encode() + b"\n")
                 made.rename(target)
             finally:
@@ -107,7 +121,7 @@ class Run:
         Raises RunError where there is none, where it is one of another experiment, or where the config cannot be read (naming the field).
         """
         path = Path(path)
-        file = path / "config.yaml"
+        file = path / CONFIG
         if not path.is_dir():
             raise RunError(f"there is no run at {path}")
         try:
@@ -122,22 +136,73 @@ class Run:
             raise RunError(f"{file} is damaged: a run's config has the fields experiment and config")
         if experiment is not None and raw["experiment"] != experiment:
             raise RunError(f"{path} is a run of {raw['experiment']}, not of {experiment}")
-        return cls(path, raw["experiment"], decode(raw["config"], config_type, str(file)) if config_type else raw["config"])
+        history = _history(raw.get("history", []), str(file))
+        return cls(path, raw["experiment"], decode(raw["config"], config_type, str(file)) if config_type else raw["config"], history)
 
     def write_config(self) -> None:
-        """Make the config on disk this run's own; the file is replaced whole."""
-        new = self.path / ".config.yaml.new"
+        """Make config and history on disk this run's own; the file is replaced whole."""
+        new = self.path / f".{CONFIG}.new"
         try:
-            _write(new, msgspec.yaml.encode({"experiment": self.experiment, "config": msgspec.to_builtins(self.config)}))
-            new.replace(self.path / "config.yaml")
+            _write(new, self._content())
+            new.replace(self.path / CONFIG)
         except OSError as error:
-            raise RunError(f"cannot write {self.path / 'config.yaml'}: {error.strerror or error}") from error
+            raise RunError(f"cannot write {self.path / CONFIG}: {error.strerror or error}") from error
+
+    def _content(self) -> bytes:
+        content = {"experiment": self.experiment, "config": msgspec.to_builtins(self.config)}
+        return msgspec.yaml.encode(content | ({"history": self.history} if self.history else {}))
+
+    def discard(self) -> None:
+        """Delete a run in which nothing has begun: its place is free at once, whenever this is killed."""
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
+        self.path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def writing(self, interrupt: Callable[[], str | None] | None = None) -> Iterator[Writing]:
+        """Within it this process is the only one that writes to the run, and the run's status says how it goes: `with run.writing(): fit(...)`.
+
+        What is yielded is an interrupt, for a process that lost the run to another one: `fit(state, data, interrupt=writing)`. At the end
+        checkpoints under way are waited for, and the status is `finished`, `stopped` where `writing.stopped(reason)` said so, or `crashed`.
+        Of several ranks (the variable `RANK`) the first does this for all.
+
+        Raises RunError where another process writes there: at once if it is of this host, after up to 90 seconds without a sign of life
+        to wait for if it is of another one; `interrupt` ends the waiting. Raises RunError at the end if the run was lost.
+        """
+        with writer.writing(self.path, interrupt) as now, contextlib.ExitStack() as stack:
+            stack.push(functools.partial(self._leave, now))
+            vars(self)["_writing"] = now
+            yield now
+
+    def _leave(self, now: Writing, *exc: Any) -> None:
+        if now.lost is None:
+            del vars(self)["_writing"]
+        if "checkpoints" in vars(self):
+            self.checkpoints.__exit__(*exc)
+            if entries := self.checkpoints.entries():
+                now.at(entries[-1].step, entries[-1].ticks)
+
+    def _guard(self) -> None:
+        """Keep a process from saving that has lost the run to another one."""
+        from fnrun.checkpoint import CheckpointError
+
+        try:
+            if (now := vars(self).get("_writing")) is not None:
+                now.check()
+        except RunError as error:
+            raise CheckpointError(str(error)) from error
+
+    def status(self) -> Status:
+        """What is known of the run without opening its checkpoints. Raises RunError where the file is damaged."""
+        return writer.status(self.path)
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints; each says with which config it was made, and by which source."""
         from fnrun.checkpoint import Checkpoints
 
-        return Checkpoints(self.path / "checkpoints", config=msgspec.to_builtins(self.config))
+        source = {"experiment": _source(self.experiment)}
+        return Checkpoints(self.path / "checkpoints", config=msgspec.to_builtins(self.config), environment=source, guard=self._guard)
 
     @property
     def metrics(self) -> Path:
@@ -149,7 +214,7 @@ class Run:
 
 
 def _contents(target: Path) -> str:
-    if (target / "config.yaml").exists():
+    if (target / CONFIG).exists():
         return f"a run. To go on with it: resume {target}"
     return "a file" if target.is_file() else "other files"
 
@@ -169,13 +234,32 @@ def _umask() -> int:
 
 def decode(raw: Any, config_type: type[C], where: str) -> C:
     """`raw` (plain dictionaries) as a config. Raises RunError with the field: a wrong type, a missing field, one that does not exist."""
-    try:
-        config = msgspec.convert(raw, config_type, strict=True)
-    except (msgspec.ValidationError, ValueError, TypeError) as error:
-        raise RunError(f"{where}: {str(error).replace('`$.', '`config.').replace('`$`', '`config`')}") from error
+    config = _convert(raw, config_type, where, "config")
     if unknown := list(_unknown(raw, msgspec.to_builtins(config), "config")):
         raise RunError(f"{where}: there is no field {', '.join(unknown)}")
     return config
+
+
+class _Departure(msgspec.Struct):
+    """What an entry of a history holds at least; see `Run`."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    ticks: Annotated[int, msgspec.Meta(ge=0)]
+    changed: dict[str, tuple[Any, Any]] = {}
+    forked: str | None = None
+    sha256: str | None = None
+
+
+def _history(raw: Any, where: str) -> list[dict[str, Any]]:
+    _convert(raw, list[_Departure], where, "history")
+    return raw
+
+
+def _convert(raw: Any, kind: Any, where: str, name: str) -> Any:
+    try:
+        return msgspec.convert(raw, kind, strict=True)
+    except (msgspec.ValidationError, ValueError, TypeError) as error:
+        raise RunError(f"{where}: {str(error).replace('`$', f'`{name}')}") from error
 
 
 def _unknown(raw: Any, known: Any, path: str) -> Any:
@@ -185,6 +269,42 @@ def _unknown(raw: Any, known: Any, path: str) -> Any:
                 yield f"{path}.{name}"
             else:
                 yield from _unknown(value, known[name], f"{path}.{name}")
+
+
+# --- whose code it is --------------------------------------------------------------------------------------------------
+
+
+def load_build(experiment: str) -> Callable[[Any, Run], Experiment]:
+    """The function that `experiment` names, imported as a program does that is started in the current directory.
+
+    `module` is its function `build`, `module:function` another one. Raises RunError where there is no such module or function; an exception of
+    the module's own passes.
+    """
+    module, _, function = experiment.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and misses another one
+        raise RunError(f"there is no module {module} in {here}, or among what is installed: go to where {experiment} lies") from error
+    build: Callable[[Any, Run], Experiment] | None = getattr(found, function or "build", None)
+    if build is None or not callable(build):
+        raise RunError(f"{module} ({getattr(found, '__file__', None)}) has no function {function or 'build'}")
+    return build
+
+
+def _source(experiment: str) -> str:
+    """The module of an experiment with the digest of its file, if it is loaded and has one."""
+    from fnrun.tree import module_name
+
+    module = experiment.partition(":")[0]
+    loaded = sys.modules.get("__main__" if module_name("__main__") == module else module)
+    try:
+        return f"{module} sha256:{hashlib.sha256(Path(getattr(loaded, '__file__', None) or '').read_bytes()).hexdigest()}"
+    except OSError:
+        return module
 
 
 def environment() -> dict[str, Any]:

@@ -22,14 +22,14 @@ FLOORS = [
     ["shell", "compiled", "steps"],
     ["program", "dry", "loops", "hooks", "interrupts"],
     ["observers"],
-    ["run", "plot", "testing"],
+    ["writer", "run", "plot", "testing"],
     ["cli"],
     ["command"],
     ["__main__"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 #: On one floor these may be imported by those beside them.
-BESIDE = {("shell", "steps"), ("compiled", "steps"), ("program", "loops"), ("dry", "loops"), ("run", "cli")}
+BESIDE = {("shell", "steps"), ("compiled", "steps"), ("program", "loops"), ("dry", "loops"), ("writer", "run"), ("run", "cli")}
 
 
 def part(module: str) -> str:

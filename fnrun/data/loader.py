@@ -236,8 +236,8 @@ def _fetches_batches(dataset: Any) -> bool:
 
 # --- workers -----------------------------------------------------------------------------------------------------------
 
-#: Signals that are for the parent alone.
-PARENTS = {signal.SIGINT, signal.SIGTERM}
+#: Signals that are for the parent alone. SIGUSR1 is what a scheduler warns all processes of a job with.
+PARENTS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 def _in_workers(fetch: _Fetch, asks: _Asks, workers: int) -> Iterator[Any]:
@@ -283,6 +283,7 @@ def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
 def _leave_signals(worker: int) -> None:
     """In a worker: Ctrl-C and what is sent to the process group are for the parent, which ends its workers itself, with SIGTERM if it must."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS)

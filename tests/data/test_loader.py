@@ -212,8 +212,11 @@ class Signals(Dataset):
     def __getitem__(self, index):
         os.kill(os.getpid(), signal.SIGINT)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        own = [signal.getsignal(s) == default for s, default in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL))]
-        return os.getpgid(0) == os.getpid(), not blocked & {signal.SIGINT, signal.SIGTERM}, *own
+        own = [
+            signal.getsignal(s) == default
+            for s, default in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGUSR1, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL))
+        ]
+        return os.getpgid(0) == os.getpid(), not blocked & {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}, *own
 
 
 def test_workers_leave_signals_to_the_parent():
@@ -223,7 +226,7 @@ def test_workers_leave_signals_to_the_parent():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert all(bool(flag.all()) for flag in batch)
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT, signal.SIGTERM}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 def test_closing_ends_the_workers():

@@ -30,7 +30,9 @@ def test_train_ends_with_a_summary(finished):
     assert f" -m experiments.digits evaluate {path} --checkpoint best\n" in output
     assert f" -m experiments.digits resume {path}\n" in output
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert {p.name for p in path.iterdir()} == {"config.yaml", "environment.json", "checkpoints", "metrics.jsonl", "run.log", "curves.png"}
+    assert {p.name for p in path.iterdir()} == {
+        "config.yaml", "environment.json", "status.json", "checkpoints", "metrics.jsonl", "run.log", "curves.png",
+    }  # fmt: skip
     assert "Traceback" not in output
     assert "Warning" not in output
 
@@ -51,7 +53,7 @@ def test_evaluate_prints_the_metrics_of_the_checkpoint(finished):
     last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"{last['val/loss']:.4f}" in run("evaluate", path)
     assert "there is no checkpoint of step 5" in run("evaluate", path, "--checkpoint", "5", code=1)
-    assert "best, latest or a step, not 'bets'" in run("evaluate", path, "--checkpoint", "bets", code=1)
+    assert "latest, a step, best or best:METRIC, not 'bets'" in run("evaluate", path, "--checkpoint", "bets", code=1)
 
 
 def test_a_finished_run_says_so_and_can_train_longer(finished, tmp_path):
@@ -69,7 +71,7 @@ def test_a_finished_run_says_so_and_can_train_longer(finished, tmp_path):
     assert lines[2]["train/lr"] > 1e-4  # the schedule follows the new length: at its old end it was 0
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_and_says_how_to_go_on(sent, code, tmp_path):
     """Ctrl-C reaches the whole process group, data workers too."""
     path = tmp_path / "run"
@@ -78,7 +80,7 @@ def test_a_signal_saves_and_says_how_to_go_on(sent, code, tmp_path):
         process.read_until("step 50")
         (os.killpg if sent == signal.SIGINT else os.kill)(process.popen.pid, sent)
         assert process.finish() == code, process.output
-    assert f"interrupted by {sent.name} at step" in process.output
+    assert f"{sent.name}: interrupted at step" in process.output
     assert f" -m experiments.digits resume {path}\n" in process.output
     assert "Traceback" not in process.output
     run("resume", path)
@@ -102,7 +104,7 @@ def test_an_early_signal_leaves_a_run_that_can_be_resumed(tmp_path):
         process.read_until("a new run in")
         os.killpg(process.popen.pid, signal.SIGINT)
         assert process.finish() == 130, process.output
-    assert "interrupted by SIGINT" in process.output
+    assert "SIGINT: interrupted" in process.output
     assert f"resume '{path}'" in process.output
     assert "Traceback" not in process.output
     run("resume", path)
