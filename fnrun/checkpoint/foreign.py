@@ -207,6 +207,8 @@ def check_target(to: Path, *, overwrite: bool) -> None:
     """Raises CheckpointError where `write` would not write."""
     if to.suffix not in SUFFIXES:
         raise CheckpointError(f"{to}: weights are written as {', '.join(SUFFIXES)}, not as {to.suffix or 'a file without a suffix'}")
+    if not to.parent.is_dir():
+        raise CheckpointError(f"{to} cannot be written: there is no directory {to.parent}")
     if to.exists() and not overwrite:
         raise CheckpointError(f"{to} is there already; overwrite=True writes over it")
 

@@ -75,6 +75,15 @@ def paths(structure: Node | int, path: tuple[Any, ...] = ()) -> Iterator[str]:
             yield from paths(child, (*path, key))
 
 
+def _paths_of(like: Any, path: tuple[Any, ...] = ()) -> Iterator[str]:
+    """The paths of all containers and leaves of a fresh state: what is not in the checkpoint can be left alone by its name too."""
+    if like is not ABSENT:
+        yield text(path)
+        node = container(like, path)
+        for key, child in node.items if node else ():
+            yield from _paths_of(child, (*path, key))
+
+
 # --- other names -------------------------------------------------------------------------------------------------------
 
 Rename = Mapping[str, str] | Callable[[str], str]
@@ -170,14 +179,14 @@ class Matcher:
         strict: bool = True,
         cast: torch.dtype | None = None,
     ) -> None:
-        self.structure, self.leaves, self.cast = structure, leaves, cast
+        self.structure, self.leaves, self.patterns, self.cast = structure, leaves, patterns, cast
         self.all = patterns is None
-        self.wanted = selector(patterns, [] if patterns is None else list(paths(structure)))
         self.wrong: list[Mismatch] = []
         self.apart: list[Mismatch] = self.wrong if strict else []
 
     def plan(self, like: Any, where: str) -> Any:
         """A tree of Branch, Pick and Keep. Raises CheckpointError with a table of what does not match; `where` says what was saved."""
+        self.wanted = selector(self.patterns, [] if self.all else [*paths(self.structure), *_paths_of(like)])
         plan = self.match(self.structure, like)
         if self.wrong:
             raise CheckpointError(f"{where} does not match the state that it is restored into:\n{self.table()}")

@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import optree
 import torch
 from torch import Tensor, nn
 
 import fnrun
-from fnrun import checkpoint, tree
+from fnrun import tree
 from fnrun.checkpoint import codec, foreign, match, store
+from fnrun.checkpoint.directory import Checkpoints
 from fnrun.checkpoint.manifest import CheckpointError, text
+from fnrun.checkpoint.retention import Entry, Which
 from fnrun.state import buffers_of, weights_of
-
-if TYPE_CHECKING:
-    from fnrun.checkpoint import Checkpoints, Which
 
 Weights = str | Callable[[Any], Any]
 S = TypeVar("S")
@@ -54,13 +53,20 @@ def load_from(
     >>> tree.equal(state.params, dict(model.state_dict()))
     True
     """
-    entries, where = _entries(source, weights, step)
+    checkpoints = None if isinstance(source, Mapping) else _checkpoints(source)
+    entries, where = _of_state_dict(source, weights, step) if checkpoints is None else _of_checkpoint(*checkpoints, weights, step)
     fresh = {field: dict(getattr(like, field)) for field in FIELDS}
     patterns = [select] if isinstance(select, str) else list(select)
-    found = _placed(entries, fresh, match.renaming(rename) if rename is not None else None)
-    described = codec.describe(found)
+    described = codec.describe(_placed(entries, fresh, match.renaming(rename) if rename is not None else None))
     matcher = match.Matcher(described.structure, described.leaves, patterns, strict=strict)
-    plan = matcher.plan(fresh, where)
+    try:
+        plan = matcher.plan(fresh, where)
+    except CheckpointError as error:
+        if checkpoints is None and any(row.saved == "(missing)" and row.path.startswith("buffers/") for row in matcher.wrong):
+            raise CheckpointError(
+                f"{error}\nBuffers that are not persistent are in no state dict: select='!buffers/NAME' leaves them as they are"
+            ) from None
+        raise
     sources, leaves = described.sources, described.leaves
     built = codec.build(plan, lambda pick: sources[leaves[pick.number].origin(pick.number)])
     for line in matcher.left():
@@ -70,21 +76,25 @@ def load_from(
     return state.replace(**new, opt_state=_followed(state.opt_state, fresh["params"], new["params"]))
 
 
-def _entries(source: Any, weights: Weights, step: Which) -> tuple[list[tuple[tuple[str, ...], Tensor]], str]:
-    """Each tensor of `source` with the paths at which it may stand in a state, and where they are from, in words."""
-    if isinstance(source, Mapping) or not (checkpoints := _checkpoints(source)):
-        if weights != "params" or step is not None:
-            raise CheckpointError("weights and step choose among what a checkpoint holds; a state dict has one set of weights and no step")
-        tensors = foreign.state_dict(source)
-        where = "the state dict" if isinstance(source, Mapping) else str(source)
-        return [(tuple(text((field, name)) for field in FIELDS), tensor) for name, tensor in tensors.items()], where
-    found, _, where = _saved(*checkpoints, weights, step)
+Places = list[tuple[tuple[str, ...], Tensor]]  # each tensor, with the paths at which it may stand in a state
+
+
+def _of_state_dict(source: Any, weights: Weights, step: Which) -> tuple[Places, str]:
+    """The tensors of a state dict, and where they are from, in words."""
+    if weights != "params" or step is not None:
+        raise CheckpointError("weights and step choose among what a checkpoint holds; a state dict has one set of weights and no step")
+    tensors = foreign.state_dict(source)
+    where = "the state dict" if isinstance(source, Mapping) else str(source)
+    return [(tuple(text((field, name)) for field in FIELDS), tensor) for name, tensor in tensors.items()], where
+
+
+def _of_checkpoint(checkpoints: Checkpoints, entry: Entry | None, weights: Weights, step: Which) -> tuple[Places, str]:
+    """The tensors of a checkpoint, and where they are from, in words."""
+    found, _, where = _saved(checkpoints, entry, weights, step)
     return [((text((field, name)),), tensor) for field in FIELDS for name, tensor in found[field].items()], where
 
 
-def _placed(
-    entries: list[tuple[tuple[str, ...], Tensor]], fresh: Mapping[str, Any], rename: Callable[[str], str] | None
-) -> dict[str, dict[str, Tensor]]:
+def _placed(entries: Places, fresh: Mapping[str, Any], rename: Callable[[str], str] | None) -> dict[str, dict[str, Tensor]]:
     """The tensors by field and name: where `fresh` has a place for them under their new names, elsewhere where they come first."""
     known = {text((field, name)): (field, name) for field in FIELDS for name in fresh[field]}
     placed: dict[str, Tensor] = {}
@@ -211,22 +221,20 @@ def _as_named_by(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
 # --- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def _checkpoints(source: Any) -> tuple[Checkpoints, checkpoint.Entry | None] | None:
+def _checkpoints(source: Any) -> tuple[Checkpoints, Entry | None] | None:
     """The checkpoints that `source` means, and which of them if it is one; None for what is no directory."""
     source = getattr(source, "checkpoints", source)
-    if isinstance(source, checkpoint.Checkpoints):
+    if isinstance(source, Checkpoints):
         return source, None
     path = Path(source)
     if not path.is_dir():
         return None
-    if (path / store.MANIFEST).exists() or checkpoint.Entry.of(path.name):
-        return checkpoint.Checkpoints.at(path)
-    return checkpoint.Checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
+    if (path / store.MANIFEST).exists() or Entry.of(path.name):
+        return Checkpoints.at(path)
+    return Checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
 
 
-def _saved(
-    checkpoints: Checkpoints, entry: checkpoint.Entry | None, weights: Weights, step: Which
-) -> tuple[dict[str, dict[str, Tensor]], int, str]:
+def _saved(checkpoints: Checkpoints, entry: Entry | None, weights: Weights, step: Which) -> tuple[dict[str, dict[str, Tensor]], int, str]:
     """Parameters and buffers of a checkpoint by field and name, its step, and where it is."""
     if entry is not None and step is not None:
         raise CheckpointError(f"{checkpoints.directory / entry.name} is one checkpoint: step chooses among several")
