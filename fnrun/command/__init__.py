@@ -131,8 +131,8 @@ class Gc:
     """Delete what runs no longer need; without --yes it is only shown.
 
     That is what killed processes have left half written, and futures that were given up when a run went on from an older checkpoint. With --keep
-    also old checkpoints: the newest, and the best by each monitored metric, always stay, and so does one that is damaged, for it may be the best.
-    A run that is being written is refused.
+    also old checkpoints: the newest, and the best by each monitored metric, always stay. All that are in question are read: one that is damaged
+    stays, for it may be the best, and if it is one that was to stay, so do the others. A run that is being written is refused.
     """
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help_behavior_hint="")]] = ()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,11 @@ def run(asked: Ls) -> int:
 
 def _seen(path: Path) -> dict[str, Any]:
     """A run in plain values. What cannot be read of it is among its `problems`, and the rest is there."""
-    sizes = [entry.stat() for entry in _files(path)]
+    files = dict(_files(path))
     row: dict[str, Any] = {"path": str(path), "experiment": None, "state": "damaged", "reason": None, "problems": []}
-    row |= {"step": None, "epoch": None, "metrics": {}, "bytes": sum(stat.st_size for stat in sizes)}
-    row["idle"] = max(0.0, time.time() - max((stat.st_mtime for stat in sizes), default=time.time()))
+    row |= {"step": None, "epoch": None, "metrics": {}, "bytes": sum(stat.st_size for stat in files.values())}
+    now = time.time()
+    row["idle"] = max(0.0, now - max((stat.st_mtime for name, stat in files.items() if name != "status.json"), default=now))
     try:
         found = Run.open(path)
         row["experiment"] = found.experiment
@@ -56,13 +59,19 @@ def _seen(path: Path) -> dict[str, Any]:
     saved = CHECKPOINT.fullmatch(name or "")
     row["step"] = max((step for step in (last.get("step"), int(saved[1]) if saved else None) if step is not None), default=None)
     row["epoch"] = last.get("epoch")
+    if row["state"] == "new" and row["step"] is not None:
+        row["state"] = "unknown"  # it was trained without `run.writing()`, which nobody can see
     row["metrics"] = _metrics(curves(lines), _monitors(manifest or {}))
     return row
 
 
-def _files(path: Path) -> list[Path]:
-    walked = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-    return [file for file in walked if file.is_file() and not file.is_symlink()]
+def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """The files of a run; those that come and go meanwhile are left out."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            file = Path(folder) / name
+            with contextlib.suppress(OSError):
+                yield str(file.relative_to(path)), file.lstat()
 
 
 def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:

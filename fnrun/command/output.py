@@ -94,6 +94,11 @@ def age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
+def place(path: Path) -> str:
+    """A path as people call it: from the current directory where it lies below."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def terminal_width() -> int | None:
     """The columns of the terminal that is printed to; None where it is none."""
     import shutil

@@ -1,0 +1,119 @@
+"""`fnrun gc`: what runs no longer need."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fnrun.checkpoint import Checkpoints, DamagedError, Entry, store
+from fnrun.command import CommandError, Gc
+from fnrun.command.output import document, size, table, writing
+from fnrun.command.places import run_at, runs_below
+from fnrun.run import Run, RunError
+
+REASONS = {".tmp-delete-": "half deleted", ".tmp-": "half written", "abandoned-": "given up when the run went on from an older checkpoint"}
+
+
+def run(asked: Gc) -> int:
+    if asked.keep_every is not None and asked.keep is None:
+        raise CommandError("--keep-every says which of the old checkpoints stay: it goes with --keep")
+    for flag, value in (("--keep", asked.keep), ("--keep-every", asked.keep_every)):
+        if value is not None and value < 1:
+            raise CommandError(f"{flag} is at least 1, not {value}")
+    if not asked.runs and not Path("runs").is_dir():
+        raise CommandError("there is no directory runs here; name the runs: fnrun gc RUN...")
+    runs = [run_at(path) for path in asked.runs or runs_below(Path("runs"))]
+    with contextlib.ExitStack() as locks:
+        free, refused = _taken(runs, locks) if asked.yes else _looked_at(runs)
+        rows, notes = [], []
+        for found in free:
+            doomed, said = superfluous(found.checkpoints, asked.keep, asked.keep_every)
+            rows += [{"run": str(found.path), **row} for row in doomed]
+            notes += [f"{found.path}: {one}" for one in said]
+        if not asked.json:
+            _print(rows, notes)
+        if asked.yes:
+            _delete(free, rows)
+    if rows and not asked.json:
+        print(f"\n{size(sum(row['bytes'] for row in rows))} {'deleted' if asked.yes else 'would be deleted; --yes deletes'}")
+    if asked.json:
+        document(
+            {"deleted": asked.yes, "bytes": sum(row["bytes"] for row in rows), "superfluous": rows, "notes": notes, "refused": refused}
+        )
+    if refused:
+        raise CommandError("; ".join(refused))
+    return 0
+
+
+# --- what may go -------------------------------------------------------------------------------------------------------
+
+
+def superfluous(checkpoints: Checkpoints, keep: int | None, keep_every: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """What may go, by name, with the reason and its size; and what is to be said of what stays."""
+    rows = [_row(path, next(reason for start, reason in REASONS.items() if path.name.startswith(start))) for path in checkpoints.garbage()]
+    if keep is None:
+        return rows, []
+    old = checkpoints.superfluous(keep, keep_every)
+    damaged = {entry: text for entry in checkpoints.entries() if (text := _damage(checkpoints, entry))}
+    notes = [f"{entry.name} is damaged, and stays: {text}" for entry, text in damaged.items()]
+    if old and (staying := [entry for entry in damaged if entry not in old]):
+        return rows, [*notes, f"old checkpoints stay, for {staying[-1].name}, which was to stay in their place, is damaged"]
+    reason = f"old: not of the {keep} newest, nor the best{f', nor the first of {keep_every} steps' if keep_every else ''}"
+    return rows + [_row(checkpoints.directory / entry.name, reason) for entry in old if entry not in damaged], notes
+
+
+def _damage(checkpoints: Checkpoints, entry: Entry) -> str | None:
+    try:
+        store.check_files(checkpoints.directory / entry.name, checkpoints.manifest(entry))
+    except DamagedError as error:
+        return str(error)
+    return None
+
+
+def _row(path: Path, reason: str) -> dict[str, Any]:
+    files = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+    return {"name": path.name, "bytes": sum(file.lstat().st_size for file in files), "reason": reason}
+
+
+# --- whose it is -------------------------------------------------------------------------------------------------------
+
+
+def _looked_at(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """The runs that nobody writes to, and what is to be said of the others."""
+    written = [found for found in runs if found.status().state == "running"]
+    return [found for found in runs if found not in written], [
+        f"{found.path} is being written: its process looks after it" for found in written
+    ]
+
+
+def _taken(runs: list[Run], locks: contextlib.ExitStack) -> tuple[list[Run], list[str]]:
+    """The same, with the others kept out until the end; the status of a run stays what it was."""
+    free, refused = [], []
+    for found in runs:
+        try:
+            locks.enter_context(found.writing()).withdraw()
+            free.append(found)
+        except RunError as error:
+            refused.append(str(error))
+    return free, refused
+
+
+def _delete(runs: list[Run], rows: list[dict[str, Any]]) -> None:
+    for found in runs:
+        directory = found.checkpoints.directory
+        names = [row["name"] for row in rows if row["run"] == str(found.path)]
+        with writing(directory):
+            found.checkpoints.delete(names)
+        if left := [path.name for path in found.checkpoints.garbage() if path.name.removeprefix(".tmp-delete-") in names]:
+            raise CommandError(f"{directory}: could not be deleted, or not wholly: {', '.join(left)}")
+
+
+def _print(rows: list[dict[str, Any]], notes: list[str]) -> None:
+    cells = [[size(row["bytes"]), row["reason"], f"{row['run']}/checkpoints/{row['name']}"] for row in rows]
+    print(table(["size", "reason", "what"], cells, right=["size"]) if rows else "nothing to delete")
+    for note in notes:
+        print(note)
+    sys.stdout.flush()  # before anything is deleted
