@@ -53,43 +53,26 @@ class _Clock:
         return observe
 
 
-def dry_run(loop: Any, state: Any, data: Any, epoch_as: Callable[..., Any]) -> DryRun:
-    """`loop` with every loop cut to one tick: see `Loop.dry_run`. `epoch_as(step, 1, hooks=, observers=, donate=)` makes an `epoch_loop` of one step."""
+def dry_run(loop: Any, state: Any, data: Any) -> DryRun:
+    """`loop` with every loop cut to one tick: see `Loop.dry_run`."""
     clock, root = _Clock(), DryRun("", "")
     with warnings.catch_warnings(action="ignore"):  # what is to be said of a loop was said when it was made
-        short = _short("", loop, root, clock, epoch_as)
+        short = _short("", loop, root, clock)
     clock.last = time.perf_counter()
     short(state.replace(position=Position(streams=state.position.streams, ticks=state.position.ticks), stop=None), data)
     return root.inner[0]
 
 
-def _short(name: str, given: Any, around: DryRun, clock: _Clock, epoch_as: Callable[..., Any]) -> Any:
-    """The step `given` with one tick for each loop that stands in it openly; its notes go under `around`."""
-    if not dataclasses.is_dataclass(given) or not hasattr(given, "title"):  # a step, or a wrapper that may hold loops
-        return given
-    step: Any = given
-    if hasattr(step, "intervals"):  # `every`: it works now
-        return dataclasses.replace(step, intervals=((0, 1),), begin=1, step=_short(name, step.step, around, clock, epoch_as))
-    kind = step.kind
+def _short(name: str, step: Any, around: DryRun, clock: _Clock) -> Any:
+    """The step with one tick for each loop that stands in it openly; its notes go under `around`."""
+    if not hasattr(step, "cut"):  # a step, or a wrapper that may hold loops
+        return step
+    if not step.own():  # `every` is no loop and has no tick of its own
+        return step.cut(lambda inner_name, inner: _short(name, inner, around, clock))
     note = DryRun(name, step.title())
     around.inner.append(note)
-    within: dict[str, Any] = {"hooks": (*map(_always, step.hooks), _go_on), "observers": (clock.of(note),)}
-    match kind:
-        case "epoch_loop":
-            return epoch_as(step.step, 1, donate=step.donate, hooks=list(within["hooks"]), observers=list(within["observers"]))
-        case "step_loop":
-            within |= {"steps": step.fused_steps, "until_step": None}
-        case "eval_loop" | "predict_loop":
-            within |= {"steps": 1}
-            del within["hooks"]  # these have none
-        case "repeat":
-            within |= {"times": 1, "until": None if step.until is None else _once(step.until)}
-            within |= {"step": _short("", step.step, note, clock, epoch_as)}
-        case "sequence" | "workflow":
-            within |= {"steps": {member: _short(member, each, note, clock, epoch_as) for member, each in step.steps.items()}}
-            if kind == "workflow":
-                within |= {"phases": tuple((member, 1) for member, _ in step.phases), "times": 1}
-    return dataclasses.replace(step, **within)
+    hooks, observers = (*map(_always, step.hooks), _go_on), (clock.of(note),)
+    return step.cut(lambda inner_name, inner: _short(inner_name, inner, note, clock), hooks=hooks, observers=observers)
 
 
 def _always(hook: Any) -> Any:
@@ -100,13 +83,3 @@ def _always(hook: Any) -> Any:
 def _go_on(state: Any, metrics: dict[str, Any]) -> Any:
     """A stop that a hook asks for would keep what comes after it from its turn."""
     return state if state.stop is None else state.replace(stop=None)
-
-
-def _once(until: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """The user's condition is asked, and whatever it says there is one round."""
-
-    def asked(state: Any) -> bool:
-        until(state)
-        return False
-
-    return asked

@@ -13,7 +13,8 @@ import torch
 
 from fnrun import tree
 from fnrun.donation import secured
-from fnrun.loops import Loop, with_observers
+from fnrun.loops import Loop
+from fnrun.loops.whole import with_observers
 from fnrun.program import spy
 from fnrun.state import TrainState
 

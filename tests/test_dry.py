@@ -14,7 +14,7 @@ from tests.observers.small import Small
 
 
 def dry(loop, state, data):
-    return dry_run(loop, state, data, fnrun.step_loop)
+    return dry_run(loop, state, data)
 
 
 class Calls:

@@ -1,0 +1,146 @@
+"""Loops: a loop is a step over a bigger `x`, so loops nest without limit.
+
+base.py         what all have in common: frames, stops, hooks, observers, and the tick
+over_data.py    loops whose ticks are calls of a step on batches: epoch_loop, step_loop, eval_loop, predict_loop
+over_loops.py   loops whose ticks are rounds and members: repeat, sequence, workflow; and every
+whole.py        a program called from outside, and the loops that stand in it
+composed.py     how a program is drawn and counted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fnrun.loops.base import AnyHook, Loop
+from fnrun.loops.composed import AnyStep
+from fnrun.loops.over_data import EpochLoop, EvalLoop, PredictLoop, StepLoop
+from fnrun.loops.over_loops import Every, InOrder, Repeat, Workflow
+from fnrun.program import Observer
+
+
+def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), donate: bool = False) -> Loop:
+    """`step` over the batches of a stream, from where it stands to the end of its pass.
+
+    The metrics are the folds of its ticks: a plain tensor is a mean, weighted by the batch's number of examples.
+
+    With `donate` each new state is written over the one before: parameters and moments are updated in place, with the same bits and the
+    memory of an in-place loop. The caller's state is not touched (the first update copies; `state.donate()` gives it away), and states
+    that the program made are dead once the next one is written over them: a hook or an observer that keeps one keeps `snapshot(state)`.
+
+    >>> import torch
+    >>> from fnrun import TrainState, step
+    >>> @step
+    ... def count(state, batch):
+    ...     return state, {"mean": batch.mean()}
+    >>> state, metrics = epoch_loop(count)(TrainState.create(torch.nn.Linear(1, 1)), [torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
+    >>> state.step, metrics["mean"].item()
+    (2, 3.0)
+    """
+    return EpochLoop(step=step, hooks=hooks, observers=observers, donate=donate)
+
+
+def step_loop(
+    step: AnyStep,
+    steps: int,
+    *,
+    until_step: int | None = None,
+    hooks: Sequence[AnyHook] = (),
+    observers: Sequence[Observer] = (),
+    donate: bool = False,
+    fused_steps: int = 1,
+) -> Loop:
+    """`step` over so many batches, going over into the stream's next pass; not beyond `state.step == until_step`.
+
+    `donate` as in `epoch_loop`. With `fused_steps=k` a step of `make_train_step(..., compile=True)` does k steps in one compiled call: hooks,
+    observers and interrupts act between the calls. Their randomness is keyed by the first of the k, so with dropout the bits are not those of
+    single steps. Raises TypeError for another step, ValueError for a hook or an observer that would act in between.
+    """
+    return StepLoop(
+        step=step,
+        steps=_count(steps, "steps"),
+        until_step=until_step,
+        hooks=hooks,
+        observers=observers,
+        donate=donate,
+        fused_steps=_count(fused_steps, "fused_steps", least=1),
+    )
+
+
+def eval_loop(eval_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = ()) -> Loop:
+    """`eval_step` (`(state, batch) -> metrics`) over one pass from the beginning: the state as it came, the metrics folded.
+
+    With `steps=n` it takes n batches, going on through its own stream from call to call.
+    """
+    return EvalLoop(step=eval_step, steps=None if steps is None else _count(steps, "steps"), observers=observers)
+
+
+def predict_loop(predict_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = (), keep: bool = True) -> Loop:
+    """`predict_step` (`(state, batch) -> outputs`) over one pass: the state as it came, and a list with each batch's outputs, in order.
+
+    With `keep=False` the list is empty: for outputs that an observer writes as they come (`observers.predictions`), and that would not fit.
+    """
+    return PredictLoop(step=predict_step, steps=None if steps is None else _count(steps, "steps"), observers=observers, keep=keep)
+
+
+def repeat(
+    step: AnyStep,
+    times: int | None = None,
+    *,
+    until: Callable[[Any], bool] | None = None,
+    hooks: Sequence[AnyHook] = (),
+    observers: Sequence[Observer] = (),
+) -> Loop:
+    """`step` (a loop, as a rule) so many times over the same data, or until `until(state)` holds; the metrics are the last round's.
+
+    `repeat(step, 1)` is `step`. A state saved at the end of a `repeat(step, 10)` and given to `repeat(step, 15)` does five more.
+    """
+    if times is None and until is None:
+        raise ValueError("repeat: say how often (times=) or how long (until=)")
+    return Repeat(step=step, times=None if times is None else _count(times, "times"), until=until, hooks=hooks, observers=observers)
+
+
+def sequence(*, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), **steps: AnyStep) -> Loop:
+    """`steps` one after the other: their names pick the data (`data["train"]`) and prefix the metrics (`train/loss`)."""
+    return InOrder(steps=_members(steps), hooks=hooks, observers=observers)
+
+
+def workflow(
+    phases: Sequence[tuple[str, int]], *, times: int, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), **steps: AnyStep
+) -> Loop:
+    """mmcv's workflow: each phase so many times in a row, in turn, until the first has run `times` times in all.
+
+    `workflow([("train", 2), ("val", 1)], times=3, train=..., val=...)` runs train, train, val, train, val.
+    """
+    unknown = [name for name, _ in phases if name not in steps]
+    if not phases or unknown:
+        raise ValueError(f"workflow: phases {unknown or 'are missing'}; there are steps for {list(steps)}")
+    phases = tuple((name, _count(n, f"the count of {name!r}", least=1)) for name, n in phases)
+    return Workflow(steps=_members(steps), phases=phases, times=_count(times, "times"), hooks=hooks, observers=observers)
+
+
+def every(n: int | Sequence[tuple[int, int]], step: AnyStep, *, begin: int = 1, last: bool = True) -> AnyStep:
+    """`step` on each n-th round of the nearest `repeat`, from round `begin`, and on its last; on other rounds nothing, without metrics.
+
+    `n` may change: `[(0, 5), (20, 1)]` is each 5th, and from round 20 each. Outside a repeat it always works; where the repeat's end is not
+    known (`until`) there is no last round.
+    """
+    intervals = ((0, n),) if isinstance(n, int) else tuple(sorted(n)) if isinstance(n, (list, tuple)) else ()
+    if not intervals or any(interval < 1 for _, interval in intervals):
+        raise ValueError(f"every: an interval is at least 1 round, not {n!r}")
+    return Every(intervals, step, begin, last)
+
+
+def _count(value: int, name: str, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is a whole number of at least {least}, not {value!r}")
+    return value
+
+
+def _members(steps: Mapping[str, AnyStep]) -> dict[str, AnyStep]:
+    if not steps:
+        raise ValueError("name at least one step: sequence(train=..., val=...)")
+    for name, step in steps.items():
+        if not callable(step):
+            raise TypeError(f"{name} is no step: {step!r} is not callable")
+    return dict(steps)

@@ -1,0 +1,94 @@
+"""What stands in a program: steps, loops and what lets rounds through to them; how it is drawn and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+AnyStep = Callable[[Any, Any], Any]
+
+
+class Composed:
+    """A step that openly holds others: a loop, or `every`."""
+
+    #: Those of a loop.
+    hooks: Any = ()
+    observers: Any = ()
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        """The steps within, each with the name that it adds to the path ('' for none)."""
+        raise NotImplementedError
+
+    def title(self) -> str:
+        """What it is, in a few words."""
+        raise NotImplementedError
+
+    def own(self) -> list[Any]:
+        """This one as a list, if it is a loop."""
+        return []
+
+    def prefixes(self) -> list[str]:
+        """What the names of its metrics may begin with: the paths of members; '' where any name may come."""
+        return [""]
+
+    def total_steps(self) -> int | None:
+        """How many training steps it will have taken, where that follows from the program alone."""
+        return None
+
+    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        """One tick of it, with these hooks and observers, and what `within` makes of each step that it holds."""
+        raise NotImplementedError
+
+
+def loops_of(step: Any) -> list[Any]:
+    """The loops of a program that stand in it openly, outermost first."""
+    if not isinstance(step, Composed):
+        return []
+    return [*step.own(), *(loop for _, each in step.inner() for loop in loops_of(each))]
+
+
+def stands_openly(step: Any) -> bool:
+    """Whether a loop stands there, with no wrapper around it."""
+    return isinstance(step, Composed) and (bool(step.own()) or all(stands_openly(each) for _, each in step.inner()))
+
+
+def prefixes(step: Any) -> list[str]:
+    """Those of any step."""
+    return step.prefixes() if isinstance(step, Composed) else [""]
+
+
+def total_steps(step: Any) -> int | None:
+    """Those of any step; what is neither a loop nor a step of a loop over data takes none that are known of."""
+    return step.total_steps() if isinstance(step, Composed) else None
+
+
+def added(counts: Iterable[int | None]) -> int | None:
+    """The sum, where all are known."""
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
+
+
+# --- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def title(step: Any) -> str:
+    return step.title() if isinstance(step, Composed) else getattr(step, "__qualname__", repr(step))
+
+
+def drawn(name: str, step: Any, depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    yield f"{indent}{name + ': ' if name else ''}{title(step)}"
+    if isinstance(step, Composed):
+        for inner_name, inner in step.inner():
+            yield from drawn(inner_name, inner, depth + 1)
+        for what, parts in (("hook", step.hooks), ("observer", step.observers)):
+            for part in parts:
+                yield f"{indent}  {what} {named(part)}"
+
+
+def named(part: Any) -> str:
+    if hasattr(part, "hook"):  # one that acts now and then: it goes by the name of what it holds back
+        return f"{named(part.hook)}, now and then"
+    if not isinstance(part, type) and type(part).__str__ is not object.__str__:
+        return str(part)
+    return getattr(part, "name", None) or getattr(part, "__qualname__", type(part).__name__)

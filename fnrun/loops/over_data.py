@@ -1,0 +1,321 @@
+"""Loops over data: their ticks are the calls of a step on the batches of a stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from fnrun import metrics as folds
+from fnrun.data import Batches
+from fnrun.donation import fate
+from fnrun.loops.base import Loop
+from fnrun.loops.composed import AnyStep, named, title
+from fnrun.program import Here, Unwind
+from fnrun.state import Cursor, Frame, Position
+from fnrun.steps import donates, fusing, is_step, looks_at_step_only
+
+#: So many ticks at most go straight on.
+STRAIGHT = 64
+
+
+class Before(NamedTuple):
+    """The state before a tick, for observers that fold and look at no more."""
+
+    step: int
+    position: Position
+    memory: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class OverData(Loop):
+    step: AnyStep
+
+    over_data = True
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        return [("", self.step)]
+
+    def _passing(self, at: Here) -> bool:
+        """Whether each call begins the stream anew and leaves no position behind, as a loop over the batch of another loop does."""
+        return at.over_batch
+
+    def _entered(self, data: Any, at: Here) -> Here:
+        return at._replace(source=self._stream(data, at))
+
+    def _stream(self, data: Any, at: Here) -> tuple[str, Batches]:
+        if at.source is not None:
+            return at.source
+        name, stream = at.program.stream(data, at)
+        return (f"{self.kind} {name}" if self._passing(at) else name), stream
+
+    def _cursor(self, state: Any, frame: Frame, data: Any, at: Here) -> Cursor:
+        name, stream = self._stream(data, at)
+        return Cursor(source=stream.source) if not frame.ticks and self._passing(at) else at.program.cursor(state, name, stream)
+
+    def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+        name, stream = self._stream(data, at)
+        batch, after = at.program.next_batch(name, stream, state, self._cursor(state, frame, data, at), replay=self._passing(at))
+        return batch, {name: after}, None
+
+    def _close(self, state: Any, data: Any, at: Here) -> Any:
+        return state.replace(position=state.position.forget(self._stream(data, at)[0])) if self._passing(at) else state
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        result = self._stepped(state, x, at)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+            raise TypeError(
+                f"{title(self.step)} returned {type(result).__name__}, and a step in {self.kind} returns (state, metrics). "
+                "Is it an evaluation step? Those belong in eval_loop"
+            )
+        return result
+
+    @functools.cached_property
+    def _lawful(self) -> bool:
+        """Whether the step is known to be one, in which no loop of this program can stand."""
+        return is_step(self.step)
+
+    def _stepped(self, state: Any, x: Any, at: Here) -> Any:
+        if self._lawful:
+            return self.step(state, x)
+        return self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True, source=None))
+
+    def _plain(self, metrics: Any) -> dict[str, Any]:
+        return metrics
+
+    def _examples(self, x: Any) -> int:
+        return folds.examples(x)
+
+    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
+        return folds.fold(totals, metrics, examples)
+
+    def _result(self, totals: Any) -> Any:
+        return folds.compute(totals) if totals else {}
+
+    def _left_in_pass(self, state: Any, frame: Frame, data: Any, at: Here) -> int | None:
+        batch = self._cursor(state, frame, data, at).batch
+        try:
+            batches = len(self._stream(data, at)[1])  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            return None
+        return 0 if frame.ticks and not batch else batches - batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Training(OverData):
+    donate: bool = False
+
+    trains = True
+    ends_with_pass: ClassVar[bool] = False
+
+    @functools.cached_property
+    def _donates(self) -> bool:
+        return self.donate and donates(self.step)
+
+    def _stepped(self, state: Any, x: Any, at: Here) -> Any:
+        step: Any = self.step
+        return step(state, x, lease=at.lease) if self._donates else super()._stepped(state, x, at)
+
+    @functools.cached_property
+    def _every(self) -> int:
+        """How many ticks may follow each other in one go: none where a hook acts, or an observer that may look at each state."""
+        if self.hooks or not looks_at_step_only(self.step) or not all(getattr(o, "idle_between", False) for o in self.observers):
+            return 0
+        return math.gcd(*(getattr(o, "every") for o in self.observers)) if self.observers else STRAIGHT  # noqa: B009
+
+    def _unwatched(self, state: Any, frame: Frame, at: Here) -> int:
+        every = self._every
+        return min(STRAIGHT, every - 1 - state.step % every) if every > 1 and at.program.unspied else 0
+
+    def _straight(self, state: Any, frame: Frame, at: Here, ticks: int, gatherers: list[Any]) -> Any:
+        """So many ticks, or as many as the pass has, with what loops do around a tick done once at their end.
+
+        The state afterwards is that of tick by tick, bit for bit. An interrupt or an exception ends the run of ticks early.
+        """
+        program, (name, stream) = at.program, self._stream(None, at)
+        position, replay, cursor = state.position, self._passing(at), self._cursor(state, frame, None, at)
+        before, done = Before(state.step, position, state.memory), list[tuple[Any, int]]()
+
+        def finished(state: Any) -> Any:
+            gathered = {o.name: o.fold_each(frame.folds.get(o.name), before, done) for o in gatherers} if done else frame.folds
+            totals = folds.fold_each(frame.totals, done)
+            program.examples += sum(examples for _, examples in done)
+            new = Frame(frame.loop, frame.ticks + len(done), totals, gathered, frame.member)
+            streams = {**position.streams, name: cursor}
+            state = state.replace(position=Position((*position.frames[: at.depth], new), streams, position.ticks + len(done)))
+            program.seen(state)
+            return state
+
+        try:
+            while len(done) < ticks and (not done or cursor.batch or not self.ends_with_pass):
+                if done and program.interrupt is not None and (reason := program.interrupt()):  # before the first it was asked already
+                    raise Unwind(finished(state), reason)
+                batch, after = program.next_batch(name, stream, state, cursor, replay=replay)
+                state, metrics = self._stepped(state, batch, at)
+                done.append((metrics, folds.examples(batch)))
+                cursor = after
+        except Unwind:
+            raise
+        except BaseException:
+            if done and fate(state) is None:
+                finished(state)
+            raise
+        return finished(state)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.donate and not donates(self.step):
+            warnings.warn(
+                f"donate=True: {title(self.step)} cannot write the new state over the old one, so it goes on in new memory. Steps of "
+                "make_train_step can, with an optimizer of fnrun.optim; what wraps a step may need the old state",
+                stacklevel=4,
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class EpochLoop(Training):
+    kind = "epoch_loop"
+    ends_with_pass = True
+
+    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        return StepLoop(step=self.step, steps=1, donate=self.donate, **parts)
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        frame = state.position.frames[at.depth]
+        left = self._left_in_pass(state, frame, data, at)
+        return None if left is None else frame.ticks + left
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        return frame.ticks > 0 and self._cursor(state, frame, data, at).batch == 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StepLoop(Training):
+    steps: int
+    until_step: int | None = None
+    fused_steps: int = 1
+
+    kind = "step_loop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fused_steps == 1:
+            return
+        if fusing(self.step) is None:
+            raise TypeError(f"fused_steps: {title(self.step)} is no compiled step; make_train_step(..., compile=True) makes one")
+        for part in (*self.hooks, *self.observers):
+            every = getattr(part, "every", self.fused_steps)
+            if every % self.fused_steps:
+                raise ValueError(
+                    f"fused_steps={self.fused_steps}: {getattr(part, 'name', named(part))} acts every {every} steps, and {self.fused_steps} at a time are "
+                    "one call that nothing looks into: let every= be a multiple"
+                )
+
+    def title(self) -> str:
+        fused = f", {self.fused_steps} at a time" if self.fused_steps > 1 else ""
+        return f"step_loop, {self.steps} steps{fused}" + (f", until step {self.until_step}" if self.until_step is not None else "")
+
+    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        return dataclasses.replace(self, steps=self.fused_steps, until_step=None, **parts)
+
+    def total_steps(self) -> int | None:
+        return self.steps if self.until_step is None else None
+
+    def _stepped(self, state: Any, x: Any, at: Here) -> Any:
+        if self.fused_steps == 1:
+            return super()._stepped(state, x, at)
+        several = fusing(self.step)
+        assert several is not None
+        return several(state, x, lease=at.lease if self._donates else None)
+
+    def _unwatched(self, state: Any, frame: Frame, at: Here) -> int:
+        if self.fused_steps > 1:
+            return 0
+        left = self.steps - frame.ticks if self.until_step is None else min(self.steps - frame.ticks, self.until_step - state.step)
+        return min(super()._unwatched(state, frame, at), left)
+
+    def _taken(self, x: Any) -> int:
+        return 1 if self.fused_steps == 1 else len(x)
+
+    def _examples(self, x: Any) -> int:
+        return folds.examples(x) if self.fused_steps == 1 else sum(map(folds.examples, x))
+
+    def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+        if self.fused_steps == 1:
+            return super()._take(state, frame, data, at)
+        left = self.steps - frame.ticks if self.until_step is None else min(self.steps - frame.ticks, self.until_step - state.step)
+        name, stream = self._stream(data, at)
+        cursor, batches = self._cursor(state, frame, data, at), []
+        for _ in range(min(self.fused_steps, left)):
+            batch, cursor = at.program.next_batch(name, stream, state, cursor, replay=self._passing(at))
+            batches.append(batch)
+        return batches, {name: cursor}, None
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        self._cursor(state, state.position.frames[at.depth], data, at)
+        if self.until_step is None:
+            return self.steps
+        return min(self.steps, state.position.frames[at.depth].ticks + max(0, self.until_step - state.step))
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        return frame.ticks >= self.steps or (self.until_step is not None and state.step >= self.until_step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class EvalLoop(OverData):
+    steps: int | None = None
+
+    kind = "eval_loop"
+
+    def title(self) -> str:
+        return "eval_loop" + (f", {self.steps} batches" if self.steps is not None else "")
+
+    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        return dataclasses.replace(self, steps=1, observers=parts["observers"])  # it has no hooks
+
+    def total_steps(self) -> int | None:
+        return 0
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        frame = state.position.frames[at.depth]
+        left = self._left_in_pass(state, frame, data, at)
+        return self.steps if self.steps is not None or left is None else frame.ticks + left
+
+    def _passing(self, at: Here) -> bool:
+        return self.steps is None or at.over_batch
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        if self.steps is not None:
+            return frame.ticks >= self.steps
+        return frame.ticks > 0 and self._cursor(state, frame, data, at).batch == 0
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        metrics = self._stepped(state, x, at)
+        if not isinstance(metrics, Mapping):
+            raise TypeError(f"{title(self.step)} returned {type(metrics).__name__}, and a step in eval_loop returns metrics, a dict")
+        return state, dict(metrics)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PredictLoop(EvalLoop):
+    keep: bool = True
+
+    kind = "predict_loop"
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        return state, self._stepped(state, x, at)
+
+    def _plain(self, metrics: Any) -> dict[str, Any]:
+        return {}
+
+    def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
+        return {"outputs": metrics}
+
+    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
+        return (*(totals or ()), metrics) if self.keep else None
+
+    def _result(self, totals: Any) -> Any:
+        return list(totals or ())

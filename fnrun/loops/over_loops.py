@@ -1,0 +1,209 @@
+"""Loops over loops: their ticks are rounds of a step, or turns of their members."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+from fnrun.loops.base import Loop, monitored
+from fnrun.loops.composed import AnyStep, Composed, added, prefixes, total_steps
+from fnrun.loops.whole import elsewhere
+from fnrun.program import Here, ProgramError, here
+from fnrun.state import Cursor, Frame
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Repeat(Loop):
+    step: AnyStep
+    times: int | None
+    until: Callable[[Any], bool] | None = None
+
+    kind = "repeat"
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        return [("", self.step)]
+
+    def title(self) -> str:
+        return "repeat" + (f" {self.times} times" if self.times is not None else "") + (" until" if self.until else "")
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        return self.times if self.until is None else None
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        return (self.times is not None and frame.ticks >= self.times) or (self.until is not None and self.until(state))
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        known = self.times if self.until is None else None
+        return self._call(self.step, state, x, at._replace(depth=at.depth + 1, round=(frame.ticks, known)))
+
+    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        return dataclasses.replace(self, step=within("", self.step), times=1, until=self.until and once(self.until), **parts)
+
+    def prefixes(self) -> list[str]:
+        return prefixes(self.step)
+
+    def total_steps(self) -> int | None:
+        inner = total_steps(self.step)
+        return None if inner is None or self.times is None or self.until is not None else self.times * inner
+
+    def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
+        values = super()._values(plain, metrics)
+        if values and self.prefixes() == [""]:  # no member that may come in another round
+            for who, metric in monitored((*self.hooks, *self.observers)):
+                if metric not in values and "skipped" not in values:
+                    raise ValueError(f"{who}: no step reports {metric!r}; reported: {', '.join(map(repr, values))}")
+        return values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Members(Loop):
+    """Loops with named members, each over its own entry of the data."""
+
+    steps: Mapping[str, AnyStep]
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        return self.steps.items()
+
+    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        return dataclasses.replace(self, steps={name: within(name, step) for name, step in self.steps.items()}, **parts)
+
+    def prefixes(self) -> list[str]:
+        return [f"{name}/{rest}" for name, inner in self.steps.items() for rest in prefixes(inner)]
+
+    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+        place = f"data at {at.path}" if at.path else "the data"
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{place} mirrors the {self.kind}: a mapping with the keys {list(self.steps)}, not a {type(data).__name__}")
+        if missing := [name for name in self.steps if name not in data]:
+            raise ProgramError(f"{place} has nothing for {missing}; the {self.kind} has {list(self.steps)}, the data {list(data)}")
+        return self._count()
+
+    def _count(self) -> int:
+        raise NotImplementedError
+
+    def _member(self, frame: Frame) -> str:
+        raise NotImplementedError
+
+    def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+        member = self._member(frame)
+        return data[member], None, member
+
+    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+        name = str(frame.member)
+        state, metrics = self._call(self.steps[name], state, x, at._replace(depth=at.depth + 1, path=f"{at.path}/{name}"))
+        return state, {f"{name}/{k}": v for k, v in metrics.items()} if isinstance(metrics, Mapping) else {name: metrics}
+
+    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
+        return {**(totals or {}), **metrics}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class InOrder(Members):
+    kind = "sequence"
+    end = "(end)"
+
+    def total_steps(self) -> int | None:
+        return added(map(total_steps, self.steps.values()))
+
+    def _count(self) -> int:
+        return len(self.steps)
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        if frame.member is not None and frame.member != self.end and frame.member not in self.steps:
+            raise elsewhere(state, at.program)
+        return frame.member == self.end or not self.steps
+
+    def _member(self, frame: Frame) -> str:
+        return frame.member or next(iter(self.steps))
+
+    def _next_member(self, frame: Frame) -> str | None:
+        names = [*self.steps, self.end]
+        return names[names.index(str(frame.member)) + 1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Workflow(Members):
+    phases: Sequence[tuple[str, int]]
+    times: int
+
+    kind = "workflow"
+
+    def title(self) -> str:
+        return f"workflow {' '.join(f'{name}*{n}' for name, n in self.phases)}, {self.times} times"
+
+    def _order(self) -> list[str]:
+        """The member of each tick: the phases in turn, until the first has run `times` times; what is behind it still has its turn."""
+        order: list[str] = []
+        first = self.phases[0][0]
+        for name, n in cycle(self.phases):
+            left = self.times - order.count(first)
+            if name == first and not left:
+                return order
+            order += [name] * (min(n, left) if name == first else n)
+        return order
+
+    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        return super().cut(within, phases=tuple((member, 1) for member, _ in self.phases), times=1, **parts)
+
+    def total_steps(self) -> int | None:
+        return added(total_steps(self.steps[name]) for name in self._order())
+
+    def _count(self) -> int:
+        return len(self._order())
+
+    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+        return frame.ticks >= self._count()
+
+    def _member(self, frame: Frame) -> str:
+        return self._order()[frame.ticks]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Every(Composed):
+    """Not a loop: it has no frame, and lets the rounds of the nearest repeat through to its step or not."""
+
+    intervals: tuple[tuple[int, int], ...]
+    step: AnyStep
+    begin: int
+    last: bool
+
+    def __call__(self, state: Any, x: Any) -> tuple[Any, Any]:
+        at = here.get()
+        inside = at is not None and len(state.position.frames) > at.depth  # a loop within is open: whatever the round, it goes on
+        if at is None or at.round is None or inside or self._works(*at.round):
+            return self.step(state, x)
+        return state, {}
+
+    def _works(self, index: int, times: int | None) -> bool:
+        number = index + 1
+        n = next((n for start, n in reversed(self.intervals) if number >= start), None)
+        return (number >= self.begin and n is not None and number % n == 0) or (self.last and number == times)
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        return [("", self.step)]
+
+    def title(self) -> str:
+        plain = len(self.intervals) == 1
+        when = f"each {self.intervals[0][1]}" if plain else ", ".join(f"each {n} from {start}" for start, n in self.intervals)
+        return f"every round, {when}" + (f", from {self.begin}" if self.begin > 1 else "") + (", and the last" if self.last else "")
+
+    def prefixes(self) -> list[str]:
+        return prefixes(self.step)
+
+    def total_steps(self) -> int | None:
+        return 0 if total_steps(self.step) == 0 else None
+
+    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        return dataclasses.replace(self, intervals=((0, 1),), begin=1, step=within("", self.step))  # it works now
+
+
+def once(until: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The user's condition is asked, and whatever it says there is one round."""
+
+    def asked(state: Any) -> bool:
+        until(state)
+        return False
+
+    return asked

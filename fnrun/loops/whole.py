@@ -1,0 +1,109 @@
+"""A program, whole: a loop called from outside, the loops that stand in it, and those that wrappers hide."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from fnrun.donation import Lease, given_lease
+from fnrun.loops.composed import Composed, loops_of
+from fnrun.program import ASIDE, Here, Program, ProgramError, Unwind, here, spy
+from fnrun.state import Position, S
+from fnrun.steps import is_step
+
+
+def outermost(loop: Any, state: S, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[S, Any]:
+    program = Program(loop, state, interrupt)
+    loops = loops_of(loop)
+    given = given_lease(state) if any(each.donate for each in loops) else None
+    with given or nullcontext():
+        return _through(loop, loops, program, state, data, given)
+
+
+def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: Any, lease: Lease | None) -> tuple[Any, Any]:
+    token = here.set(ASIDE)
+    try:
+        program.latest = state = program.begin(_hidden(loop), program.begin(loops, state), hidden=True)
+        if any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
+            program.unclaimed(state)
+        result = loop._run(state, data, Here(program, lease=lease))
+    except Unwind as unwound:
+        program.close(program.latest, unwound.reason)
+        return unwound.state, loop._result(unwound.state.position.frames[0].totals)
+    except BaseException as error:
+        program.close(program.latest, error)
+        raise
+    finally:
+        here.reset(token)
+    program.close(program.latest, None)
+    return result
+
+
+def aside(loop: Any, state: Any, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[Any, Any]:
+    """A program of its own, run by a hook, an observer or a step of another, whose position is not its own and comes back with its result."""
+    around = state.position
+    watching = spy.set(None)
+    try:
+        end, metrics = outermost(loop, state.replace(position=Position()) if around.frames else state, data, interrupt)
+    finally:
+        spy.reset(watching)
+    return (end.replace(position=around) if around.frames else end), metrics
+
+
+def with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
+    """`step` with the observers of each loop that stands in it openly changed; its hooks and steps are the same objects."""
+    if not dataclasses.is_dataclass(step) or isinstance(step, type):
+        return step
+    fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    inner: dict[str, Any] = {}
+    if "step" in fields:
+        inner["step"] = with_observers(fields["step"], change)
+    if isinstance(fields.get("steps"), dict):
+        inner["steps"] = {name: with_observers(member, change) for name, member in fields["steps"].items()}
+    if isinstance(step, Composed) and step.own():
+        inner["observers"] = change(tuple(step.observers))
+    return dataclasses.replace(step, **inner)
+
+
+def _hidden(step: Any, seen: frozenset[int] = frozenset()) -> list[Any]:
+    """The loops that wrappers hold: in what they close over, were given, belong to or name.
+
+    Their hooks begin with the program, so that a state remembers them from the start. What is hidden better begins when it is called.
+    """
+    if id(step) in seen or is_step(step):
+        return []
+    seen = seen | {id(step)}
+    if isinstance(step, Composed):
+        return [loop for _, each in step.inner() for loop in _hidden(each, seen)]
+    found: list[Any] = []
+    for each in _held(step):
+        if isinstance(each, Composed):
+            found += [*loops_of(each), *_hidden(each, seen)]
+        elif isinstance(each, (FunctionType, MethodType, functools.partial)):
+            found += _hidden(each, seen)
+    return found
+
+
+def _held(step: Any) -> Iterable[Any]:
+    if isinstance(step, functools.partial):
+        return [step.func, *step.args, *step.keywords.values()]
+    if isinstance(step, MethodType):
+        return [step.__func__, *getattr(step.__self__, "__dict__", {}).values()]
+    if isinstance(step, FunctionType):
+        cells = [cell.cell_contents for cell in step.__closure__ or () if cell != CellType()]
+        named = [step.__globals__.get(name) for name in step.__code__.co_names]
+        return [*cells, *(step.__defaults__ or ()), *(each for each in named if isinstance(each, Composed))]
+    return getattr(step, "__dict__", {}).values()
+
+
+def elsewhere(state: Any, program: Program) -> ProgramError:
+    """The error for a state that stands in another program: both are shown."""
+    stands = "\n".join(f"  {'  ' * i}{f.loop}, tick {f.ticks}" for i, f in enumerate(state.position.frames))
+    drawn = "\n".join(f"  {line}" for line in str(program.loop).splitlines())
+    return ProgramError(
+        f"the state stands in another program:\n{stands}\nand this one is:\n{drawn}\nTo begin this one anew: state.rewind()"
+    )
