@@ -101,6 +101,14 @@ def test_a_legacy_file_of_torch_is_read(tmp_path) -> None:
     assert tree.equal(params_from(path), dict(state_dict))
 
 
+def test_a_file_that_was_packed_again_is_read(tmp_path) -> None:
+    state_dict = written("zip", tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert tree.equal(params_from(tmp_path / "b.pt"), state_dict)
+
+
 def test_a_file_is_told_by_its_content(tmp_path) -> None:
     state_dict = dict(Net().state_dict())
     safetensors.torch.save_file(state_dict, path := tmp_path / "named.pth")
@@ -330,6 +338,16 @@ def test_weights_beside_objects_of_other_classes_are_read(tmp_path) -> None:
     }
     torch.save({"state_dict": {"w": torch.arange(3.0)}, **beside}, path := tmp_path / "a.pt")
     assert params_from(path)["w"].tolist() == [0, 1, 2]
+
+
+def test_a_method_that_a_file_puts_on_a_tensor_is_not_called(tmp_path) -> None:
+    tensor = torch.ones(2)
+    for name in ("detach", "clone", "to"):
+        setattr(tensor, name, OrderedDict)
+    torch.save({"w": tensor}, path := tmp_path / "a.pt")
+    assert vars(torch.load(path)["w"])
+    found = params_from(path)["w"]
+    assert (type(found), vars(found), found.tolist()) == (torch.Tensor, {}, [1, 1])
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -75,10 +75,9 @@ def _content(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"PK\x03\x04"):
-        _check_zip(path)
-        return _torch_file(path, mapped=True)
+        return _torch_file(path, zipped=True)
     if head.startswith(_LEGACY):
-        return _torch_file(path, mapped=False)
+        return _torch_file(path, zipped=False)
     if head[8:9] == b"{":
         return _safetensors_file(path)
     what = next((what for start, what in _OTHERS.items() if head.lstrip().startswith(start)), f"it begins with {head[:24]!r}")
@@ -94,11 +93,12 @@ _OTHERS = {
 }
 
 
-def _check_zip(path: Path) -> None:
-    """Compare the content with the checksums that torch wrote and does not look at itself."""
+def _check_zip(path: Path) -> bool:
+    """Compare the content with the checksums that torch wrote and does not look at itself; whether the bytes lie there as they are."""
     try:
         with zipfile.ZipFile(path) as file:
             changed = file.testzip()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
     except Exception as error:
         raise DamagedError(f"{path} is damaged or cut off: {error}; fetch it again") from error
     if changed:
@@ -106,11 +106,13 @@ def _check_zip(path: Path) -> None:
             f"{path} is damaged: the checksum of {changed} in it is wrong; fetch it again. (If it was saved under "
             "torch.serialization.set_crc32_options(False) it has none: pass what torch.load makes of it.)"
         )
+    return stored
 
 
-def _torch_file(path: Path, *, mapped: bool) -> Any:
+def _torch_file(path: Path, *, zipped: bool) -> Any:
+    mapped = zipped and _check_zip(path)
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         with _unpickling, torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a pickle may say
@@ -185,7 +187,7 @@ def _chosen(content: Any, key: str | None, where: str) -> dict[str, Tensor]:
         )
     if not chosen[0]:
         raise CheckpointError(f"{where}: the state dict is empty")
-    return {name: value.detach() for name, value in chosen[0].items()}
+    return {name: Tensor.detach(value) for name, value in chosen[0].items()}  # not value.detach(), which a file can set
 
 
 def _plain(value: Any) -> bool:
