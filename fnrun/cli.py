@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import logging
 import os
 import shlex
 import shutil
 import sys
 import time
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union
 
-import msgspec
 import tyro
 
 from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.program import ProgramError
-from fnrun.run import CONFIG, Experiment, Run, RunError, Writing
+from fnrun.run import CONFIG, Experiment, Run, RunError, Writing, changes, config_type
 from fnrun.tree import module_name
 
 Build = Callable[[Any, Run], Experiment]
@@ -46,8 +43,8 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
     Exit codes: 0 done; interrupted with a checkpoint saved, to be resumed: 130 by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by `--deadline`.
     """
     args = list(sys.argv[1:] if args is None else args)
-    name, config_type = _name(build), _config_type(build)
-    command, run = _parse(args, name, config_type)
+    name, of_config = _name(build), config_type(build)
+    command, run = _parse(args, name, of_config)
     try:
         if isinstance(command, _Evaluate):
             code = _evaluate(build, name, command)
@@ -162,14 +159,6 @@ def _name(build: Build) -> str:
     return module if function == "build" else f"{module}:{function}"
 
 
-def _config_type(build: Build) -> type:
-    parameters = list(inspect.signature(build).parameters)
-    hint = typing.get_type_hints(build).get(parameters[0]) if parameters else None
-    if not isinstance(hint, type):
-        raise TypeError(f"{build.__name__}: annotate its first parameter with the config dataclass: def build(config: Config, run: Run)")
-    return hint
-
-
 # --- the commands ------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +267,7 @@ def _restored(run: Run, like: Any, fall_back: bool) -> Any:
 
 def _departing(before: Run, run: Run, state: Any) -> Any:
     """The state to go on from. Where the config was changed here, which the history says, an earlier stop no longer holds."""
-    changed = dict(_changes(msgspec.to_builtins(before.config), msgspec.to_builtins(run.config), ""))
+    changed = changes(before.config, run.config)
     if changed:
         logger.info("changed: %s", ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items()))
         run.history.append({"changed": changed, "step": state.step, "ticks": state.position.ticks})
@@ -296,14 +285,6 @@ def _built(build: Build, run: Run) -> Experiment:
         return build(run.config, run)
     except ValueError as error:
         raise RunError(f"the experiment cannot be built with this config: {error} (--debug shows where)") from error
-
-
-def _changes(old: Any, new: Any, name: str) -> Iterator[tuple[str, list[Any]]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield name, [old, new]
 
 
 def _go(run: Run, experiment: Experiment, state: Any, asked: _Asked, writing: Writing) -> int:
@@ -341,7 +322,7 @@ def _workers_end_too(asked: _Asked) -> Iterator[None]:
 
 
 def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
-    run = Run.open(command.run, _config_type(build), name)
+    run = Run.open(command.run, config_type(build), name)
     asked = command.checkpoint
     if asked.partition(":")[0] != "best" and asked != "latest" and not asked.isdecimal():
         raise RunError(f"--checkpoint is latest, a step, best or best:METRIC, not {asked!r}")

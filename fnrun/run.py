@@ -20,12 +20,14 @@ import datetime
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -39,7 +41,7 @@ from fnrun.writer import RunError, Status, Writing
 if TYPE_CHECKING:
     from fnrun.checkpoint import Checkpoints
 
-__all__ = ["Experiment", "Run", "RunError", "Status", "Writing", "decode", "environment", "load_build"]
+__all__ = ["Experiment", "Run", "RunError", "Status", "Writing", "changes", "config_type", "decode", "environment", "load_build"]
 
 C = TypeVar("C")
 
@@ -259,7 +261,8 @@ def _convert(raw: Any, kind: Any, where: str, name: str) -> Any:
     try:
         return msgspec.convert(raw, kind, strict=True)
     except (msgspec.ValidationError, ValueError, TypeError) as error:
-        raise RunError(f"{where}: {str(error).replace('`$', f'`{name}')}") from error
+        text = str(error).replace("`$", f"`{name}")
+        raise RunError(f"{where}: {text if ' - at `' in text else f'{text} - at `{name}`'}") from error
 
 
 def _unknown(raw: Any, known: Any, path: str) -> Any:
@@ -269,6 +272,23 @@ def _unknown(raw: Any, known: Any, path: str) -> Any:
                 yield f"{path}.{name}"
             else:
                 yield from _unknown(value, known[name], f"{path}.{name}")
+
+
+def changes(old: Any, new: Any) -> dict[str, list[Any]]:
+    """What differs between two configs: `[old, new]` by the field's name, those of a config within another one with its name before a dot.
+
+    >>> changes({"epochs": 5, "optimizer": {"type": "SGD", "lr": 0.1}}, {"epochs": 8, "optimizer": {"type": "SGD", "lr": 0.1}})
+    {'epochs': [5, 8]}
+    """
+    return dict(_changes(msgspec.to_builtins(old), msgspec.to_builtins(new), ""))
+
+
+def _changes(old: Any, new: Any, name: str) -> Iterator[tuple[str, list[Any]]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, [old, new]
 
 
 # --- whose code it is --------------------------------------------------------------------------------------------------
@@ -293,6 +313,15 @@ def load_build(experiment: str) -> Callable[[Any, Run], Experiment]:
     if build is None or not callable(build):
         raise RunError(f"{module} ({getattr(found, '__file__', None)}) has no function {function or 'build'}")
     return build
+
+
+def config_type(build: Callable[..., Any]) -> type:
+    """What the annotation of the first parameter says. Raises TypeError where there is none."""
+    parameters = list(inspect.signature(build).parameters)
+    hint = typing.get_type_hints(build).get(parameters[0]) if parameters else None
+    if not isinstance(hint, type):
+        raise TypeError(f"{build.__name__}: annotate its first parameter with the config dataclass: def build(config: Config, run: Run)")
+    return hint
 
 
 def _source(experiment: str) -> str:
