@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import optree
@@ -100,12 +100,20 @@ class _Within(Scope):
             super().__exit__()
 
 
-#: Functions that are known to be steps, and to hold no loops that belong to the program around them.
-_steps: weakref.WeakSet[Any] = weakref.WeakSet()
+class Traits(NamedTuple):
+    """What loops may make use of in a step."""
 
-#: Of these, those that can write the new state over the old one: called as `step(state, batch, lease=lease)`. A set of its own and not an
-#: attribute, which `functools.wraps` would give to a wrapper that may need the old state.
-_donating: weakref.WeakSet[Any] = weakref.WeakSet()
+    #: It takes a `lease=`, with which it writes the new state over the old one.
+    donates: bool = False
+    #: Where in the program the state stands is no input of it, but for the count of steps.
+    looks_at_step_only: bool = False
+    #: The function `(state, batches, lease=lease)` that does several of these steps in one compiled call.
+    fused: Callable[..., tuple[Any, Metrics]] | None = None
+
+
+#: Functions that are known to be steps, and to hold no loops that belong to the program around them. A registry and not an attribute, which
+#: `functools.wraps` would give to a wrapper that may need the old state.
+_steps: weakref.WeakKeyDictionary[Any, Traits] = weakref.WeakKeyDictionary()
 
 
 def is_step(fn: Any) -> bool:
@@ -116,36 +124,9 @@ def is_step(fn: Any) -> bool:
         return False
 
 
-#: Of these, those that do several steps in one call: the function `(state, batches, lease=lease)` of each.
-_fusing: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
-#: Of these, those of which the state's position is no input: only parameters, buffers, optimizer state, key and step are.
-_positionless: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def looks_at_step_only(fn: Any) -> bool:
-    """Whether the step does not look at where in the program it stands, but for the count of steps."""
-    try:
-        return fn in _positionless
-    except TypeError:
-        return False
-
-
-def fusing(fn: Any) -> Callable[..., tuple[Any, Metrics]] | None:
-    """The function that does several of these steps in one compiled call, or None."""
-    try:
-        return _fusing.get(fn)
-    except TypeError:
-        return None
-
-
-def donates(fn: Any) -> bool:
-    """Whether the step takes a `lease=`, with which it writes the new state over the old one."""
-    try:
-        return fn in _donating
-    except TypeError:
-        return False
+def traits(fn: Any) -> Traits:
+    """What is known of a step; nothing of any other function."""
+    return _steps[fn] if is_step(fn) else Traits()
 
 
 def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random: bool = False) -> Any:
@@ -181,7 +162,7 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
         new = tree.map(_detach, new).replace(position=new.position)  # the same object: whether a loop ran is told by it
         return new.replace(step=state.step + 1), metrics
 
-    _steps.add(lawful)
+    _steps[lawful] = Traits()
     return lawful
 
 
@@ -406,12 +387,7 @@ def make_train_step(
         return state, _together(seen, batches)
 
     train_step.__qualname__ = train_step.__name__ = name
-    _steps.add(train_step)
-    _positionless.add(train_step)
-    if compile:
-        _fusing[train_step] = fused_steps
-    if optimizer.donatable:
-        _donating.add(train_step)
+    _steps[train_step] = Traits(optimizer.donatable, looks_at_step_only=True, fused=fused_steps if compile else None)
     return train_step
 
 
@@ -527,7 +503,7 @@ def make_eval_step(
         return _with(result, reports)
 
     eval_step.__qualname__ = eval_step.__name__ = f"eval_step({type(model).__name__})"
-    _steps.add(eval_step)
+    _steps[eval_step] = Traits()
     return eval_step
 
 
@@ -546,7 +522,7 @@ def make_predict_step(
         return run(state, batch)[0]
 
     predict_step.__qualname__ = predict_step.__name__ = f"predict_step({type(model).__name__})"
-    _steps.add(predict_step)
+    _steps[predict_step] = Traits()
     return predict_step
 
 

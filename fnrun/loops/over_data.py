@@ -16,7 +16,7 @@ from fnrun.loops.base import Loop
 from fnrun.loops.composed import AnyStep, named, title
 from fnrun.program import Here, Unwind
 from fnrun.state import Cursor, Frame, Position
-from fnrun.steps import donates, fusing, is_step, looks_at_step_only
+from fnrun.steps import is_step, traits
 
 #: So many ticks at most go straight on.
 STRAIGHT = 64
@@ -113,7 +113,7 @@ class Training(OverData):
 
     @functools.cached_property
     def _donates(self) -> bool:
-        return self.donate and donates(self.step)
+        return self.donate and traits(self.step).donates
 
     def _stepped(self, state: Any, x: Any, at: Here) -> Any:
         step: Any = self.step
@@ -122,7 +122,7 @@ class Training(OverData):
     @functools.cached_property
     def _every(self) -> int:
         """How many ticks may follow each other in one go: none where a hook acts, or an observer that may look at each state."""
-        if self.hooks or not looks_at_step_only(self.step) or not all(getattr(o, "idle_between", False) for o in self.observers):
+        if self.hooks or not traits(self.step).looks_at_step_only or not all(getattr(o, "idle_between", False) for o in self.observers):
             return 0
         return math.gcd(*(getattr(o, "every") for o in self.observers)) if self.observers else STRAIGHT  # noqa: B009
 
@@ -167,7 +167,7 @@ class Training(OverData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.donate and not donates(self.step):
+        if self.donate and not traits(self.step).donates:
             warnings.warn(
                 f"donate=True: {title(self.step)} cannot write the new state over the old one, so it goes on in new memory. Steps of "
                 "make_train_step can, with an optimizer of fnrun.optim; what wraps a step may need the old state",
@@ -204,7 +204,7 @@ class StepLoop(Training):
         super().__post_init__()
         if self.fused_steps == 1:
             return
-        if fusing(self.step) is None:
+        if traits(self.step).fused is None:
             raise TypeError(f"fused_steps: {title(self.step)} is no compiled step; make_train_step(..., compile=True) makes one")
         for part in (*self.hooks, *self.observers):
             every = getattr(part, "every", self.fused_steps)
@@ -227,7 +227,7 @@ class StepLoop(Training):
     def _stepped(self, state: Any, x: Any, at: Here) -> Any:
         if self.fused_steps == 1:
             return super()._stepped(state, x, at)
-        several = fusing(self.step)
+        several = traits(self.step).fused
         assert several is not None
         return several(state, x, lease=at.lease if self._donates else None)
 
