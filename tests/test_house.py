@@ -23,7 +23,7 @@ FLOORS = [
     ["program", "dry", "loops", "hooks", "interrupts"],
     ["observers"],
     ["writer", "run", "plot", "testing"],
-    ["cli"],
+    ["cli", "verify"],
     ["command"],
     ["__main__"],
 ]

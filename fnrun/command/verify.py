@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -60,9 +61,12 @@ def _lines(pair: Pair, ambiguous: set[int]) -> Iterator[str]:
         yield f"  and {len(pair.differences) - SHOWN} leaves more"
     if pair.outcome == "different":
         yield from (
-            f"  {name}: {then or 'none'} when the checkpoint was made, {now or 'none'} now"
-            for name, (then, now) in pair.environment.items()
+            f"  {name}: {_short(then)} when the checkpoint was made, {_short(now)} now" for name, (then, now) in pair.environment.items()
         )
+
+
+def _short(value: str | None) -> str:
+    return re.sub(r"(sha256:\w{12})\w+", r"\1", value or "none")
 
 
 def _name(entry: Entry, ambiguous: set[int]) -> str:
