@@ -1,0 +1,119 @@
+"""`fnrun fork`: a new run from a checkpoint of another one, with its ancestry."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fnrun.checkpoint import CheckpointError, Checkpoints, Entry, Manifest, store
+from fnrun.cli import FLAGS
+from fnrun.command import CommandError, Fork, read_flags
+from fnrun.command.output import document
+from fnrun.command.places import run_at
+from fnrun.observers.sinks.lines import Lines
+from fnrun.run import Run, changes, config_type, decode, environment, load_build
+from fnrun.verify import order
+
+
+def run(asked: Fork) -> int:
+    parent = run_at(asked.run)
+    checkpoints = Checkpoints(parent.path / "checkpoints")
+    entry = checkpoints.find({"latest": None}.get(asked.step, int(asked.step) if asked.step.isdecimal() else asked.step))
+    manifest = checkpoints.manifest(entry)
+    config, changed = _overridden(parent, manifest.config, asked.overrides)
+    with _appearing(asked.out, parent) as made:
+        sha256 = _copy(checkpoints, entry, manifest, made / "checkpoints")
+        forked = os.path.relpath(parent.path, asked.out)
+        fork = {"forked": forked, "step": entry.step, "ticks": entry.ticks, "sha256": sha256, "changed": changed}
+        run = Run(made, parent.experiment, config, [*_before(parent, entry, asked.out), fork])
+        run.write_config()
+        (made / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        if parent.metrics.exists():
+            shutil.copyfile(parent.metrics, run.metrics)
+            lines = Lines(run.metrics)
+            lines.open(order(manifest))
+            lines.close()
+    _say(asked, parent, fork)
+    return 0
+
+
+def _overridden(parent: Run, raw: Any, flags: Sequence[str]) -> tuple[Any, dict[str, list[Any]]]:
+    """The config of a checkpoint with the flags' values, and what changed."""
+    if not flags:
+        return raw, {}
+    kind = config_type(load_build(parent.experiment))
+    config = decode(raw, kind, "the checkpoint's config")
+    prog = f"python -m {parent.experiment.partition(':')[0]} resume {parent.path}"  # its --help shows the experiment's own flags
+    new = read_flags(kind, flags, default=config, config=FLAGS, prog=prog)
+    return new, changes(config, new)
+
+
+def _before(parent: Run, entry: Entry, new: Path) -> list[dict[str, Any]]:
+    """The history up to the checkpoint. A change that was made *at* it belongs to the future that is left behind."""
+    kept: list[dict[str, Any]] = []
+    for change in parent.history:
+        if "forked" in change and change["ticks"] <= entry.ticks:
+            there = os.path.relpath(parent.path / change["forked"], new)
+            kept.append({**change, "forked": there, "changed": change["changed"] if change["ticks"] < entry.ticks else {}})
+        elif change["ticks"] < entry.ticks:
+            kept.append(change)
+    return kept
+
+
+@contextlib.contextmanager
+def _appearing(target: Path, parent: Run) -> Iterator[Path]:
+    """A directory to fill beside `target`, which takes its place at the end; after an error nothing is there."""
+    if parent.path.resolve() in target.resolve().parents:
+        raise CommandError(f"{target} lies in the run {parent.path} itself: a fork needs a place of its own")
+    taken = CommandError(f"{target} already holds something: choose another place, for nothing is overwritten")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise taken
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            yield made
+            made.chmod(parent.path.stat().st_mode & 0o777 | 0o700)
+            made.rename(target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        if target.is_dir() and any(target.iterdir()):
+            raise taken from error
+        raise CommandError(f"cannot make the run {target}: {error.filename or ''} {error.strerror or error}") from error
+
+
+def _copy(checkpoints: Checkpoints, entry: Entry, manifest: Manifest, to: Path) -> str:
+    """Copy one checkpoint and return its manifest's sha256; every file that is there afterwards has its digest.
+
+    Raises CheckpointError where it is damaged, CommandError where it is gone.
+    """
+    source, copy = checkpoints.directory / entry.name, to / entry.name
+    try:
+        store.check_files(source, manifest)
+        shutil.copytree(source, copy)
+        store.check_files(copy, store.read_manifest(copy))
+    except (OSError, CheckpointError) as error:
+        if source.is_dir():
+            raise
+        raise CommandError(f"{source} was deleted while it was copied: its run goes on, and keeps only some. Choose another one") from error
+    for path in (to, *to.rglob("*")):
+        store.sync(path)
+    return hashlib.sha256((copy / store.MANIFEST).read_bytes()).hexdigest()
+
+
+def _say(asked: Fork, parent: Run, fork: dict[str, Any]) -> None:
+    resume = f"python -m {parent.experiment.partition(':')[0]} resume {asked.out}"
+    if asked.json:
+        document({"run": str(asked.out), **fork, "resume": resume})
+        return
+    changed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in fork["changed"].items())
+    print(f"{asked.out}: forked from {parent.path} at step {fork['step']}{f', with {changed}' if changed else ''}")
+    print(f"To go on:\n  {resume}")
