@@ -365,7 +365,9 @@ class Checkpoints:
         """
         check_keep("prune", keep, keep_every)
         if self._background.busy:
-            self._background.start(lambda: self.delete([entry.name for entry in self._superfluous(keep, keep_every)]), "old checkpoints were not deleted")
+            self._background.start(
+                lambda: self.delete([entry.name for entry in self._superfluous(keep, keep_every)]), "old checkpoints were not deleted"
+            )
             return
         try:
             self.delete([entry.name for entry in self._superfluous(keep, keep_every)])

@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import io
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -190,6 +191,8 @@ COMMANDS: dict[str, type] = {command.__name__.lower(): command for command in (L
 def main(args: Sequence[str] | None = None) -> int:
     """Do what the arguments say (by default those of the process) and return the exit code."""
     args = list(sys.argv[1:] if args is None else args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # lines and dots that the terminal does not have are no reason to fail
     try:
         name, asked = _parse(args)
         if asked is None:
@@ -264,6 +267,9 @@ def _paragraphs(command: type) -> str:
 
 
 def _one_line(box: str) -> str:
-    """tyro's message without the frame that it draws around it: `What is wrong; perhaps you meant ...`."""
+    """tyro's message without its frame and its title: `What is wrong; Perhaps you meant: ...`."""
     rows = [line.strip(" │") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    return "; ".join(" ".join(part.split()).rstrip(".") for part in "\n".join(rows).split("─") if part.strip())
+    parts = [" ".join(part.split()).rstrip(".") for part in re.split("[─-]{8,}", "\n".join(rows))]
+    return "; ".join(
+        part for part in (parts if box.startswith("╭") else parts[1:]) if part
+    )  # without UTF-8 the title is no part of the frame
