@@ -12,6 +12,7 @@ the manifest. It is imported where it is used, since it brings JAX.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import math
@@ -70,13 +71,15 @@ def orbax() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep orbax's progress out of the program's log, and the handler off the root logger that absl leaves there when orbax logs."""
-    logging.getLogger("absl").addFilter(_not_of_orbax)
-    root = logging.getLogger()
+    """Keep what orbax says out of the program's log, its errors too, which it raises as well; and the handler off the root logger that absl leaves there."""
+    absl, root = logging.getLogger("absl"), logging.getLogger()
+    absl.addFilter(_no_progress)
+    absl.addFilter(_not_of_orbax)
     handlers = list(root.handlers)
     try:
         yield
     finally:
+        absl.removeFilter(_not_of_orbax)
         for handler in root.handlers[:]:
             if handler not in handlers and type(handler) is logging.StreamHandler and handler.stream is sys.stderr:
                 root.removeHandler(handler)
@@ -84,10 +87,21 @@ def _quiet() -> Iterator[None]:
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     """absl at times takes its own file for the caller's."""
-    return record.levelno >= logging.ERROR or not any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "absl"))
+    return not any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "absl"))
+
+
+def _no_progress(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or _not_of_orbax(record)
 
 
 def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
+    """Write the arrays. Raises OSError where the disk does not take them, before anything is written if that can be known."""
+    usage = shutil.disk_usage(path.parent)
+    needed, free = sum(array.nbytes for array in arrays), usage.total - usage.used  # and not `usage.free`: root may have more
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free", str(path.parent)
+        )
     ocp = orbax()
     context = ocp.Context()
     context.array.saving.use_compression = False
@@ -95,8 +109,13 @@ def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
         False  # a folder an array: damage in a file says which leaves are lost
     )
     context.memory.deepcopy_host_arrays = False  # a state is immutable, and copying is what takes the time
-    with context, _quiet():
-        ocp.save(path, {f"{number:05d}": array for number, array in enumerate(arrays)})
+    try:
+        with context, _quiet():
+            ocp.save(path, {f"{number:05d}": array for number, array in enumerate(arrays)})
+    except Exception as error:
+        if (code := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _load_arrays(path: Path, dtypes: dict[int, np.dtype]) -> dict[int, np.ndarray]:

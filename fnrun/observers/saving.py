@@ -28,6 +28,10 @@ class _Checkpoint:
         self.checkpoints, self.monitors, self.every = checkpoints, monitors, every
         self.keep, self.keep_every, self.max_failures = keep, keep_every, max_failures
         self._saved: tuple[int, ...] | None = None
+        self._tried: tuple[tuple[int, ...] | None, dict[str, Any]] = (
+            None,
+            {},
+        )  # the state that was last handed over, by its place, and its metrics
         self._failures = 0
 
     def __str__(self) -> str:
@@ -59,7 +63,7 @@ class _Checkpoint:
             logger.error("%s. Training goes on, the next save is tried in full", error)
 
     def _save(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        before = self._saved
+        before, self._tried = self._saved, (state.position.order, metrics)
         self.checkpoints.save(state, metrics, monitor=self.monitors)  # raises if the save before this one failed
         if before is not None:
             self._failures = 0
@@ -68,11 +72,22 @@ class _Checkpoint:
             self.checkpoints.prune(self.keep, self.keep_every)
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
+        try:
+            self.checkpoints.wait()
+        except CheckpointError as error:
+            logger.error("%s", error)
+            self._saved = None
+        if isinstance(reason, CheckpointError) and reason.state is not None:
+            state = reason.state  # of the tick in which the run gave up
         if (by := fate(state)) is not None:
             logger.error("%s, and did not come to its end: the last checkpoint is the good state", by)
         elif state.position.ticks and self._saved != state.position.order:
-            self._save(state, {})
-        self.checkpoints.wait()
+            try:
+                self.checkpoints.save(state, self._tried[1] if self._tried[0] == state.position.order else {}, monitor=self.monitors)
+                self.checkpoints.wait()
+            except CheckpointError as error:
+                error.state = state
+                raise
 
 
 def checkpoint(
