@@ -61,6 +61,28 @@ def verify(
     can't be seen: they act, and what belongs to the run goes to the scratch one. The run itself is only read.
 
     Raises RunError where there is no such run, step or checkpoint, and what the experiment's own code raises.
+
+    >>> import fnrun
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Config:
+    ...     epochs: int = 2
+    >>> @fnrun.step
+    ... def train_step(state, batch):
+    ...     return state.replace(params={"x": state.params["x"] + batch}), {}
+    >>> def build(config: Config, run: Run) -> Experiment:
+    ...     saving = fnrun.observers.checkpoint(run.checkpoints)
+    ...     return Experiment(
+    ...         state=lambda: fnrun.TrainState(params={"x": torch.zeros(1)}, buffers={}, opt_state=None, rng=fnrun.Key(0)),
+    ...         program=fnrun.repeat(fnrun.sequence(train=fnrun.epoch_loop(train_step)), config.epochs, observers=[saving]),
+    ...         data={"train": [torch.ones(1)] * 3},
+    ...     )
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     run = Run.create("example", Config(), f"{directory}/run")
+    ...     experiment = build(run.config, run)
+    ...     with run.writing():
+    ...         state, _ = experiment.program(experiment.state(), experiment.data)
+    ...     [(pair.end.step, pair.outcome) for pair in verify(run, from_start=True, build=build)]
+    [(3, 'equal'), (6, 'equal')]
     """
     run = run if isinstance(run, Run) else Run.open(run)
     planned = _plan(run, to, from_start)
