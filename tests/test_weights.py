@@ -249,23 +249,37 @@ def test_tensors_come_in_the_layout_of_the_fresh_state() -> None:
     assert state.params["weight"].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        optim.schedule_free_adamw(0.05),
-        optim.lookahead(optim.sgd(0.1)),
-        optim.chain(optim.clip_by_global_norm(1.0), optim.lookahead(optim.schedule_free_adamw(0.05))),
-        optim.adamw(0.1),
-    ],
-    ids=["schedule-free", "lookahead", "chain", "adamw"],
-)
+OPTIMIZERS = {
+    "schedule-free": optim.schedule_free_adamw(0.05),
+    "lookahead": optim.lookahead(optim.sgd(0.1)),
+    "chain": optim.chain(optim.clip_by_global_norm(1.0), optim.lookahead(optim.schedule_free_adamw(0.05))),
+    "partition": optim.partition(
+        lambda path, p: "bias" if p.ndim < 2 else "weight", {name: optim.schedule_free_adamw(0.05) for name in ("weight", "bias")}
+    ),
+    "adamw": optim.adamw(0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_an_optimizer_that_remembers_the_parameters_remembers_the_new_ones(optimizer) -> None:
-    state = load_from(MMENGINE, fresh(optimizer=optimizer))
-    assert tree.equal(state.opt_state, optimizer.init(state.params))
-    frozen = Net()
+    frozen, zero = Net(), Net()
     frozen.body.requires_grad_(False)
-    state = load_from(MMENGINE, fresh(frozen, optimizer=optimizer))
-    assert tree.equal(state.opt_state, optimizer.init({n: p for n, p in state.params.items() if not n.startswith("body")}))
+    for module in zero.children():
+        nn.init.zeros_(module.bias)  # and so do all moments begin
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.zeros_(module.weight)
+    for model, left_out in ((Net(), "-"), (frozen, "body"), (zero, "-")):
+        state = load_from(MMENGINE, fresh(model, optimizer=optimizer))
+        trained = {name: p for name, p in state.params.items() if not name.startswith(left_out)}
+        assert tree.equal(state.opt_state, optimizer.init(trained))
+
+
+def test_moments_stay_zero_where_all_parameters_were() -> None:
+    model = nn.Linear(3, 2)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    state = load_from(nn.Linear(3, 2).state_dict(), fresh(model))
+    assert tree.equal(state.opt_state, OPTIMIZER.init(state.params))
 
 
 def test_weights_and_step_are_for_checkpoints() -> None:

@@ -41,7 +41,8 @@ def load_from(
 
     `source` is a run, its checkpoints or one of them (`step` as in `restore`, `weights` as in `make_eval_step`), or what `params_from` takes.
     Names, shapes and dtypes must be those of `like`: nothing is cast. Tensors are copies, in the layout and on the device of `like`'s. Where the
-    fresh optimizer state holds a copy of the parameters (schedule-free, lookahead), it holds one of the new ones.
+    fresh optimizer state holds a copy of the parameters (schedule-free, lookahead), it holds one of the new ones: this is told by the values,
+    so not where all parameters begin at zero.
 
     `select`, `rename` and `strict` are as in `Checkpoints.restore`, on paths such as `params/0.weight` and `buffers/1.running_mean`. For a
     state dict, which does not tell parameters from buffers, `rename` is asked about both, and a second name of a tensor is not unexpected.
@@ -128,17 +129,25 @@ def _copied(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _followed(opt_state: Any, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Any:
-    """The fresh optimizer state, with copies of the new parameters where it holds copies of the old ones."""
+    """The fresh optimizer state, with copies of the new parameters where it holds copies of the old ones.
 
-    def copies(value: Any) -> bool:  # all of them, and not all zero: so are moments
+    Moments begin at zero, as parameters may: then a copy is told by others in a place of the same name.
+    """
+
+    def same(value: Any) -> bool:
         named = isinstance(value, dict) and bool(value) and all(name in before for name in value)
-        return (
-            named
-            and any(isinstance(v, Tensor) and bool(v.any()) for v in value.values())
-            and tree.equal(value, {n: before[n] for n in value})
-        )
+        return named and tree.equal(value, {name: before[name] for name in value})
 
-    return optree.tree_map(lambda value: {n: after[n].clone() for n in value} if copies(value) else value, opt_state, is_leaf=copies)
+    paths, values, spec = optree.tree_flatten_with_path(opt_state, is_leaf=same)
+    found = [same(value) for value in values]
+    places = {
+        path[-1:] for path, value, is_same in zip(paths, values, found, strict=True) if is_same and any(v.any() for v in value.values())
+    }
+    followed = [
+        {name: after[name].clone() for name in value} if is_same and path[-1:] in places else value
+        for path, value, is_same in zip(paths, values, found, strict=True)
+    ]
+    return optree.tree_unflatten(spec, followed)
 
 
 # --- from a state or a checkpoint to a file ----------------------------------------------------------------------------
