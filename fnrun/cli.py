@@ -184,9 +184,10 @@ def _deadline(command: Any) -> Interrupt | None:
     import psutil
 
     try:
-        return command.deadline and deadline(command.deadline, spent=max(0.0, time.time() - psutil.Process().create_time()))
+        spent = max(0.0, time.time() - psutil.Process().create_time())
+        return None if command.deadline is None else deadline(command.deadline, spent=spent)
     except ValueError as error:
-        print(f"error: --deadline {error}", file=sys.stderr)
+        print(f"error: --deadline: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -58,7 +58,7 @@ def deadline(
         raise ValueError("deadline: how long? Give hours, minutes or seconds above 0")
     end = clock() + limit - spent
     parts = [f"{value:g} {unit}" for value, unit in ((hours, "hours"), (minutes, "minutes"), (seconds, "seconds")) if value]
-    text = f"the deadline of {' '.join([duration] if duration else parts)} has passed"
+    text = f"the deadline of {' '.join(parts if duration is None else [duration])} has passed"
     return lambda: text if clock() >= end else None
 
 

@@ -134,9 +134,11 @@ class Checkpoints:
             raise
 
     def _open(self) -> None:
-        """Make the directory, and clean up behind a process that was killed."""
-        if self._opened:
+        """Make the directory, again if somebody deleted it, and clean up behind a process that was killed."""
+        if self._opened and self.directory.is_dir():
             return
+        if self._opened:
+            logging.getLogger("fnrun").error("%s is gone, and all that was saved there; it is made again", self.directory)
         missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in missing:
@@ -144,6 +146,13 @@ class Checkpoints:
         for leftover in self.directory.glob(f"{_TEMPORARY}*"):
             store.remove(leftover)
         self._opened = True
+
+    def _damaged(self, entry: Entry) -> bool:
+        try:
+            store.check_files(self.directory / entry.name, store.read_manifest(self.directory / entry.name))
+        except CheckpointError:
+            return True
+        return False
 
     def _holds(self, entry: Entry, manifest: Manifest) -> bool:
         """Whether that checkpoint is this state, whole, with these metrics."""
@@ -157,8 +166,9 @@ class Checkpoints:
         return same and (judged or not manifest.metrics)
 
     def _abandon_after(self, entry: Entry) -> None:
-        """Move aside what lies beyond: the future of a run that went on from an older checkpoint."""
-        beyond = [other for other in self._entries() if other[:2] > entry[:2]]
+        """Move aside what lies beyond: the future of a run that went on from an older checkpoint. So too what is damaged at the same place."""
+        here = [other for other in self._entries() if other[:2] == entry[:2] and other != entry and self._damaged(other)]
+        beyond = here + [other for other in self._entries() if other[:2] > entry[:2]]
         for other in beyond:
             target = self.directory / f"{_ABANDONED}{other.name}"
             count = 1
