@@ -174,7 +174,7 @@ def draw(found: list[Curve], to: Path, *, title: str = "", by: By = "step", log:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5 * columns, 7 if len(runs) > 1 else 5), 3.4 * rows), layout="constrained", dpi=150)
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (kind, group) in zip(axes, panels.items(), strict=False):
         for curve in sorted(group, key=lambda curve: curve.metric):
             look: dict[str, Any] = {"linewidth": 1.5, "label": curve.metric}
@@ -189,7 +189,7 @@ def draw(found: list[Curve], to: Path, *, title: str = "", by: By = "step", log:
             axis.set_title(f"gaps: {missing} values that are not {'positive numbers' if log else 'finite'}", fontsize=8)
         if len(runs) == 1:
             axis.legend(frameon=False)
-    for axis in list(axes):
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     if len(runs) > 1:
         _legend(figure, runs, members, 5 * columns)
@@ -246,26 +246,25 @@ def _panel(title: str, group: list[Curve], width: int, color: bool, by: By, log:
 
     several = len({curve.run for curve in group}) > 1
     label, unit = _axis(group, by)
-    points = [
-        (x / unit, math.log10(y) if log else y) for curve in group for x, y in zip(curve.x, curve.y, strict=True) if not math.isnan(y)
-    ]
+    pieces = [list(_pieces(curve, unit, log)) for curve in group]
+    xs, ys = ([value for each in pieces for piece in each for value in piece[axis]] for axis in (0, 1))
     names = [curve.run if several else curve.metric for curve in group]
-    if not points:
+    if not ys:
         return f"{title}: nothing to draw, no value is {'positive' if log else 'finite'} ({', '.join(names)})"
     figure = plotille.Figure()
-    figure.width, figure.height, figure.origin, figure.with_colors = max(width - 13 - len(label) - 6, 20), HEIGHT, False, color
+    figure.width, figure.height, figure.origin, figure.with_colors = max(width - 19 - len(label), 10), HEIGHT, False, color
     figure.x_label, figure.y_label = label, ""
     figure.width -= figure.width % 10
-    figure.set_x_limits(0, _end(max(x for x, _ in points), figure.width // 10))
-    figure.set_y_limits(*_limits([y for _, y in points]))
-    figure.y_ticks_fkt = lambda low, high: f"{10 ** float(low) if log else low:.4g}"  # pyright: ignore[reportArgumentType]
+    figure.set_x_limits(0, _end(max(xs), figure.width // 10))
+    figure.set_y_limits(*_limits(ys))
+    figure.y_ticks_fkt = lambda low, high: f"{10 ** min(float(low), 308.0) if log else low:.4g}"  # pyright: ignore[reportArgumentType]
     figure.x_ticks_fkt = lambda low, high: f"{low:.4g}"
     keys = []
-    for number, curve in enumerate(group):
+    for number, name in enumerate(names):
         hue, letter = COLORS[number % len(COLORS)], None if color or len(group) == 1 else chr(ord("a") + number % 26)
-        for piece in _pieces(curve, unit, log):
+        for piece in pieces[number]:
             figure.plot(*piece, lc=hue, marker=letter)
-        keys.append(f"{plotille.color('━━', fg=hue) if color else letter or ''} {names[number]}".strip())
+        keys.append(f"{plotille.color('━━', fg=hue) if color else letter or ''} {name}".strip())
     return "\n".join([title, *(line.rstrip() for line in figure.show().splitlines()[1:]), *_wrapped(keys, width)])
 
 
@@ -278,16 +277,16 @@ def _end(last: float, ticks: int) -> float:
 
 def _limits(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - (abs(low) or 1) / 10, low + (abs(low) or 1) / 10)
+    return (low, high) if high > low else (low - max(abs(low), 1e-300) / 10, low + max(abs(low), 1e-300) / 10)
 
 
 def _pieces(curve: Curve, unit: float, log: bool) -> Iterable[tuple[list[float], list[float]]]:
-    """The curve between its gaps."""
+    """The curve between its gaps, as it is drawn; numbers so large that a range of them has no size lie at the edge."""
     piece: tuple[list[float], list[float]] = ([], [])
     for x, y in zip(curve.x, curve.y, strict=True):
         if not math.isnan(y):
             piece[0].append(x / unit)
-            piece[1].append(math.log10(y) if log else y)
+            piece[1].append(math.log10(y) if log else max(-1e300, min(y, 1e300)))
         elif piece[0]:
             yield piece
             piece = ([], [])

@@ -57,20 +57,28 @@ def superfluous(checkpoints: Checkpoints, keep: int | None, keep_every: int | No
     if keep is None:
         return rows, []
     old = checkpoints.superfluous(keep, keep_every)
-    damaged = {entry: text for entry in checkpoints.entries() if (text := _damage(checkpoints, entry))}
-    notes = [f"{entry.name} is damaged, and stays: {text}" for entry, text in damaged.items()]
-    if old and (staying := [entry for entry in damaged if entry not in old]):
-        return rows, [*notes, f"old checkpoints stay, for {staying[-1].name}, which was to stay in their place, is damaged"]
+    entries = checkpoints.entries()
+    damaged = {entry: error for entry in entries if (error := _damage(checkpoints, entry))}
+    notes = [f"{entry.name} is damaged, and stays: {error}" for entry, error in damaged.items()]
+    needed = [entry for entry in damaged if entry not in old and (entry in entries[-keep:] or _readable(checkpoints, entry))]
+    if old and needed:
+        return rows, [*notes, f"old checkpoints stay, for {needed[-1].name}, which was to stay in their place, is damaged"]
     reason = f"old: not of the {keep} newest, nor the best{f', nor the first of {keep_every} steps' if keep_every else ''}"
     return rows + [_row(checkpoints.directory / entry.name, reason) for entry in old if entry not in damaged], notes
 
 
-def _damage(checkpoints: Checkpoints, entry: Entry) -> str | None:
+def _damage(checkpoints: Checkpoints, entry: Entry) -> DamagedError | None:
     try:
         store.check_files(checkpoints.directory / entry.name, checkpoints.manifest(entry))
     except DamagedError as error:
-        return str(error)
+        return error
     return None
+
+
+def _readable(checkpoints: Checkpoints, entry: Entry) -> bool:
+    with contextlib.suppress(DamagedError):
+        return checkpoints.manifest(entry) is not None
+    return False
 
 
 def _row(path: Path, reason: str) -> dict[str, Any]:
