@@ -135,14 +135,14 @@ class Checkpoints:
 
     def _open(self) -> None:
         """Make the directory, again if somebody deleted it, and clean up behind a process that was killed."""
-        if self._opened and self.directory.is_dir():
+        if self._opened and self.directory.exists():
             return
-        if self._opened:
-            logging.getLogger("fnrun").error("%s is gone, and all that was saved there; it is made again", self.directory)
         missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in missing:
             store.sync(path.parent)
+        if self._opened:
+            logging.getLogger("fnrun").error("%s was gone, and all that was saved there; it is made again", self.directory)
         for leftover in self.directory.glob(f"{_TEMPORARY}*"):
             store.remove(leftover)
         self._opened = True
