@@ -22,7 +22,7 @@ from fnrun import tree
 from fnrun.checkpoint import Checkpoints, Entry
 from fnrun.command import main
 from fnrun.testing import states_seen
-from fnrun.verify import Pair, _replay, verify
+from fnrun.verify import Pair, _replay, order, verify
 from tests import programs, replayed
 from tests.experiments.commands import ENVIRONMENT, Process
 from tests.replayed import command, trained
@@ -82,6 +82,9 @@ def test_interrupted_stopped_and_extended(tmp_path, terminated, flags):
     command("resume", path, "--log-level", "error")
     command("resume", path, "--log-level", "error", "--epochs", 3)
     command("resume", path, "--log-level", "error", "--stop-after", 1000)
+    checkpoints, like = Checkpoints(path / "checkpoints"), replayed.build(replayed.Config(), fnrun.Run.open(path)).state()
+    for entry in checkpoints.entries():
+        assert order(checkpoints.manifest(entry)) == checkpoints.restore(like, entry).position.order
     pairs = list(verify(path, from_start=True))
     assert [(pair.end.step, pair.outcome) for pair in pairs] == [(step, "equal") for step in (5, 7, 10, 13, 15)]
 

@@ -65,7 +65,7 @@ def test_a_fork_ends_in_the_bits_of_its_parent(parent, tmp_path, capsys):
 
 
 def test_ancestry_is_recorded_through_generations(parent, tmp_path):
-    child, grandchild = tmp_path / "a" / "child", tmp_path / "b" / "grandchild"
+    child, grandchild = tmp_path / "a" / "child", tmp_path / "b" / "deeper" / "grandchild"
     fork(parent.path, "--step", 5, "--out", child, "--epochs", 4)
     command("resume", child, "--log-level", "error")
     fork(child, "--step", "best:val/loss", "--out", grandchild, "--donate", "--epochs", 5)
@@ -73,7 +73,7 @@ def test_ancestry_is_recorded_through_generations(parent, tmp_path):
     first, second = run.history
     assert (grandchild / first["forked"]).resolve() == parent.path.resolve()
     assert (first["step"], first["ticks"], first["changed"]) == (5, 9, {"epochs": [3, 4]})
-    assert second["forked"] == "../../a/child"
+    assert second["forked"] == "../../../a/child"
     assert second["changed"] == {"donate": [False, True], "epochs": [4, 5]}
     for ancestor, entry in ((parent.path, first), (child, second)):
         place = ancestor / "checkpoints" / Checkpoints(ancestor / "checkpoints").find(entry["step"]).name
