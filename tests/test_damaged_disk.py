@@ -163,7 +163,7 @@ def test_a_run_that_gives_up_hands_its_state_over(donate: bool, mended: bool, tm
         if step in ((3, 6) if mended else (3,)):
             next(course, None)
 
-    with pytest.raises(CheckpointError, match="step 5 was not saved: .*Not a directory") as error:
+    with pytest.raises(CheckpointError, match=r"step 5 was not saved: .*Not a directory") as error:
         training(checkpoints, before, donate=donate)(fresh(), BATCHES)
     assert exactly(error.value.state, 6)
     if not mended:
@@ -188,7 +188,7 @@ def test_the_last_save_is_tried_twice(mended: bool, tmp_path: Path, caplog: pyte
 
     program = training(checkpoints, before, monitor="loss")
     if not mended:
-        with pytest.raises(CheckpointError, match="step 8 was not saved: .*Not a directory") as error:
+        with pytest.raises(CheckpointError, match=r"step 8 was not saved: .*Not a directory") as error:
             program(fresh(), BATCHES)
         assert exactly(error.value.state, 8)
         next(course, None)
