@@ -11,16 +11,22 @@ import sys
 
 import pytest
 
+from experiments import digits
 from fnrun.checkpoint import Checkpoints
-from tests.experiments.commands import ENVIRONMENT, ROOT, Process, outcome, run
+from fnrun.run import RunError
+from tests.experiments.commands import ENVIRONMENT, ROOT, Process, call, outcome, run
 
 SHORT = ["--epochs", 2, "--batch-size", 128]
+
+
+def here(*args, code=0):
+    return call(digits.build, *args, code=code)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "finished"
-    return path, run("train", *SHORT, "--out", path)
+    return path, here("train", *SHORT, "--out", path)
 
 
 def test_train_ends_with_a_summary(finished):
@@ -47,22 +53,22 @@ def test_a_line_of_the_log_is_one_flat_object(finished):
 def test_evaluate_prints_the_metrics_of_the_checkpoint(finished):
     path, _ = finished
     best = Checkpoints(path / "checkpoints").manifest("best").metrics["val/accuracy"]
-    output = run("evaluate", path, "--checkpoint", "best")
+    output = here("evaluate", path, "--checkpoint", "best")
     assert f"{best:.4f}" in output
     assert "Warning" not in output
     last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert f"{last['val/loss']:.4f}" in run("evaluate", path)
-    assert "there is no checkpoint of step 5" in run("evaluate", path, "--checkpoint", "5", code=1)
-    assert "latest, a step, best or best:METRIC, not 'bets'" in run("evaluate", path, "--checkpoint", "bets", code=1)
+    assert f"{last['val/loss']:.4f}" in here("evaluate", path)
+    assert "there is no checkpoint of step 5" in here("evaluate", path, "--checkpoint", "5", code=1)
+    assert "latest, a step, best or best:METRIC, not 'bets'" in here("evaluate", path, "--checkpoint", "bets", code=1)
 
 
 def test_a_finished_run_says_so_and_can_train_longer(finished, tmp_path):
     path = tmp_path / "moved"  # a run can be moved
     shutil.copytree(finished[0], path)
     before = outcome(path)
-    assert f"{path} is finished: 24 steps" in run("resume", path)
+    assert f"{path} is finished: 24 steps" in here("resume", path)
     assert outcome(path) == before
-    output = run("resume", path, "--epochs", 3)
+    output = here("resume", path, "--epochs", 3)
     assert "resuming" in output
     assert Checkpoints(path / "checkpoints").latest() == 36
     lines = outcome(path)[1]
@@ -71,12 +77,21 @@ def test_a_finished_run_says_so_and_can_train_longer(finished, tmp_path):
     assert lines[2]["train/lr"] > 1e-4  # the schedule follows the new length: at its old end it was 0
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_a_signal_saves_and_says_how_to_go_on(sent, code, tmp_path):
+INTERRUPTED = ["--epochs", 3, "--batch-size", 32]
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "left-alone"
+    run("train", *INTERRUPTED, "--out", path)
+    return outcome(path)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(sent, code, left_alone, tmp_path):
     """Ctrl-C reaches the whole process group, data workers too."""
     path = tmp_path / "run"
-    args = ["--epochs", 3, "--batch-size", 32]
-    with Process("train", *args, "--workers", 2, "--out", path) as process:
+    with Process("train", *INTERRUPTED, "--workers", 2, "--out", path) as process:
         process.read_until("step 50")
         (os.killpg if sent == signal.SIGINT else os.kill)(process.popen.pid, sent)
         assert process.finish() == code, process.output
@@ -84,8 +99,7 @@ def test_a_signal_saves_and_says_how_to_go_on(sent, code, tmp_path):
     assert f" -m experiments.digits resume {path}\n" in process.output
     assert "Traceback" not in process.output
     run("resume", path)
-    run("train", *args, "--out", tmp_path / "left-alone")
-    assert outcome(path) == outcome(tmp_path / "left-alone")
+    assert outcome(path) == left_alone
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0(tmp_path):
@@ -94,7 +108,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0(tmp_path):
         process.read_until("a new run in")
         process.kill()
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
-    assert "no checkpoint yet: starting at step 0" in run("resume", path)
+    assert "no checkpoint yet: starting at step 0" in here("resume", path)
     assert Checkpoints(path / "checkpoints").latest() == 24
 
 
@@ -107,7 +121,7 @@ def test_an_early_signal_leaves_a_run_that_can_be_resumed(tmp_path):
     assert "SIGINT: interrupted" in process.output
     assert f"resume '{path}'" in process.output
     assert "Traceback" not in process.output
-    run("resume", path)
+    here("resume", path)
     assert Checkpoints(path / "checkpoints").latest() == 24
 
 
@@ -115,15 +129,15 @@ def test_a_refused_resume_leaves_the_run_as_it_was(finished, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(finished[0], path)
     before = {p: p.read_bytes() for p in (path / "config.yaml", path / "metrics.jsonl")}
-    output = run("resume", path, "--batch-size", 64, "--epochs", 3, code=1)
+    output = here("resume", path, "--batch-size", 64, "--epochs", 3, code=1)
     assert "changed: epochs 2 -> 3, batch_size 128 -> 64" in output
     assert {p: p.read_bytes() for p in before} == before
-    assert "is finished: 24 steps" in run("resume", path)
+    assert "is finished: 24 steps" in here("resume", path)
 
 
 def test_a_config_that_cannot_be_built_leaves_no_run_behind(tmp_path):
     path = tmp_path / "run"
-    output = run("train", "--dropout", 2, "--out", path, code=1)
+    output = here("train", "--dropout", 2, "--out", path, code=1)
     assert "cannot be built with this config: dropout probability has to be between 0 and 1" in output
     assert "Traceback" not in output
     assert list(tmp_path.iterdir()) == []
@@ -145,21 +159,22 @@ def test_as_a_script_it_is_the_same_experiment(tmp_path):
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert f"-m experiments.digits resume {path}" in done.stdout
-    assert "is finished" in run("resume", path)
+    assert "is finished" in here("resume", path)
 
 
 class TestMessages:
     """One clear line, an exit code that is not 0, and no traceback unless it was asked for."""
 
     def refused(self, *args, code=1):
-        output = run(*args, code=code)
+        output = here(*args, code=code)
         assert "Traceback" not in output, output
         return output
 
     def test_a_directory_that_holds_a_run(self, finished):
         path, _ = finished
         assert f"error: {path} already holds a run. To go on with it: resume {path}" in self.refused("train", "--out", path)
-        assert "Traceback" in run("train", "--out", path, "--debug", code=1)
+        with pytest.raises(RunError, match="already holds a run"):  # with its traceback
+            here("train", "--out", path, "--debug")
 
     def test_a_directory_that_holds_something_else(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")

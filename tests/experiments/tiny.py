@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 import fnrun
 from fnrun import data, observers, optim
+from tests.experiments.commands import call
 
 #: What happens at a moment: "build", "state", "data", "step 5".
 EVENTS: dict[str, Callable[[], Any]] = {}
@@ -82,12 +81,8 @@ def build(config: Config, run: fnrun.Run) -> fnrun.Experiment:
 
 
 def tiny(*args: Any, code: int = 0, build: Any = build) -> str:
-    """The command, run in this process to its exit; what it printed on both streams. Asserts the exit code."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as left:
-        fnrun.main(build, [str(arg) for arg in args])
-    assert left.value.code == code, f"exit code {left.value.code}:\n{printed.getvalue()}"
-    return printed.getvalue()
+    """The command, run in this process; what it printed."""
+    return call(build, *args, code=code)
 
 
 def at(moment: str, event: Callable[[], Any]) -> contextlib.AbstractContextManager[None]:
