@@ -255,7 +255,7 @@ def _panel(title: str, group: list[Curve], width: int, color: bool, by: By, log:
     figure.width, figure.height, figure.origin, figure.with_colors = max(width - 19 - len(label), 10), HEIGHT, False, color
     figure.x_label, figure.y_label = label, ""
     figure.width -= figure.width % 10
-    figure.set_x_limits(0, _end(max(xs), figure.width // 10))
+    figure.set_x_limits(0, _end(max(xs), figure.width))
     figure.set_y_limits(*_limits(ys))
     figure.y_ticks_fkt = lambda low, high: f"{10 ** min(float(low), 308.0) if log else low:.4g}"  # pyright: ignore[reportArgumentType]
     figure.x_ticks_fkt = lambda low, high: f"{low:.4g}"
@@ -268,16 +268,21 @@ def _panel(title: str, group: list[Curve], width: int, color: bool, by: By, log:
     return "\n".join([title, *(line.rstrip() for line in figure.show().splitlines()[1:]), *_wrapped(keys, width)])
 
 
-def _end(last: float, ticks: int) -> float:
-    """Where an axis from 0 past `last` ends, for its ticks to be round numbers."""
-    step = last / ticks or 1.0
+def _end(last: float, width: int) -> float:
+    """Where an axis from 0 past `last` ends, for its ticks, one each 10 columns, to be round numbers. The last of its dots, 2 a column, is on it."""
+    ticks = width // 10
+    step = last * 2 * width / (2 * width - 1) / ticks or 1.0
     power = 10 ** math.floor(math.log10(step))
-    return ticks * next(round_ * power for round_ in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if round_ * power >= step * (1 - 1e-9))
+    return ticks * next(round_ * power for round_ in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if round_ * power >= step)
 
 
 def _limits(values: list[float]) -> tuple[float, float]:
+    """Where a vertical axis begins and ends, for the largest value to lie on the last of its dots, 4 a row."""
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - max(abs(low), 1e-300) / 10, low + max(abs(low), 1e-300) / 10)
+    if high > low:
+        return low, low + max(high - low, abs(low) / 1e12) * 4 * HEIGHT / (4 * HEIGHT - 1)
+    around = max(abs(low), 1e-300) / 10
+    return low - around, low + around
 
 
 def _pieces(curve: Curve, unit: float, log: bool) -> Iterable[tuple[list[float], list[float]]]:

@@ -72,6 +72,14 @@ def test_without_colors_each_curve_has_a_letter():
     assert {"a", "b"} <= set("".join(row.partition("|")[2] for row in shown.splitlines()[:-3]))
 
 
+@given(st.lists(st.integers(-1000, 1000), min_size=2, max_size=5, unique=True), st.integers(1, 10**6))
+def test_no_point_is_lost_at_an_edge(values, stride):
+    runs = {"first": [line(step * stride, val_loss=value) for step, value in enumerate(values)], "second": [line(0, val_loss=values[0])]}
+    shown = text(chosen(runs))
+    points = [column for row in shown.splitlines() for column, char in enumerate(row.partition("|")[2]) if char in "ab"]
+    assert len(set(points)) == len(values)  # the second run's only point lies on the first's
+
+
 def colors(picture: Path) -> int:
     """How many saturated hues there are."""
     pixels = image.imread(picture)[..., :3].reshape(-1, 3)

@@ -42,11 +42,12 @@ def _seen(path: Path) -> dict[str, Any]:
     files = dict(_files(path))
     row: dict[str, Any] = {"path": str(path), "experiment": None, "state": "damaged", "reason": None, "problems": []}
     row |= {"step": None, "epoch": None, "metrics": {}, "bytes": sum(stat.st_size for stat in files.values())}
-    now = time.time()
+    now, forked = time.time(), False
     row["idle"] = max(0.0, now - max((stat.st_mtime for name, stat in files.items() if name != "status.json"), default=now))
     try:
         found = Run.open(path)
         row["experiment"] = found.experiment
+        forked = bool(found.history and "forked" in found.history[-1])
         status = found.status()
         row |= {"state": status.state, "reason": status.reason}
     except RunError as error:
@@ -59,7 +60,7 @@ def _seen(path: Path) -> dict[str, Any]:
     saved = CHECKPOINT.fullmatch(name or "")
     row["step"] = max((step for step in (last.get("step"), int(saved[1]) if saved else None) if step is not None), default=None)
     row["epoch"] = last.get("epoch")
-    if row["state"] == "new" and row["step"] is not None:
+    if row["state"] == "new" and row["step"] is not None and not forked:
         row["state"] = "unknown"  # it was trained without `run.writing()`, which nobody can see
     row["metrics"] = _metrics(curves(lines), _monitors(manifest or {}))
     return row
@@ -112,7 +113,7 @@ def _wide(found: list[dict[str, Any]]) -> str:
     rows = []
     for row in found:
         metrics = ", ".join(f"{name} {number(m['last'])} (best {_best(m)})" for name, m in row["metrics"].items())
-        where = "  ".join([row["path"], *_notes(row)])
+        where = "  ".join([row["path"], *(f"({note})" for note in _notes(row))])
         rows.append(
             [
                 row["state"],
