@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +17,8 @@ import tyro
 from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.program import ProgramError
-from fnrun.run import CONFIG, Experiment, Run, RunError, Writing, changes, config_type
+from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, changes, config_type
+from fnrun.summary import command_line, number, summary, table
 from fnrun.tree import module_name
 
 Build = Callable[[Any, Run], Experiment]
@@ -49,9 +48,7 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
         if isinstance(command, _Evaluate):
             code = _evaluate(build, name, command)
         else:
-            limit = _deadline(command)
-            with Signals().listening() as signals:
-                code = _trained(build, name, command, run, _Asked(signals, limit, args))
+            code = _interruptible(build, name, command, run, args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -191,6 +188,16 @@ def _deadline(command: Any) -> Interrupt | None:
         sys.exit(2)
 
 
+def _interruptible(build: Build, name: str, command: Any, run: Run | None, args: list[str]) -> int:
+    asked = _Asked(Signals(), _deadline(command), args)
+    with asked.signals.listening():
+        try:
+            return _trained(build, name, command, run, asked)
+        except WaitingInterrupted as error:
+            print(f"error: {error}", file=sys.stderr)
+            return asked.code
+
+
 def _trained(build: Build, name: str, command: Any, run: Run | None, asked: _Asked) -> int:
     if run is None:
         return _train(build, Run.create(name, command.config, command.run if isinstance(command, _Resume) else command.out), command, asked)
@@ -234,7 +241,7 @@ def _resume(build: Build, before: Run, command: Any, asked: _Asked) -> int:
             raise
         if asked() is not None:
             writing.withdraw()
-            logger.info("%s: interrupted before it went on. To go on, the same again:\n  %s", asked.text, _again(run, asked.args))
+            logger.info("%s: interrupted before it went on. To go on, the same again:\n  %s", asked.text, command_line(run, *asked.args))
             return asked.code
         try:
             return _go(run, experiment, _departing(before, run, state), asked, writing)
@@ -258,8 +265,8 @@ def _restored(run: Run, like: Any, fall_back: bool) -> Any:
             if not entries:
                 raise
             if not fall_back:
-                command = _command(run, "resume", "--fall-back")
-                raise RunError(f"{error}; to go on from the one before (step {entries[-1].step}): {command}") from error
+                hint = command_line(run, "resume", run.path, "--fall-back")
+                raise RunError(f"{error}; to go on from the one before (step {entries[-1].step}): {hint}") from error
             logger.warning("passed over: %s", error)
             continue
         logger.info("resuming %s at step %d", run.path, state.step)
@@ -299,7 +306,7 @@ def _go(run: Run, experiment: Experiment, state: Any, asked: _Asked, writing: Wr
         writing.stopped(asked.text)
         saved = run.checkpoints.latest()
         where = "before the first step" if saved is None else f"at step {saved}, saved"
-        logger.info("%s: interrupted %s. To go on:\n  %s", asked.text, where, _command(run, "resume"))
+        logger.info("%s: interrupted %s. To go on:\n  %s", asked.text, where, command_line(run, "resume", run.path))
         return asked.code
     if state.stop:
         writing.stopped(state.stop)
@@ -308,7 +315,7 @@ def _go(run: Run, experiment: Experiment, state: Any, asked: _Asked, writing: Wr
         logger.info("%s %s: %d steps. To go on, change its config: resume with more epochs, for one", run.path, ended, state.step)
     elif state.stop:
         logger.info("stopped at step %d: %s", state.step, state.stop)
-    _summary(run)
+    summary(run)
     return 0
 
 
@@ -336,7 +343,7 @@ def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
     # Without the optimizer's memory: what the evaluation does not read is not loaded.
     state = run.checkpoints.restore(step=step, select=EVALUATED).rewind()
     _, metrics = experiment.evaluate(state, experiment.data)
-    _table(f"{run.path}, step {state.step}", ["metric", "value"], [[k, _number(v)] for k, v in metrics.items()])
+    table(f"{run.path}, step {state.step}", ["metric", "value"], [[k, number(v)] for k, v in metrics.items()])
     return 0
 
 
@@ -344,7 +351,7 @@ def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
 EVALUATED = ("params/**", "buffers/**", "memory/**", "rng/**", "step", "stop", "position/**")
 
 
-# --- what people read --------------------------------------------------------------------------------------------------
+# --- the log ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -359,55 +366,3 @@ def _logging(run: Run, level: Level) -> Iterator[None]:
         if error.filename is not None and run.path.absolute() in Path(error.filename).absolute().parents:
             raise RunError(f"cannot write {error.filename}: {error.strerror or error}") from error
         raise
-
-
-def _command(run: Run, verb: str, *flags: str) -> str:
-    return _again(run, [verb, str(run.path), *flags])
-
-
-def _again(run: Run, args: list[str]) -> str:
-    return shlex.join([_python(), "-m", run.experiment.partition(":")[0], *args])
-
-
-def _python() -> str:
-    """How this interpreter is called from here: `python` where that is what the shell finds."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    with contextlib.suppress(ValueError):
-        return str(Path(sys.executable).relative_to(Path.cwd()))
-    return sys.executable
-
-
-def _summary(run: Run) -> None:
-    from fnrun.plot import curves, plot, records
-
-    found = curves(records(run.metrics)) if run.metrics.exists() else {}
-    rows = []
-    for name, (steps, values) in sorted(found.items()):
-        if name.rpartition("/")[2] in ("loss", "accuracy"):
-            best = (max if name.endswith("accuracy") else min)(values)
-            rows.append([name, f"{_number(best)} (step {steps[values.index(best)]})", f"{_number(values[-1])} (step {steps[-1]})"])
-    if rows:
-        _table("", ["metric", "best", "last"], rows)
-    picture = plot(run.metrics, run.path / "curves.png", f"{run.experiment}: {run.path.name}")
-    print(f"run       {run.path}")
-    if picture is not None:
-        print(f"plot      {picture}")
-    print(f"evaluate  {_command(run, 'evaluate', '--checkpoint', 'best')}")
-    print(f"resume    {_command(run, 'resume')}")
-
-
-def _number(value: Any) -> str:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title or None, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)

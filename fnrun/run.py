@@ -36,12 +36,24 @@ import msgspec
 import yaml
 
 from fnrun import writer
-from fnrun.writer import RunError, Status, Writing
+from fnrun.writer import RunError, Status, WaitingInterrupted, Writing
 
 if TYPE_CHECKING:
     from fnrun.checkpoint import Checkpoints
 
-__all__ = ["Experiment", "Run", "RunError", "Status", "Writing", "changes", "config_type", "decode", "environment", "load_build"]
+__all__ = [
+    "Experiment",
+    "Run",
+    "RunError",
+    "Status",
+    "WaitingInterrupted",
+    "Writing",
+    "changes",
+    "config_type",
+    "decode",
+    "environment",
+    "load_build",
+]
 
 C = TypeVar("C")
 

@@ -37,6 +37,10 @@ class RunError(ValueError):
     """A run directory that cannot be made, opened or written, or a config that cannot be read."""
 
 
+class WaitingInterrupted(RunError):
+    """An interrupt came while this process waited to see whether another one is alive."""
+
+
 class Status(msgspec.Struct, frozen=True):
     """What is known of a run without opening its checkpoints.
 
@@ -222,7 +226,9 @@ def _took(path: Path, interrupt: Callable[[], str | None] | None) -> Writing:
         lock.acquire(timeout=LEASE + HEARTBEAT, cancel_check=hopeless)
     except Timeout:
         if interrupt is not None and (text := interrupt()) is not None:
-            raise RunError(f"{path}: {text} while waiting for the process that writes there") from None
+            raise WaitingInterrupted(
+                f"{path}: {text} while waiting for {_name(lock.owner) if lock.owner else 'the one that writes there'}"
+            ) from None
         raise RunError(_refusal(path, lock.owner)) from None
     except LeaseSettingsMismatch as error:
         raise RunError(f"{path} is being written by another version of fnrun: {error}") from error

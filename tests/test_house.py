@@ -23,13 +23,21 @@ FLOORS = [
     ["program", "dry", "loops", "hooks", "interrupts"],
     ["observers"],
     ["writer", "run", "plot", "testing"],
-    ["cli", "verify"],
+    ["summary", "cli", "verify"],
     ["command"],
     ["__main__"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 #: On one floor these may be imported by those beside them.
-BESIDE = {("shell", "steps"), ("compiled", "steps"), ("program", "loops"), ("dry", "loops"), ("writer", "run"), ("run", "cli")}
+BESIDE = {
+    ("shell", "steps"),
+    ("compiled", "steps"),
+    ("program", "loops"),
+    ("dry", "loops"),
+    ("writer", "run"),
+    ("run", "cli"),
+    ("summary", "cli"),
+}
 
 
 def part(module: str) -> str:

@@ -188,6 +188,11 @@ class TestAuto:
             assert "is being written by" in tiny("resume", "--auto", finished, "--epochs", 5, code=1)
         assert history(finished) == []
 
+    def test_a_signal_ends_the_waiting_for_another_host(self, finished):
+        (finished / "run.lock").write_text("filelock/2\npid=123\nhost=node7\nmode=lease\ntoken=theirs\nduration=90.0\n")
+        output = tiny("resume", "--auto", finished, "--epochs", 5, "--deadline", "0.1s", code=75)
+        assert "the deadline of 0.1s has passed while waiting for process 123 on host node7" in output
+
     def test_without_it_a_missing_run_is_an_error(self, tmp_path):
         assert "there is no run at" in tiny("resume", tmp_path / "run", code=1)
 

@@ -1,0 +1,64 @@
+"""What a run came to, for people: how far it got, its tables, the commands to go on with."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from fnrun.run import Run
+
+
+def command_line(run: Run, *args: str | Path) -> str:
+    """What a shell is told to call the run's experiment with these arguments."""
+    return shlex.join([_python(), "-m", run.experiment.partition(":")[0], *map(str, args)])
+
+
+def _python() -> str:
+    """How this interpreter is called from here: `python` where that is what the shell finds."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    with contextlib.suppress(ValueError):
+        return str(Path(sys.executable).relative_to(Path.cwd()))
+    return sys.executable
+
+
+def summary(run: Run) -> None:
+    """Print the best and the last of losses and accuracies, and what can be done with the run."""
+    from fnrun.plot import curves, plot, records
+
+    found = curves(records(run.metrics)) if run.metrics.exists() else {}
+    rows = []
+    for name, (steps, values) in sorted(found.items()):
+        if name.rpartition("/")[2] in ("loss", "accuracy"):
+            best = (max if name.endswith("accuracy") else min)(values)
+            rows.append([name, f"{number(best)} (step {steps[values.index(best)]})", f"{number(values[-1])} (step {steps[-1]})"])
+    if rows:
+        table("", ["metric", "best", "last"], rows)
+    picture = plot(run.metrics, run.path / "curves.png", f"{run.experiment}: {run.path.name}")
+    print(f"run       {run.path}")
+    if picture is not None:
+        print(f"plot      {picture}")
+    print(f"evaluate  {command_line(run, 'evaluate', run.path, '--checkpoint', 'best')}")
+    print(f"resume    {command_line(run, 'resume', run.path)}")
+
+
+def number(value: Any) -> str:
+    """A value as people read it: a float with four places."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table, its lines as long as they are."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title or None, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)
