@@ -48,9 +48,10 @@ def test_it_is_a_script_and_a_module(runs):
 
 
 def test_a_reader_that_goes_away_is_no_error(runs):
-    """The reader closes before anything is written: what is printed has nowhere to go."""
-    code = "import sys; sys.stdin.readline(); from fnrun.command import main; sys.exit(main(['show', sys.argv[1]]))"
-    with subprocess.Popen([sys.executable, "-c", code, runs / "whole"], stdin=-1, stdout=-1, stderr=-1) as process:
+    """The reader closes before anything is written: what is printed, and buffered, has nowhere to go."""
+    code = "import sys; sys.stdin.readline(); from fnrun.command import main; sys.exit(main(['ls', sys.argv[1]]))"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", code, runs], stdin=-1, stdout=-1, stderr=-1, env=buffered) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdin is not None
