@@ -208,7 +208,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _users_fault(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        from fnrun.command.output import printable
+
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     return code
 

@@ -16,7 +16,7 @@ from fnrun import tree
 from fnrun.checkpoint import Manifest, store
 from fnrun.checkpoint.manifest import Leaf, Node, constant, text
 from fnrun.command import CommandError, Diff
-from fnrun.command.output import document, place, table
+from fnrun.command.output import document, place, say, table
 from fnrun.command.places import is_run, what_is_at
 from fnrun.command.stored import checkpoint_at, numbers
 from fnrun.plot import records
@@ -226,23 +226,23 @@ def _by_place(lines: list[dict[str, Any]]) -> dict[tuple[int, ...], list[dict[st
 
 def _print(told: dict[str, Any]) -> None:
     if "state" not in told:
-        print(_two("field", told["config"]) if told["config"] else "equal")
+        say(_two("field", told["config"]) if told["config"] else "equal")
         return
     a, b = told["a"], told["b"]
-    print("\n".join(f"{side}  {one['checkpoint']}, step {one['step']}, {one['leaves']} leaves" for side, one in (("A", a), ("B", b))))
+    say("\n".join(f"{side}  {one['checkpoint']}, step {one['step']}, {one['leaves']} leaves" for side, one in (("A", a), ("B", b))))
     if told["equal"]:
-        print("\nequal, bit for bit")
+        say("\nequal, bit for bit")
     else:
-        print(f"\ndifferent\n\n{_state(told['state'])}")
+        say(f"\ndifferent\n\n{_state(told['state'])}")
     if told["observers"]:
-        print(f"\nwhat observers gather, which does not count\n\n{_state(told['observers'])}")
+        say(f"\nwhat observers gather, which does not count\n\n{_state(told['observers'])}")
     for name in ("config", "environment"):
         if told[name]:
-            print(f"\n{name}, which does not count\n\n{_two('field', told[name])}")
+            say(f"\n{name}, which does not count\n\n{_two('field', told[name])}")
     line = told["logged"]
     if line is not None:
-        print(f"\nlogged metrics, which do not count, differ from step {line['step']} on", end="")
-        print(f": only {line['only'].upper()} has a line there" if "only" in line else f"\n\n{_two('metric', line['metrics'])}")
+        rest = f": only {line['only'].upper()} has a line there" if "only" in line else f"\n\n{_two('metric', line['metrics'])}"
+        say(f"\nlogged metrics, which do not count, differ from step {line['step']} on{rest}")
 
 
 def _two(what: str, rows: list[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from fnrun.checkpoint import export
 from fnrun.command import CommandError, Export
-from fnrun.command.output import document, place, size, writing
+from fnrun.command.output import document, place, say, size, writing
 from fnrun.command.stored import checkpoint_at
 
 
@@ -21,7 +21,7 @@ def run(asked: Export) -> int:
     if asked.json:
         document(told)
     else:
-        print(f"{asked.out}  {asked.weights} of step {entry.step}, {size(told['bytes'])}, from {told['checkpoint']}")
+        say(f"{asked.out}  {asked.weights} of step {entry.step}, {size(told['bytes'])}, from {told['checkpoint']}")
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fnrun.checkpoint import Checkpoints, DamagedError, Entry, store
 from fnrun.command import CommandError, Gc
-from fnrun.command.output import document, size, table, writing
+from fnrun.command.output import document, say, size, table, writing
 from fnrun.command.places import run_at, runs_below
 from fnrun.run import Run, RunError
 
@@ -38,7 +38,7 @@ def run(asked: Gc) -> int:
         if asked.yes:
             _delete(free, rows)
     if rows and not asked.json:
-        print(f"\n{size(sum(row['bytes'] for row in rows))} {'deleted' if asked.yes else 'would be deleted; --yes deletes'}")
+        say(f"\n{size(sum(row['bytes'] for row in rows))} {'deleted' if asked.yes else 'would be deleted; --yes deletes'}")
     if asked.json:
         document(
             {"deleted": asked.yes, "bytes": sum(row["bytes"] for row in rows), "superfluous": rows, "notes": notes, "refused": refused}
@@ -121,7 +121,7 @@ def _delete(runs: list[Run], rows: list[dict[str, Any]]) -> None:
 
 def _print(rows: list[dict[str, Any]], notes: list[str]) -> None:
     cells = [[size(row["bytes"]), row["reason"], f"{row['run']}/checkpoints/{row['name']}"] for row in rows]
-    print(table(["size", "reason", "what"], cells, right=["size"]) if rows else "nothing to delete")
+    say(table(["size", "reason", "what"], cells, right=["size"]) if rows else "nothing to delete")
     for note in notes:
-        print(note)
+        say(note)
     sys.stdout.flush()  # before anything is deleted

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fnrun.command import CommandError, Ls
-from fnrun.command.output import age, document, number, size, table, terminal_width
+from fnrun.command.output import age, document, number, say, size, table, terminal_width
 from fnrun.command.places import CHECKPOINT, newest_manifest, runs_below, what_is_at
 from fnrun.plot import curves, records
 from fnrun.run import Run, RunError
@@ -27,10 +27,10 @@ def run(asked: Ls) -> int:
     if asked.json:
         document(found)
     elif not found:
-        print(f"no runs in or below {asked.directory}: {what_is_at(asked.directory)}")
+        say(f"no runs in or below {asked.directory}: {what_is_at(asked.directory)}")
     else:
         lines, width = _wide(found), terminal_width()
-        print(_narrow(found) if width is not None and max(map(len, lines.splitlines())) > width else lines)
+        say(_narrow(found) if width is not None and max(map(len, lines.splitlines())) > width else lines)
     return 0
 
 

@@ -29,10 +29,24 @@ def _plain(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else value
 
 
+def say(text: str) -> None:
+    """Print `text` for people: what a stranger wrote into a checkpoint moves no cursor and colors nothing."""
+    print(printable(text))
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or could not show, escaped; line feeds stay.
+
+    >>> print(printable("red" + chr(27) + "[31m"))
+    red\\x1b[31m
+    """
+    return "".join(char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), spaced: bool = False) -> str:
     """Rows under their columns; those named in `right` are aligned there. Nothing is cut: a terminal breaks a long last cell at its edge.
 
-    With `spaced`, an empty line is between two rows.
+    With `spaced` a row may have several lines, and an empty one is between two.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -43,7 +57,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     for column in columns:
         shown.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     for number, row in enumerate(rows):
-        shown.add_row(*(Text(f"{cell}\n" if spaced and number < len(rows) - 1 else cell) for cell in row))
+        row = row if spaced else [cell.replace("\n", "\\n") for cell in row]
+        shown.add_row(*(Text(f"{printable(cell)}\n" if spaced and number < len(rows) - 1 else printable(cell)) for cell in row))
     printed = io.StringIO()
     Console(file=printed, width=10**6, color_system=None).print(shown, crop=False)
     return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())

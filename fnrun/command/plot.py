@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from fnrun.command import CommandError, Plot
-from fnrun.command.output import document, writing
+from fnrun.command.output import document, printable, say, writing
 from fnrun.command.places import run_at
 from fnrun.plot import Curve, chosen, draw, records, text
 
@@ -37,11 +37,12 @@ def run(asked: Plot) -> int:
         return 0
     if asked.out is None:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(text(curves, width=shutil.get_terminal_size().columns, color=color, by=asked.by, log=asked.log))
+        shown = [curve._replace(run=printable(curve.run), metric=printable(curve.metric)) for curve in curves]
+        print(text(shown, width=shutil.get_terminal_size().columns, color=color, by=asked.by, log=asked.log))
     else:
-        print(asked.out)
+        say(str(asked.out))
     for note in _notes(curves, everything, lines, asked):
-        print(note)
+        say(note)
     return 0
 
 

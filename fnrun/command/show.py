@@ -12,7 +12,7 @@ from fnrun.checkpoint import CheckpointError, DamagedError, Manifest
 from fnrun.checkpoint.manifest import Leaf, constant
 from fnrun.checkpoint.match import paths, selector
 from fnrun.command import CommandError, Show
-from fnrun.command.output import document, number, place, size, table
+from fnrun.command.output import document, number, place, say, size, table
 from fnrun.command.stored import checkpoint_at, run_of, statistics
 
 
@@ -78,14 +78,14 @@ def _totals(leaves: list[dict[str, Any]]) -> dict[str, int]:
 def _print(about: dict[str, Any], leaves: list[dict[str, Any]]) -> None:
     sections = {name: about.pop(name, None) for name in ("config", "history", "environment", "metrics")}
     about["monitors"] = ", ".join(f"{name} ({mode})" for name, mode in about["monitors"].items())
-    print("\n".join(f"{name:12}{value}" for name, value in about.items() if value != ""))
+    say("\n".join(f"{name:12}{value}" for name, value in about.items() if value != ""))
     for name, value in sections.items():
         if value:
-            print(f"\n{name}\n{_indented(value)}")
+            say(f"\n{name}\n{_indented(value)}")
     columns = ["leaf", "dtype", "shape", "size", "norm", "min", "max", "value"]
-    print(f"\n{table(columns, [_cells(row) for row in leaves], right=columns[2:7])}")
+    say(f"\n{table(columns, [_cells(row) for row in leaves], right=columns[2:7])}")
     totals = _totals(leaves)
-    print(
+    say(
         f"\n{totals['leaves']} {'leaf' if totals['leaves'] == 1 else 'leaves'}, {size(totals['bytes'])}, {totals['parameters']:,} parameters"
     )
 

@@ -135,3 +135,21 @@ def test_a_given_up_checkpoint_says_how_to_read_it(runs, tmp_path, capsys):
     shutil.copytree(runs / "whole", tmp_path / "whole")
     given_up = newest(tmp_path / "whole").rename(tmp_path / "whole" / "checkpoints" / "abandoned-00000006-00000010")
     assert f"rename it to {given_up.name[10:]} to read it" in told(capsys, "show", given_up)[2]
+
+
+def test_what_a_stranger_wrote_does_not_reach_the_terminal(tmp_path, capsys):
+    """Escape codes in names and texts would color it, move its cursor, or call its title."""
+    evil = "a\x1b[31m\x07\nb"
+    with Checkpoints(tmp_path / "checkpoints", config={evil: evil}) as checkpoints:
+        checkpoints.save(Odd({evil: torch.zeros(1)}, {"text": evil}), {evil: 1.0}, monitor=evil)
+    with Checkpoints(tmp_path / "others") as checkpoints:
+        checkpoints.save(Odd({"a": torch.zeros(1)}, {"text": evil + evil}))
+    for args in (["show", tmp_path / "checkpoints"], ["diff", tmp_path / "checkpoints", tmp_path / "others"]):
+        code, out, _ = told(capsys, *args)
+        assert code == (0 if args[0] == "show" else 1)
+        assert r"params/a\x1b[31m\x07\nb" in out
+        assert all(char.isprintable() for line in out.split("\n") for char in line)
+    flip(largest_file(checkpoints.directory.parent / "checkpoints" / "00000003-00000003"))
+    code, _, err = told(capsys, "show", tmp_path / "checkpoints")
+    assert (code, err.count("\n")) == (2, 1)
+    assert all(char.isprintable() for char in err.rstrip("\n"))
