@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fnrun import tree
-from fnrun.checkpoint.manifest import SEQUENCES, CheckpointError, Leaf, Node, constant, encode_constant, text
+from fnrun.checkpoint.manifest import SEQUENCES, CheckpointError, Leaf, Node, constant, dense, encode_constant, text
 
 #: Fields of a state that a fresh one cannot know: always rebuilt from the manifest, whatever `like` holds there.
 FREE = ("position", "memory")
@@ -147,12 +147,7 @@ def _strides(value: torch.Tensor) -> tuple[int, ...] | None:
     strides = value.stride()
     if not value.numel() or strides == tuple(reversed(usual)):
         return None
-    size = 1
-    for stride, length in sorted((stride, length) for stride, length in zip(strides, value.shape, strict=True) if length > 1):
-        if stride != size:
-            return None
-        size *= length
-    return strides
+    return strides if dense(value.shape, strides) else None
 
 
 def identity(value: Any) -> Any:

@@ -119,7 +119,7 @@ class Manifest(msgspec.Struct, kw_only=True):
         return None if math.isnan(value) else (-value if mode == "max" else value)
 
     def check(self) -> None:
-        """Raise ValueError unless the structure names each leaf once, in order, and each leaf says where its bytes are."""
+        """Raise ValueError unless the structure names each leaf once, in order, each leaf says where its bytes are, and metrics are numbers."""
         if list(_numbers(self.structure)) != list(range(len(self.leaves))):
             raise ValueError("the structure does not name each leaf once")
         for number, leaf in enumerate(self.leaves):
@@ -130,6 +130,10 @@ class Manifest(msgspec.Struct, kw_only=True):
                 raise ValueError(f"{leaf.path} has no place")
             elif leaf.stored and (len(leaf.sha256) != 64 or min((*leaf.shape, leaf.array or 0, leaf.offset or 0)) < 0):
                 raise ValueError(f"{leaf.path} is badly described")
+            if leaf.strides is not None and not dense(leaf.shape, leaf.strides):
+                raise ValueError(f"{leaf.path} has strides with gaps or overlaps")
+        for value in self.metrics.values():
+            float(value)
 
 
 def migrate(raw: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +142,16 @@ def migrate(raw: dict[str, Any]) -> dict[str, Any]:
         monitor = raw.pop("monitor", None)
         raw = {**raw, "format": 2, "monitors": {} if monitor is None else {monitor: raw.get("mode", "min")}}
     return raw
+
+
+def dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements with these strides fill their memory, each in a place of its own."""
+    size = 1
+    for stride, length in sorted((stride, length) for stride, length in zip(strides, shape, strict=True) if length > 1):
+        if stride != size:
+            return False
+        size *= length
+    return True
 
 
 def _numbers(structure: Node | int) -> Iterator[int]:
