@@ -157,9 +157,9 @@ class Verify:
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
     """the run directory"""
-    to: Annotated[tuple[int, ...], arg(metavar="STEP ...")] = ()
+    to: Annotated[tuple[int, ...], arg(metavar="STEP ...", help_behavior_hint="")] = ()
     """only the pairs of checkpoints that end at these steps"""
-    from_start: bool = False
+    from_start: Annotated[bool, arg(help_behavior_hint="")] = False
     """also from the fresh state to the first checkpoint"""
     json: Json = False
 

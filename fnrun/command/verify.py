@@ -11,7 +11,7 @@ from typing import Any
 
 from fnrun.checkpoint import Entry
 from fnrun.command import CommandError, Verify
-from fnrun.command.output import document
+from fnrun.command.output import document, printable
 from fnrun.command.places import run_at
 from fnrun.run import Run
 from fnrun.verify import Pair, verify
@@ -27,13 +27,15 @@ def run(asked: Verify) -> int:
     with contextlib.redirect_stdout(sys.stderr) if asked.json else contextlib.nullcontext():  # the experiment may print too
         for pair in verify(run, to=asked.to or None, from_start=asked.from_start):
             pairs.append(pair)
-            print("\n".join(_lines(pair, ambiguous)), flush=True)
+            print(printable("\n".join(_lines(pair, ambiguous))), flush=True)
     count = Counter(pair.outcome for pair in pairs)
     failed = count["different"] + count["damaged"]
     if asked.json:
         document({"run": str(run.path), "proven": count["equal"], "failed": failed, "pairs": [_plain(pair) for pair in pairs]})
     else:
         print(_summary(run, pairs, count["equal"], failed))
+        if not failed and not asked.to and (first := pairs[0].begin) is not None:
+            print(f"step {first.step} was taken as it is; --from-start proves it too")
     if failed:
         return 1
     if not count["equal"]:
