@@ -23,7 +23,6 @@ import importlib
 import inspect
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import msgspec
 import yaml
 
 from fnrun import writer
+from fnrun.environment import environment
 from fnrun.writer import RunError, Status, WaitingInterrupted, Writing
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ __all__ = [
     "changes",
     "config_type",
     "decode",
-    "environment",
     "load_build",
 ]
 
@@ -346,26 +345,3 @@ def _source(experiment: str) -> str:
         return f"{module} sha256:{hashlib.sha256(Path(getattr(loaded, '__file__', None) or '').read_bytes()).hexdigest()}"
     except OSError:
         return module
-
-
-def environment() -> dict[str, Any]:
-    """What bits may depend on besides the state: versions, machine, threads."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    versions = {}
-    for name in ("fnrun", "torch", "numpy", "optree", "orbax-checkpoint", "msgspec"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "versions": versions,
-        "threads": torch.get_num_threads(),
-        "devices": cuda,
-    }

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 
 from fnrun import tree
-from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, Entry, Manifest, store
+from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, Entry, Manifest
 from fnrun.checkpoint.manifest import constant
 from fnrun.donation import secured
+from fnrun.environment import environment
 from fnrun.loops.whole import with_observers
 from fnrun.program import ProgramError, spy
 from fnrun.run import Experiment, Run, RunError, config_type, decode, load_build
@@ -185,7 +186,7 @@ def _proof(run: Run, task: _Task, rebuilt: _Rebuilt) -> Pair:
     checkpoints = Checkpoints(run.path / "checkpoints")
 
     def pair(outcome: Outcome, reason: str = "", differences: Sequence[tree.Difference] = ()) -> Pair:
-        now = {} if outcome == "equal" else _changed(task.manifest.environment, {**store.environment(), **rebuilt.environment})
+        now = {} if outcome == "equal" else _changed(task.manifest.environment, {**environment(), **rebuilt.environment})
         seconds = time.perf_counter() - began
         return Pair(task.begin, task.end, outcome, reason, tuple(differences), now, tuple(notes), seconds)
 

@@ -811,7 +811,7 @@ def test_the_manifest_tells_config_and_environment(tmp_path: Path) -> None:
         {"lr": 0.1, "clip": [math.inf, -0.0], "seed": 2**70},
         {"loss": 2.0},
     )
-    assert {"python", "torch", "numpy", "orbax.checkpoint", "jax", "threads", "platform"} <= set(manifest.environment)
+    assert {"python", "torch", "numpy", "orbax-checkpoint", "jax", "threads", "platform"} <= set(manifest.environment)
     assert set(manifest.files) == {path.relative_to(tmp_path / "00000003-00000004").as_posix() for path in files(tmp_path)} - {
         store.MANIFEST,
         store.DIGEST,

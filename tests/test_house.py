@@ -16,7 +16,7 @@ PACKAGE = Path(fnrun.__file__).parent
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
     ["tree"],
-    ["rng", "reports", "donation"],
+    ["rng", "reports", "donation", "environment"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
     ["shell", "compiled", "steps"],

@@ -17,7 +17,6 @@ import hashlib
 import logging
 import math
 import os
-import platform
 import re
 import shutil
 import struct as binary
@@ -34,6 +33,7 @@ import torch
 
 from fnrun import tree
 from fnrun.checkpoint.manifest import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest, config, migrate
+from fnrun.environment import environment
 
 #: Smaller leaves are packed: an array costs orbax about a millisecond, whatever its size.
 PACKED = 256 * 1024
@@ -98,7 +98,7 @@ def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
     """Write the arrays. Raises OSError where the disk does not take them, before anything is written if that can be known."""
     usage = shutil.disk_usage(path.parent)
     needed, free = sum(array.nbytes for array in arrays), usage.total - usage.used  # and not `usage.free`: root may have more
-    if needed > free:
+    if usage.total and needed > free:  # some network file systems do not know
         raise OSError(
             errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free", str(path.parent)
         )
@@ -225,26 +225,6 @@ def _stored_dtype(leaf: Leaf) -> np.dtype:
         return np.dtype(leaf.dtype if leaf.dtype in _NATIVE else f"uint{8 * TORCH_DTYPES[leaf.dtype].itemsize}")
     dtype = np.dtype(leaf.dtype)
     return dtype if dtype.kind in "biufc" and dtype.isnative and dtype.itemsize <= 16 else np.dtype(np.uint8)
-
-
-def environment() -> dict[str, str]:
-    """What the bits of a computation may depend on, besides program, state and data."""
-    found = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "threads": str(torch.get_num_threads()),
-        "deterministic": str(torch.are_deterministic_algorithms_enabled()),
-    }
-    for name in ("orbax.checkpoint", "jax"):
-        if name in sys.modules:
-            found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
-    if torch.cuda.is_initialized():
-        found["cuda"] = str(torch.version.cuda)
-        found["devices"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return found
 
 
 def sync(path: Path) -> None:

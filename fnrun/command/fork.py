@@ -17,8 +17,9 @@ from fnrun.cli import FLAGS
 from fnrun.command import CommandError, Fork, read_flags
 from fnrun.command.output import document
 from fnrun.command.places import run_at
+from fnrun.environment import environment
 from fnrun.observers.sinks.lines import Lines
-from fnrun.run import Run, changes, config_type, decode, environment, load_build
+from fnrun.run import Run, changes, config_type, decode, load_build
 from fnrun.verify import order
 
 

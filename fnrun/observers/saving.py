@@ -28,10 +28,7 @@ class _Checkpoint:
         self.checkpoints, self.monitors, self.every = checkpoints, monitors, every
         self.keep, self.keep_every, self.max_failures = keep, keep_every, max_failures
         self._saved: tuple[int, ...] | None = None
-        self._tried: tuple[tuple[int, ...] | None, dict[str, Any]] = (
-            None,
-            {},
-        )  # the state that was last handed over, by its place, and its metrics
+        self._tried: tuple[tuple[int, ...], dict[str, Any]] = ((), {})  # the place of the state that was last handed over, and its metrics
         self._failures = 0
 
     def __str__(self) -> str:
