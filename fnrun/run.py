@@ -138,11 +138,9 @@ class Run:
         if not path.is_dir():
             raise RunError(f"there is no run at {path}")
         try:
-            raw = yaml.safe_load(file.read_bytes())
+            raw = read_yaml(file)
         except FileNotFoundError:
             raise RunError(f"{path} is no run: it has no config.yaml") from None
-        except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-            raise RunError(f"{file} is damaged, it is not YAML: {' '.join(str(error).split())}") from error
         except OSError as error:
             raise RunError(f"cannot read {file}: {error.strerror or error}") from error
         if not isinstance(raw, dict) or not isinstance(raw.get("experiment"), str) or "config" not in raw:
@@ -224,6 +222,28 @@ class Run:
     @property
     def log(self) -> Path:
         return self.path / "run.log"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose aliases stand for scalars only: a few lines with others can stand for more than memory holds, or for what has no end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if alias and isinstance(node, yaml.CollectionNode):
+            raise yaml.YAMLError(f"an alias stands for the list or mapping in line {node.start_mark.line + 1}: write it out")
+        return node
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file holds, in plain values. Raises OSError, and RunError where it is none."""
+    content = file.read_bytes()
+    try:
+        return yaml.load(content, _Loader)
+    except (
+        Exception
+    ) as error:  # its constructors raise KeyError, AttributeError and more for what they cannot read; deep ones a RecursionError
+        raise RunError(f"{file} is damaged, it is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _contents(target: Path) -> str:

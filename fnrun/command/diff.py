@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from fnrun import tree
 from fnrun.checkpoint import Manifest, store
 from fnrun.checkpoint.manifest import Leaf, Node, constant, text
 from fnrun.command import CommandError, Diff
-from fnrun.command.output import document, place, say, table
+from fnrun.command.output import document, place, say
 from fnrun.command.places import is_run, what_is_at
 from fnrun.command.stored import checkpoint_at, numbers
 from fnrun.plot import records
+from fnrun.run import RunError, read_yaml
+from fnrun.tables import table
 
 #: What observers gather in the loops that are open: theirs, and no part of the training.
 OBSERVED = re.compile(r"position/frames/\d+/folds(/|$)")
@@ -45,8 +46,8 @@ def _config(path: Path, other: Path) -> Any:
     if not path.is_file():
         raise CommandError(f"{other} is a file, and {path} is none: {what_is_at(path)}. Two configs are compared, or two states")
     try:
-        raw = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raw = read_yaml(path)
+    except (OSError, RunError) as error:
         raise CommandError(f"{path} is no config that can be read: {' '.join(str(error).split())}") from error
     return {"experiment": raw["experiment"], **raw["config"]} if isinstance(raw, dict) and {"experiment", "config"} <= raw.keys() else raw
 
