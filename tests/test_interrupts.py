@@ -69,6 +69,18 @@ def test_any_of_several_ends_the_call():
     assert state.step == 1
 
 
+def test_a_deadline_in_words_of_which_a_part_is_over():
+    clock = Clock()
+    interrupt = fnrun.deadline("1h2m", spent=60, clock=clock)
+    clock.now += 3659
+    assert interrupt() is None
+    clock.now += 1
+    assert interrupt() == "the deadline of 1h2m has passed"
+    for bad in ("", "50", "0s", "-5m", "5m2h", "1h 2m", "infh"):
+        with pytest.raises(ValueError, match=f"'{bad}' is no time: write it as 50m"):
+            fnrun.deadline(bad)
+
+
 def test_a_deadline_without_time():
     for bad in ({}, {"minutes": 0}, {"seconds": -1}):
         with pytest.raises(ValueError, match="deadline: how long"):

@@ -110,8 +110,9 @@ class TestOneWriter:
             with run.writing():
                 pass
 
-    def test_another_host_that_gives_signs_of_life_is_left_alone(self, run: Run, short: None, caplog: pytest.LogCaptureFixture):
-        lock, end = left_by_node7(run), threading.Event()
+    def test_another_host_that_gives_signs_of_life_is_left_alone(self, run: Run):
+        """As soon as it does: nobody waits for the end of the lease."""
+        lock, end, late = left_by_node7(run), threading.Event(), time.monotonic() + writer.LEASE / 2
 
         def refresh() -> None:
             while not end.wait(0.05):
@@ -119,11 +120,9 @@ class TestOneWriter:
 
         beating = threading.Thread(target=refresh)
         beating.start()
+        refused = pytest.raises(RunError, match=r"written by process 123 on host node7: wait for it, or stop it \(kill 123\)")
         try:
-            with (
-                pytest.raises(RunError, match=r"being written by process 123 on host node7: wait for it, or stop it \(kill 123\)"),
-                run.writing(),
-            ):
+            with refused, run.writing(lambda: "too late" if time.monotonic() > late else None):
                 pass
         finally:
             end.set()
@@ -238,6 +237,12 @@ class TestStatus:
         assert (run.status().step, run.status().ticks) == (5, 0)
         with run.writing():  # a process that does not look at checkpoints
             assert run.status().step == 5
+
+    def test_a_checkpoint_that_fails_at_the_end_is_a_crash(self, run: Run):
+        (run.path / "checkpoints").write_text("")
+        with pytest.raises(CheckpointError, match="step 0 was not saved"), run.writing():
+            run.checkpoints.save(fresh())
+        assert run.status().state == "crashed"
 
     def test_an_exception_is_a_crash(self, run: Run):
         with pytest.raises(ZeroDivisionError), run.writing():

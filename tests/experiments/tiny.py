@@ -16,7 +16,7 @@ import fnrun
 from fnrun import data, observers, optim
 from tests.experiments.commands import call
 
-#: What happens at a moment: "build", "state", "data", "step 5".
+#: What happens at a moment: "build", "state", "open" (of the observers), "data", "step 5".
 EVENTS: dict[str, Callable[[], Any]] = {}
 
 
@@ -44,6 +44,15 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"x": torch.tensor([float(index), 1.0]) + 0.1 * torch.randn(2)}
+
+
+class Opening:
+    """An observer that is told when the observers open: then sinks begin their runs elsewhere."""
+
+    def open(self, program: Any, state: Any) -> None:
+        happens("open")
+
+    def __call__(self, state: Any, metrics: Any) -> None: ...
 
 
 def build(config: Config, run: fnrun.Run) -> fnrun.Experiment:
@@ -74,7 +83,9 @@ def build(config: Config, run: fnrun.Run) -> fnrun.Experiment:
     logging = observers.log(to=[observers.console(), observers.jsonl(run.metrics)])
     return fnrun.Experiment(
         state=state,
-        program=fnrun.repeat(fnrun.sequence(train=train, val=fnrun.eval_loop(eval_step)), config.epochs, observers=[logging, saving]),
+        program=fnrun.repeat(
+            fnrun.sequence(train=train, val=fnrun.eval_loop(eval_step)), config.epochs, observers=[Opening(), logging, saving]
+        ),
         data={"train": rows, "val": lambda: data.loader(Rows(), 8)},
         evaluate=fnrun.sequence(val=fnrun.eval_loop(eval_step)),
     )
