@@ -18,7 +18,8 @@ from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.program import ProgramError
 from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, changes, config_type
-from fnrun.summary import command_line, number, summary, table
+from fnrun.summary import command_line, summary
+from fnrun.tables import number, table
 from fnrun.tree import module_name
 
 Build = Callable[[Any, Run], Experiment]
@@ -343,7 +344,7 @@ def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
     # Without the optimizer's memory: what the evaluation does not read is not loaded.
     state = run.checkpoints.restore(step=step, select=EVALUATED).rewind()
     _, metrics = experiment.evaluate(state, experiment.data)
-    table(f"{run.path}, step {state.step}", ["metric", "value"], [[k, number(v)] for k, v in metrics.items()])
+    print(f"{run.path}, step {state.step}\n\n{table(['metric', 'value'], [[k, number(v)] for k, v in metrics.items()])}")
     return 0
 
 

@@ -7,9 +7,9 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from fnrun.run import Run
+from fnrun.tables import number, table
 
 
 def command_line(run: Run, *args: str | Path) -> str:
@@ -37,28 +37,10 @@ def summary(run: Run) -> None:
             best = (max if name.endswith("accuracy") else min)(values)
             rows.append([name, f"{number(best)} (step {steps[values.index(best)]})", f"{number(values[-1])} (step {steps[-1]})"])
     if rows:
-        table("", ["metric", "best", "last"], rows)
+        print(f"\n{table(['metric', 'best', 'last'], rows)}\n")
     picture = plot(run.metrics, run.path / "curves.png", f"{run.experiment}: {run.path.name}")
     print(f"run       {run.path}")
     if picture is not None:
         print(f"plot      {picture}")
     print(f"evaluate  {command_line(run, 'evaluate', run.path, '--checkpoint', 'best')}")
     print(f"resume    {command_line(run, 'resume', run.path)}")
-
-
-def number(value: Any) -> str:
-    """A value as people read it: a float with four places."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table, its lines as long as they are."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title or None, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)

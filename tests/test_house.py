@@ -22,7 +22,7 @@ FLOORS = [
     ["shell", "compiled", "steps"],
     ["program", "dry", "loops", "hooks", "interrupts"],
     ["observers"],
-    ["writer", "run", "plot", "testing"],
+    ["writer", "run", "plot", "tables", "testing"],
     ["summary", "cli", "verify"],
     ["command"],
     ["__main__"],

@@ -208,7 +208,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _users_fault(error):
             raise
-        from fnrun.command.output import printable
+        from fnrun.tables import printable
 
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2

@@ -6,8 +6,9 @@ import torch
 
 from fnrun.checkpoint import export
 from fnrun.command import CommandError, Export
-from fnrun.command.output import document, place, say, size, writing
+from fnrun.command.output import document, place, say, writing
 from fnrun.command.stored import checkpoint_at
+from fnrun.tables import size
 
 
 def run(asked: Export) -> int:

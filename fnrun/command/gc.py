@@ -10,9 +10,10 @@ from typing import Any
 
 from fnrun.checkpoint import Checkpoints, DamagedError, Entry, store
 from fnrun.command import CommandError, Gc
-from fnrun.command.output import document, say, size, table, writing
+from fnrun.command.output import document, say, writing
 from fnrun.command.places import run_at, runs_below
 from fnrun.run import Run, RunError
+from fnrun.tables import size, table
 
 REASONS = {".tmp-delete-": "half deleted", ".tmp-": "half written", "abandoned-": "given up when the run went on from an older checkpoint"}
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fnrun.command import CommandError, Ls
-from fnrun.command.output import age, document, number, say, size, table, terminal_width
+from fnrun.command.output import document, say, terminal_width
 from fnrun.command.places import CHECKPOINT, newest_manifest, runs_below, what_is_at
 from fnrun.plot import curves, records
 from fnrun.run import Run, RunError
+from fnrun.tables import age, number, size, table
 
 #: What is shown of a run without monitored metrics: by the last part of the name, and which is better.
 JUDGED = {"loss": "min", "accuracy": "max"}

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from fnrun.command import CommandError, Plot
-from fnrun.command.output import document, printable, say, writing
+from fnrun.command.output import document, say, writing
 from fnrun.command.places import run_at
 from fnrun.plot import Curve, chosen, draw, records, text
+from fnrun.tables import printable
 
 
 def run(asked: Plot) -> int:

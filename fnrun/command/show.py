@@ -12,8 +12,9 @@ from fnrun.checkpoint import CheckpointError, DamagedError, Manifest
 from fnrun.checkpoint.manifest import Leaf, constant
 from fnrun.checkpoint.match import paths, selector
 from fnrun.command import CommandError, Show
-from fnrun.command.output import document, number, place, say, size, table
+from fnrun.command.output import document, place, say
 from fnrun.command.stored import checkpoint_at, run_of, statistics
+from fnrun.tables import number, size, table
 
 
 def run(asked: Show) -> int:

@@ -11,9 +11,10 @@ from typing import Any
 
 from fnrun.checkpoint import Entry
 from fnrun.command import CommandError, Verify
-from fnrun.command.output import document, printable
+from fnrun.command.output import document
 from fnrun.command.places import run_at
 from fnrun.run import Run
+from fnrun.tables import printable
 from fnrun.verify import Pair, verify
 
 #: So many leaves of a pair are shown; `--json` has them all.
