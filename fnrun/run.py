@@ -240,9 +240,7 @@ def read_yaml(file: Path) -> Any:
     content = file.read_bytes()
     try:
         return yaml.load(content, _Loader)
-    except (
-        Exception
-    ) as error:  # its constructors raise KeyError, AttributeError and more for what they cannot read; deep ones a RecursionError
+    except Exception as error:  # besides its own errors a KeyError, an AttributeError, ... from values that make no sense
         raise RunError(f"{file} is damaged, it is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
