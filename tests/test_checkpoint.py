@@ -891,35 +891,6 @@ def test_nothing_stays_behind(tmp_path: Path) -> None:
     assert logging.getLogger().handlers == handlers
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
-    code = """
-        import resource, signal, sys, torch
-        from fnrun.checkpoint import Checkpoints, CheckpointError
-        from tests.test_checkpoint import at
-        checkpoints = Checkpoints(sys.argv[1])
-        checkpoints.save(at(1))
-        checkpoints.wait()
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        checkpoints.save(at(2))
-        try:
-            checkpoints.wait()
-        except CheckpointError as error:
-            print("failed:", error)
-        print(checkpoints.steps())
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        checkpoints.save(at(3))
-        print(checkpoints.steps(), checkpoints.latest())
-    """
-    ran = python(code, tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    failed, after, recovered = ran.stdout.rsplit("\n", 3)[0], *ran.stdout.splitlines()[-2:]
-    assert failed.startswith(f"failed: {tmp_path}: step 2 was not saved: ")
-    assert (after, recovered) == ("[1]", "[1, 3] 3")
-    assert names(tmp_path) == ["00000001-00000001", "00000003-00000003"]
-    assert tree.equal(Checkpoints(tmp_path).restore(step=1), at(1))
-
-
 # --- processes ---------------------------------------------------------------------------------------------------------
 
 
