@@ -284,6 +284,19 @@ def test_a_mismatch_is_a_table(tmp_path: Path) -> None:
     assert ["opt_state", f"namedtuple {__name__}:Pair of 2", "list of 2"] in rows
 
 
+def test_of_a_long_table_some_of_each_sort_are_shown(tmp_path: Path) -> None:
+    state = at(0).replace(params={f"layers.{n}.weight": torch.ones(2) for n in range(100)})
+    like = state.replace(params={f"module.layers.{n}.weight": torch.ones(2) for n in range(100)} | {"layers.0.weight": torch.ones(3)})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(like)
+    text = str(error.value)
+    assert (text.count("(unexpected)"), text.count("(missing)"), text.count("(2,)  tensor float32 (3,)")) == (10, 10, 1)
+    assert "params/module.layers.1.weight  (missing)            tensor float32 (2,)  (saved under a near name: params/layers." in text
+    assert text.endswith("... and 179 more")
+
+
 @pytest.mark.parametrize(
     ("saved", "like"),
     [
@@ -444,6 +457,18 @@ def test_another_dtype_only_when_asked(tmp_path: Path) -> None:
             checkpoints.restore(fresh().replace(params=half), select="params/**", dtype=torch.float16)
 
 
+def test_another_dtype_is_for_what_hooks_remember_too_and_not_for_the_totals_of_open_loops(tmp_path: Path) -> None:
+    total = torch.tensor([1.1, 1 / 3], dtype=torch.float64)
+    state = fresh().replace(memory={"ema": torch.ones(3)}, position=Position((Frame("epoch_loop /", 3, total),), ticks=3))
+    half = fresh().replace(params={name: value.bfloat16() for name, value in fresh().params.items()})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        for like, select in ((half, ["params/**", "memory/**", "position/**"]), (None, None)):
+            back = checkpoints.restore(like, select=select, dtype=torch.bfloat16)
+            assert {back.params["head.weight"].dtype, back.memory["ema"].dtype} == {torch.bfloat16}
+            assert tree.equal(back.position, state.position)
+
+
 def test_leaves_are_read_without_any_class(tmp_path: Path) -> None:
     tied = torch.ones(3)
     state = at(1).replace(opt_state=Pair(tied, Box([tied, 2**70], "m")))
@@ -581,6 +606,19 @@ def test_an_empty_directory_holds_nothing_and_is_not_made(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="there is no checkpoint here"):
         checkpoints.restore()
     assert not (tmp_path / "none").exists()
+
+
+def test_what_else_lies_in_the_directory_is_left_alone(tmp_path: Path) -> None:
+    """Two numbers and a dash are not yet the name of a checkpoint."""
+    others = ["2024-11", "1-2", "00000001-\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0661", "00000001-00000001.0"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(at(step))
+            checkpoints.prune(1)
+        assert checkpoints.steps() == [2]
+    assert set(names(tmp_path)) == {*others, "00000002-00000002"}
 
 
 def test_two_at_one_step_are_told_apart_by_their_ticks(tmp_path: Path) -> None:
@@ -892,6 +930,37 @@ def test_nothing_stays_behind(tmp_path: Path) -> None:
 
 
 # --- processes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_of_which_nobody_asks_is_told_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code = """
+        import gc, sys
+        from fnrun.checkpoint import Checkpoints
+        from tests.test_checkpoint import at
+        checkpoints = Checkpoints(sys.argv[1])
+        checkpoints.save(at(7))
+        checkpoints.steps()
+        del checkpoints
+        gc.collect()
+        print("gone")
+    """
+    ran = python(code, tmp_path / "file" / "checkpoints")
+    assert (ran.returncode, ran.stdout) == (0, "gone\n")
+    assert "step 7 was not saved" in ran.stderr
+
+
+def test_only_the_program_configures_logging() -> None:
+    """A handler that orbax's logging puts on the root logger would make the program's own `basicConfig` do nothing."""
+    code = """
+        import logging
+        from fnrun.checkpoint import store
+        store.orbax()
+        from absl import logging as absl
+        absl.info("as orbax does all the time")
+        print(logging.getLogger().handlers)
+    """
+    assert python(code).stdout == "[]\n"
 
 
 def test_orbax_is_imported_where_it_is_used() -> None:

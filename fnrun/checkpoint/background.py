@@ -39,6 +39,7 @@ class Background:
                 failure.__cause__ = error
                 if self._failure is None:
                     self._failure = failure
+                    _untold.add(self)
                 else:
                     self._failure.add_note(str(failure))
 
@@ -55,12 +56,15 @@ class Background:
     def failure(self) -> CheckpointError | None:
         """What went wrong since it was last asked for."""
         failure, self._failure = self._failure, None
+        _untold.discard(self)
         return failure
 
 
 _unfinished: weakref.WeakSet[Background] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unfinished.clear)  # a data worker has nothing to finish
+_untold: set[Background] = set()  # with a failure that nobody has asked for yet, and that must be told though nobody holds them any more
+if hasattr(os, "register_at_fork"):  # a data worker has nothing to finish, and nothing to tell
+    os.register_at_fork(after_in_child=_unfinished.clear)
+    os.register_at_fork(after_in_child=_untold.clear)
 
 
 def _finish_at_exit(background: Background) -> None:
@@ -72,7 +76,7 @@ def _finish_at_exit(background: Background) -> None:
 
 
 def _finish() -> None:
-    for background in list(_unfinished):
+    for background in {*_unfinished, *_untold}:
         background.join()
         if (failure := background.failure()) is not None:
             logging.getLogger("fnrun").error(str(failure))

@@ -330,7 +330,8 @@ class Checkpoints:
         the others are those of `like`, or None. `rename` restores leaves of dictionaries under other paths: regular expressions and what to put
         for them, `{r"^params/backbone\\.": "params/encoder."}`, or a function of the path; `select` then sees the new ones. With
         `strict=False` what is missing in the checkpoint stays as it is in `like`, and what `like` does not have is left out; both are logged.
-        `device` brings all tensors there. `dtype` casts floating-point tensors to it, those that have it in `like` or, without `like`, all.
+        `device` brings all tensors there. `dtype` casts floating-point tensors to it, those that have it in `like` and those that
+        `like` does not have (what hooks remember; without `like`, all), but never those of `position`: the totals of the loops that are open.
 
         Raises DamagedError if a byte on disk is not as it was written, CheckpointError with a table of what differs from `like`.
         """
@@ -455,7 +456,8 @@ def _values(
             return found[first]
         to = torch.device(device or pick.device or beside.get(leaf.device) or "cpu")
         to = torch.device("cpu") if to.type == "meta" else to
-        cast = dtype if dtype is not None and match.castable(leaf) and (pick.dtype or dtype) == dtype else None
+        follows = match.castable(leaf) and (pick.dtype or dtype) == dtype and not leaf.path.startswith("position/")
+        cast = dtype if follows else None
         return moved.setdefault((first, to, cast), found[first].to(to, cast))
 
     return value

@@ -285,17 +285,21 @@ class Matcher:
         return [f"{what[of]}: {shortened(found)}" for of, found in names.items() if found]
 
     def table(self, rows: int = 30) -> str:
-        """What does not match, a line each, with near names for what is missing."""
+        """What does not match, a line each, with near names for what is missing; of very many some of each sort, missing, unexpected and differing."""
         unexpected = [row.path for row in self.wrong if row.expected == "(unexpected)"]
-        lines = [Mismatch("leaf", "saved", "expected"), *(row._replace(path=row.path or "(root)") for row in self.wrong[:rows])]
+        sorts: dict[Any, list[Mismatch]] = {}
+        for row in self.wrong:
+            sorts.setdefault((row.saved == "(missing)", row.expected == "(unexpected)"), []).append(row)
+        some = self.wrong if len(self.wrong) <= rows else [row for sort in sorts.values() for row in sort[: rows // len(sorts)]]
+        lines = [Mismatch("leaf", "saved", "expected"), *(row._replace(path=row.path or "(root)") for row in some)]
         widths = [max(len(line[column]) for line in lines) for column in range(3)]
         shown = []
         for line in lines:
             near = difflib.get_close_matches(line.path, unexpected, n=1) if line.saved == "(missing)" else []
             hint = f"  (saved under a near name: {near[0]})" if near else ""
             shown.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + hint)
-        if len(self.wrong) > rows:
-            shown.append(f"  ... and {len(self.wrong) - rows} more")
+        if len(self.wrong) > len(some):
+            shown.append(f"  ... and {len(self.wrong) - len(some)} more")
         return "\n".join(shown)
 
 

@@ -26,7 +26,8 @@ class Entry(NamedTuple):
     def of(cls, name: str) -> Entry | None:
         """The checkpoint of that name; None for a name that is none."""
         found = _NAME.fullmatch(name)
-        return cls(int(found[2]), int(found[1]), int(found[3] or 0)) if found else None
+        entry = cls(int(found[2]), int(found[1]), int(found[3] or 0)) if found else None
+        return entry if entry is not None and entry.name == name else None  # and not what somebody called 2024-11
 
 
 #: What names a checkpoint: its step (the newest of several), itself, "best" by the metric monitored first, "best:METRIC", or None for the newest.

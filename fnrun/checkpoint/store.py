@@ -21,6 +21,7 @@ import re
 import shutil
 import struct as binary
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,8 +58,12 @@ def orbax() -> Any:
     """`orbax.checkpoint.v1`, imported here because it brings JAX.
 
     JAX is kept to the CPU where nobody else has imported it: left alone it reserves most of a GPU's memory for itself. It warns at each
-    fork, because a child that calls it may hang; a forked data worker never does.
+    fork, because a child that calls it may hang; a forked data worker never does. absl, through which orbax logs, calls `logging.basicConfig()`
+    where a program has not: a program that does so later, while a save is under way, would find it done.
     """
+    from absl import logging as absl
+
+    absl.logging = types.SimpleNamespace(**{**vars(logging), "basicConfig": lambda: None})  # pyright: ignore[reportAttributeAccessIssue]
     if "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ:
         import jax
 
@@ -71,18 +76,14 @@ def orbax() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what orbax says out of the program's log, its errors too, which it raises as well; and the handler off the root logger that absl leaves there."""
-    absl, root = logging.getLogger("absl"), logging.getLogger()
+    """Keep what orbax says out of the program's log, its errors too, which it raises as well."""
+    absl = logging.getLogger("absl")
     absl.addFilter(_no_progress)
     absl.addFilter(_not_of_orbax)
-    handlers = list(root.handlers)
     try:
         yield
     finally:
         absl.removeFilter(_not_of_orbax)
-        for handler in root.handlers[:]:
-            if handler not in handlers and type(handler) is logging.StreamHandler and handler.stream is sys.stderr:
-                root.removeHandler(handler)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -40,8 +40,9 @@ class _Checkpoint:
         self._failures = 0
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        self._surviving(state, self.checkpoints.poll)
         now = due(state, self.every)
+        # One save is in flight at most, so how that one went comes before the next one.
+        self._surviving(state, self.checkpoints.wait if now else self.checkpoints.poll)
         if now or not in_training(state):
             for metric in self.monitors:
                 reported("checkpoint", metric, state, metrics)
@@ -61,8 +62,8 @@ class _Checkpoint:
 
     def _save(self, state: LoopState, metrics: dict[str, Any]) -> None:
         before, self._tried = self._saved, (state.position.order, metrics)
-        self.checkpoints.save(state, metrics, monitor=self.monitors)  # raises if the save before this one failed
-        if before is not None:
+        self.checkpoints.save(state, metrics, monitor=self.monitors)
+        if before is not None:  # and it is on disk
             self._failures = 0
         self._saved = state.position.order
         if self.keep is not None:

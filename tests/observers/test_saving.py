@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from fnrun import data, epoch_loop, eval_loop, observers, optim, repeat, sequence
 from fnrun.checkpoint import CheckpointError, Checkpoints
+from fnrun.checkpoint.background import Background
 from fnrun.state import TrainState
 from fnrun.steps import make_eval_step, make_train_step
 
@@ -98,3 +101,28 @@ def test_after_so_many_failures_in_a_row_the_run_ends(allowed: int, tmp_path: Pa
     place.unlink()
     goes_on, _ = training(6, observers.checkpoint(Checkpoints(place)))[0](error.value.state, batches)
     assert goes_on.step == 24
+
+
+def test_failures_with_a_save_between_them_are_not_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each save takes until the training waits for it, and each second one fails."""
+    waited_for, join, saves = threading.Event(), Background.join, itertools.count(1)
+
+    def noticed(background: Background) -> None:
+        if background.busy:
+            waited_for.set()
+        join(background)
+
+    def guard() -> None:
+        if threading.current_thread() is threading.main_thread():
+            waited_for.clear()
+        elif waited_for.wait(10) and next(saves) % 2:
+            raise CheckpointError("not now")
+
+    monkeypatch.setattr(Background, "join", noticed)
+    fit, state, batches = training(6, observers.checkpoint(Checkpoints(tmp_path, guard=guard), max_failures=2))
+    with caplog.at_level(logging.ERROR, "fnrun"):
+        fit(state, batches)
+    assert [record.getMessage().partition(": ")[2][:7] for record in caplog.records] == ["step 4 ", "step 12", "step 20"]
+    assert Checkpoints(tmp_path).steps() == [8, 16, 24]
