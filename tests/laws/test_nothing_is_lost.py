@@ -21,7 +21,7 @@ from tests.torture.training import WAYS
 def test_a_kill_at_any_moment_loses_nothing(way: str, tmp_path: Path):
     chance, kills = random.Random(way), Kills()
     kills.at_moments(way, tmp_path / "moments", [chance.uniform(0, SPREAD) for _ in range(4)])
-    kills.at_operations(way, tmp_path / "operations", sorted(chance.sample(range(200), 4)))
+    kills.at_operations(way, tmp_path / "operations", sorted(chance.sample(range(300), 4)))
     assert (kills.lost, kills.wrong, kills.kills) == ([], [], 8)
 
 

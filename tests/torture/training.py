@@ -20,11 +20,8 @@ from torch import nn
 
 import fnrun
 from fnrun import data, observers, optim
-from fnrun.checkpoint import Checkpoints, store
+from fnrun.checkpoint import Checkpoints
 from fnrun.state import Position
-
-store.orbax()
-torch.set_num_threads(1)
 
 #: Parameters below and above the size from which a leaf has a file of its own.
 SIZES = {"large": 70_000, "larger": 90_000, "middle": 5_000, "small": 7, "one": 1}
@@ -131,6 +128,7 @@ def die_at(operation: int) -> None:
 
 
 def child(way: str, directory: Path, pipe: Connection, last: int, operation: int | None) -> None:
+    torch.set_num_threads(1)
     if operation is not None:
         die_at(operation)
     WAYS[way](directory, pipe, last)
@@ -139,7 +137,7 @@ def child(way: str, directory: Path, pipe: Connection, last: int, operation: int
 # --- its parent --------------------------------------------------------------------------------------------------------
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__])
+SERVER.set_forkserver_preload(["tests.torture.warm", __name__])
 
 
 class Process:

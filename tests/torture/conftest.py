@@ -1,0 +1,3 @@
+"""Modules that do something when they are imported."""
+
+collect_ignore = ["warm.py"]

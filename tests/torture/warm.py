@@ -1,0 +1,5 @@
+"""Imported by the fork server: what takes a second to import, and starts no thread before it is used."""
+
+from fnrun.checkpoint import store
+
+store.orbax()
