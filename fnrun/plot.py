@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import msgspec
 
 #: Fields of a line that are not metrics.
 PLACE = ("ticks", "at", "step", "epoch", "clock")
@@ -18,16 +21,28 @@ By = Literal["step", "time", "epoch"]
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one that was cut short by a kill is left out."""
+    """The lines of a `metrics.jsonl`; one that was cut short by a kill, or is none that was logged, is left out."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            msgspec.convert(record, _Placed)
             lines.append(record)
     return lines
+
+
+class _Placed(msgspec.Struct):
+    """What a line says of its place, where it says it."""
+
+    step: int
+    ticks: int = 0
+    epoch: int | None = None
+    clock: _Clock | None = None
+
+
+class _Clock(msgspec.Struct):
+    time: float = 0.0
+    elapsed: float = 0.0
 
 
 def curves(lines: list[dict[str, Any]], by: By = "step") -> dict[str, tuple[list[Any], list[float]]]:

@@ -40,6 +40,15 @@ def test_epochs_are_finished_at_their_last_line():
     assert curves(lines, "epoch")["loss"][0] == [0.5, 1.0, 1.2, 2.0, 2.5]
 
 
+@pytest.mark.parametrize(
+    "place", [{"step": "1"}, {"step": True}, {"step": 1, "epoch": "x"}, {"step": 1, "clock": 3}, {"step": 1, "ticks": None}]
+)
+def test_a_line_that_nothing_here_has_logged_is_left_out(place, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{json.dumps(line(1, loss=1))}\n{json.dumps(place | {"loss": 1})}\n[1]\n{"[" * 10**5}\n{{"step": 2')
+    assert records(file) == [line(1, loss=1)]
+
+
 def test_what_is_shown():
     lines = [line(1, train_loss=1, train_lr=0.1, val_loss=1, val_bleu=1)]
     assert [curve.metric for curve in chosen({"a": lines})] == ["train/loss", "val/loss", "val/bleu"]

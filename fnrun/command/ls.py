@@ -6,13 +6,13 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fnrun.command import CommandError, Ls
 from fnrun.command.output import document, say, terminal_width
-from fnrun.command.places import CHECKPOINT, newest_manifest, runs_below, what_is_at
+from fnrun.command.places import CHECKPOINT, newest_judged, runs_below, what_is_at
 from fnrun.plot import curves, records
 from fnrun.run import Run, RunError
 from fnrun.tables import age, number, size, table
@@ -53,8 +53,8 @@ def _seen(path: Path) -> dict[str, Any]:
         row |= {"state": status.state, "reason": status.reason}
     except RunError as error:
         row["problems"].append(str(error))
-    name, manifest = newest_manifest(path / "checkpoints")
-    if name is not None and manifest is None:
+    name, judged = newest_judged(path / "checkpoints")
+    if name is not None and judged is None:
         row["problems"].append(f"the manifest of {path / 'checkpoints' / name} is damaged")
     lines = _lines(path / "metrics.jsonl", row["problems"])
     last = lines[-1] if lines else {}
@@ -63,7 +63,7 @@ def _seen(path: Path) -> dict[str, Any]:
     row["epoch"] = last.get("epoch")
     if row["state"] == "new" and row["step"] is not None and not forked:
         row["state"] = "unknown"  # it was trained without `run.writing()`, which nobody can see
-    row["metrics"] = _metrics(curves(lines), _monitors(manifest or {}))
+    row["metrics"] = _metrics(curves(lines), judged.monitors if judged is not None else {})
     return row
 
 
@@ -86,15 +86,7 @@ def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         return []
 
 
-def _monitors(manifest: dict[str, Any]) -> dict[str, str]:
-    """The monitored metrics and their modes, of this format of manifests and the first."""
-    monitors = manifest.get("monitors")
-    if isinstance(monitors, dict):
-        return monitors
-    return {manifest["monitor"]: manifest.get("mode", "min")} if manifest.get("monitor") else {}
-
-
-def _metrics(found: dict[str, Any], monitors: dict[str, str]) -> dict[str, dict[str, Any]]:
+def _metrics(found: dict[str, Any], monitors: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     monitors = {name: mode for name, mode in monitors.items() if name in found}
     monitors = monitors or {name: JUDGED[kind] for name in found if (kind := name.rpartition("/")[2]) in JUDGED}
     metrics = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import msgspec
 
 from fnrun.command import CommandError
 from fnrun.run import Run
@@ -81,8 +82,19 @@ def _looks_like_a_run(path: Path) -> bool:
     return bool(ours) or (path / "environment.json").is_file() or (path / "checkpoints").is_dir()
 
 
-def newest_manifest(checkpoints: Path) -> tuple[str | None, dict[str, Any] | None]:
-    """The name of the newest checkpoint in a directory and its manifest as plain JSON, unchecked; None for what is not there or no JSON."""
+class Judged(msgspec.Struct):
+    """By which metrics a checkpoint is judged: what a manifest says of it, in this format and in the first."""
+
+    monitors: dict[str, Literal["min", "max"]] = {}
+    monitor: str | None = None
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        self.monitors = self.monitors or ({self.monitor: self.mode} if self.monitor else {})
+
+
+def newest_judged(checkpoints: Path) -> tuple[str | None, Judged | None]:
+    """The name of the newest checkpoint in a directory and by what it is judged; None for what is not there or is damaged."""
     if not checkpoints.is_dir():
         return None, None
     found = [match for path in checkpoints.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
@@ -90,7 +102,6 @@ def newest_manifest(checkpoints: Path) -> tuple[str | None, dict[str, Any] | Non
         return None, None
     name = max(found, key=lambda m: (int(m[2]), int(m[1]), int(m[3] or 0)))[0]
     try:
-        manifest = json.loads((checkpoints / name / "manifest.json").read_bytes())
-    except (OSError, ValueError):
+        return name, msgspec.json.decode((checkpoints / name / "manifest.json").read_bytes(), type=Judged)
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
         return name, None
-    return name, manifest if isinstance(manifest, dict) else None

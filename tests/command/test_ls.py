@@ -63,6 +63,22 @@ def test_a_damaged_manifest_is_said(runs, tmp_path, capsys):
     assert row["metrics"]["val/accuracy"]["mode"] == "max"
 
 
+@pytest.mark.parametrize("manifest", ["[]", '{"monitors": {"val/loss": 3}}', '{"monitor": ["val/loss"], "mode": 3}', "\xff"])
+def test_a_manifest_of_another_shape_is_damaged_and_hides_no_other_run(manifest, runs, tmp_path, capsys):
+    for name in ("whole", "other"):
+        shutil.copytree(runs / name, tmp_path / name)
+    (newest(tmp_path / "whole") / "manifest.json").write_text(manifest, encoding="latin-1")
+    rows = {Path(row["path"]).name: row["problems"] for row in document(capsys, "ls", tmp_path)}
+    assert rows == {"other": [], "whole": [f"the manifest of {newest(tmp_path / 'whole')} is damaged"]}
+
+
+def test_monitors_of_the_first_format_are_read(runs, tmp_path, capsys):
+    shutil.copytree(runs / "whole", tmp_path / "whole")
+    (newest(tmp_path / "whole") / "manifest.json").write_text('{"monitor": "val/accuracy", "mode": "max"}')
+    (row,) = document(capsys, "ls", tmp_path)
+    assert {name: metric["mode"] for name, metric in row["metrics"].items()} == {"val/accuracy": "max"}
+
+
 def test_a_config_of_another_program_is_no_run(runs, tmp_path, capsys):
     (tmp_path / "hydra").mkdir()
     (tmp_path / "hydra" / "config.yaml").write_text("model: big\n")
