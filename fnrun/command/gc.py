@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ def run(asked: Gc) -> int:
             raise CommandError(f"{flag} is at least 1, not {value}")
     if not asked.runs and not Path("runs").is_dir():
         raise CommandError("there is no directory runs here; name the runs: fnrun gc RUN...")
-    runs = [run_at(path) for path in asked.runs or runs_below(Path("runs"))]
+    runs, refused = _opened(asked.runs or runs_below(Path("runs")))
     with contextlib.ExitStack() as locks:
-        free, refused = _taken(runs, locks) if asked.yes else _looked_at(runs)
+        free, busy = _taken(runs, locks) if asked.yes else _looked_at(runs)
+        refused += busy
         rows, notes = [], []
         for found in free:
             doomed, said = superfluous(found.checkpoints, asked.keep, asked.keep_every)
@@ -88,6 +90,19 @@ def _row(path: Path, reason: str) -> dict[str, Any]:
 
 
 # --- whose it is -------------------------------------------------------------------------------------------------------
+
+
+def _opened(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """The runs, and what is to be said of those whose config or status cannot be read."""
+    runs, refused = [], []
+    for path in paths:
+        try:
+            found = run_at(path)
+            found.status()
+            runs.append(found)
+        except RunError as error:
+            refused.append(str(error))
+    return runs, refused
 
 
 def _looked_at(runs: list[Run]) -> tuple[list[Run], list[str]]:

@@ -119,6 +119,25 @@ def test_by_default_it_is_about_all_runs_below_runs(run, monkeypatch, capsys):
     assert superfluous(capsys) == LEFT
 
 
+@pytest.mark.parametrize("file", ["config.yaml", "status.json"])
+def test_a_damaged_run_keeps_no_other_from_being_cleaned_up(file, run, monkeypatch, capsys):
+    (run.parent / "runs").mkdir()
+    damaged, other = run.parent / "runs" / "a", run.parent / "runs" / "b"
+    shutil.copytree(run, damaged)
+    run.rename(other)
+    (damaged / file).write_text("{")
+    before = names(damaged)
+    monkeypatch.chdir(run.parent)
+    for flags in ([], ["--yes"]):
+        code, out, err = told(capsys, "gc", *flags)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"runs/a/{file} is damaged" in err
+        assert "runs/b/checkpoints/abandoned-" in out
+    assert names(damaged) == before
+    assert (damaged / file).read_text() == "{"
+    assert not set(LEFT) & set(names(other))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
