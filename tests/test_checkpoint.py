@@ -393,6 +393,11 @@ def test_select_can_leave_out(tmp_path: Path) -> None:
         back = checkpoints.restore(like, select=["params/**", "!params/head.*"])
         assert back.params["head.weight"] is like.params["head.weight"]
         assert tree.equal(back.params["body.0.weight"], state.params["body.0.weight"])
+        for select in ("params", "!buffers", "", ["params/**", "opt_state"]):
+            with pytest.raises(CheckpointError, match=r"select: '[a-z_/*]*' is a container, not what is in it: that is '[a-z_/*]*\*\*'"):
+                checkpoints.restore(like, select=select)
+        with pytest.raises(CheckpointError, match="select: there is no pattern in it"):
+            checkpoints.restore(like, select=[])
         with pytest.raises(CheckpointError, match=r"nothing that was saved matches 'params/tail\.\*'"):
             checkpoints.restore(like, select=["params/**", "!params/tail.*"])
 
@@ -457,6 +462,17 @@ def test_another_dtype_only_when_asked(tmp_path: Path) -> None:
             checkpoints.restore(fresh().replace(params=half), select="params/**", dtype=torch.float16)
 
 
+def test_a_dtype_is_floating_point_and_a_device_one_that_is_there(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(fresh())
+        for dtype in (torch.int32, torch.complex64, "float16"):
+            with pytest.raises(CheckpointError, match=r"dtype is a floating-point one, such as torch\.bfloat16, not "):
+                checkpoints.restore(dtype=dtype)  # pyright: ignore[reportArgumentType]
+        for device in ("nowhere", "cuda:99"):
+            with pytest.raises(CheckpointError, match=f"^params/body.0.weight cannot be brought to {device}: "):
+                checkpoints.restore(device=device)
+
+
 def test_another_dtype_is_for_what_hooks_remember_too_and_not_for_the_totals_of_open_loops(tmp_path: Path) -> None:
     total = torch.tensor([1.1, 1 / 3], dtype=torch.float64)
     state = fresh().replace(memory={"ema": torch.ones(3)}, position=Position((Frame("epoch_loop /", 3, total),), ticks=3))
@@ -485,6 +501,16 @@ def test_leaves_are_read_without_any_class(tmp_path: Path) -> None:
         assert tree.equal(beside.read(same), leaves)
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         Checkpoints.at(tmp_path)
+
+
+def test_two_leaves_of_one_path_are_not_read_as_one(tmp_path: Path) -> None:
+    state = at(1, a={1: torch.zeros(1), "1": torch.ones(1)})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        with pytest.raises(CheckpointError, match="there are two leaves memory/a/1, their keys of two types; `restore` tells them apart"):
+            checkpoints.read()
+        assert set(checkpoints.read(select="params/**")) == {"params/w", "params/b"}
+        assert tree.equal(checkpoints.restore(), state)
 
 
 def test_what_is_not_selected_needs_no_class_and_may_be_empty(tmp_path: Path) -> None:
@@ -525,6 +551,26 @@ def test_classes_are_only_those_that_are_loaded_and_registered(tmp_path: Path) -
         checkpoints.save(at(1, x=Box(1)))
     assert python(code, tmp_path / "a").stdout.startswith(f"memory/x: namedtuple {__name__}:Pair is not loaded: import the module")
     assert python(code, tmp_path / "b").stdout.startswith(f"memory/x: struct {__name__}:Box is not loaded: import the module")
+
+
+def test_a_class_of_a_script_is_loaded(tmp_path: Path) -> None:
+    code = """
+        import typing, torch
+        from fnrun.checkpoint import Checkpoints
+        from fnrun.state import TrainState
+
+        class Seen(typing.NamedTuple):
+            loss: float
+
+        state = TrainState.create(torch.nn.Linear(2, 1)).replace(memory={"mine": Seen(0.5)})
+        with Checkpoints("checkpoints") as checkpoints:
+            checkpoints.save(state)
+        print(checkpoints.restore(state).memory)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(code))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path, timeout=120, env=environment)
+    assert (ran.stdout, ran.stderr) == ("{'mine': Seen(loss=0.5)}\n", "")
 
 
 @pytest.mark.parametrize(

@@ -239,9 +239,7 @@ def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
 def _loaded_namedtuple(kind: str) -> type | None:
     """The NamedTuple of that kind in a module that is loaded already. Nothing is imported, and no module's `__getattr__` asked."""
     module, _, qualname = kind.partition(" ")[2].partition(":")
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None)
-    found: Any = main if spec is not None and spec.name.removesuffix(".__main__") == module else sys.modules.get(module)
+    found: Any = sys.modules.get("__main__" if tree.module_name("__main__") == module else module)
     for name in qualname.split("."):
         found = vars(found).get(name) if hasattr(found, "__dict__") else None
     return found if isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields") else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -333,8 +334,10 @@ class Checkpoints:
         `device` brings all tensors there. `dtype` casts floating-point tensors to it, those that have it in `like` and those that
         `like` does not have (what hooks remember; without `like`, all), but never those of `position`: the totals of the loops that are open.
 
-        Raises DamagedError if a byte on disk is not as it was written, CheckpointError with a table of what differs from `like`.
+        Raises DamagedError if a byte on disk is not as it was written, CheckpointError with a table of what differs from `like`, and for a
+        device that cannot take it or a dtype that is not floating-point.
         """
+        match.check_cast("restore", dtype)
         entry = self.find(step)
         directory = self.directory / entry.name
         manifest = self._manifest(entry)
@@ -364,7 +367,11 @@ class Checkpoints:
             picks = [codec.Pick(number) for number, leaf in enumerate(leaves) if wanted(leaf.path)]
             found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
             value = _values(leaves, picks, found, None, None)
-            return {leaves[pick.number].path: value(pick) for pick in picks}
+            named = {leaves[pick.number].path: value(pick) for pick in picks}
+        if len(named) < len(picks):
+            twice = next(path for path, count in Counter(leaves[pick.number].path for pick in picks).items() if count > 1)
+            raise CheckpointError(f"{directory}: there are two leaves {twice}, their keys of two types; `restore` tells them apart")
+        return named
 
     # --- deleting
 
@@ -454,11 +461,16 @@ def _values(
             return constant(leaf.value)
         if leaf.kind == "ndarray":
             return found[first]
-        to = torch.device(device or pick.device or beside.get(leaf.device) or "cpu")
-        to = torch.device("cpu") if to.type == "meta" else to
+        to = device or pick.device or beside.get(leaf.device) or "cpu"
+        to = "cpu" if str(to) == "meta" else str(to)
         follows = match.castable(leaf) and (pick.dtype or dtype) == dtype and not leaf.path.startswith("position/")
         cast = dtype if follows else None
-        return moved.setdefault((first, to, cast), found[first].to(to, cast))
+        if (first, to, cast) not in moved:
+            try:
+                moved[first, to, cast] = found[first].to(to, cast)
+            except Exception as error:  # a device that is not there, or full
+                raise CheckpointError(f"{leaf.path} cannot be brought to {to}: {error}") from error
+        return moved[first, to, cast]
 
     return value
 

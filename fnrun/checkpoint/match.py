@@ -30,7 +30,7 @@ def selector(patterns: Sequence[str] | None, known: Sequence[str]) -> Callable[[
     """Whether a path is among `patterns`: `*` stands for anything within one entry, `**` for any number of entries; `!` before one takes out.
 
     Patterns that begin with `!` leave out what the others select, or where there are no others, of everything.
-    Raises CheckpointError for a pattern that matches none of the `known` paths.
+    Raises CheckpointError for a pattern that matches none of the `known` paths, or only such as have others below them, and for no patterns.
 
     >>> wanted = selector(["params/**", "!params/head.*"], ["params", "params/0.weight", "params/head.weight"])
     >>> wanted("params/0.weight"), wanted("params/head.weight"), wanted("buffers/0.mean")
@@ -38,13 +38,20 @@ def selector(patterns: Sequence[str] | None, known: Sequence[str]) -> Callable[[
     """
     if patterns is None:
         return lambda path: True
+    if not patterns:
+        raise CheckpointError("select: there is no pattern in it; without it everything is selected")
     taken = [pattern.split("/") for pattern in patterns if not pattern.startswith("!")]
     left_out = [pattern[1:].split("/") for pattern in patterns if pattern.startswith("!")]
+    containers = {path.rpartition("/")[0] for path in known if path}
     for glob in [*taken, *left_out]:
-        if not any(_matches(glob, path.split("/")) for path in known):
-            near = difflib.get_close_matches("/".join(glob).rstrip("*/"), known, cutoff=0.5)
+        pattern = "/".join(glob)
+        found = [path for path in known if _matches(glob, path.split("/"))]
+        if found and containers.issuperset(found):
+            raise CheckpointError(f"select: {pattern!r} is a container, not what is in it: that is {f'{pattern}/**'.lstrip('/')!r}")
+        if not found:
+            near = difflib.get_close_matches(pattern.rstrip("*/"), list(dict.fromkeys(known)), cutoff=0.5)
             hint = f"near: {', '.join(near)}" if near else f"saved: {', '.join(path for path in known if path and '/' not in path)}"
-            raise CheckpointError(f"select: nothing that was saved matches {'/'.join(glob)!r}; {hint}")
+            raise CheckpointError(f"select: nothing that was saved matches {pattern!r}; {hint}")
 
     def wanted(path: str) -> bool:
         entries = path.split("/")
@@ -306,6 +313,12 @@ class Matcher:
 def castable(leaf: Leaf) -> bool:
     """Whether a leaf is a floating-point tensor."""
     return leaf.kind == "tensor" and TORCH_DTYPES[leaf.dtype].is_floating_point
+
+
+def check_cast(who: str, dtype: Any) -> None:
+    """Raise CheckpointError for what is no floating-point dtype, nor None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CheckpointError(f"{who}: dtype is a floating-point one, such as torch.bfloat16, not {dtype!r}")
 
 
 def shortened(names: Sequence[str]) -> str:

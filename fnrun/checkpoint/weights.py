@@ -182,6 +182,7 @@ def export(
     True
     """
     to = Path(to)
+    match.check_cast("export", dtype)
     foreign.check_target(to, overwrite=overwrite)
     found, at = _found(source, weights, step)
     tensors = {**found["params"], **found["buffers"]}
