@@ -15,6 +15,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, Union
 import tyro
 
 from fnrun.checkpoint import CheckpointError, DamagedError
+from fnrun.checkpoint.retention import which
 from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.program import ProgramError
 from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, changes, config_type
@@ -242,7 +243,8 @@ def _resume(build: Build, before: Run, command: Any, asked: _Asked) -> int:
             raise
         if asked() is not None:
             writing.withdraw()
-            logger.info("%s: interrupted before it went on. To go on, the same again:\n  %s", asked.text, command_line(run, *asked.args))
+            how = "the same with more time" if asked.code == os.EX_TEMPFAIL else "the same again"
+            logger.info("%s: interrupted before it went on. To go on, %s:\n  %s", asked.text, how, command_line(run, *asked.args))
             return asked.code
         try:
             return _go(run, experiment, _departing(before, run, state), asked, writing)
@@ -332,10 +334,7 @@ def _workers_end_too(asked: _Asked) -> Iterator[None]:
 
 def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
     run = Run.open(command.run, config_type(build), name)
-    asked = command.checkpoint
-    if asked.partition(":")[0] != "best" and asked != "latest" and not asked.isdecimal():
-        raise RunError(f"--checkpoint is latest, a step, best or best:METRIC, not {asked!r}")
-    step = None if asked == "latest" else int(asked) if asked.isdecimal() else asked
+    step = which(command.checkpoint)
     if run.checkpoints.latest() is None:
         raise RunError(f"{run.path} has no checkpoint yet")
     experiment = _built(build, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import tempfile
 import time
 import warnings
@@ -161,10 +162,12 @@ def order(manifest: Manifest) -> tuple[int, ...]:
 
 def _gap(run: Run, begin: Entry | None, end: Entry) -> str:
     """Why the history of the run keeps `end` from being replayed from `begin`; empty where it does not."""
+    copied = [change for change in run.history if "forked" in change and change["ticks"] == end.ticks]
+    if begin is None and copied:  # by forks of forks several times; the first has it from the run that made it
+        maker = os.path.normpath(run.path / copied[0]["forked"])
+        proof = shlex.join(["fnrun", "verify", maker, "--to", str(end.step)])
+        return f"step {end.step} was copied from {maker} when the run was forked: it is proven there ({proof})"
     for change in reversed(run.history):
-        if begin is None and "forked" in change and change["ticks"] == end.ticks:
-            parent = os.path.normpath(run.path / change["forked"])
-            return f"step {end.step} was copied from {parent} when the run was forked: it is proven there (fnrun verify {parent} --to {end.step})"
         if (begin.ticks if begin else 0) < change["ticks"] < end.ticks:
             what = "the run was forked" if "forked" in change else "the config was changed"
             return f"{what} at step {change['step']}, of which no checkpoint is kept"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fnrun.checkpoint.manifest import Manifest, Mode
+from fnrun.checkpoint.manifest import CheckpointError, Manifest, Mode
 
 _NAME = re.compile(r"(\d+)-(\d+)(?:\.(\d+))?")
 
@@ -32,6 +32,21 @@ class Entry(NamedTuple):
 
 #: What names a checkpoint: its step (the newest of several), itself, "best" by the metric monitored first, "best:METRIC", or None for the newest.
 Which = int | str | Entry | None
+
+
+def which(text: str) -> int | str | None:
+    """The checkpoint that a flag names. Raises CheckpointError for what names none.
+
+    >>> which("latest"), which("115"), which("best:val/loss")
+    (None, 115, 'best:val/loss')
+    """
+    if text == "latest":
+        return None
+    if text.isdecimal():
+        return int(text)
+    if text.partition(":")[0] != "best":
+        raise CheckpointError(f"a checkpoint is latest, best, best:METRIC or a step, not {text!r}")
+    return text
 
 
 def monitored(monitor: str | Mapping[str, Mode] | None, mode: Mode) -> dict[str, Mode]:

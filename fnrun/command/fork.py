@@ -13,26 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from fnrun.checkpoint import CheckpointError, Checkpoints, Entry, Manifest, store
+from fnrun.checkpoint.retention import which
 from fnrun.cli import FLAGS
 from fnrun.command import CommandError, Fork, read_flags
-from fnrun.command.output import document
+from fnrun.command.output import document, say
 from fnrun.command.places import run_at
 from fnrun.environment import environment
 from fnrun.observers.sinks.lines import Lines
 from fnrun.run import Run, changes, config_type, decode, load_build
+from fnrun.summary import command_line
 from fnrun.verify import order
 
 
 def run(asked: Fork) -> int:
     parent = run_at(asked.run)
     checkpoints = Checkpoints(parent.path / "checkpoints")
-    entry = checkpoints.find({"latest": None}.get(asked.step, int(asked.step) if asked.step.isdecimal() else asked.step))
+    entry = checkpoints.find(which(asked.step))
     manifest = checkpoints.manifest(entry)
     config, changed = _overridden(parent, manifest.config, asked.overrides)
     with _appearing(asked.out, parent) as made:
         sha256 = _copy(checkpoints, entry, manifest, made / "checkpoints")
         forked = os.path.relpath(parent.path, asked.out)
         fork = {"forked": forked, "step": entry.step, "ticks": entry.ticks, "sha256": sha256, "changed": changed}
+        later = {name: pair for name, pair in changes(manifest.config, parent.config).items() if name not in changed}
         run = Run(made, parent.experiment, config, [*_before(parent, entry, asked.out), fork])
         run.write_config()
         (made / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
@@ -41,7 +44,7 @@ def run(asked: Fork) -> int:
             lines = Lines(run.metrics)
             lines.open(order(manifest))
             lines.close()
-    _say(asked, parent, fork)
+    _say(asked, parent, fork, later)
     return 0
 
 
@@ -51,7 +54,7 @@ def _overridden(parent: Run, raw: Any, flags: Sequence[str]) -> tuple[Any, dict[
         return raw, {}
     kind = config_type(load_build(parent.experiment))
     config = decode(raw, kind, "the checkpoint's config")
-    prog = f"python -m {parent.experiment.partition(':')[0]} resume {parent.path}"  # its --help shows the experiment's own flags
+    prog = command_line(parent, "resume", parent.path)  # its --help shows the experiment's own flags
     new = read_flags(kind, flags, default=config, config=FLAGS, prog=prog)
     return new, changes(config, new)
 
@@ -110,11 +113,17 @@ def _copy(checkpoints: Checkpoints, entry: Entry, manifest: Manifest, to: Path) 
     return hashlib.sha256((copy / store.MANIFEST).read_bytes()).hexdigest()
 
 
-def _say(asked: Fork, parent: Run, fork: dict[str, Any]) -> None:
-    resume = f"python -m {parent.experiment.partition(':')[0]} resume {asked.out}"
+def _say(asked: Fork, parent: Run, fork: dict[str, Any], later: dict[str, list[Any]]) -> None:
+    resume = command_line(parent, "resume", asked.out)
     if asked.json:
-        document({"run": str(asked.out), **fork, "resume": resume})
+        document({"run": str(asked.out), **fork, "left": later, "resume": resume})
         return
-    changed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in fork["changed"].items())
-    print(f"{asked.out}: forked from {parent.path} at step {fork['step']}{f', with {changed}' if changed else ''}")
-    print(f"To go on:\n  {resume}")
+    changed = f", with {_told(fork['changed'])}" if fork["changed"] else ""
+    say(f"{asked.out}: forked from {parent.path} at step {fork['step']}{changed}")
+    if later:
+        say(f"It has the config of that step; what {parent.path} changed later stays there: {_told(later)}")
+    say(f"To go on:\n  {resume}")
+
+
+def _told(changed: dict[str, list[Any]]) -> str:
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())

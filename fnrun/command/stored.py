@@ -10,20 +10,10 @@ import numpy as np
 import torch
 
 from fnrun.checkpoint import Checkpoints
+from fnrun.checkpoint.retention import which
 from fnrun.command import CommandError
 from fnrun.command.places import CHECKPOINT, is_checkpoint, is_run, what_is_at
 from fnrun.run import Run, RunError
-
-
-def which(text: str) -> int | str | None:
-    """What `--checkpoint` names, as `Checkpoints` takes it: a step, "best" or "best:METRIC", None for the latest."""
-    if text == "latest":
-        return None
-    if text.isdecimal():
-        return int(text)
-    if text.partition(":")[0] != "best":
-        raise CommandError(f"--checkpoint is latest, best, best:METRIC or a step, not {text!r}")
-    return text
 
 
 def checkpoint_at(path: Path, checkpoint: str = "latest") -> tuple[Checkpoints, Any]:

@@ -83,14 +83,18 @@ def test_ancestry_is_recorded_through_generations(parent, tmp_path):
     assert {pair.outcome for pair in verify(grandchild)} == {"equal"}
 
 
-def test_a_fork_of_a_fork_at_its_first_checkpoint(parent, tmp_path):
-    """What the child changed never acted on that checkpoint: the grandchild has the config of the checkpoint."""
+def test_a_fork_of_a_fork_at_its_first_checkpoint(parent, tmp_path, capsys):
+    """What the child changed never acted on that checkpoint: the grandchild has the config of the checkpoint, and says so."""
     child, grandchild = tmp_path / "child", tmp_path / "grandchild"
     fork(parent.path, "--step", 5, "--out", child, "--epochs", 4)
+    capsys.readouterr()
     fork(child, "--step", "latest", "--out", grandchild)
+    assert f"what {child} changed later stays there: epochs 3 -> 4\n" in capsys.readouterr().out
     run = fnrun.Run.open(grandchild)
     assert run.config["epochs"] == 3
     assert [(entry["forked"].rpartition("/")[2], entry["changed"]) for entry in run.history] == [("parent", {}), ("child", {})]
+    (pair,) = verify(grandchild, from_start=True)
+    assert f"copied from {parent.path} when the run was forked" in pair.reason  # by the child, which proves it no more than this one
 
 
 def test_a_change_at_the_checkpoint_belongs_to_what_is_left_behind(tmp_path):

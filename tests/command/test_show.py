@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_the_tensors(runs, capsys):
     [
         (["--only", "parms/**"], "--only: nothing that was saved matches 'parms/**'; near: params"),
         (["--checkpoint", "4"], "there is no checkpoint of step 4; there are: 3, 6"),
-        (["--checkpoint", "newest"], "--checkpoint is latest, best, best:METRIC or a step, not 'newest'"),
+        (["--checkpoint", "newest"], "a checkpoint is latest, best, best:METRIC or a step, not 'newest'"),
         (["--checkpoint", "best:bleu"], "no checkpoint was saved with 'bleu' monitored; monitored: val/loss"),
     ],
 )

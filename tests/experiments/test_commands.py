@@ -59,7 +59,7 @@ def test_evaluate_prints_the_metrics_of_the_checkpoint(finished):
     last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"{last['val/loss']:.4f}" in here("evaluate", path)
     assert "there is no checkpoint of step 5" in here("evaluate", path, "--checkpoint", "5", code=1)
-    assert "latest, a step, best or best:METRIC, not 'bets'" in here("evaluate", path, "--checkpoint", "bets", code=1)
+    assert "latest, best, best:METRIC or a step, not 'bets'" in here("evaluate", path, "--checkpoint", "bets", code=1)
 
 
 def test_a_finished_run_says_so_and_can_train_longer(finished, tmp_path):

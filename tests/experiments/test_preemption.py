@@ -112,6 +112,10 @@ class TestDeadline:
         """It counts from the start of the process, which is long ago here."""
         assert "interrupted before the first step" in tiny("train", "--deadline", "0.1s", "--out", tmp_path / "run", code=75)
 
+    def test_one_that_is_too_short_to_go_on_is_not_to_be_repeated(self, finished):
+        output = tiny("resume", finished, "--epochs", 5, "--deadline", "0.1s", code=75)
+        assert "interrupted before it went on. To go on, the same with more time:\n" in output
+
     @pytest.mark.parametrize("text", ["50", "soon", "", "0m", "-5m", "5m2h", "00:50:00"])
     def test_a_bad_one_is_one_line_and_makes_nothing(self, text, tmp_path):
         output = tiny("train", f"--deadline={text}", "--out", tmp_path / "run", code=2)
