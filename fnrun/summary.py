@@ -19,7 +19,8 @@ def command_line(run: Run, *args: str | Path) -> str:
 
 def _python() -> str:
     """How this interpreter is called from here: `python` where that is what the shell finds."""
-    if shutil.which("python") == sys.executable:
+    found, own = Path(shutil.which("python") or ""), Path(sys.executable)  # which may be called python3
+    if found.parent == own.parent and found.samefile(own):
         return "python"
     with contextlib.suppress(ValueError):
         return str(Path(sys.executable).relative_to(Path.cwd()))

@@ -13,7 +13,8 @@ import pytest
 
 from experiments import digits
 from fnrun.checkpoint import Checkpoints
-from fnrun.run import RunError
+from fnrun.run import Run, RunError
+from fnrun.summary import command_line
 from tests.experiments.commands import ENVIRONMENT, ROOT, Process, call, outcome, run
 
 SHORT = ["--epochs", 2, "--batch-size", 128]
@@ -160,6 +161,18 @@ def test_as_a_script_it_is_the_same_experiment(tmp_path):
     )  # fmt: skip
     assert f"-m experiments.digits resume {path}" in done.stdout
     assert "is finished" in here("resume", path)
+
+
+@pytest.mark.parametrize(("first", "said"), [("own", "python -m"), ("another", "{}/own/python3 -m")])
+def test_the_interpreter_has_the_name_by_which_the_shell_finds_it(first, said, finished, tmp_path, monkeypatch):
+    """`python` also where this process was started as python3, but not where that is another environment's."""
+    for directory in ("own", "another"):
+        (tmp_path / directory).mkdir()
+        for name in ("python", "python3"):
+            (tmp_path / directory / name).symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "own" / "python3"))
+    monkeypatch.setenv("PATH", str(tmp_path / first))
+    assert command_line(Run.open(finished[0]), "resume").startswith(said.format(tmp_path))
 
 
 class TestMessages:
