@@ -209,7 +209,7 @@ def test_without_strictness_what_is_missing_or_unexpected_is_left_out_and_said(c
     state_dict = params_from(MMENGINE)
     state_dict["neck.weight"] = state_dict.pop("head.weight")
     like = fresh()
-    with caplog.at_level(logging.INFO, "fnrun"):
+    with caplog.at_level(logging.WARNING, "fnrun"):
         state = load_from(state_dict, like, strict=False)
     assert state.params["head.weight"] is like.params["head.weight"]
     assert tree.equal(state.params["head.bias"], state_dict["head.bias"])
@@ -219,6 +219,8 @@ def test_without_strictness_what_is_missing_or_unexpected_is_left_out_and_said(c
     ]
     with pytest.raises(CheckpointError, match=r"params/head.bias +tensor float32 \(5,\)"):
         load_from(state_dict | {"head.bias": torch.ones(5)}, like, strict=False)
+    with pytest.raises(CheckpointError, match=r"params/head.bias +\(missing\) .* \(saved under a near name: params/module.head.bias\)"):
+        load_from({f"module.{name}": value for name, value in state_dict.items()}, like, strict=False)  # nothing fits
 
 
 def test_another_name_of_a_tied_weight_is_not_unexpected(tmp_path) -> None:

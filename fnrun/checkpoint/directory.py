@@ -330,7 +330,8 @@ class Checkpoints:
         `select` restores some leaves only, by glob patterns on their paths (`"params/**"`, `["params/**", "!params/head.*"]`);
         the others are those of `like`, or None. `rename` restores leaves of dictionaries under other paths: regular expressions and what to put
         for them, `{r"^params/backbone\\.": "params/encoder."}`, or a function of the path; `select` then sees the new ones. With
-        `strict=False` what is missing in the checkpoint stays as it is in `like`, and what `like` does not have is left out; both are logged.
+        `strict=False` what is missing in the checkpoint stays as it is in `like`, and what `like` does not have is left out; both are logged as
+        warnings, and it is an error all the same where nothing fits.
         `device` brings all tensors there. `dtype` casts floating-point tensors to it, those that have it in `like` and those that
         `like` does not have (what hooks remember; without `like`, all), but never those of `position`: the totals of the loops that are open.
 
@@ -352,7 +353,7 @@ class Checkpoints:
             found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
             restored = codec.build(plan, _values(leaves, picks, found, device, dtype))
         for line in matcher.left():
-            logging.getLogger("fnrun").info("%s: %s", directory, line)
+            logging.getLogger("fnrun").warning("%s: %s", directory, line)
         return restored
 
     def read(self, step: Which = None, select: str | Sequence[str] | None = None) -> dict[str, Any]:

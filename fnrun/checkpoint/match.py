@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from fnrun import tree
-from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of
+from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of, picks
 from fnrun.checkpoint.manifest import TORCH_DTYPES, CheckpointError, Leaf, Node, constant, encode_constant, text
 
 #: Fields of a state that must match `like` exactly. Elsewhere an empty container or None in `like` takes whatever was saved.
@@ -174,7 +174,7 @@ class Matcher:
     """What to restore, given what was saved, what a fresh state looks like (or ABSENT) and which leaves are wanted.
 
     Floating-point tensors may have the dtype `cast` in `like`, whatever they had when they were saved. Unless it is `strict`, what is missing or
-    unexpected is noted in `apart` and not wrong.
+    unexpected is noted in `apart` and not wrong, as long as there is something to restore.
     """
 
     def __init__(
@@ -195,6 +195,8 @@ class Matcher:
         """A tree of Branch, Pick and Keep. Raises CheckpointError with a table of what does not match; `where` says what was saved."""
         self.wanted = selector(self.patterns, [] if self.all else [*paths(self.structure), *_paths_of(like)])
         plan = self.match(self.structure, like)
+        if not any(picks(plan)):
+            self.wrong = self.wrong or self.apart  # nothing fits: whoever is not strict did not mean that
         if self.wrong:
             raise CheckpointError(f"{where} does not match the state that it is restored into:\n{self.table()}")
         return plan

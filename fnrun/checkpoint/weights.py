@@ -71,7 +71,7 @@ def load_from(
     sources, leaves = described.sources, described.leaves
     built = codec.build(plan, lambda pick: sources[leaves[pick.number].origin(pick.number)])
     for line in matcher.left():
-        logging.getLogger("fnrun").info("%s: %s", where, line)
+        logging.getLogger("fnrun").warning("%s: %s", where, line)
     new = {field: {name: _copied(built[field][name], value) for name, value in fresh[field].items()} for field in FIELDS}
     state: Any = like
     return state.replace(**new, opt_state=_followed(state.opt_state, fresh["params"], new["params"]))
