@@ -468,6 +468,8 @@ def test_a_dtype_is_floating_point_and_a_device_one_that_is_there(tmp_path: Path
         for dtype in (torch.int32, torch.complex64, "float16"):
             with pytest.raises(CheckpointError, match=r"dtype is a floating-point one, such as torch\.bfloat16, not "):
                 checkpoints.restore(dtype=dtype)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(CheckpointError, match=r"dtype=torch\.bfloat16 is for a `like` that has it"):
+            checkpoints.restore(fresh(), dtype=torch.bfloat16)
         for device in ("nowhere", "cuda:99"):
             with pytest.raises(CheckpointError, match=f"^params/body.0.weight cannot be brought to {device}: "):
                 checkpoints.restore(device=device)
@@ -901,6 +903,17 @@ def test_save_returns_before_it_is_written_and_one_is_in_flight(tmp_path: Path, 
         assert checkpoints.steps() == [1, 2]
         assert checkpoints.manifest(1).metrics == {"loss": 0.5}
     assert most == [1, 1]
+
+
+def test_a_metric_is_what_it_was_when_it_was_handed_over(tmp_path: Path) -> None:
+    """Whoever adds up in a tensor, or an array, goes on to do so while the save is under way."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(5):
+            metrics = {"loss": torch.tensor(0.5), "accuracy": np.array([0.25]), "confusion": torch.ones(3, 3)}
+            checkpoints.save(at(step), metrics)
+            metrics["loss"].zero_()
+            metrics["accuracy"][:] = 0
+        assert all(checkpoints.manifest(step).metrics == {"loss": 0.5, "accuracy": 0.25} for step in range(5))
 
 
 def test_a_failure_behind_is_reported_once_and_the_next_save_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+import numpy as np
 import torch
 
+from fnrun import tree
 from fnrun.checkpoint import codec, match, store
 from fnrun.checkpoint.background import Background
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Leaf, Manifest, Mode, constant, encode_config, scalars
@@ -88,7 +91,7 @@ class Checkpoints:
             self.guard()
         step, ticks = _place(state)
         self._background.join()  # before the copy, so that there is one at most
-        description, metrics = codec.describe(secured(state)), dict(metrics or {})
+        description, metrics = codec.describe(secured(state)), _numbers(metrics or {})
         ready = [torch.cuda.current_stream(device).record_event() for device in _devices(description.sources.values())]
         failure = self._background.failure()
 
@@ -350,6 +353,10 @@ class Checkpoints:
             matcher = match.Matcher(structure, leaves, _patterns(select), strict=strict, cast=dtype)
             plan = matcher.plan(match.ABSENT if like is None else like, str(directory))
             picks = list(codec.picks(plan))
+            if like is not None and dtype is not None and not any(pick.dtype == dtype for pick in picks):
+                raise CheckpointError(
+                    f"restore: dtype={dtype} is for a `like` that has it, and none of the leaves to be restored is one there"
+                )
             found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
             restored = codec.build(plan, _values(leaves, picks, found, device, dtype))
         for line in matcher.left():
@@ -474,6 +481,12 @@ def _values(
         return moved[first, to, cast]
 
     return value
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics that are one number, of whatever kind, in memory of their own: who counts in a tensor goes on to do so; no device is waited for."""
+    kinds = (torch.Tensor, np.ndarray)
+    return {name: tree.snapshot(value) for name, value in metrics.items() if not isinstance(value, kinds) or math.prod(value.shape) == 1}
 
 
 def _place(state: Any) -> tuple[int, int]:
