@@ -1009,6 +1009,20 @@ def test_a_failure_of_which_nobody_asks_is_told_at_the_end(tmp_path: Path) -> No
     assert "step 7 was not saved" in ran.stderr
 
 
+def test_a_save_that_begins_when_the_interpreter_ends_is_said_to_be_lost(tmp_path: Path) -> None:
+    code = """
+        import atexit, sys
+        from fnrun.checkpoint import Checkpoints
+        from tests.test_checkpoint import at
+        checkpoints = Checkpoints(sys.argv[1])
+        checkpoints.save(at(1))
+        atexit.register(lambda: checkpoints.save(at(2)))
+    """
+    ran = python(code, tmp_path)
+    assert "step 2 was not saved" in ran.stderr or "shutdown" in ran.stderr  # since Python 3.12 no thread can begin then
+    assert Checkpoints(tmp_path).steps() == [1]
+
+
 def test_only_the_program_configures_logging() -> None:
     """A handler that orbax's logging puts on the root logger would make the program's own `basicConfig` do nothing."""
     code = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures.thread  # noqa: F401  (its own clean-up at exit must come after ours)
 import contextlib
 import logging
@@ -80,3 +81,6 @@ def _finish() -> None:
         background.join()
         if (failure := background.failure()) is not None:
             logging.getLogger("fnrun").error(str(failure))
+
+
+atexit.register(_finish)  # again, for what was begun later than that: it cannot be saved any more, and that must be told

@@ -6,7 +6,8 @@
 
 A directory of checkpoints is one history, ordered by `state.position.ticks`. After a save, `latest()` is what was saved: where a run goes
 on from an older checkpoint, what lies beyond it is a future that was given up, and is moved aside when the first new checkpoint is
-written (`abandoned-...`: nothing reads it; `fnrun gc` deletes it, or rename it back). One process at a time writes.
+written (`abandoned-...`: nothing reads it; `fnrun gc` deletes it, or rename it back). One process at a time writes,
+through one `Checkpoints` and from one thread.
 """
 
 from __future__ import annotations
