@@ -182,12 +182,19 @@ class Lease:
         return any(storage(tensor) in self.storages for tensor in _tensors(value))
 
     def apart(self, value: Any) -> Any:
-        """`value` with copies of the tensors in it that lie in such memory."""
+        """`value` with copies of the tensors in it that lie in such memory, one of each."""
         if isinstance(value, (int, float)):
             return value
         if isinstance(value, torch.Tensor):
             return value.clone() if storage(value) in self.storages else value
-        return tree.map(lambda leaf: self.apart(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
+        made: dict[int, torch.Tensor] = {}
+
+        def own(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in made:
+                made[id(leaf)] = self.apart(leaf)
+            return made.get(id(leaf), leaf)
+
+        return tree.map(own, value)
 
     def update(self, by: str, update: Callable[..., tuple[Any, Any]], *args: Any, **options: Any) -> tuple[Any, Any]:
         """The optimizer's update. Where it was granted to write over what comes in, the states that carry that are dead before it begins."""

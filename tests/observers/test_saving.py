@@ -126,3 +126,15 @@ def test_failures_with_a_save_between_them_are_not_in_a_row(
         fit(state, batches)
     assert [record.getMessage().partition(": ")[2][:7] for record in caplog.records] == ["step 4 ", "step 12", "step 20"]
     assert Checkpoints(tmp_path).steps() == [8, 16, 24]
+
+
+def test_what_a_donated_state_holds_twice_is_copied_and_written_once(tmp_path: Path) -> None:
+    def remembers(state: Any, metrics: Any) -> Any:
+        return state.replace(memory={"held": state.params})
+
+    model, optimizer = torch.nn.Linear(2, 1), optim.sgd(1.0)
+    step = make_train_step(model, lambda model, batch: model(batch["x"]).sum(), optimizer)
+    loop = epoch_loop(step, hooks=[remembers], observers=[observers.checkpoint(Checkpoints(tmp_path))], donate=True)
+    loop(TrainState.create(model, optimizer), data.arrays({"x": torch.ones(8, 2)}, 2))
+    leaves = Checkpoints(tmp_path).manifest(2).leaves
+    assert {leaf.path for leaf in leaves if leaf.shares is not None} == {"memory/held/weight", "memory/held/bias"}
