@@ -51,10 +51,14 @@ class Process:
     """A command in a process group of its own, as a terminal makes them."""
 
     def __init__(self, *args: Any) -> None:
-        self.popen = subprocess.Popen(
+        self.popen = self.start([str(arg) for arg in args])
+        self.output = ""
+
+    def start(self, args: list[str]) -> Any:
+        """What runs these arguments in a session of its own: a `Popen`, or what is like one."""
+        return subprocess.Popen(
             command(*args), env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
-        self.output = ""
 
     def read_until(self, *words: str, timeout: float = 120) -> None:
         """Read until one of the words was printed or the output ends."""

@@ -99,7 +99,7 @@ def test_a_signal_saves_and_says_how_to_go_on(sent, code, left_alone, tmp_path):
     assert f"{sent.name}: interrupted at step" in process.output
     assert f" -m experiments.digits resume {path}\n" in process.output
     assert "Traceback" not in process.output
-    run("resume", path)
+    run("resume", path, "--workers", 0)
     assert outcome(path) == left_alone
 
 
