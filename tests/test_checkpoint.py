@@ -757,7 +757,7 @@ def test_best_is_by_the_monitored_metric_and_never_a_nan(tmp_path: Path) -> None
 def test_without_a_monitored_metric_none_is_best(tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(at(1), {"loss": 0.5})
-        checkpoints.save(at(2), {"loss": 0.5}, monitor="val/loss")
+        checkpoints.save(at(2), {"loss": 0.5, "val/loss": float("nan")}, monitor="val/loss")
         assert checkpoints.best() is None
         with pytest.raises(CheckpointError, match="none is the best; metrics: loss"):
             checkpoints.restore(step="best")
@@ -825,6 +825,25 @@ def test_several_metrics_have_a_best_each(tmp_path: Path) -> None:
             checkpoints.restore(step="best:val/acuracy")
         with pytest.raises(CheckpointError, match="named by its step, 'best' or 'best:METRIC', not 'worst'"):
             checkpoints.restore(step="worst")
+
+
+def test_what_is_not_finite_is_never_the_best_and_of_two_at_one_place_the_last_is(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, value in enumerate([float("inf"), 5.0, float("-inf")]):
+            checkpoints.save(at(step), {"acc": value}, monitor="acc", mode="max")
+        checkpoints.save(at(1, x=1), {"acc": 5.0}, monitor="acc", mode="max")
+        assert checkpoints.find("best").name == "00000001-00000001.1"
+        checkpoints.prune(1)
+        assert [entry.name for entry in checkpoints.entries()] == ["00000001-00000001.1"]
+
+
+def test_a_misspelt_monitored_metric_is_told(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="save: 'val/los' is monitored and not among the metrics: 'val/loss'"):
+            checkpoints.save(at(1), {"val/loss": 1.0}, monitor="val/los")
+        checkpoints.save(at(1))
+        with pytest.raises(CheckpointError, match="named by its step, 'best' or 'best:METRIC', not 1"):
+            checkpoints.restore(step=1.5)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_guard_keeps_a_process_out_that_may_not_write_any_more(tmp_path: Path) -> None:

@@ -408,7 +408,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_read(run, tmp_path) 
         export(tmp_path / "nowhere", tmp_path / "v.pt")
     with pytest.raises(CheckpointError, match="this is one state"):
         export(run[1], tmp_path / "v.pt", step=3)
-    with pytest.raises(ValueError, match="no hook of this name is remembered"):
+    with pytest.raises(CheckpointError, match="no hook of this name is remembered"):
         export(fresh(), tmp_path / "v.pt", weights="ema")
 
 
@@ -439,3 +439,17 @@ def test_what_is_exported_loads_bit_for_bit(tmp_path, values, suffix, data) -> N
         return
     to = export(state, tmp_path / f"w.{suffix}", overwrite=True)
     assert tree.equal(load_from(to, like), state)
+
+
+def test_a_state_is_a_source_too_and_what_is_none_is_told() -> None:
+    trained = fnrun.TrainState.create(nn.Linear(3, 2), seed=1)
+    fresh = fnrun.TrainState.create(nn.Linear(3, 2), seed=2)
+    assert tree.equal(load_from(trained, fresh).params, trained.params)
+    for source, like, message in (
+        (nn.Linear(3, 2), fresh, "a Linear holds no weights that are known"),
+        (trained, nn.Linear(3, 2), "`like` is a state with params and buffers, not a Linear"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_from(source, like)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CheckpointError, match="weights='ema': no hook of this name"):
+        load_from(trained, fresh, weights="ema")

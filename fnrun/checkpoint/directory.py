@@ -79,15 +79,17 @@ class Checkpoints:
         """Hand `state` over to be saved behind the training; returns before it is on disk, `wait()` when it is.
 
         The tensors are not copied, for nobody writes to them; only those that a running loop donates are. At most one save is in flight, a
-        second one waits for it. The scalars among `metrics` are kept; `monitor` names the one by which `best()` chooses (a NaN, or none, is
-        never the best), or several with their modes: `{"val/loss": "min", "val/accuracy": "max"}`.
+        second one waits for it. The scalars among `metrics` are kept; `monitor` names the one by which `best()` chooses (what is not
+        finite is never the best), or several with their modes: `{"val/loss": "min", "val/accuracy": "max"}`.
 
         A state of a step and a tick that are on disk already, bit for bit, with nothing new in its metrics, is not written again;
         one that differs is written beside it, and is the newer of the two.
 
-        Raises CheckpointError at once for what cannot be saved. The failure of an earlier save is raised when this one is under way.
+        Raises CheckpointError at once for what cannot be saved, ValueError for a monitored metric that is not among `metrics`. The failure of an earlier save is raised when this one is under way.
         """
         monitors = monitored(monitor, mode)
+        if unknown := [metric for metric in monitors if metrics and metric not in metrics]:
+            raise ValueError(f"save: {unknown[0]!r} is monitored and not among the metrics: {', '.join(map(repr, metrics or ()))}")
         if self.guard is not None:
             self.guard()
         step, ticks = _place(state)
@@ -279,6 +281,8 @@ class Checkpoints:
             found = [entry for entry in entries if entry == step]
         elif isinstance(step, str):
             return self._find_best(step)
+        elif type(step) is not int:
+            raise CheckpointError(f"a checkpoint is named by its step, 'best' or 'best:METRIC', not {step!r}")
         else:
             found = [entry for entry in entries if entry.step == step]
         if not found:

@@ -64,6 +64,8 @@ def state_dict(source: str | Path | Mapping[str, Any], key: str | None = None) -
     if isinstance(source, Mapping):
         return _chosen(source, key, "the mapping")
     path = Path(source)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory: load_from(path, like) takes runs and checkpoints, this takes a file")
     try:
         content = _content(path)
     except OSError as error:

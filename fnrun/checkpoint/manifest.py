@@ -114,9 +114,9 @@ class Manifest(msgspec.Struct, kw_only=True):
     files: dict[str, File] = {}
 
     def value(self, metric: str, mode: Mode) -> float | None:
-        """A metric by which checkpoints are judged, as a number to be minimized; None if it was not monitored like this, or is NaN."""
+        """A metric by which checkpoints are judged, as a number to be minimized; None if it was not monitored like this, or is not finite."""
         value = float(self.metrics.get(metric, "nan")) if self.monitors.get(metric) == mode else math.nan
-        return None if math.isnan(value) else (-value if mode == "max" else value)
+        return None if not math.isfinite(value) else (-value if mode == "max" else value)
 
     def check(self) -> None:
         """Raise ValueError unless the structure names each leaf once, in order, each leaf says where its bytes are, and metrics are numbers."""

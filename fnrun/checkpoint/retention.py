@@ -67,13 +67,16 @@ def judges(manifests: Mapping[Entry, Manifest]) -> dict[str, Mode]:
 
 
 def best(manifests: Mapping[Entry, Manifest], metric: str | None = None) -> Entry | None:
-    """The checkpoint with the best value of `metric`, or of the first of the `judges`; the first of equals, None where there is no value."""
+    """The checkpoint with the best value of `metric`, or of the first of the `judges`; the first of equals, None where there is no finite value.
+
+    Of several at one step and tick it is the last.
+    """
     known = judges(manifests)
     metric = metric or next(iter(known), None)
     if metric not in known:
         return None
     values = [(value, entry) for entry, manifest in manifests.items() if (value := manifest.value(metric, known[metric])) is not None]
-    return min(values)[1] if values else None
+    return min(values, key=lambda found: (found[0], found[1][:2], -found[1].version))[1] if values else None
 
 
 def superfluous(entries: list[Entry], manifests: Mapping[Entry, Manifest], keep: int, keep_every: int | None = None) -> list[Entry]:

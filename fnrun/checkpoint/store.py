@@ -76,23 +76,23 @@ def orbax() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what orbax says out of the program's log, its errors too, which it raises as well."""
-    absl = logging.getLogger("absl")
-    absl.addFilter(_no_progress)
-    absl.addFilter(_not_of_orbax)
+    """Keep what orbax says out of the program's log, and within it its errors too, which it raises as well."""
+    logging.getLogger("absl").addFilter(_wanted)
+    _calls.add(call := object())
     try:
         yield
     finally:
-        absl.removeFilter(_not_of_orbax)
+        _calls.discard(call)
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
+#: Those of ours that orbax is at work on, in any thread: its own threads log.
+_calls: set[object] = set()
+
+
+def _wanted(record: logging.LogRecord) -> bool:
     """absl at times takes its own file for the caller's."""
-    return not any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "absl"))
-
-
-def _no_progress(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or _not_of_orbax(record)
+    of_orbax = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "absl"))
+    return not of_orbax or (record.levelno >= logging.ERROR and not _calls)
 
 
 def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
@@ -106,9 +106,8 @@ def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
     ocp = orbax()
     context = ocp.Context()
     context.array.saving.use_compression = False
-    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = (
-        False  # a folder an array: damage in a file says which leaves are lost
-    )
+    context.array.saving.use_ocdbt = False  # a folder an array: damage in a file says which leaves are lost
+    context.array.saving.use_zarr3 = False
     context.memory.deepcopy_host_arrays = False  # a state is immutable, and copying is what takes the time
     try:
         with context, _quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ def load_from(
 ) -> S:
     """`like`, a fresh state, with the parameters and buffers of `source`; step, key, position and all else are `like`'s.
 
-    `source` is a run, its checkpoints or one of them (`step` as in `restore`, `weights` as in `make_eval_step`), or what `params_from` takes.
+    `source` is a run, its checkpoints or one of them (`step` as in `restore`, `weights` as in `make_eval_step`), a state, or what `params_from` takes.
     Names, shapes and dtypes must be those of `like`: nothing is cast. Tensors are copies, in the layout and on the device of `like`'s. Where the
     fresh optimizer state holds a copy of the parameters (schedule-free, lookahead), it holds one of the new ones: this is told by the values,
     so not where all parameters begin at zero.
@@ -54,8 +55,18 @@ def load_from(
     >>> tree.equal(state.params, dict(model.state_dict()))
     True
     """
-    checkpoints = None if isinstance(source, Mapping) else _checkpoints(source)
-    entries, where = _of_state_dict(source, weights, step) if checkpoints is None else _of_checkpoint(*checkpoints, weights, step)
+    if not all(isinstance(getattr(like, field, None), Mapping) for field in FIELDS):
+        raise CheckpointError(
+            f"load_from: `like` is a state with params and buffers, not a {type(like).__name__}: TrainState.create(model, optimizer)"
+        )
+    checkpoints = None if isinstance(source, Mapping) or hasattr(source, "params") else _checkpoints(source)
+    if hasattr(source, "params"):
+        entries, where = _placeable(_found(source, weights, step)[0]), "the state"
+    elif checkpoints is None:
+        entries, where = _of_state_dict(source, weights, step)
+    else:
+        found, _, where = _saved(*checkpoints, weights, step)
+        entries = _placeable(found)
     fresh = {field: dict(getattr(like, field)) for field in FIELDS}
     patterns = [select] if isinstance(select, str) else list(select)
     described = codec.describe(_placed(entries, fresh, match.renaming(rename) if rename is not None else None))
@@ -89,10 +100,9 @@ def _of_state_dict(source: Any, weights: Weights, step: Which) -> tuple[Places, 
     return [(tuple(text((field, name)) for field in FIELDS), tensor) for name, tensor in tensors.items()], where
 
 
-def _of_checkpoint(checkpoints: Checkpoints, entry: Entry | None, weights: Weights, step: Which) -> tuple[Places, str]:
-    """The tensors of a checkpoint, and where they are from, in words."""
-    found, _, where = _saved(checkpoints, entry, weights, step)
-    return [((text((field, name)),), tensor) for field in FIELDS for name, tensor in found[field].items()], where
+def _placeable(found: Mapping[str, Mapping[str, Tensor]]) -> Places:
+    """Parameters and buffers, each with its path."""
+    return [((text((field, name)),), tensor) for field in FIELDS for name, tensor in found[field].items()]
 
 
 def _placed(entries: Places, fresh: Mapping[str, Any], rename: Callable[[str], str] | None) -> dict[str, dict[str, Tensor]]:
@@ -201,8 +211,11 @@ def _found(source: Any, weights: Weights, step: Which) -> tuple[dict[str, dict[s
     if hasattr(source, "params"):
         if step is not None:
             raise CheckpointError("step chooses among the checkpoints of a run; this is one state")
-        params, buffers = weights_of(source, weights)
-        return {"params": dict(params), "buffers": dict(buffers)}, source.step
+        try:
+            params, buffers = weights_of(source, weights)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        return {"params": dict(params), "buffers": dict(buffers)}, getattr(source, "step", 0)
     checkpoints = _checkpoints(source)
     if checkpoints is None:
         raise CheckpointError(f"{source} is no run and no checkpoint")
@@ -236,6 +249,10 @@ def _checkpoints(source: Any) -> tuple[Checkpoints, Entry | None] | None:
     source = getattr(source, "checkpoints", source)
     if isinstance(source, Checkpoints):
         return source, None
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(
+            f"a {type(source).__name__} holds no weights that are known: give a state, a run, a checkpoint, a file or a state dict"
+        )
     path = Path(source)
     if not path.is_dir():
         return None

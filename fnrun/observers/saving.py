@@ -62,12 +62,16 @@ class _Checkpoint:
 
     def _save(self, state: LoopState, metrics: dict[str, Any]) -> None:
         before, self._tried = self._saved, (state.position.order, metrics)
-        self.checkpoints.save(state, metrics, monitor=self.monitors)
+        self._hand_over(state, metrics)
         if before is not None:  # and it is on disk
             self._failures = 0
         self._saved = state.position.order
         if self.keep is not None:
             self.checkpoints.prune(self.keep, self.keep_every)
+
+    def _hand_over(self, state: LoopState, metrics: dict[str, Any]) -> None:
+        """A round in which nothing was validated is not judged."""
+        self.checkpoints.save(state, metrics, monitor={name: mode for name, mode in self.monitors.items() if name in metrics})
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
         try:
@@ -81,7 +85,7 @@ class _Checkpoint:
             logger.error("%s, and did not come to its end: the last checkpoint is the good state", by)
         elif state.position.ticks and self._saved != state.position.order:
             try:
-                self.checkpoints.save(state, self._tried[1] if self._tried[0] == state.position.order else {}, monitor=self.monitors)
+                self._hand_over(state, self._tried[1] if self._tried[0] == state.position.order else {})
                 self.checkpoints.wait()
             except CheckpointError as error:
                 error.state = state
@@ -103,7 +107,8 @@ def checkpoint(
     `keep` of them stay, besides the best by `monitor` (or by each of several: `{"val/loss": "min", "val/accuracy": "max"}`) and, with
     `keep_every=k`, the first one at or after each multiple of k steps. However the program ends (its last round, a stop, an interrupt, an
     exception), the state of the last finished tick is saved. A save that fails is logged, training goes on and the next one is tried in full;
-    the `max_failures`-th in a row ends the run with a CheckpointError, whose `state` is that of the tick. Raises ValueError where no step reports a monitored metric.
+    the `max_failures`-th in a row ends the run with a CheckpointError, whose `state` is that of the tick. Raises ValueError where no step
+    reports a monitored metric.
     """
     check_keep("checkpoint", keep, keep_every)
     if keep_every is not None and keep is None:
