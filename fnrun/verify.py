@@ -216,7 +216,12 @@ def _proof(run: Run, task: _Task, rebuilt: _Rebuilt) -> Pair:
                 "different", f"the replay never stands where the checkpoint stands, {_place(expected)}: it came to {_place(reached)}"
             )
         differences = tree.diff(expected, reached)
-        return pair("different", differences=differences) if differences else pair("equal")
+        if not differences:
+            return pair("equal")
+        unseeded = task.begin is None and not tree.equal(fresh, rebuilt(task.manifest.config, anew=True).state())
+        return pair(
+            "different", "the fresh state is another one each time the experiment is built: seed it" if unseeded else "", differences
+        )
 
 
 def _replay(experiment: Experiment, state: Any, target: Position) -> Any:
@@ -249,8 +254,8 @@ class _Rebuilt:
         self.environment: Mapping[str, str] = {}
         self._known: tuple[Any, Experiment] | None = None
 
-    def __call__(self, raw: Any) -> Experiment:
-        if self._known is None or self._known[0] != raw:
+    def __call__(self, raw: Any, *, anew: bool = False) -> Experiment:
+        if anew or self._known is None or self._known[0] != raw:
             config = decode(raw, config_type(self.build), "the checkpoint's config")
             place = Path(tempfile.mkdtemp(dir=self.scratch)) / self.run.path.name
             scratch = Run.create(self.run.experiment, config, place)

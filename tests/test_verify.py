@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -64,6 +65,17 @@ def test_a_finished_run_is_proven_and_nothing_is_written(finished):
     assert outcomes(verify(finished.path, from_start=True)) == [(None, 5, "equal"), (5, 10, "equal"), (10, 15, "equal")]
     assert contents(finished.path.parent) == before
     assert len(replayed.observed) == observed  # observers do not act
+
+
+def test_a_fresh_state_that_nobody_seeded_is_told(finished):
+    def unseeded(config: replayed.Config, run: fnrun.Run) -> fnrun.Experiment:
+        made = replayed.build(config, run)
+        params = {name: torch.randn_like(value) for name, value in made.state().params.items()}
+        return dataclasses.replace(made, state=lambda: made.state().replace(params=params))
+
+    first, *others = verify(finished, from_start=True, build=unseeded)
+    assert (first.outcome, first.reason) == ("different", "the fresh state is another one each time the experiment is built: seed it")
+    assert outcomes(iter(others)) == [(5, 10, "equal"), (10, 15, "equal")]
 
 
 def test_pairs_are_chosen_by_where_they_end(finished):

@@ -23,7 +23,7 @@ JUDGED = {"loss": "min", "accuracy": "max"}
 
 def run(asked: Ls) -> int:
     if not asked.directory.is_dir():
-        raise CommandError(f"{asked.directory} is no directory of runs: {what_is_at(asked.directory)}")
+        raise CommandError(f"{asked.directory} is no directory of runs: {what_is_at(asked.directory)}; name one: fnrun ls DIR")
     found = sorted((_seen(path) for path in runs_below(asked.directory)), key=lambda row: row["idle"])
     if asked.json:
         document(found)

@@ -64,8 +64,13 @@ def _nothing(path: Path) -> str:
 
 
 def runs_below(directory: Path) -> Iterator[Path]:
-    """The runs in and below a directory; within a run there are no others, and what begins with a dot is nobody's."""
-    for folder, names, files in os.walk(directory):
+    """The runs in and below a directory, behind links too, each once; within a run there are no others, and what begins with a dot is nobody's."""
+    seen: set[Path] = set()
+    for folder, names, files in os.walk(directory, followlinks=True):
+        if (real := Path(folder).resolve()) in seen:
+            names.clear()
+            continue
+        seen.add(real)
         names[:] = sorted(name for name in names if not name.startswith("."))
         if "config.yaml" in files and _looks_like_a_run(Path(folder)):
             names.clear()

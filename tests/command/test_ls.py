@@ -54,6 +54,14 @@ def test_a_run_says_whether_it_is_at_work(runs, tmp_path, capsys):
     assert rows["killed"]["reason"] == "killed"
 
 
+def test_runs_behind_links_are_found_once(runs, tmp_path, capsys):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "scratch").symlink_to(runs)
+    (tmp_path / "here" / "again").symlink_to(runs / "whole")
+    (tmp_path / "here" / "round").symlink_to(tmp_path / "here")
+    assert sorted(states(capsys, tmp_path / "here")) == ["again", "other", "resumed"]
+
+
 def test_a_damaged_manifest_is_said(runs, tmp_path, capsys):
     shutil.copytree(runs / "whole", tmp_path / "whole")
     (newest(tmp_path / "whole") / "manifest.json").write_text("{")
