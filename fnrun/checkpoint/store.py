@@ -23,6 +23,7 @@ import struct as binary
 import sys
 import types
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +45,8 @@ PACK = 64 * 1024 * 1024
 _NATIVE = {"bool", "float16", "float32", "float64", "complex64", "complex128"} | {
     f"{sign}int{8 * size}" for sign in ("", "u") for size in (1, 2, 4, 8)
 }
+#: So many threads restore.
+READERS = min(8, os.cpu_count() or 1)
 #: Where a leaf begins in its pack.
 ALIGNMENT = 64
 
@@ -145,17 +148,25 @@ def _sha256(data: np.ndarray) -> str:
     return hashlib.sha256(data.data).hexdigest()
 
 
-def _each(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """`function` of each item, on two threads: hashing and reading take as long as writing does, and hold no lock."""
+def _each(function: Callable[[Any], Any], items: Iterable[Any], threads: int = 2) -> list[Any]:
+    """`function` of each item, on several threads: hashing and reading take as long as writing does, and hold no lock.
+
+    Two by default, beside a training that wants the processor too.
+    """
     items = list(items)
     results: list[Any] = [None] * len(items)
+    left = deque(enumerate(items))
 
-    def work(first: int) -> None:
-        for number in range(first, len(items), 2):
-            results[number] = function(items[number])
+    def work(_: int) -> None:
+        while True:
+            try:
+                number, item = left.popleft()
+            except IndexError:
+                return
+            results[number] = function(item)
 
-    with ThreadPoolExecutor(2, "fnrun-checkpoint") as pool:
-        list(pool.map(work, range(min(2, len(items)))))
+    with ThreadPoolExecutor(threads, "fnrun-checkpoint") as pool:
+        list(pool.map(work, range(min(threads, len(items)))))
     return results
 
 
@@ -309,7 +320,7 @@ def check_files(directory: Path, manifest: Manifest) -> None:
         lost = _lost(path, name, manifest)
         raise DamagedError(f"{path} {wrong}{_named(lost)}; {_elsewhere(directory)}", lost)
 
-    _each(check, manifest.files)
+    _each(check, manifest.files, READERS)
 
 
 def _lost(path: Path, name: str, manifest: Manifest) -> list[str]:
@@ -359,7 +370,7 @@ def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[
             )
         return _tensor(leaf, data) if leaf.kind == "tensor" else _array(leaf, data)
 
-    return dict(zip(numbers, _each(read, numbers), strict=True))
+    return dict(zip(numbers, _each(read, numbers, READERS), strict=True))
 
 
 def _bytes(array: Any) -> np.ndarray:
