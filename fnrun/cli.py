@@ -318,8 +318,19 @@ def _go(run: Run, experiment: Experiment, state: Any, asked: _Asked, writing: Wr
         logger.info("%s %s: %d steps. To go on, change its config: resume with more epochs, for one", run.path, ended, state.step)
     elif state.stop:
         logger.info("stopped at step %d: %s", state.step, state.stop)
-    summary(run)
+    with _unread():
+        summary(run)
     return 0
+
+
+@contextlib.contextmanager
+def _unread() -> Iterator[None]:
+    """A reader that has gone away misses what is printed; the run is what it is."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there when the interpreter ends
 
 
 @contextlib.contextmanager

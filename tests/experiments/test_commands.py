@@ -149,8 +149,9 @@ def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path):
     with Process("train", *SHORT, "--out", path) as process:
         process.read_until("a new run in")
         process.popen.stdout.close()
-        process.popen.wait(120)
+        assert process.popen.wait(120) == 0
         assert Checkpoints(path / "checkpoints").latest() == 24
+    assert Run.open(path).status().state == "finished"
 
 
 def test_as_a_script_it_is_the_same_experiment(tmp_path):
