@@ -935,6 +935,19 @@ def test_a_metric_is_what_it_was_when_it_was_handed_over(tmp_path: Path) -> None
         assert all(checkpoints.manifest(step).metrics == {"loss": 0.5, "accuracy": 0.25} for step in range(5))
 
 
+def test_an_interrupt_before_a_save_has_begun_leaves_the_next_one_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save(at(1))
+        checkpoints.save(at(2))
+        assert checkpoints.steps() == [2]
+
+
 def test_a_failure_behind_is_reported_once_and_the_next_save_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -31,8 +31,7 @@ class Background:
         before = self._thread
 
         def work() -> None:
-            if before is not None:
-                before.join()
+            _ended(before)
             try:
                 job()
             except Exception as error:
@@ -50,15 +49,20 @@ class Background:
 
     def join(self) -> None:
         """Wait for every job."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        _ended(self._thread)
+        self._thread = None
 
     def failure(self) -> CheckpointError | None:
         """What went wrong since it was last asked for."""
         failure, self._failure = self._failure, None
         _untold.discard(self)
         return failure
+
+
+def _ended(thread: threading.Thread | None) -> None:
+    """Wait for a thread; one that Ctrl-C kept from starting is at its end."""
+    if thread is not None and thread.ident is not None:
+        thread.join()
 
 
 _unfinished: weakref.WeakSet[Background] = weakref.WeakSet()
