@@ -85,7 +85,8 @@ class Checkpoints:
         A state of a step and a tick that are on disk already, bit for bit, with nothing new in its metrics, is not written again;
         one that differs is written beside it, and is the newer of the two.
 
-        Raises CheckpointError at once for what cannot be saved, ValueError for a monitored metric that is not among `metrics`. The failure of an earlier save is raised when this one is under way.
+        Raises CheckpointError at once for what cannot be saved, ValueError for a monitored metric that is not among `metrics`.
+        The failure of an earlier save is raised when this one is under way.
         """
         monitors = monitored(monitor, mode)
         if unknown := [metric for metric in monitors if metrics and metric not in metrics]:
@@ -154,19 +155,16 @@ class Checkpoints:
             store.remove(leftover)
         self._opened = True
 
-    def _damaged(self, entry: Entry) -> bool:
+    def _whole(self, entry: Entry) -> Manifest | None:
+        """The manifest of a checkpoint, if all its files are as they were written."""
         try:
-            store.check_files(self.directory / entry.name, store.read_manifest(self.directory / entry.name))
+            return store.read_checked(self.directory / entry.name)
         except CheckpointError:
-            return True
-        return False
+            return None
 
     def _holds(self, entry: Entry, manifest: Manifest) -> bool:
         """Whether that checkpoint is this state, whole, with these metrics."""
-        try:
-            found = store.read_manifest(self.directory / entry.name)
-            store.check_files(self.directory / entry.name, found)
-        except CheckpointError:
+        if (found := self._whole(entry)) is None:
             return False
         same = _content(found) == _content(manifest)
         judged = (found.metrics, found.monitors) == (manifest.metrics, manifest.monitors)
@@ -174,7 +172,7 @@ class Checkpoints:
 
     def _abandon_after(self, entry: Entry) -> None:
         """Move aside what lies beyond: the future of a run that went on from an older checkpoint. So too what is damaged at the same place."""
-        here = [other for other in self._entries() if other[:2] == entry[:2] and other != entry and self._damaged(other)]
+        here = [other for other in self._entries() if other[:2] == entry[:2] and other != entry and self._whole(other) is None]
         beyond = here + [other for other in self._entries() if other[:2] > entry[:2]]
         for other in beyond:
             target = self.directory / f"{_ABANDONED}{other.name}"
@@ -254,6 +252,12 @@ class Checkpoints:
     def manifest(self, step: Which = None) -> Manifest:
         """What a checkpoint says of itself, its arrays apart: metrics, config, environment, leaves. Arguments as in `restore`."""
         return self._manifest(self.find(step))
+
+    def check(self, step: Which = None) -> Manifest:
+        """The manifest, after every file of the checkpoint was compared with its digest. Arguments and errors as in `restore`."""
+        manifest = self._manifest(entry := self.find(step))
+        store.check_files(self.directory / entry.name, manifest)
+        return manifest
 
     def _manifests(self) -> dict[Entry, Manifest]:
         return {entry: self._manifest(entry) for entry in self._entries()}
@@ -348,9 +352,7 @@ class Checkpoints:
         """
         match.check_cast("restore", dtype)
         entry = self.find(step)
-        directory = self.directory / entry.name
-        manifest = self._manifest(entry)
-        store.check_files(directory, manifest)
+        directory, manifest = self.directory / entry.name, self.check(entry)
         with _describing(directory):
             structure, leaves = manifest.structure, manifest.leaves
             if rename is not None:
@@ -371,9 +373,7 @@ class Checkpoints:
     def read(self, step: Which = None, select: str | Sequence[str] | None = None) -> dict[str, Any]:
         """The leaves of a checkpoint by path, on the CPU; no class of the state need be known. Arguments and errors as in `restore`."""
         entry = self.find(step)
-        directory = self.directory / entry.name
-        manifest = self._manifest(entry)
-        store.check_files(directory, manifest)
+        directory, manifest = self.directory / entry.name, self.check(entry)
         with _describing(directory):
             leaves, patterns = manifest.leaves, _patterns(select)
             wanted = match.selector(patterns, [] if patterns is None else list(match.paths(manifest.structure)))

@@ -323,6 +323,13 @@ def check_files(directory: Path, manifest: Manifest) -> None:
     _each(check, manifest.files, READERS)
 
 
+def read_checked(directory: Path) -> Manifest:
+    """The manifest of a checkpoint, after every file was compared with its digest. Raises CheckpointError."""
+    manifest = read_manifest(directory)
+    check_files(directory, manifest)
+    return manifest
+
+
 def _lost(path: Path, name: str, manifest: Manifest) -> list[str]:
     """The leaves that a damaged file takes with it: those of its array, and of a pack that has its length those whose own bytes are not theirs."""
     place = _ARRAY_FILE.match(name)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fnrun import tree
-from fnrun.checkpoint import Manifest, store
+from fnrun.checkpoint import Manifest
 from fnrun.checkpoint.manifest import Leaf, Node, constant, text
 from fnrun.command import CommandError, Diff
 from fnrun.command.output import document, place, say
@@ -126,7 +126,7 @@ class _Side:
     def read(self, paths: list[str]) -> dict[str, Any]:
         """These leaves, after every file was compared with its digest."""
         if not paths:
-            store.check_files(self.checkpoints.directory / self.entry.name, self.manifest)
+            self.checkpoints.check(self.entry)
             return {}
         return self.checkpoints.read(self.entry, None if any(path.startswith("!") for path in paths) else paths)
 

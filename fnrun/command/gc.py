@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fnrun.checkpoint import Checkpoints, DamagedError, Entry, store
+from fnrun.checkpoint import Checkpoints, DamagedError, Entry
 from fnrun.command import CommandError, Gc
 from fnrun.command.output import document, say, writing
 from fnrun.command.places import run_at, runs_below
@@ -72,7 +72,7 @@ def superfluous(checkpoints: Checkpoints, keep: int | None, keep_every: int | No
 
 def _damage(checkpoints: Checkpoints, entry: Entry) -> DamagedError | None:
     try:
-        store.check_files(checkpoints.directory / entry.name, checkpoints.manifest(entry))
+        checkpoints.check(entry)
     except DamagedError as error:
         return error
     return None
