@@ -14,8 +14,8 @@ import msgspec
 from fnrun.command import CommandError
 from fnrun.run import Run
 
-#: The name of a checkpoint: step, ticks, and a version where there are several.
-CHECKPOINT = re.compile(r"(\d+)-(\d+)(?:\.(\d+))?")
+#: The name of a checkpoint: step, ticks, and a version where there are several. The names that `fnrun.checkpoint.Entry.of` knows, without torch.
+CHECKPOINT = re.compile(r"([0-9]{8}|[1-9][0-9]{8,})-([0-9]{8}|[1-9][0-9]{8,})(?:\.([1-9][0-9]*))?")
 
 
 def run_at(path: Path) -> Run:
