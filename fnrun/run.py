@@ -108,24 +108,18 @@ class Run:
 
     @staticmethod
     def _place(target: Path, experiment: str, config: Any) -> bool:
-        """Write the new directory beside its place and rename it there; False where the place is taken."""
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            return False
+        """Make the new run there; False where the place is taken."""
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            try:
-                made.chmod(0o777 & ~_umask())
-                _write(made / CONFIG, Run(target, experiment, config)._content())
-                _write(made / "environment.json", json.dumps(environment(), indent=2).encode() + b"\n")
-                made.rename(target)
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
-        except OSError as error:
-            if target.is_dir() and any(target.iterdir()):
-                return False
-            raise RunError(f"cannot make the run directory {target}: {error.strerror or error}") from error
+            with appearing(target) as made:
+                Run(made, experiment, config).write_beginning()
+        except PlaceTaken:
+            return False
         return True
+
+    def write_beginning(self) -> None:
+        """Write what a run has from the beginning: its config and the environment."""
+        _write(self.path / CONFIG, self._content())
+        _write(self.path / "environment.json", json.dumps(environment(), indent=2).encode() + b"\n")
 
     @classmethod
     def open(cls, path: str | Path, config_type: type | None = None, experiment: str | None = None) -> Run:
@@ -242,6 +236,38 @@ def read_yaml(file: Path) -> Any:
         return yaml.load(content, _Loader)
     except Exception as error:  # besides its own errors a KeyError, an AttributeError, ... from values that make no sense
         raise RunError(f"{file} is damaged, it is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+class PlaceTaken(RunError):
+    """Where a run is to be made there is something already."""
+
+
+@contextlib.contextmanager
+def appearing(target: Path, mode: int | None = None) -> Iterator[Path]:
+    """A directory to fill beside `target`, which takes its place at the end, with these permissions; after an error nothing is there.
+
+    Raises PlaceTaken where `target` is a file, or holds something; RunError where it cannot be made.
+    """
+
+    def taken() -> PlaceTaken | None:
+        full = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        return PlaceTaken(f"{target} already holds {_contents(target)}: choose another place, for nothing is overwritten") if full else None
+
+    if (refusal := taken()) is not None:
+        raise refusal
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            made.chmod(0o777 & ~_umask() if mode is None else mode)
+            yield made
+            made.rename(target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        if target.is_dir() and (refusal := taken()) is not None:
+            raise refusal from error
+        raise RunError(f"cannot make the run directory {target}: {error.strerror or error}") from error
 
 
 def _contents(target: Path) -> str:

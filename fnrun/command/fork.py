@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,8 @@ from fnrun.cli import FLAGS
 from fnrun.command import CommandError, Fork, read_flags
 from fnrun.command.output import document, say
 from fnrun.command.places import run_at
-from fnrun.environment import environment
 from fnrun.observers.sinks.lines import Lines
-from fnrun.run import Run, changes, config_type, decode, load_build
+from fnrun.run import Run, appearing, changes, config_type, decode, load_build
 from fnrun.summary import command_line
 from fnrun.verify import order
 
@@ -31,14 +27,15 @@ def run(asked: Fork) -> int:
     entry = checkpoints.find(which(asked.step))
     manifest = checkpoints.manifest(entry)
     config, changed = _overridden(parent, manifest.config, asked.overrides)
-    with _appearing(asked.out, parent) as made:
+    if parent.path.resolve() in asked.out.resolve().parents:
+        raise CommandError(f"{asked.out} lies in the run {parent.path} itself: a fork needs a place of its own")
+    with appearing(asked.out, parent.path.stat().st_mode & 0o777 | 0o700) as made:
         sha256 = _copy(checkpoints, entry, manifest, made / "checkpoints")
         forked = os.path.relpath(parent.path, asked.out)
         fork = {"forked": forked, "step": entry.step, "ticks": entry.ticks, "sha256": sha256, "changed": changed}
         later = {name: pair for name, pair in changes(manifest.config, parent.config).items() if name not in changed}
         run = Run(made, parent.experiment, config, [*_before(parent, entry, asked.out), fork])
-        run.write_config()
-        (made / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        run.write_beginning()
         if parent.metrics.exists():
             shutil.copyfile(parent.metrics, run.metrics)
             lines = Lines(run.metrics)
@@ -71,29 +68,6 @@ def _before(parent: Run, entry: Entry, new: Path) -> list[dict[str, Any]]:
     return kept
 
 
-@contextlib.contextmanager
-def _appearing(target: Path, parent: Run) -> Iterator[Path]:
-    """A directory to fill beside `target`, which takes its place at the end; after an error nothing is there."""
-    if parent.path.resolve() in target.resolve().parents:
-        raise CommandError(f"{target} lies in the run {parent.path} itself: a fork needs a place of its own")
-    taken = CommandError(f"{target} already holds something: choose another place, for nothing is overwritten")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise taken
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            yield made
-            made.chmod(parent.path.stat().st_mode & 0o777 | 0o700)
-            made.rename(target)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    except OSError as error:
-        if target.is_dir() and any(target.iterdir()):
-            raise taken from error
-        raise CommandError(f"cannot make the run {target}: {error.filename or ''} {error.strerror or error}") from error
-
-
 def _copy(checkpoints: Checkpoints, entry: Entry, manifest: Manifest, to: Path) -> str:
     """Copy one checkpoint and return its manifest's sha256; every file that is there afterwards has its digest.
 
@@ -103,7 +77,7 @@ def _copy(checkpoints: Checkpoints, entry: Entry, manifest: Manifest, to: Path) 
     try:
         store.check_files(source, manifest)
         shutil.copytree(source, copy)
-        store.check_files(copy, store.read_manifest(copy))
+        store.read_checked(copy)
     except (OSError, CheckpointError) as error:
         if source.is_dir():
             raise

@@ -47,6 +47,13 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k != "clock"} for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_it_is_as_private_as_its_parent(parent, tmp_path):
+    path = shutil.copytree(parent.path, tmp_path / "private")
+    path.chmod(0o700)
+    fork(path, "--step", "latest", "--out", tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_fork_ends_in_the_bits_of_its_parent(parent, tmp_path, capsys):
     before = files(parent.path)
     new = tmp_path / "new"
