@@ -8,21 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
-
-
-def run(page: str) -> str:
-    text = (DOCS / page).read_text()
-    torch.manual_seed(0)
-    names: dict[str, object] = {"__name__": "docs"}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(block, f"docs/{page}", "exec", dont_inherit=True), names)
-    return text
+from tests import pages
 
 
 def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    page = run("checkpoints.md")
+    torch.manual_seed(0)
+    page = pages.run("checkpoints.md")
     printed = " ".join(capsys.readouterr().out.replace(f"{tmp_path}/", "").split())
     for shown in re.findall(r"^    (runs/.*?does not match(?:.|\n)*?)\n\n", page, re.MULTILINE):
         assert " ".join(shown.split()) in printed
@@ -31,4 +23,5 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run("fine-tuning.md")
+    torch.manual_seed(0)
+    pages.run("fine-tuning.md")

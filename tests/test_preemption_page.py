@@ -8,9 +8,10 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests import pages
 
 PAGE = (Path(__file__).parents[1] / "docs" / "preemption.md").read_text()
 SCRIPTS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
@@ -18,11 +19,7 @@ SCRIPTS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == PAGE.count("```python")
-    names: dict[str, Any] = {"__name__": "docs"}
-    for block in blocks:
-        exec(compile(block, "docs/preemption.md", "exec", dont_inherit=True), names)
+    pages.run("preemption.md")
 
 
 @pytest.fixture

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-PAGE = (Path(__file__).parents[1] / "docs" / "speed.md").read_text()
+from tests import pages
 
 
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == PAGE.count("```python")
-    names: dict[str, Any] = {"__name__": "docs"}
-    for block in blocks:
-        exec(compile(block, "docs/speed.md", "exec", dont_inherit=True), names)
+    pages.run("speed.md")
     assert "wrote the next one over it" in capsys.readouterr().out
