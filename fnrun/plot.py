@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from fnrun import files
+
 #: Fields of a line that are not metrics.
 PLACE = ("ticks", "at", "step", "epoch", "clock")
 By = Literal["step", "time", "epoch"]
@@ -208,7 +210,8 @@ def draw(found: list[Curve], to: Path, *, title: str = "", by: By = "step", log:
         axis.set_visible(False)
     if len(runs) > 1:
         _legend(figure, runs, members, 5 * columns)
-    figure.savefig(to)
+    with files.replacing(to) as file:
+        figure.savefig(file, format=to.suffix.removeprefix(".") or None)
 
 
 def _lonely(curve: Curve) -> bool:

@@ -22,10 +22,8 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import shutil
 import sys
-import tempfile
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,7 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import msgspec
 import yaml
 
-from fnrun import writer
+from fnrun import files, writer
 from fnrun.environment import environment
 from fnrun.writer import RunError, Status, WaitingInterrupted, Writing
 
@@ -118,8 +116,8 @@ class Run:
 
     def write_beginning(self) -> None:
         """Write what a run has from the beginning: its config and the environment."""
-        _write(self.path / CONFIG, self._content())
-        _write(self.path / "environment.json", json.dumps(environment(), indent=2).encode() + b"\n")
+        files.write(self.path / CONFIG, self._content())
+        files.write(self.path / "environment.json", json.dumps(environment(), indent=2).encode() + b"\n")
 
     @classmethod
     def open(cls, path: str | Path, config_type: type | None = None, experiment: str | None = None) -> Run:
@@ -146,10 +144,8 @@ class Run:
 
     def write_config(self) -> None:
         """Make config and history on disk this run's own; the file is replaced whole."""
-        new = self.path / f".{CONFIG}.new"
         try:
-            _write(new, self._content())
-            new.replace(self.path / CONFIG)
+            files.write(self.path / CONFIG, self._content())
         except OSError as error:
             raise RunError(f"cannot write {self.path / CONFIG}: {error.strerror or error}") from error
 
@@ -159,7 +155,7 @@ class Run:
 
     def discard(self) -> None:
         """Delete a run in which nothing has begun: its place is free at once, whenever this is killed."""
-        aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
+        aside = self.path.with_name(files.temporary_name())
         self.path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -257,9 +253,11 @@ def appearing(target: Path, mode: int | None = None) -> Iterator[Path]:
         raise refusal
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        made = target.with_name(files.temporary_name())
+        made.mkdir()
         try:
-            made.chmod(0o777 & ~_umask() if mode is None else mode)
+            if mode is not None:
+                made.chmod(mode)
             yield made
             made.rename(target)
         finally:
@@ -274,19 +272,6 @@ def _contents(target: Path) -> str:
     if (target / CONFIG).exists():
         return f"a run. To go on with it: resume {target}"
     return "a file" if target.is_file() else "other files"
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def decode(raw: Any, config_type: type[C], where: str) -> C:

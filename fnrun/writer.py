@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from fnrun import files
+
 #: Seconds without a refresh after which a holder counts as dead. All that write to one run must agree on it.
 LEASE = 90.0
 #: Seconds between two refreshes.
@@ -287,12 +289,7 @@ def _put(directory: int, status: Status) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(STATUS, dir_fd=directory)
             return
-        file = os.open(f".{STATUS}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, dir_fd=directory)
-        with open(file, "wb") as stream:
-            stream.write(msgspec.json.encode(status) + b"\n")
-            stream.flush()
-            os.fsync(file)
-        os.replace(f".{STATUS}.new", STATUS, src_dir_fd=directory, dst_dir_fd=directory)
+        files.write(STATUS, msgspec.json.encode(status) + b"\n", dir_fd=directory)
     except OSError as error:
         logger.error("cannot write %s: %s", STATUS, error.strerror or error)
 

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import torch
 
-from fnrun import tree
+from fnrun import files, tree
 from fnrun.checkpoint import codec, match, store
 from fnrun.checkpoint.background import Background
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Leaf, Manifest, Mode, constant, encode_config, scalars
@@ -136,7 +136,7 @@ class Checkpoints:
                 self.guard()
             self._abandon_after(entry)
             temporary.rename(self.directory / entry.name)
-            store.sync(self.directory)
+            files.sync(self.directory)
         except BaseException:
             store.remove(temporary)
             raise
@@ -148,7 +148,7 @@ class Checkpoints:
         missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in missing:
-            store.sync(path.parent)
+            files.sync(path.parent)
         if self._opened:
             logging.getLogger("fnrun").error("%s was gone, and all that was saved there; it is made again", self.directory)
         for leftover in self.directory.glob(f"{_TEMPORARY}*"):
@@ -182,7 +182,7 @@ class Checkpoints:
                 target = self.directory / f"{_ABANDONED}{other.name}-{count}"
             (self.directory / other.name).rename(target)
         if beyond:
-            store.sync(self.directory)
+            files.sync(self.directory)
             names = ", ".join(other.name for other in beyond)
             logging.getLogger("fnrun").warning(
                 f"{self.directory}: the run goes on from step {entry.step}; moved aside as {_ABANDONED}*: {names}"
@@ -436,7 +436,7 @@ class Checkpoints:
             if path.name != name:
                 (self.directory / name).rename(path)
         if doomed:
-            store.sync(self.directory)  # only then: a power cut must not bring the name back with half of its files
+            files.sync(self.directory)  # only then: a power cut must not bring the name back with half of its files
         for path in doomed:
             store.remove(path)
 

@@ -6,20 +6,18 @@ MMEngine's do, each of these classes and functions is stood in for by one of our
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fnrun import tree
-from fnrun.checkpoint import codec, store
+from fnrun import files, tree
+from fnrun.checkpoint import codec
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError
 from fnrun.checkpoint.match import shortened
 
@@ -224,12 +222,11 @@ def write(to: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     """
     tensors = _independent(tensors)
     try:
-        with _replacing(to) as temporary:
+        with files.replacing(to) as file:
             if to.suffix == ".safetensors":
-                _write_safetensors(temporary, tensors, metadata)
+                _write_safetensors(Path(file.name), tensors, metadata)
             else:
-                with temporary.open("wb") as file:
-                    torch.save(tensors, file)
+                torch.save(tensors, file)
     except OSError as error:
         raise CheckpointError(f"{to} cannot be written: {error.strerror or error}") from error
 
@@ -254,23 +251,13 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapp
         name: tensor.clone(memory_format=torch.contiguous_format) if name in tied else tensor.contiguous()
         for name, tensor in tensors.items()
     }
+    permissions = path.stat().st_mode
     try:
-        safetensors.torch.save_file(own, path, header)
+        safetensors.torch.save_file(own, path, header)  # a file of its own takes the place of this one
+        path.chmod(permissions)
+        files.sync(path)
     except KeyError as error:  # a dtype
         names = shortened([name for name, tensor in own.items() if tensor.dtype == error.args[0]])
         raise CheckpointError(f"safetensors has no {error.args[0]}, as {names} is: write a .pt file") from error
     except safetensors.SafetensorError as error:  # pyright: ignore[reportAttributeAccessIssue]
         raise OSError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _replacing(to: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `to` when it is on disk for good, or leaves nothing behind."""
-    temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        store.sync(temporary)
-        temporary.replace(to)
-        store.sync(to.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ import msgspec
 import numpy as np
 import torch
 
-from fnrun import tree
+from fnrun import files, tree
 from fnrun.checkpoint.manifest import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest, config, migrate
 from fnrun.environment import environment
 
@@ -183,10 +183,10 @@ def write(directory: Path, manifest: Manifest, bits: dict[int, np.ndarray]) -> N
     names = _names(directory)
     manifest.files = dict(zip(names, _each(lambda name: _file(directory / name, durably=True), names), strict=True))
     encoded = msgspec.json.encode(manifest)
-    _put(directory / MANIFEST, encoded)
-    _put(directory / DIGEST, f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST}\n".encode())
+    files.write(directory / MANIFEST, encoded)
+    files.write(directory / DIGEST, f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST}\n".encode())
     for folder, _, _ in os.walk(directory):
-        sync(Path(folder))
+        files.sync(folder)
 
 
 def _place(leaves: list[Leaf], bits: dict[int, np.ndarray]) -> list[np.ndarray]:
@@ -238,22 +238,6 @@ def _stored_dtype(leaf: Leaf) -> np.dtype:
     return dtype if dtype.kind in "biufc" and dtype.isnative and dtype.itemsize <= 16 else np.dtype(np.uint8)
 
 
-def sync(path: Path) -> None:
-    """Make what a file or a directory holds survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _put(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _names(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
@@ -262,7 +246,7 @@ def _file(path: Path, *, durably: bool = False) -> File:
     with open(path, "rb") as file:
         found = File(size=os.fstat(file.fileno()).st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
         if durably:
-            os.fsync(file.fileno())
+            files.sync(file.fileno())
     return found
 
 
@@ -410,6 +394,10 @@ def _elsewhere(directory: Path) -> str:
     return f"restore another checkpoint of {directory.parent}, or put the file back from a copy"
 
 
-def remove(directory: Path) -> None:
-    """Delete a directory, as far as it can be."""
-    shutil.rmtree(directory, ignore_errors=True)
+def remove(path: Path) -> None:
+    """Delete a directory, or what else is there, as far as it can be; a link goes, what it points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

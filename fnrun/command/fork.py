@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fnrun import files
 from fnrun.checkpoint import CheckpointError, Checkpoints, Entry, Manifest, store
 from fnrun.checkpoint.retention import which
 from fnrun.cli import FLAGS
@@ -83,7 +84,7 @@ def _copy(checkpoints: Checkpoints, entry: Entry, manifest: Manifest, to: Path) 
             raise
         raise CommandError(f"{source} was deleted while it was copied: its run goes on, and keeps only some. Choose another one") from error
     for path in (to, *to.rglob("*")):
-        store.sync(path)
+        files.sync(path)
     return hashlib.sha256((copy / store.MANIFEST).read_bytes()).hexdigest()
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fnrun.checkpoint import Checkpoints, DamagedError, Entry
+from fnrun import files
+from fnrun.checkpoint import Checkpoints, DamagedError, Entry, store
 from fnrun.command import CommandError, Gc
-from fnrun.command.output import document, say, writing
+from fnrun.command.output import document, place, say, writing
 from fnrun.command.places import run_at, runs_below
 from fnrun.run import Run, RunError
 from fnrun.tables import size, table
@@ -34,6 +35,11 @@ def run(asked: Gc) -> int:
         rows, notes = [], []
         for found in free:
             doomed, said = superfluous(found.checkpoints, asked.keep, asked.keep_every)
+            doomed += [
+                _row(path, REASONS[".tmp-"])
+                for path in files.leftovers(found.path.absolute())
+                if path.parent != found.checkpoints.directory
+            ]
             rows += [{"run": str(found.path), **row} for row in doomed]
             notes += [f"{found.path}: {one}" for one in said]
         if not asked.json:
@@ -85,8 +91,8 @@ def _readable(checkpoints: Checkpoints, entry: Entry) -> bool:
 
 
 def _row(path: Path, reason: str) -> dict[str, Any]:
-    files = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-    return {"name": path.name, "bytes": sum(file.lstat().st_size for file in files), "reason": reason}
+    within = [Path(folder) / name for folder, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
+    return {"name": path.name, "path": str(path), "bytes": sum(file.lstat().st_size for file in within), "reason": reason}
 
 
 # --- whose it is -------------------------------------------------------------------------------------------------------
@@ -128,15 +134,20 @@ def _taken(runs: list[Run], locks: contextlib.ExitStack) -> tuple[list[Run], lis
 def _delete(runs: list[Run], rows: list[dict[str, Any]]) -> None:
     for found in runs:
         directory = found.checkpoints.directory
-        names = [row["name"] for row in rows if row["run"] == str(found.path)]
+        mine = [Path(row["path"]) for row in rows if row["run"] == str(found.path)]
+        names = [path.name for path in mine if path.parent == directory]
         with writing(directory):
             found.checkpoints.delete(names)
-        if left := [path.name for path in found.checkpoints.garbage() if path.name.removeprefix(".tmp-delete-") in names]:
+        elsewhere = [path for path in mine if path.parent != directory]
+        for path in elsewhere:
+            store.remove(path)
+        left = [path.name for path in found.checkpoints.garbage() if path.name.removeprefix(".tmp-delete-") in names]
+        if left := left + [str(path) for path in elsewhere if os.path.lexists(path)]:
             raise CommandError(f"{directory}: could not be deleted, or not wholly: {', '.join(left)}")
 
 
 def _print(rows: list[dict[str, Any]], notes: list[str]) -> None:
-    cells = [[size(row["bytes"]), row["reason"], f"{row['run']}/checkpoints/{row['name']}"] for row in rows]
+    cells = [[size(row["bytes"]), row["reason"], place(Path(row["path"]))] for row in rows]
     say(table(["size", "reason", "what"], cells, right=["size"]) if rows else "nothing to delete")
     for note in notes:
         say(note)

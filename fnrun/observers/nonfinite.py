@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fnrun import tree
+from fnrun import files, tree
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.observers.ranks import rank
 
@@ -167,14 +167,15 @@ def _save(directory: Path, state: Any, batch: Any, found: str) -> str:
         checkpoints.save(state)
         checkpoints.wait()
     file = directory / "batch.pt"
-    torch.save(tree.snapshot(batch), file)  # copies: of a tensor that is a piece of another, the whole other would be written
+    with files.replacing(file) as stream:
+        torch.save(tree.snapshot(batch), stream)  # copies: of a tensor that is a piece of another, the whole other would be written
     lines = (
         "To repeat it, with the model, the optimizer and the step made as in the run:\n\n"
         f'    state = fnrun.checkpoint.Checkpoints("{directory / "state"}").restore(like=fnrun.TrainState.create(model, optimizer))\n'
         f'    batch = torch.load("{file}", weights_only={_plain(file)})\n'
         "    state, metrics = train_step(state, batch)\n"
     )
-    (directory / "report.txt").write_text(f"{found}\n\n{lines}", encoding="utf-8")
+    files.write(directory / "report.txt", f"{found}\n\n{lines}".encode())
     return lines
 
 

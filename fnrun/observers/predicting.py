@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fnrun import tree
+from fnrun import files, tree
 from fnrun.observers.sinks.lines import Lines, naming, plain
 from fnrun.state import LoopState
 
@@ -58,19 +57,14 @@ class _Shards:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.iterdir():
                 late = _SHARD.fullmatch(path.name) and (not state.position.frames or int(path.stem) > state.position.ticks)
-                if late or path.name == ".new":
+                if late or files.TEMPORARY.fullmatch(path.name):
                     path.unlink()
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        new = self.directory / ".new"
         # Copies: of a tensor that is a piece of another, the whole other would be written.
         outputs = tree.map(lambda leaf: leaf.cpu().clone() if isinstance(leaf, torch.Tensor) else leaf, _outputs(metrics))
-        with naming(self.directory):
-            with new.open("wb") as file:
-                torch.save(outputs, file)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self.directory / f"{state.position.ticks:09}.pt")  # whole or not at all
+        with files.replacing(self.directory / f"{state.position.ticks:09}.pt") as file:
+            torch.save(outputs, file)
 
 
 def _outputs(metrics: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fnrun import files
 from fnrun.observers.ranks import rank
 from fnrun.observers.sinks.lines import naming
 from fnrun.state import LoopState
@@ -74,9 +75,10 @@ class _Profile:
         on_device = any(event.self_device_time_total for event in averages)
         with naming(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(trace))
+            with files.replacing(trace) as file:
+                profiler.export_chrome_trace(file.name)
             order = "self_device_time_total" if on_device else "self_cpu_time_total"
-            table.write_text(averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=100), encoding="utf-8")
+            files.write(table, averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=100).encode())
         ranges = {f"step {step}" for step in range(self._first, self._last + 1)}
         events = [event for event in averages if event.key not in ranges]
         logger.info("profile: steps %d to %d: %s, %s\n%s", self._first, self._last, trace, table, _short(events, order))

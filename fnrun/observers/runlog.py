@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from fnrun import files
 from fnrun.observers.ranks import rank
 from fnrun.observers.sinks.console import StdoutHandler
 
@@ -25,7 +26,9 @@ def logging_to(path: str | Path, level: Level = "info") -> Iterator[None]:
     An exception that ends the block is in the file with its traceback. Raises OSError where the file cannot be written.
     """
     path, own = Path(path), rank()
-    file = logging.FileHandler(path if own == 0 else path.with_name(f"{path.stem}.rank{own}{path.suffix}"), encoding="utf-8")
+    file = logging.StreamHandler(
+        files.opened(path if own == 0 else path.with_name(f"{path.stem}.rank{own}{path.suffix}"), "a", encoding="utf-8")
+    )
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers = [file, StdoutHandler()] if own == 0 else [file]
     before, propagate = logger.level, logger.propagate
@@ -42,5 +45,6 @@ def logging_to(path: str | Path, level: Level = "info") -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
         file.close()
+        file.stream.close()
         logger.setLevel(before)
         logger.propagate = propagate

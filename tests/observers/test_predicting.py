@@ -59,7 +59,7 @@ def test_what_a_killed_run_wrote_behind_its_state_comes_once(tmp_path, name, tic
     half, _ = loop(small.state(), batches, interrupt=lambda: "enough" if next(asked) == ticks else None)
     loop(half, batches)  # the run that is killed: it has written more than the state that is left of it knows
     if name == "predictions":
-        (tmp_path / "cut" / name / ".new").write_bytes(b"half a file")
+        (tmp_path / "cut" / name / ".tmp-0123456789abcdef").write_bytes(b"half a file")
     loop(half, batches)
     read = shards if name == "predictions" else lines
     assert_same(read(tmp_path / "cut" / name), read(tmp_path / "whole" / name), "after the resume")
@@ -73,7 +73,7 @@ def test_a_state_in_the_middle_keeps_what_belongs_to_it(tmp_path, name):
     half, _ = loop(small.state(), batches, interrupt=lambda: "enough" if next(asked) == 3 else None)
     loop(half, batches)
     if name == "predictions":
-        (path / ".new").write_bytes(b"half a file")
+        (path / ".tmp-0123456789abcdef").write_bytes(b"half a file")
         (path / "notes.pt").write_bytes(b"somebody else's")
     loop(half, batches, interrupt=lambda: "at once")
     if name == "predictions":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv as table
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from fnrun import files
 from fnrun.observers.media import Media
 from fnrun.observers.sinks.base import Record, Sink
 from fnrun.observers.sinks.lines import OnDisk, naming, order_of, place, plain
@@ -55,16 +55,13 @@ class _Csv(OnDisk):
         if self._file is not None:
             self._file.close()
         self._columns = columns
-        new = self.path.with_name(f".{self.path.name}.new")
-        with new.open("w", newline="", encoding="utf-8") as file:
-            if self._columns:
-                writer = table.DictWriter(file, self._columns, extrasaction="ignore", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
-        self._file = self.path.open("a", newline="", encoding="utf-8")
+        lines = io.StringIO(newline="")
+        if self._columns:
+            writer = table.DictWriter(lines, self._columns, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        files.write(self.path, lines.getvalue().encode())
+        self._file = files.opened(self.path, "a", newline="", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         assert self._file is not None, "open the sink first"

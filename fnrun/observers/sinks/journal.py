@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fnrun import files
 from fnrun.observers.media import Histogram, Image, Text
 from fnrun.observers.sinks.base import Record
 from fnrun.observers.sinks.lines import Lines, naming, order_of, place, plain
@@ -74,7 +75,7 @@ def identity(path: Path, fresh: str) -> str:
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or not path.read_text(encoding="utf-8").strip():
-            path.write_text(fresh + "\n", encoding="utf-8")
+            files.write(path, f"{fresh}\n".encode())
         return path.read_text(encoding="utf-8").strip()
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from fnrun import files
 from fnrun.observers.sinks.base import Record
 
 
@@ -23,7 +23,7 @@ class OnDisk:
     def flush(self) -> None:
         if self._file is not None:
             with naming(self.path):
-                os.fsync(self._file.fileno())
+                files.sync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
@@ -43,11 +43,10 @@ class Lines(OnDisk):
         """Keep the lines up to `order`: what a killed run wrote after its last checkpoint comes again."""
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                with self.path.open("r+b") as file:
-                    file.truncate(sum(_kept(file, order)))
-                    os.fsync(file.fileno())
-            self._file = self.path.open("a", encoding="utf-8")
+            with contextlib.suppress(FileNotFoundError), files.opened(self.path, "r+b") as file:
+                file.truncate(sum(_kept(file, order)))
+                files.sync(file.fileno())
+            self._file = files.opened(self.path, "a", encoding="utf-8")
 
     def append(self, line: dict[str, Any]) -> None:
         assert self._file is not None, "open the sink first"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import struct
 import time
@@ -12,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+from fnrun import files
 from fnrun.observers.media import Histogram, Image, Text
 from fnrun.observers.sinks.base import Record, Sink, media, numbers, require
 from fnrun.observers.sinks.lines import OnDisk, naming
@@ -90,7 +90,7 @@ def _summary(name: str, value: Image | Histogram | Text) -> Any:
 def _cut(path: Path, order: tuple[int, ...]) -> None:
     """Keep the events up to `order`: what a killed run wrote after its last checkpoint comes again. An empty file goes."""
     Event = _messages("event").Event
-    with path.open("r+b") as file:
+    with files.opened(path, "r+b") as file:
         size = 0
         for data, end in _events(file):
             event = Event.FromString(data)
@@ -99,7 +99,7 @@ def _cut(path: Path, order: tuple[int, ...]) -> None:
                 break
             size = end
         file.truncate(size)
-        os.fsync(file.fileno())
+        files.sync(file.fileno())
     if not size:
         path.unlink()
 

@@ -1,0 +1,118 @@
+"""Files are written whole or not at all, and never through a link to somewhere else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+import fnrun
+from fnrun import files
+from fnrun.checkpoint import export
+from fnrun.command import main
+from tests.experiments.tiny import tiny
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "a"
+    files.write(path, b"old")
+
+    def failing() -> None:
+        with files.replacing(path) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert [path.read_bytes(), *os.listdir(tmp_path)] == [b"old", "a"]
+
+
+def test_what_a_link_points_to_stays_what_it_is(tmp_path: Path):
+    outside, path = tmp_path / "outside", tmp_path / "run" / "config.yaml"
+    outside.write_bytes(b"mine")
+    path.parent.mkdir()
+    path.symlink_to(outside)
+    files.write(path, b"new")
+    assert (outside.read_bytes(), path.read_bytes(), path.is_symlink()) == (b"mine", b"new", False)
+
+
+@pytest.mark.parametrize("mode", ["a", "r+b"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
+def test_only_files_are_gone_on_with(mode: str, kind: str, tmp_path: Path):
+    outside, path = tmp_path / "outside", tmp_path / "metrics.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(outside)
+    if kind == "link":
+        outside.write_bytes(b"mine")
+    with pytest.raises(OSError, match=r"it is (a link, and links are not followed|no file)"):
+        files.opened(path, mode)
+    assert not outside.exists() or outside.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_permissions_are_those_of_any_new_file(suffix: str, tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        files.write(tmp_path / "a", b"")
+        export(fnrun.TrainState.create(torch.nn.Linear(2, 1)), tmp_path / f"b.{suffix}")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
+
+
+def test_a_file_system_that_makes_nothing_durable_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(number: int):
+        def fsync(descriptor: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", refused(errno.EINVAL))
+    tiny("train", "--epochs", 1, "--out", tmp_path / "run")
+    assert fnrun.Run.open(tmp_path / "run").checkpoints.latest() == 4
+    monkeypatch.setattr(os, "fsync", refused(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
+        files.write(tmp_path / "a", b"")
+    assert (caught.value.filename, (tmp_path / "a").exists()) == (str(tmp_path / "a"), False)
+
+
+#: What a run writes, or wrote half, with names that others can know.
+KNOWN = [".config.yaml.new", ".status.json.new", "status.json", "environment.json", "curves.png", "metrics.jsonl", "run.log", "config.yaml"]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_strangers_run_writes_over_nothing_outside_of_it(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    tiny("train", "--epochs", 1, "--out", run)
+    here = run / name
+    before = here.read_bytes() if here.exists() else b"mine"
+    outside.write_bytes(before)
+    here.unlink(missing_ok=True)
+    here.symlink_to(outside)
+    refused = name in ("metrics.jsonl", "run.log")
+    said = tiny("resume", run, "--epochs", 2, code=refused)
+    assert not refused or f"error: cannot write {here}: it is a link" in said
+    assert main(["gc", str(run), "--keep", "1", "--yes"]) == 0
+    assert outside.read_bytes() == before
+
+
+def test_gc_takes_what_killed_processes_left_half_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    tiny("train", "--epochs", 1, "--out", run)
+    left = [run / files.temporary_name(), run / "checkpoints" / files.temporary_name(), run / "checkpoints" / ".tmp-00000004-00000005"]
+    for path in left:
+        path.write_bytes(b"half")
+    link = run / files.temporary_name()
+    link.symlink_to(tmp_path)
+    mine = run / ".tmp-notes"
+    mine.write_bytes(b"mine")
+    assert main(["gc", str(run), "--yes"]) == 0
+    assert not any(os.path.lexists(path) for path in [*left, link])
+    assert (mine.exists(), run.exists(), main(["gc", str(run)])) == (True, True, 0)
+    assert "nothing to delete" in capsys.readouterr().out
