@@ -14,6 +14,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, Union
 
 import tyro
 
+from fnrun import writer
 from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.checkpoint.retention import which
 from fnrun.interrupts import Interrupt, Signals, any_of, deadline
@@ -45,12 +46,12 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     name, of_config = _name(build), config_type(build)
-    command, run = _parse(args, name, of_config)
+    command = _flags(args, name, of_config)
     try:
         if isinstance(command, _Evaluate):
             code = _evaluate(build, name, command)
         else:
-            code = _interruptible(build, name, command, run, args)
+            code = _interruptible(build, name, command, args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -125,19 +126,10 @@ class _Evaluate:
     """show the traceback of every error"""
 
 
-def _parse(args: list[str], name: str, config_type: type) -> tuple[Any, Run | None]:
-    """The command, and the run that it resumes: flags that are not given keep the run's values."""
-    command = _flags(args, name, config_type)
-    if not isinstance(command, _Resume) or (command.auto and not (command.run / CONFIG).exists()):
-        return command, None
-    try:
-        run = Run.open(command.run, config_type, name)
-    except RunError as error:
-        if command.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    return _flags(args, name, config_type, _Resume(run=command.run, config=run.config)), run
+def _resumed(build: Build, name: str, path: Path, args: list[str]) -> tuple[Any, Run]:
+    """The command with flags that are not given as the run has them, and the run."""
+    run = Run.open(path, config_type(build), name)
+    return _flags(args, name, config_type(build), _Resume(run=path, config=run.config)), run
 
 
 def _flags(args: list[str], name: str, config_type: type, default: Any = None) -> Any:
@@ -190,23 +182,26 @@ def _deadline(command: Any) -> Interrupt | None:
         sys.exit(2)
 
 
-def _interruptible(build: Build, name: str, command: Any, run: Run | None, args: list[str]) -> int:
+def _interruptible(build: Build, name: str, command: Any, args: list[str]) -> int:
     asked = _Asked(Signals(), _deadline(command), args)
     with asked.signals.listening():
         try:
-            return _trained(build, name, command, run, asked)
+            return _trained(build, name, command, asked)
         except WaitingInterrupted as error:
             print(f"error: {error}", file=sys.stderr)
             return asked.code
 
 
-def _trained(build: Build, name: str, command: Any, run: Run | None, asked: _Asked) -> int:
-    if run is None:
-        return _train(build, Run.create(name, command.config, command.run if isinstance(command, _Resume) else command.out), command, asked)
+def _trained(build: Build, name: str, command: Any, asked: _Asked) -> int:
+    if not isinstance(command, _Resume):
+        return _train(build, Run.create(name, command.config, command.out), command, asked)
+    if command.auto and not (command.run / CONFIG).exists():
+        return _train(build, Run.create(name, command.config, command.run), command, asked)
+    command, run = _resumed(build, name, command.run, asked.args)
     if command.auto and run.config == command.config and (steps := _finished(run)) is not None:
         print(f"{run.path} is finished: {steps} steps")
         return 0
-    return _resume(build, run, command, asked)
+    return _resume(build, name, command, asked)
 
 
 def _finished(run: Run) -> int | None:
@@ -229,10 +224,12 @@ def _train(build: Build, run: Run, command: Any, asked: _Asked) -> int:
         return _go(run, experiment, state, asked, writing)
 
 
-def _resume(build: Build, before: Run, command: Any, asked: _Asked) -> int:
-    run = dataclasses.replace(before, config=command.config, history=list(before.history))
-    with run.writing(asked) as writing, contextlib.ExitStack() as stack:
+def _resume(build: Build, name: str, command: Any, asked: _Asked) -> int:
+    with writer.writing(command.run, asked) as writing, contextlib.ExitStack() as stack:
         try:
+            command, before = _resumed(build, name, command.run, asked.args)  # as whoever wrote here before has left it
+            run = dataclasses.replace(before, config=command.config, history=list(before.history))
+            stack.enter_context(run.written_by(writing))
             experiment = _built(build, run)
             state = experiment.state()
             stack.enter_context(_logging(run, command.log_level))

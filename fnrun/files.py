@@ -71,10 +71,11 @@ def _own_file(path: str, flags: int) -> int:
         if error.errno in (errno.ELOOP, errno.ENXIO) and os.path.lexists(path):
             raise _not_a_file(path) from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _not_a_file(path)
-    return descriptor
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path) if stat.S_ISDIR(mode) else _not_a_file(path)
 
 
 def _not_a_file(path: str) -> OSError:
@@ -110,3 +111,40 @@ def leftovers(directory: Path) -> list[Path]:
         found += [Path(folder, name) for name in sorted({*names, *files}) if TEMPORARY.fullmatch(name)]
         names[:] = [name for name in names if not TEMPORARY.fullmatch(name)]
     return found
+
+
+def lines_from_the_end(file: IO[bytes], block: int = 2**16) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file from its last to its first, each with where it begins; only a last one that was cut short has no line feed.
+
+    >>> import io
+    >>> list(lines_from_the_end(io.BytesIO(b"one\\ntwo\\nthr")))
+    [(8, b'thr'), (4, b'two\\n'), (0, b'one\\n')]
+    """
+    end, tail = file.seek(0, os.SEEK_END), b""  # before `end` nothing was read; behind it comes `tail`, the end of a line
+    while end:
+        begin = max(0, end - block)
+        file.seek(begin)
+        tail = file.read(end - begin) + tail
+        end, first = begin, (tail.find(b"\n") + 1 if begin else 0)  # where the first line begins that is whole
+        if begin and not 0 < first < len(tail):
+            block *= 2
+            continue
+        at = begin + len(tail)
+        for line in reversed(_lines(tail[first:])):
+            at -= len(line)
+            yield at, line
+        tail = tail[:first]
+
+
+def _lines(content: bytes) -> list[bytes]:
+    """Parted at line feeds and nowhere else, which is not what `splitlines` does."""
+    *whole, last = content.split(b"\n")
+    return [line + b"\n" for line in whole] + ([last] if last else [])
+
+
+def copy(source: IO[bytes], to: IO[bytes], size: int) -> None:
+    """The first `size` bytes of a file, behind what is in another one."""
+    source.seek(0)
+    while size and (piece := source.read(min(size, 2**20))):
+        to.write(piece)
+        size -= len(piece)

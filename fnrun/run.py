@@ -170,10 +170,16 @@ class Run:
         Raises RunError where another process writes there: at once if it is of this host, after up to 90 seconds without a sign of life
         to wait for if it is of another one; `interrupt` ends the waiting. Raises RunError at the end if the run was lost.
         """
-        with writer.writing(self.path, interrupt) as now, contextlib.ExitStack() as stack:
+        with writer.writing(self.path, interrupt) as now, self.written_by(now):
+            yield now
+
+    @contextlib.contextmanager
+    def written_by(self, now: Writing) -> Iterator[None]:
+        """The part of `writing` that is about the run as it was opened: its checkpoints are saved as long as `now` holds the directory."""
+        with contextlib.ExitStack() as stack:
             stack.push(functools.partial(self._leave, now))
             vars(self)["_writing"] = now
-            yield now
+            yield
 
     def _leave(self, now: Writing, *exc: Any) -> None:
         if now.lost is None:

@@ -29,6 +29,10 @@ from fnrun import files
 LEASE = 90.0
 #: Seconds between two refreshes.
 HEARTBEAT = 15.0
+#: Seconds after which an empty lock is nobody's: whoever makes one writes his name into it at once.
+UNSIGNED = 2.0
+#: Seconds after which a process at work looks again whether the lease is its own: it may have been suspended for long.
+LOOK = 1.0
 
 LOCK, STATUS = "run.lock", "status.json"
 
@@ -147,8 +151,13 @@ class Writing:
         self.status = Status("finished")
         self.withdrawn = False
         self._lock: Any = None
+        self._looked = time.monotonic()
 
     def __call__(self) -> str | None:
+        if (now := time.monotonic()) - self._looked >= LOOK:
+            self._looked = now
+            with contextlib.suppress(RunError):
+                self.check()
         return self.lost
 
     def stopped(self, reason: str) -> None:
@@ -215,9 +224,11 @@ def _took(path: Path, interrupt: Callable[[], str | None] | None) -> Writing:
     now = Writing(path)
     lock = now._lock = _lease(path, now.lose)
     looks: list[tuple[str, float]] = []
+    unsigned = _Unsigned(path / LOCK)
 
     def hopeless() -> bool:
         if (owner := lock.owner) is None:
+            unsigned()
             return False
         looks.append((owner.token, _refreshed(path)))
         if len(looks) == 2:
@@ -237,6 +248,24 @@ def _took(path: Path, interrupt: Callable[[], str | None] | None) -> Writing:
     except OSError as error:
         raise RunError(f"cannot write {path / LOCK}: {error.strerror or error}") from error
     return now
+
+
+class _Unsigned:
+    """Called while somebody's lock cannot be read: an empty one, whose maker was killed before he signed it, is given away.
+
+    filelock takes an empty file for a lock that holds as long as it is there, and any other that names nobody for one that it may take over.
+    """
+
+    def __init__(self, lock: Path) -> None:
+        self.lock, self._seen, self._since = lock, None, 0.0
+
+    def __call__(self) -> None:
+        with contextlib.suppress(OSError), files.opened(self.lock, "r+b") as file:
+            found = os.fstat(file.fileno())
+            if found.st_size or (found.st_ino, found.st_mtime_ns) != self._seen:
+                self._seen, self._since = (found.st_ino, found.st_mtime_ns), time.monotonic()
+            elif time.monotonic() - self._since >= UNSIGNED:
+                file.write(b"nobody\n")
 
 
 def _refusal(path: Path, owner: Any) -> str:
@@ -266,14 +295,15 @@ def _telling(now: Writing, directory: int) -> Iterator[None]:
     _put(directory, msgspec.structs.replace(now.status, state="running", **started))
     try:
         yield
-        if now.lost is not None:
-            raise RunError(now.lost)
+        now.check()
     except BaseException as error:
         kind = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "crashed"
         text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
         now.status = msgspec.structs.replace(now.status, state=kind, reason=text)
         raise
     finally:
+        with contextlib.suppress(RunError):
+            now.check()
         if now.lost is None:
             _put(directory, before if now.withdrawn else msgspec.structs.replace(now.status, **started | {"ended": _now()}))
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ import fnrun
 from fnrun import observers, writer
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.run import Run, RunError, load_build
+from fnrun.state import Position
 from tests.programs import fresh, train
 
 
@@ -40,6 +42,13 @@ def run(tmp_path: Path) -> Run:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "LEASE", 0.6)
     monkeypatch.setattr(writer, "HEARTBEAT", 0.1)
+
+
+@pytest.fixture
+def hasty(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that nobody signed is soon nobody's."""
+    monkeypatch.setattr(writer, "UNSIGNED", 0.05)
+    monkeypatch.setattr("filelock._soft.MALFORMED_LOCK_AGE_THRESHOLD", 0.05)
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -157,6 +166,21 @@ class TestOneWriter:
             assert (run.path / "status.json").read_bytes() == before
             monkeypatch.setenv("RANK", "0")
 
+    @pytest.mark.parametrize("content", [b"", b"filelock/2\npid="])
+    def test_a_lock_that_nobody_signed_is_taken_over(self, content: bytes, run: Run, hasty: None):
+        """Its maker was killed between making it and writing his name into it."""
+        (run.path / "run.lock").write_bytes(content)
+        with run.writing():
+            assert run.status().pid == os.getpid()
+        assert not (run.path / "run.lock").exists()
+
+    def test_a_link_in_its_place_is_not_followed(self, run: Run, tmp_path: Path, hasty: None):
+        (tmp_path / "mine").touch()
+        (run.path / "run.lock").symlink_to(tmp_path / "mine")
+        with run.writing():
+            pass
+        assert (tmp_path / "mine").read_bytes() == b""
+
     def test_a_directory_that_cannot_be_written(self, run: Run):
         (run.path / "run.lock").mkdir()
         with pytest.raises(RunError, match=r"cannot write .*run\.lock: "), run.writing():
@@ -204,6 +228,26 @@ class TestALostRun:
         assert (run.path / "run.lock").exists() == (lose is not None)
         with pytest.raises(CheckpointError, match=said):
             run.checkpoints.save(fresh())
+
+    def test_a_process_that_was_suspended_sees_it_at_its_next_tick(self, run: Run, monkeypatch: pytest.MonkeyPatch):
+        """And not at its next heartbeat."""
+        now = time.monotonic()
+        with pytest.raises(RunError, match="taken over by process 123"), run.writing() as writing:  # noqa: PT012
+            left_by_node7(run)
+            monkeypatch.setattr(time, "monotonic", lambda: now + 100)
+            assert "taken over by process 123" in (writing() or "")
+
+    @pytest.mark.parametrize("sink", [observers.jsonl, observers.csv])
+    def test_what_it_still_logs_is_not_in_the_log(self, sink: Callable[..., Any], tmp_path: Path):
+        lost, ours = sink(tmp_path / "log"), sink(tmp_path / "log")
+        lost.open(fresh())
+        lost.write(observers.Record((1,), 1, 1, {"loss": 0.125}, {}))
+        ours.open(fresh().replace(step=1, position=Position(ticks=1)))
+        lost.write(observers.Record((2,), 2, 1, {"loss": 0.25}, {}))
+        ours.write(observers.Record((2,), 2, 1, {"loss": 0.5}, {}))
+        lost.close()
+        ours.close()
+        assert [(tmp_path / "log").read_text().count(loss) for loss in ("0.125", "0.25", "0.5")] == [1, 0, 1]
 
     def test_nothing_is_saved_between_the_loss_and_its_being_told(self, run: Run):
         """A process that was suspended wakes up in the middle of a save: that the lease is another's it reads by itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -226,6 +227,21 @@ class TestOneWriter:
         assert f"error: {path} was taken over by process 123 on host node7" in output.splitlines()[-1]
         assert Checkpoints(path / "checkpoints").steps() == [4]
         assert (path / "run.lock").read_text() == theirs
+
+    def test_the_config_is_the_one_that_the_writer_before_left(self, finished, monkeypatch):
+        """It may be changed while this process waits."""
+        took = writer._took
+
+        def waiting(path, interrupt):
+            tiny_config = Run.open(path, Config)
+            dataclasses.replace(tiny_config, config=dataclasses.replace(tiny_config.config, epochs=4)).write_config()
+            return took(path, interrupt)
+
+        monkeypatch.setattr(writer, "_took", waiting)
+        tiny("resume", finished, "--lr", 0.05)
+        assert Run.open(finished).status().step == 16
+        assert history(finished) == [{"changed": {"lr": [0.1, 0.05]}, "step": 12, "ticks": 15}]
+        assert Run.open(finished, Config).config == Config(epochs=4, lr=0.05)
 
 
 class TestHistory:

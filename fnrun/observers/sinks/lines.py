@@ -43,9 +43,9 @@ class Lines(OnDisk):
         """Keep the lines up to `order`: what a killed run wrote after its last checkpoint comes again."""
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError), files.opened(self.path, "r+b") as file:
-                file.truncate(sum(_kept(file, order)))
-                files.sync(file.fileno())
+            # A file of its own: a process that has lost the run, and has not seen it yet, goes on in the old one, which nobody reads.
+            with contextlib.suppress(FileNotFoundError), files.opened(self.path, "rb") as old, files.replacing(self.path) as new:
+                files.copy(old, new, _kept(old, order))
             self._file = files.opened(self.path, "a", encoding="utf-8")
 
     def append(self, line: dict[str, Any]) -> None:
@@ -66,15 +66,13 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _kept(file: IO[bytes], order: tuple[int, ...]) -> Iterator[int]:
-    for line in file:
-        try:
-            at = order_of(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return  # the line that was being written when the power went
-        if not line.endswith(b"\n") or at > order:
-            return
-        yield len(line)
+def _kept(file: IO[bytes], order: tuple[int, ...]) -> int:
+    """How many bytes the lines up to `order` take. What is later is behind them, and so is the line that was being written when the power went."""
+    for begin, line in files.lines_from_the_end(file):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if line.endswith(b"\n") and order_of(json.loads(line)) <= order:
+                return begin + len(line)
+    return 0
 
 
 def place(record: Record) -> dict[str, Any]:

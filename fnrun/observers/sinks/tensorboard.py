@@ -90,7 +90,8 @@ def _summary(name: str, value: Image | Histogram | Text) -> Any:
 def _cut(path: Path, order: tuple[int, ...]) -> None:
     """Keep the events up to `order`: what a killed run wrote after its last checkpoint comes again. An empty file goes."""
     Event = _messages("event").Event
-    with files.opened(path, "r+b") as file:
+    # A file of its own: a process that has lost the run, and has not seen it yet, goes on in the old one, which nobody reads.
+    with files.opened(path, "rb") as file, files.replacing(path) as new:
         size = 0
         for data, end in _events(file):
             event = Event.FromString(data)
@@ -98,8 +99,7 @@ def _cut(path: Path, order: tuple[int, ...]) -> None:
             if event.HasField("summary") and at > order:
                 break
             size = end
-        file.truncate(size)
-        files.sync(file.fileno())
+        files.copy(file, new, size)
     if not size:
         path.unlink()
 
