@@ -193,6 +193,7 @@ def _interruptible(build: Build, name: str, command: Any, args: list[str]) -> in
 
 
 def _trained(build: Build, name: str, command: Any, asked: _Asked) -> int:
+    writer.check_alone()
     if not isinstance(command, _Resume):
         return _train(build, Run.create(name, command.config, command.out), command, asked)
     if command.auto and not (command.run / CONFIG).exists():

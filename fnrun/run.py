@@ -165,10 +165,10 @@ class Run:
 
         What is yielded is an interrupt, for a process that lost the run to another one: `fit(state, data, interrupt=writing)`. At the end
         checkpoints under way are waited for, and the status is `finished`, `stopped` where `writing.stopped(reason)` said so, or `crashed`.
-        Of several ranks (the variable `RANK`) the first does this for all.
 
         Raises RunError where another process writes there: at once if it is of this host, after up to 90 seconds without a sign of life
-        to wait for if it is of another one; `interrupt` ends the waiting. Raises RunError at the end if the run was lost.
+        to wait for if it is of another one; `interrupt` ends the waiting. Raises RunError in one of several processes that a launcher such as
+        torchrun started (`WORLD_SIZE`), and at the end if the run was lost.
         """
         with writer.writing(self.path, interrupt) as now, self.written_by(now):
             yield now

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import msgspec
 
 from fnrun import files
+from fnrun.environment import ranks
 
 #: Seconds without a refresh after which a holder counts as dead. All that write to one run must agree on it.
 LEASE = 90.0
@@ -199,12 +200,10 @@ def _taken(path: Path, owner: Any) -> str:
 def writing(path: Path, interrupt: Callable[[], str | None] | None = None) -> Iterator[Writing]:
     """Within it this process is the one that writes to the run at `path`, and the status says so; then it says how that went.
 
-    Of several ranks (`RANK`) the first does it for all. Raises RunError where another process writes there: at once if it is of this host, after
-    up to `LEASE` seconds if it is of another one; `interrupt` ends the waiting. Raises RunError at the end if the lease was lost.
+    Raises RunError where another process writes there: at once if it is of this host, after up to `LEASE` seconds if it is of another one;
+    `interrupt` ends the waiting. Raises RunError for one of several ranks, and at the end if the lease was lost.
     """
-    if int(os.environ.get("RANK", 0)) != 0:
-        yield Writing(path)
-        return
+    check_alone()
     now = _took(path, interrupt)
     directory, token = os.open(path, os.O_RDONLY), now._lock.token  # the directory may be moved meanwhile
     try:
@@ -214,6 +213,19 @@ def writing(path: Path, interrupt: Callable[[], str | None] | None = None) -> It
         now._lock.release()
         _remove_moved(directory, token)
         os.close(directory)
+
+
+def check_alone() -> None:
+    """Raise RunError in one of several processes that a launcher started together: each would take the run for its own."""
+    try:
+        rank, world = ranks()
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    if rank or world > 1:
+        raise RunError(
+            f"this is process {rank} of {max(world, rank + 1)} that were started together (RANK, WORLD_SIZE), and a run is trained by one: "
+            "start it alone, without torchrun, or unset these variables"
+        )
 
 
 def _took(path: Path, interrupt: Callable[[], str | None] | None) -> Writing:

@@ -24,6 +24,7 @@ from fnrun import observers, writer
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.run import Run, RunError, load_build
 from fnrun.state import Position
+from tests.experiments.tiny import tiny
 from tests.programs import fresh, train
 
 
@@ -157,14 +158,23 @@ class TestOneWriter:
         with pytest.raises(RunError, match=r"another version of fnrun: .*30\.0s"), run.writing():
             pass
 
-    def test_only_the_first_rank_takes_it(self, run: Run, monkeypatch: pytest.MonkeyPatch):
+    @pytest.mark.parametrize(("rank", "world"), [("0", "2"), ("1", "2"), ("1", ""), ("", "2"), ("x", "1"), ("0", "two")])
+    def test_one_of_several_ranks_is_refused(self, rank: str, world: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        before = sorted(run.path.iterdir())
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(RunError, match=r"RANK|WORLD_SIZE"), run.writing():
+            pass
+        assert sorted(run.path.iterdir()) == before
+        assert tiny("train", "--out", tmp_path / "new", code=1).startswith("error: ")
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize(("rank", "world"), [("", ""), ("0", "1"), (" ", "1"), ("0", "")])
+    def test_a_launcher_that_starts_one_process_makes_no_difference(self, rank: str, world: str, run: Run, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
         with run.writing():
-            monkeypatch.setenv("RANK", "1")
-            before = (run.path / "status.json").read_bytes()
-            with Run.open(run.path).writing() as other:
-                assert other() is None
-            assert (run.path / "status.json").read_bytes() == before
-            monkeypatch.setenv("RANK", "0")
+            assert run.status().state == "running"
 
     @pytest.mark.parametrize("content", [b"", b"filelock/2\npid="])
     def test_a_lock_that_nobody_signed_is_taken_over(self, content: bytes, run: Run, hasty: None):
