@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.checkpoint.retention import check_keep, monitored
 from fnrun.donation import fate
+from fnrun.environment import ranks
 from fnrun.hooks.monitor import reported
 from fnrun.state import LoopState, due, in_training
 
@@ -38,6 +39,10 @@ class _Checkpoint:
     def open(self, program: Any, state: LoopState) -> None:
         self._saved = state.position.order if state.position.ticks else None  # a state that stands somewhere came from a checkpoint
         self._failures = 0
+        if ranks()[0]:
+            raise CheckpointError(
+                f"{self.checkpoints.directory}: this is process {ranks()[0]} of several; the first one alone may save there"
+            )
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         now = due(state, self.every)

@@ -138,3 +138,15 @@ def test_what_a_donated_state_holds_twice_is_copied_and_written_once(tmp_path: P
     loop(TrainState.create(model, optimizer), data.arrays({"x": torch.ones(8, 2)}, 2))
     leaves = Checkpoints(tmp_path).manifest(2).leaves
     assert {leaf.path for leaf in leaves if leaf.shares is not None} == {"memory/held/weight", "memory/held/bias"}
+
+
+def test_a_process_that_is_not_the_first_of_several_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    fit, state, streams = training(1, observers.checkpoint(checkpoints))
+    saved, _ = fit(state, streams)
+    before = checkpoints.steps()
+    fit, _, streams = training(2, observers.checkpoint(checkpoints))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(CheckpointError, match="process 1 of several"):
+        fit(saved.rewind(), streams)
+    assert checkpoints.steps() == before
