@@ -15,6 +15,8 @@ from fnrun import tree
 from fnrun.donation import secured
 from fnrun.loops import Loop
 from fnrun.loops.whole import with_observers
+from fnrun.observers.log import listener
+from fnrun.observers.sinks import Record
 from fnrun.program import spy
 from fnrun.state import TrainState
 
@@ -88,19 +90,35 @@ def assert_resumable(
     limit: int = 20,
     restored: Callable[[Any, Any], Any] = through_a_checkpoint,
 ) -> None:
-    """Law 2: from every state that an observer could see, saved and restored, `loop` ends with the bits and metrics of the whole run.
+    """Law 2: from every state that an observer could see, saved and restored, `loop` ends with the bits, metrics and log lines of the whole run.
 
     Of more than `limit` states, `limit` are tried, evenly spaced, the first and the last among them. `restored(state, like)` says how a state
     is saved and restored; by default through a real checkpoint.
     """
-    seen, (end, metrics) = states_seen(loop, state, data)
+    lines, (seen, (end, metrics)) = _listening(lambda: states_seen(loop, state, data))
     assert seen, "no loop finished a tick: nothing to resume from"
     chosen = seen if len(seen) <= limit else [seen[round(i * (len(seen) - 1) / (limit - 1))] for i in range(limit)]
     for one in chosen:
-        again, again_metrics = loop(restored(one, state), data)
+        again_lines, (again, again_metrics) = _listening(lambda one=one: loop(restored(one, state), data))
         where = " > ".join(f"{frame.loop} tick {frame.ticks}" for frame in one.position.frames)
         assert_same(end, again, f"resumed from {where}, the program ends in another state")
         assert_same(metrics, again_metrics, f"resumed from {where}, the program ends with other metrics")
+        later = [line for line in lines if line["order"] > one.position.order]
+        assert_same(later, again_lines, f"resumed from {where}, the program logs other lines")
+
+
+def _listening(run: Callable[[], Any]) -> tuple[list[dict[str, Any]], Any]:
+    """The lines that the logs write while `run` is called, without what was timed; and what it returned."""
+    lines: list[dict[str, Any]] = []
+
+    def listen(name: str, line: Record) -> None:
+        lines.append({"log": name, "order": line.order, "step": line.step, "epoch": line.epoch, "metrics": line.metrics})
+
+    token = listener.set(listen)
+    try:
+        return lines, run()
+    finally:
+        listener.reset(token)
 
 
 def assert_observers_do_not_matter(loop: Loop, state: Any, data: Any) -> None:

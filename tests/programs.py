@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 import fnrun
-from fnrun import hooks
+from fnrun import hooks, observers as watching
 
 START = torch.tensor([1.0, -1.0])
 
@@ -89,12 +89,13 @@ class Build:
     """The program that a drawn description stands for, and data for it."""
 
     def __init__(self, lengths: list[int], *, stop_at: int | None = None, silent: bool = False, observers: Any = ()) -> None:
-        self.lengths, self.stop_at, self.silent, self.observers = list(lengths), stop_at, silent, tuple(observers)
+        self.lengths, self.stop_at, self.silent = list(lengths), stop_at, silent
+        self.observers = observers if callable(observers) else lambda: observers
         self.names = iter(f"counter {i}" for i in range(100))
 
     def __call__(self, program: Any) -> tuple[Any, Any]:
         kind, *rest = program
-        common: dict[str, Any] = {"observers": list(self.observers)}
+        common: dict[str, Any] = {"observers": list(self.observers())}
         training = {
             **common,
             "hooks": [plain_hook, Counter(next(self.names), self.stop_at, self.silent), hooks.ema(0.5, name=next(self.names))],
@@ -117,7 +118,7 @@ class Build:
             return fnrun.repeat(wrapped(inner), 2), data
         if kind == "every":
             step = fnrun.sequence(a=fnrun.every(rest[1], inner), **training)
-            return fnrun.repeat(step, rest[2], **common), {"a": data}
+            return fnrun.repeat(step, rest[2], observers=list(self.observers())), {"a": data}
         other, more = self(rest[1])
         if kind == "sequence":
             return fnrun.sequence(a=inner, b=other, **training), {"a": data, "b": more}
@@ -126,6 +127,12 @@ class Build:
     def stream(self) -> list[torch.Tensor]:
         n = self.lengths.pop() if self.lengths else 2
         return [torch.full((1 + i % 2,), float(i)) for i in range(n)]
+
+
+def logs() -> list[Any]:
+    """Two logs for a loop, with windows over the line, over several and over the pass."""
+    chosen = {"loss": ["mean", "last", ("max", "epoch")], "a/loss": ["last", "mean"]}
+    return [watching.log(2, to=[], statistics=chosen), watching.log(3, to=[], window=5, name="five")]
 
 
 def build(program: Any, lengths: list[int], **options: Any) -> tuple[Any, Any]:

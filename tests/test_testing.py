@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fnrun
+from fnrun import observers
 from fnrun.testing import assert_observers_do_not_matter, assert_resumable
 from tests.programs import fresh, train
 
@@ -53,3 +54,19 @@ def test_an_observer_that_writes_into_the_state_matters():
 def test_a_program_in_which_nothing_happens_proves_nothing():
     with pytest.raises(AssertionError, match="nothing to resume from"):
         assert_resumable(fnrun.step_loop(train, 0), fresh(), STREAM)
+
+
+def test_a_log_that_a_resume_would_change_is_found():
+    class Forgetful(type(observers.log(2, to=[]))):
+        def fold(self, folded, before, metrics, examples):
+            return super().fold(folded if self.since else None, before, metrics, examples)
+
+        def open(self, program, state):
+            super().open(program, state)
+            self.since = not state.position.ticks
+
+    log = observers.log(2, to=[])
+    log.__class__ = Forgetful
+    loop = fnrun.epoch_loop(train, observers=[log])
+    with pytest.raises(AssertionError, match=r"logs other lines(.|\n)*metrics/loss"):
+        assert_resumable(loop, fresh(), [torch.ones(1) * i for i in range(5)], restored=lambda state, like: state)

@@ -125,7 +125,8 @@ class Loop(Composed):
             name += f" #{len(at.opened)}" if len(at.opened) > 1 else ""
         frames = state.position.frames
         if len(frames) == depth:
-            state = framed(state, (*frames, Frame(name)))
+            begun_with = frames[0].folds.get(_carried(name), {}) if depth and self.trains else {}
+            state = framed(state, (*frames, Frame(name, folds=begun_with)))
         elif frames[depth].loop != name or (self.over_data and len(frames) > depth + 1 and all(is_step(s) for _, s in self.inner())):
             raise elsewhere(state, program)
         at = self._entered(data, at)
@@ -156,6 +157,8 @@ class Loop(Composed):
                     state = hook(state, x)
                 if self.over_data:
                     program.open()
+                if gatherers and not between:  # a fold reads its own loop's frame, whatever was open within when the state was saved
+                    before = framed(before, before.position.frames[: depth + 1])
                 if gatherers and at.lease is not None:
                     before = husk(before)
                 state, metrics = self._turn(state, x, frame, at)
@@ -166,6 +169,8 @@ class Loop(Composed):
                 program.examples += examples
                 plain = self._plain(metrics) if afters or self.observers else {}
                 gathered = {o.name: o.fold(frame.folds.get(o.name), before, plain, examples) for o in gatherers}
+                if depth == 0 and (carried := state.position.frames[0].folds):
+                    gathered = {**carried, **gathered}
                 totals = self._total(frame.totals, metrics, examples)
                 frame = Frame(name, frame.ticks + taken, totals, gathered, self._next_member(frame))
                 position = state.position
@@ -184,7 +189,8 @@ class Loop(Composed):
         finally:
             here.reset(token)
         frames = state.position.frames
-        return self._close(framed(state, frames[:depth]), data, at), self._result(frames[depth].totals)
+        closed = framed(state, _carrying(frames[:depth], frames[depth], gatherers) if self.trains else frames[:depth])
+        return self._close(closed, data, at), self._result(frames[depth].totals)
 
     def _entered(self, data: Any, at: Here) -> Here:
         """`at`, with what stays the same in this call."""
@@ -243,6 +249,20 @@ def flattened(hooks: Iterable[Any]) -> Iterator[Any]:
             yield from flattened(inner)
         else:
             yield hook
+
+
+def _carried(loop: str) -> str:
+    return f"carried by {loop}"
+
+
+def _carrying(around: tuple[Frame, ...], ended: Frame, gatherers: list[Any]) -> tuple[Frame, ...]:
+    """The frames around a loop that ends, the outermost with what its observers carry to its next round."""
+    carries = [observer for observer in gatherers if hasattr(observer, "carry")]
+    if not around or not carries:
+        return around
+    carried = {observer.name: observer.carry(ended.folds.get(observer.name)) for observer in carries}
+    outermost = dataclasses.replace(around[0], folds={**around[0].folds, _carried(ended.loop): carried})
+    return (outermost, *around[1:])
 
 
 def saves_last(observer: Any) -> bool:

@@ -90,7 +90,7 @@ class OverData(Loop):
         return folds.examples(x)
 
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
-        return folds.fold(totals, metrics, examples)
+        return folds.fold(totals, folds.rates_last(metrics), examples)
 
     def _result(self, totals: Any) -> Any:
         return folds.compute(totals) if totals else {}
@@ -141,7 +141,7 @@ class Training(OverData):
 
         def finished(state: Any) -> Any:
             gathered = {o.name: o.fold_each(frame.folds.get(o.name), before, done) for o in gatherers} if done else frame.folds
-            totals = folds.fold_each(frame.totals, done)
+            totals = folds.fold_each(frame.totals, [(folds.rates_last(metrics), n) for metrics, n in done])
             program.examples += sum(examples for _, examples in done)
             new = Frame(frame.loop, frame.ticks + len(done), totals, gathered, frame.member)
             streams = {**position.streams, name: cursor}

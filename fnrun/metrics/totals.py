@@ -114,6 +114,23 @@ def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> To
     return totals
 
 
+def rates_last(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metrics with a learning rate (`lr`, or a name that ends in `/lr`) as the newest instead of a mean: that of a schedule is a fact of now.
+
+    >>> rates_last({"loss": 0.5, "decay/lr": 0.1})
+    {'loss': 0.5, 'decay/lr': Last(value=0.1)}
+    """
+    rates = _rates(tuple(metrics))
+    if not rates:
+        return metrics
+    return {**metrics, **{name: Last(metrics[name]) for name in rates if not hasattr(metrics[name], "merge")}}
+
+
+@functools.lru_cache(maxsize=256)
+def _rates(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name == "lr" or name.endswith("/lr"))
+
+
 def fold_each(totals: Totals | None, ticks: Sequence[tuple[Mapping[str, Any], int]]) -> Totals | None:
     """`fold` for several ticks, each `(metrics, examples)`, one after the other."""
     i = 0
@@ -204,6 +221,8 @@ def _fold(old: Totals, metrics: Mapping[str, Any], examples: int) -> Totals:
     tensors: dict[str, Tensor] = {}
     numbers, folds = old.numbers, old.folds
     for name, value in metrics.items():
+        if isinstance(value, Last) and name not in folds and name in old.names:
+            value = value.value  # totals that were begun as a mean, by a version that knew no rates, end as one
         if isinstance(value, Tensor):
             tensors[name] = value
         elif isinstance(value, Real):

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from fnrun.observers.pace import Pace
 from fnrun.observers.ranks import rank
-from fnrun.observers.sinks import Sink, console, record
+from fnrun.observers.sinks import Record, Sink, console, record
 from fnrun.observers.window import Size, Statistic, Window, compute, windows
 from fnrun.state import LoopState, counted, due, in_training
 
 logger = logging.getLogger("fnrun")
 
-#: What is not a mean where nothing else is asked for: people expect the learning rate of now.
-STATISTICS: dict[str, Statistic] = {"lr": "last"}
+#: Called with the name of a log and each of its lines: for `fnrun.testing`, which compares what a run and a resumed one write.
+listener: ContextVar[Callable[[str, Record], None] | None] = ContextVar("listener", default=None)
 
 
 class _Log:
@@ -48,14 +49,14 @@ class _Log:
     def fold(self, folded: Any, before: LoopState, metrics: Any, examples: int) -> Any:
         if not isinstance(metrics, dict):
             return None
-        kept = folded if folded is not None else self._first(before)
+        kept = folded if folded is not None and "run" not in self.windows else self._first(before) | (folded or {})
         return {
             size: window.fold(kept.get(size, ()), counted(before) % self.every, metrics, examples) for size, window in self.windows.items()
         }
 
     def fold_each(self, folded: Any, before: Any, ticks: Sequence[tuple[Any, int]]) -> Any:
         """`fold` for ticks of a training loop that follow each other; `before` is before the first."""
-        kept = folded if folded is not None else self._first(before)
+        kept = folded if folded is not None and "run" not in self.windows else self._first(before) | (folded or {})
         first = before.step % self.every
         return {size: window.fold_each(kept.get(size, ()), first, ticks) for size, window in self.windows.items()}
 
@@ -69,6 +70,10 @@ class _Log:
                 "too, and it remembers: hooks=[log], observers=[log]"
             )
         return {"run": before.memory[self.name]}
+
+    def carry(self, folded: Any) -> Any:
+        """What goes on in the loop's next round: ticks since the line before, or the last so many, are counted across its end."""
+        return {size: parts for size, parts in (folded or {}).items() if size not in ("epoch", "run")}
 
     # The hook that carries the window of the whole run from round to round.
 
@@ -100,6 +105,8 @@ class _Log:
                 line = record(state, values, self._clock(now, left))
                 for sink in self.sinks:
                     sink.write(line)
+                if (listening := listener.get()) is not None:
+                    listening(self.name, line)
         self._last, self._ticks = now, 0
         self._waited = self._program.data_seconds
 
@@ -142,9 +149,9 @@ def log(
     """A line of metrics on each n-th step (in a loop of training steps) or round (elsewhere), to the sinks `to`: by default the console.
 
     A line holds means over `window`: the ticks since the line before (`"line"`), the last so many (a number), the loop's pass (`"epoch"`), or the
-    whole run (`"run"`); the first three reach back to where the loop began at most. `statistics` asks for others, by the metric's name in the
+    whole run (`"run"`). In a loop of training steps the first two reach back into the rounds before, elsewhere to where the loop began. `statistics` asks for others, by the metric's name in the
     loop: "mean", "min", "max" or "last", several of them, each alone or with a window of its own: `{"loss": ["mean", "max", ("mean", 100)]}`. The first
-    is called as the metric, the others `loss_max`, `loss_mean_100`. A learning rate `lr` is the last one unless you say otherwise.
+    is called as the metric, the others `loss_max`, `loss_mean_100`. A learning rate (`lr`, `decay/lr`) is the last one unless you say otherwise.
 
     Windows are in the state: after a resume the next line is the one that an uninterrupted run writes. That of the whole run, in a loop that is
     repeated, is remembered by the log as a hook of that loop: `hooks=[log], observers=[log]`. Names carry the loop's place: `loss` in the
@@ -163,5 +170,5 @@ def log(
     if every < 1:
         raise ValueError(f"log: every is at least 1, not {every!r}")
     asked = frozenset(statistics or ())
-    named = windows(every, window, {**STATISTICS, **(statistics or {})})
+    named = windows(every, window, statistics or {})
     return _Log(every, [console()] if to is None else to, named, asked, name)

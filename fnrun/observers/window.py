@@ -61,8 +61,7 @@ class Window:
         else:
             begins = self.size == "line" and at == 0
             parts = () if begins else parts
-        if not (self.rest and self.chosen.keys().isdisjoint(metrics)):
-            metrics = self._expanded(metrics)
+        metrics = self._expanded(metrics)
         if begins or not parts:
             ended = (*parts[:-1], folds.settled(parts[-1])) if parts else ()
             return (*ended, folds.fold(None, metrics, examples))[-max(1, self.parts) :]
@@ -75,15 +74,16 @@ class Window:
                 parts = self.fold(parts, at + i, metrics, examples)
             return parts
         parts = self.fold(parts, at, *ticks[0])
-        plain = self.rest and not self.chosen
-        rest = folds.fold_each(parts[-1], ticks[1:] if plain else [(self._expanded(metrics), n) for metrics, n in ticks[1:]])
+        rest = folds.fold_each(parts[-1], [(self._expanded(metrics), n) for metrics, n in ticks[1:]])
         return (*parts[:-1], rest) if rest is not None else parts
 
-    def _expanded(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def _expanded(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.rest and self.chosen.keys().isdisjoint(metrics):
+            return folds.rates_last(metrics)
         found: dict[str, Any] = {}
-        for name, metric in metrics.items():
+        for name, metric in (folds.rates_last(metrics) if self.rest else metrics).items():
             if name in self.chosen:
-                found.update((label, KINDS[kind](metric)) for kind, label in self.chosen[name])
+                found.update((label, KINDS[kind](metrics[name])) for kind, label in self.chosen[name])
             elif self.rest:
                 found[name] = metric
         return found

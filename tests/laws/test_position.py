@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from fnrun import tree
 from fnrun.checkpoint import Checkpoints
 from fnrun.testing import assert_resumable, assert_same, states_seen
-from tests.programs import build, fresh, lengths, programs
+from tests.programs import build, fresh, lengths, logs, programs
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 few = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
@@ -16,7 +16,7 @@ few = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthC
 @many
 @given(programs, lengths)
 def test_resumes_from_every_observed_state(program, lens):
-    loop, data = build(program, lens)
+    loop, data = build(program, lens, observers=logs)
     if states_seen(loop, fresh(), data)[0]:
         assert_resumable(loop, fresh(), data, limit=8, restored=lambda state, like: tree.snapshot(state))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fnrun
-from fnrun import observers
+from fnrun import observers, optim, schedules
 from fnrun.observers.sinks import Record
 from tests.programs import fresh
 
@@ -43,8 +43,8 @@ def test_a_line_is_the_mean_of_its_window_weighted_by_examples():
     kept = Kept()
     loop = fnrun.repeat(fnrun.sequence(train=counted(observers=[observers.log(2, to=[kept])])), 2)
     loop(fresh(), {"train": [torch.zeros(1), torch.zeros(3), torch.zeros(1)]})
-    # steps 0 1 | 2 and, in the next epoch, 3 | 4 5: windows end at each second step and with the epoch
-    assert [(r.step, r.epoch, r.metrics["train/n"]) for r in kept.records] == [(2, 1, 0.75), (4, 2, 3.0), (6, 2, pytest.approx(4.25))]
+    # steps 0 1 | 2 and, in the next epoch, 3 | 4 5: a window ends at each second step, wherever the epoch does
+    assert [(r.step, r.epoch, r.metrics["train/n"]) for r in kept.records] == [(2, 1, 0.75), (4, 2, 2.5), (6, 2, pytest.approx(4.25))]
     assert kept.records[0].metrics["train/vector"] == [1.0, 0.75]
     assert [r.order for r in kept.records] == [(2, 0, 0, 2), (4, 1, 0, 1), (6, 1, 0, 3)]
     assert {"time", "elapsed", "seconds_per_tick", "eta", "peak_mib"} <= kept.records[0].clock.keys()
@@ -129,3 +129,14 @@ def test_a_program_that_refuses_its_data_does_not_cut_the_log(tmp_path):
     with pytest.raises(TypeError, match=r"data\.loader"):
         loop(fresh(), torch.utils.data.DataLoader([1]))
     assert path.read_text() == before
+
+
+def test_a_learning_rate_is_the_last_one_at_every_depth():
+    kept, curve = Kept(), schedules.cosine(0.1, 12)
+    model = torch.nn.Linear(1, 1)
+    optimizer = optim.partition(optim.decay_labels, {"decay": optim.sgd(curve), "no_decay": optim.sgd(0.5)})
+    step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), optimizer)
+    loop = fnrun.repeat(fnrun.sequence(train=fnrun.epoch_loop(step)), 4, observers=[observers.log(2, to=[kept])])
+    _, result = loop(fnrun.TrainState.create(model, optimizer), {"train": [torch.ones(1, 1)] * 3})
+    assert [r.metrics["train/decay/lr"] for r in kept.records] == [curve(5), curve(11)]  # of the newest update before the line
+    assert result["train/decay/lr"] == curve(11)

@@ -27,11 +27,11 @@ def reads(state, batch):
 
 
 def expected(values, sizes, every, window, epoch):
-    """The lines as (step, first tick of the window): what lies before the epoch belongs to none but the run's."""
+    """The lines as (step, first tick of the window): only a window of the epoch ends with it."""
     for step in range(every, len(values) + 1, every):
         began = (step - 1) // epoch * epoch
-        first = {"line": max(began, step - every), "epoch": began, "run": 0}.get(window)
-        first = max(began, step - window) if first is None else first
+        first = {"line": step - every, "epoch": began, "run": 0}.get(window)
+        first = max(0, step - window) if first is None else first
         yield step, np.array(values[first:step], dtype=float), np.array(sizes[first:step], dtype=float)
 
 
