@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union
@@ -18,8 +19,11 @@ from fnrun import writer
 from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.checkpoint.retention import which
 from fnrun.interrupts import Interrupt, Signals, any_of, deadline
+from fnrun.loops import Loop
+from fnrun.loops.composed import Composed, loops_of
 from fnrun.program import ProgramError
 from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, changes, config_type
+from fnrun.steps import is_step
 from fnrun.summary import command_line, summary
 from fnrun.tables import number, table
 from fnrun.tree import module_name
@@ -195,9 +199,9 @@ def _interruptible(build: Build, name: str, command: Any, args: list[str]) -> in
 def _trained(build: Build, name: str, command: Any, asked: _Asked) -> int:
     writer.check_alone()
     if not isinstance(command, _Resume):
-        return _train(build, Run.create(name, command.config, command.out), command, asked)
+        return _train(build, name, command.out, command, asked)
     if command.auto and not (command.run / CONFIG).exists():
-        return _train(build, Run.create(name, command.config, command.run), command, asked)
+        return _train(build, name, command.run, command, asked)
     command, run = _resumed(build, name, command.run, asked.args)
     if command.auto and run.config == command.config and (steps := _finished(run)) is not None:
         print(f"{run.path} is finished: {steps} steps")
@@ -211,18 +215,36 @@ def _finished(run: Run) -> int | None:
     return status.step if status.state == "finished" and entries and status.ticks == entries[-1].ticks else None
 
 
-def _train(build: Build, run: Run, command: Any, asked: _Asked) -> int:
+def _train(build: Build, name: str, path: Path | None, command: Any, asked: _Asked) -> int:
+    run, made = _begun(name, command.config, path)
     with run.writing(asked) as writing, contextlib.ExitStack() as stack:
         try:
             experiment = _built(build, run)
             state = experiment.state()
+            if not made and not run.untouched():
+                raise RunError(f"{run.path} was trained meanwhile. To go on with it: resume {run.path}")
+            if not made:
+                run.write_beginning()
         except BaseException:
             writing.withdraw()
-            stack.callback(run.discard)  # the command, corrected, may have the place
+            if made:
+                stack.callback(run.discard)  # the command, corrected, may have the place
             raise
         stack.enter_context(_logging(run, command.log_level))
         logger.info("%s: a new run in %s", run.experiment, run.path)
         return _go(run, experiment, state, asked, writing)
+
+
+def _begun(name: str, config: Any, path: Path | None) -> tuple[Run, bool]:
+    """A new run, and whether it was made: a first attempt that failed before anything was saved or logged has no claim on its place."""
+    try:
+        return Run.create(name, config, path), True
+    except RunError:
+        if path is None or not (path / CONFIG).is_file() or (before := Run.open(path)).status().state in ("running", "finished"):
+            raise
+        if not before.untouched():
+            raise
+        return Run(path, name, config), False
 
 
 def _resume(build: Build, name: str, command: Any, asked: _Asked) -> int:
@@ -299,14 +321,18 @@ def _built(build: Build, run: Run) -> Experiment:
 def _go(run: Run, experiment: Experiment, state: Any, asked: _Asked, writing: Writing) -> int:
     began, stopped = state.position.ticks, state.stop
     if asked() is None:
+        program = _saving(experiment.program, run)
         with _workers_end_too(asked), run.checkpoints:
-            state, _ = experiment.program(state, experiment.data, interrupt=any_of(writing, asked))
+            state, _ = program(state, experiment.data, interrupt=any_of(writing, asked))
     writing.check()
     writing.at(state.step, state.position.ticks)
     if asked.text is not None:
         writing.stopped(asked.text)
         saved = run.checkpoints.latest()
         where = "before the first step" if saved is None else f"at step {saved}, saved"
+        if saved is None and state.position.ticks:
+            logger.warning("%s: interrupted at step %d, and nothing was saved", asked.text, state.step)
+            return asked.code
         logger.info("%s: interrupted %s. To go on:\n  %s", asked.text, where, command_line(run, "resume", run.path))
         return asked.code
     if state.stop:
@@ -317,8 +343,38 @@ def _go(run: Run, experiment: Experiment, state: Any, asked: _Asked, writing: Wr
     elif state.stop:
         logger.info("stopped at step %d: %s", state.step, state.stop)
     with _unread():
-        summary(run)
+        summary(run, evaluates=experiment.evaluate is not None)
     return 0
+
+
+#: Where a program says nothing of checkpoints, so many stay, and so many training steps are between two.
+KEPT, BETWEEN = 3, 1000
+
+
+def _saving(program: Any, run: Run) -> Any:
+    """The program with a checkpoint observer. Where it has none that can be given one, it is said that nothing is saved."""
+    from fnrun import observers
+
+    if any(getattr(observer, "saves", False) for loop in loops_of(program) for observer in loop.observers):
+        return program
+    if not isinstance(program, Loop) or not _stands_openly(program):
+        logger.warning(
+            "no loop of the program that can be seen has an observers.checkpoint: unless a wrapper holds one, NOTHING IS SAVED, and what is "
+            "interrupted cannot go on"
+        )
+        return program
+    every = BETWEEN if program.over_data else 1
+    what = f"each {every} steps" if program.over_data else "each round"
+    logger.info("the program has no observers.checkpoint: one is saved %s and at the end, and the %d newest stay", what, KEPT)
+    with warnings.catch_warnings(action="ignore"):  # what is to be said of a loop was said when it was made
+        return dataclasses.replace(program, observers=(*program.observers, observers.checkpoint(run.checkpoints, every=every, keep=KEPT)))
+
+
+def _stands_openly(step: Any) -> bool:
+    """Whether all loops of a program can be seen: none is in a function that wraps it."""
+    if not isinstance(step, Composed):
+        return is_step(step)
+    return getattr(step, "over_data", False) or all(_stands_openly(each) for _, each in step.inner())
 
 
 @contextlib.contextmanager

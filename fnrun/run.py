@@ -17,11 +17,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib
 import inspect
 import json
+import os
 import shutil
 import sys
 import typing
@@ -153,11 +155,22 @@ class Run:
         content = {"experiment": self.experiment, "config": msgspec.to_builtins(self.config)}
         return msgspec.yaml.encode(content | ({"history": self.history} if self.history else {}))
 
+    def untouched(self) -> bool:
+        """Whether nothing would be lost if the run began anew: it has no checkpoint, and no line that was logged."""
+        logged = self.metrics.exists() and self.metrics.stat().st_size
+        return not logged and not self.checkpoints.entries()
+
     def discard(self) -> None:
         """Delete a run in which nothing has begun: its place is free at once, whenever this is killed."""
-        aside = self.path.with_name(files.temporary_name())
-        self.path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        path = self.path.resolve()
+        aside = path.with_name(files.temporary_name())
+        try:
+            path.rename(aside)
+        except OSError:  # a directory that is mounted there, or one beside which nothing may be made
+            for child in sorted((child for child in path.iterdir() if not _nobodys(child)), key=lambda child: child.name != CONFIG):
+                shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
 
     @contextlib.contextmanager
     def writing(self, interrupt: Callable[[], str | None] | None = None) -> Iterator[Writing]:
@@ -252,26 +265,48 @@ def appearing(target: Path, mode: int | None = None) -> Iterator[Path]:
     """
 
     def taken() -> PlaceTaken | None:
-        full = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        full = target.exists() and (not target.is_dir() or any(not _nobodys(entry) for entry in target.iterdir()))
         return PlaceTaken(f"{target} already holds {_contents(target)}: choose another place, for nothing is overwritten") if full else None
 
     if (refusal := taken()) is not None:
         raise refusal
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = target.with_name(files.temporary_name())
+        real = target.resolve()  # where a link points to
+        real.parent.mkdir(parents=True, exist_ok=True)
+        within = real.is_dir() and (real.is_mount() or not os.access(real.parent, os.W_OK | os.X_OK))
+        made = (real if within else real.parent) / files.temporary_name()
         made.mkdir()
         try:
             if mode is not None:
                 made.chmod(mode)
             yield made
-            made.rename(target)
+            _take_place(made, real, within)
         finally:
             shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
         if target.is_dir() and (refusal := taken()) is not None:
             raise refusal from error
         raise RunError(f"cannot make the run directory {target}: {error.strerror or error}") from error
+
+
+def _take_place(made: Path, target: Path, within: bool) -> None:
+    """`made` as `target`. A directory that is mounted there, or beside which nothing may be made, is filled instead, the config last."""
+    if not within:
+        try:
+            made.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
+                raise
+        else:
+            return
+    for entry in sorted(made.iterdir(), key=lambda entry: entry.name == CONFIG):
+        shutil.move(entry, target)
+    files.sync(target)
+
+
+def _nobodys(entry: Path) -> bool:
+    """What may lie in a directory that is free: what a killed process left half made, and what a file system has in its root."""
+    return files.TEMPORARY.fullmatch(entry.name) is not None or entry.name == "lost+found"
 
 
 def _contents(target: Path) -> str:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from fnrun.checkpoint import CheckpointError
 from fnrun.run import Run
 from fnrun.tables import number, table
 
@@ -27,8 +28,8 @@ def _python() -> str:
     return sys.executable
 
 
-def summary(run: Run) -> None:
-    """Print the best and the last of losses and accuracies, and what can be done with the run."""
+def summary(run: Run, *, evaluates: bool) -> None:
+    """Print the best and the last of losses and accuracies, and what can be done with the run: evaluate, if its experiment can, and resume."""
     from fnrun.plot import curves, plot, records
 
     found = curves(records(run.metrics)) if run.metrics.exists() else {}
@@ -43,5 +44,17 @@ def summary(run: Run) -> None:
     print(f"run       {run.path}")
     if picture is not None:
         print(f"plot      {picture}")
-    print(f"evaluate  {command_line(run, 'evaluate', run.path, '--checkpoint', 'best')}")
+    if run.checkpoints.latest() is None:
+        return
+    if evaluates:
+        best = ["--checkpoint", "best"] if _judged(run) else []
+        print(f"evaluate  {command_line(run, 'evaluate', run.path, *best)}")
     print(f"resume    {command_line(run, 'resume', run.path)}")
+
+
+def _judged(run: Run) -> bool:
+    """Whether one of the checkpoints is the best."""
+    try:
+        return run.checkpoints.best() is not None
+    except CheckpointError:
+        return False
