@@ -249,6 +249,17 @@ class Checkpoints:
             )
         return best(manifests, metric)
 
+    def best_values(self, monitors: Mapping[str, Mode], *, before: int) -> dict[str, float]:
+        """The best value by each of these metrics among the checkpoints of fewer than `before` ticks, as a number to be minimized."""
+        self._background.join()
+        found: dict[str, float] = {}
+        for manifest in self._readable().values():
+            for metric, mode in monitors.items():
+                value = manifest.value(metric, mode) if manifest.ticks < before else None
+                if value is not None:
+                    found[metric] = min(value, found.get(metric, value))
+        return found
+
     def manifest(self, step: Which = None) -> Manifest:
         """What a checkpoint says of itself, its arrays apart: metrics, config, environment, leaves. Arguments as in `restore`."""
         return self._manifest(self.find(step))
@@ -412,12 +423,14 @@ class Checkpoints:
         return self._superfluous(keep, keep_every)
 
     def _superfluous(self, keep: int, keep_every: int | None) -> list[Entry]:
+        return superfluous(self._entries(), self._readable(), keep, keep_every)
+
+    def _readable(self) -> dict[Entry, Manifest]:
         readable: dict[Entry, Manifest] = {}
-        entries = self._entries()
-        for entry in entries:
+        for entry in self._entries():
             with contextlib.suppress(DamagedError):
                 readable[entry] = self._manifest(entry)
-        return superfluous(entries, readable, keep, keep_every)
+        return readable
 
     def garbage(self) -> list[Path]:
         """What killed processes have left half written or half deleted, and the futures that were given up; nobody reads either."""

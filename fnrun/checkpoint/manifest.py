@@ -98,6 +98,12 @@ class File(msgspec.Struct):
     sha256: str
 
 
+def ranked(value: Any, mode: Mode) -> float | None:
+    """A metric as a number to be minimized; None for one that is not finite, which is never the best."""
+    value = float(value)
+    return None if not math.isfinite(value) else (-value if mode == "max" else value)
+
+
 class Manifest(msgspec.Struct, kw_only=True):
     """Everything about a checkpoint except the bytes of its arrays."""
 
@@ -115,8 +121,7 @@ class Manifest(msgspec.Struct, kw_only=True):
 
     def value(self, metric: str, mode: Mode) -> float | None:
         """A metric by which checkpoints are judged, as a number to be minimized; None if it was not monitored like this, or is not finite."""
-        value = float(self.metrics.get(metric, "nan")) if self.monitors.get(metric) == mode else math.nan
-        return None if not math.isfinite(value) else (-value if mode == "max" else value)
+        return ranked(self.metrics.get(metric, "nan"), mode) if self.monitors.get(metric) == mode else None
 
     def check(self) -> None:
         """Raise ValueError unless the structure names each leaf once, in order, each leaf says where its bytes are, and metrics are numbers."""

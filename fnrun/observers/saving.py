@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from fnrun.checkpoint import CheckpointError, Checkpoints
+from fnrun.checkpoint.manifest import ranked
 from fnrun.checkpoint.retention import check_keep, monitored
 from fnrun.donation import fate
 from fnrun.environment import ranks
 from fnrun.hooks.monitor import reported
-from fnrun.state import LoopState, due, in_training
+from fnrun.state import LoopState, Position, due, in_training
 
 logger = logging.getLogger("fnrun")
 
@@ -29,7 +31,8 @@ class _Checkpoint:
         self.checkpoints, self.monitors, self.every = checkpoints, monitors, every
         self.keep, self.keep_every, self.max_failures = keep, keep_every, max_failures
         self._saved: tuple[int, ...] | None = None
-        self._tried: tuple[tuple[int, ...], dict[str, Any]] = ((), {})  # the place of the state that was last handed over, and its metrics
+        self._seen: tuple[Position | None, dict[str, Any]] = None, {}  # where the newest tick stands, and its metrics
+        self._best: dict[str, float] | None = None  # of what is saved, by metric: the lower the better
         self._failures = 0
 
     def __str__(self) -> str:
@@ -39,6 +42,7 @@ class _Checkpoint:
     def open(self, program: Any, state: LoopState) -> None:
         self._saved = state.position.order if state.position.ticks else None  # a state that stands somewhere came from a checkpoint
         self._failures = 0
+        self._seen, self._best = (None, {}), None
         if ranks()[0]:
             raise CheckpointError(
                 f"{self.checkpoints.directory}: this is process {ranks()[0]} of several; the first one alone may save there"
@@ -51,22 +55,32 @@ class _Checkpoint:
         if now or not in_training(state):
             for metric in self.monitors:
                 reported("checkpoint", metric, state, metrics)
-        if now:
+        self._seen = state.position, metrics
+        if (not in_training(state) and self._improves(state, metrics)) or now:
             self._surviving(state, lambda: self._save(state, metrics))
+
+    def _improves(self, state: LoopState, metrics: dict[str, Any]) -> bool:
+        """Whether the round is the best one yet by any of the metrics: then it is saved, whatever `every` says."""
+        if self._best is None:
+            self._best = self.checkpoints.best_values(self.monitors, before=state.position.ticks)
+        found = {name: ranked(metrics[name], mode) for name, mode in self.monitors.items() if name in metrics}
+        better = {name: value for name, value in found.items() if value is not None and value < self._best.get(name, math.inf)}
+        self._best.update(better)
+        return bool(better)
 
     def _surviving(self, state: LoopState, action: Callable[[], None]) -> None:
         try:
             action()
         except CheckpointError as error:
             self._failures += 1
-            self._saved = None
+            self._saved = self._best = None
             if self._failures >= self.max_failures:
                 error.state = state
                 raise
             logger.error("%s. Training goes on, the next save is tried in full", error)
 
     def _save(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        before, self._tried = self._saved, (state.position.order, metrics)
+        before = self._saved
         self._hand_over(state, metrics)
         if before is not None:  # and it is on disk
             self._failures = 0
@@ -90,8 +104,11 @@ class _Checkpoint:
             logger.error("%s, and did not come to its end: the last checkpoint is the good state", by)
         elif state.position.ticks and self._saved != state.position.order:
             try:
-                self._hand_over(state, self._tried[1] if self._tried[0] == state.position.order else {})
+                position, metrics = self._seen
+                self._hand_over(state, metrics if position is not None and position.order == state.position.order else {})
                 self.checkpoints.wait()
+                if self.keep is not None:
+                    self.checkpoints.prune(self.keep, self.keep_every)
             except CheckpointError as error:
                 error.state = state
                 raise
@@ -101,7 +118,7 @@ def checkpoint(
     checkpoints: Checkpoints,
     *,
     monitor: str | Mapping[str, Mode] | None = None,
-    mode: Mode = "max",
+    mode: Mode = "min",
     keep: int | None = None,
     keep_every: int | None = None,
     every: int = 1,
@@ -109,8 +126,9 @@ def checkpoint(
 ) -> Any:
     """Save the whole state on each n-th step (in a loop of training steps) or round (elsewhere), in the background.
 
-    `keep` of them stay, besides the best by `monitor` (or by each of several: `{"val/loss": "min", "val/accuracy": "max"}`) and, with
-    `keep_every=k`, the first one at or after each multiple of k steps. However the program ends (its last round, a stop, an interrupt, an
+    A round that is the best one yet by `monitor` (a metric of which `mode` is "min" or "max", or several with their modes:
+    `{"val/loss": "min", "val/accuracy": "max"}`) is saved whenever it comes; in a loop of training steps the best is that of each n-th step.
+    `keep` of them stay, besides the best by each metric and, with `keep_every=k`, the first one at or after each multiple of k steps. However the program ends (its last round, a stop, an interrupt, an
     exception), the state of the last finished tick is saved. A save that fails is logged, training goes on and the next one is tried in full;
     the `max_failures`-th in a row ends the run with a CheckpointError, whose `state` is that of the tick. Raises ValueError where no step
     reports a monitored metric.

@@ -75,7 +75,7 @@ def test_a_finished_run_says_so_and_can_train_longer(finished, tmp_path):
     lines = outcome(path)[1]
     assert lines[:2] == before[1]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
-    assert lines[2]["train/lr"] > 1e-4  # the schedule follows the new length: at its old end it was 0
+    assert lines[2]["train/lr"] > 0  # the schedule follows the new length: behind its old end it was 0
 
 
 INTERRUPTED = ["--epochs", 3, "--batch-size", 32]

@@ -58,7 +58,7 @@ class Training:
             hooks=[hooks.early_stopping("val/loss", patience=5)],
             observers=[
                 observers.log(to=sinks, name="epoch"),
-                *([] if checkpoints is None else [observers.checkpoint(checkpoints, monitor="val/accuracy", keep=2)]),
+                *([] if checkpoints is None else [observers.checkpoint(checkpoints, monitor="val/accuracy", mode="max", keep=2)]),
             ],
         )
         self.data = {

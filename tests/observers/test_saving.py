@@ -46,6 +46,39 @@ def test_the_best_by_each_of_several_metrics_stays(tmp_path: Path) -> None:
     assert resumed.step == 24
 
 
+def test_the_best_round_is_saved_whenever_it_comes(tmp_path: Path) -> None:
+    """val/accuracy is best in the second of six rounds, val/loss in the last one; neither is a fourth."""
+    checkpoints = Checkpoints(tmp_path)
+    monitor = {"val/accuracy": "max", "val/loss": "min"}
+    fit, state, batches = training(6, observers.checkpoint(checkpoints, monitor={"val/accuracy": "max"}, every=4, keep=1))
+    _, metrics = fit(state, batches)
+    assert checkpoints.steps() == [8, 24]
+    assert checkpoints.manifest(24).metrics["val/loss"] == pytest.approx(
+        float(metrics["val/loss"])
+    )  # what is saved at the end is judged too
+    fit, state, batches = training(3, observers.checkpoint(Checkpoints(tmp_path / "b"), monitor=monitor, every=4))
+    fit(state, batches)
+    assert Checkpoints(tmp_path / "b").steps() == [4, 8, 12]
+    assert (Checkpoints(tmp_path / "b").best("val/accuracy"), Checkpoints(tmp_path / "b").best("val/loss")) == (8, 12)
+
+
+def test_what_is_best_is_known_after_a_resume(tmp_path: Path) -> None:
+    whole, cut = Checkpoints(tmp_path / "whole"), Checkpoints(tmp_path / "cut")
+    options: Any = {"monitor": "val/accuracy", "mode": "max", "every": 3}
+    fit, state, batches = training(6, observers.checkpoint(whole, **options))
+    fit(state, batches)
+    fit, state, batches = training(6, observers.checkpoint(cut, **options))
+    polls = iter(range(100))
+    fit(state, batches, interrupt=lambda: "now" if next(polls) == 17 else None)
+    before = set(cut.steps())
+    training(6, observers.checkpoint(cut, **options))[0](cut.restore(state), batches)
+    assert set(whole.steps()) <= set(cut.steps()) <= set(whole.steps()) | before
+
+
+def test_one_monitored_metric_is_minimized_as_everywhere(tmp_path: Path) -> None:
+    assert str(observers.checkpoint(Checkpoints(tmp_path), monitor="val/loss")).endswith("best by val/loss (min)")
+
+
 def test_one_of_each_so_many_steps_stays(tmp_path: Path) -> None:
     fit, state, batches = training(6, observers.checkpoint(Checkpoints(tmp_path), keep=1, keep_every=10))
     fit(state, batches)

@@ -36,7 +36,7 @@ from fnrun.checkpoint import Checkpoints
         (lambda: observers.progress(), "progress"),
         (lambda: observers.checkpoint(Checkpoints("runs/a/checkpoints")), "checkpoint every 1 -> runs/a/checkpoints"),
         (
-            lambda: observers.checkpoint(Checkpoints("c"), monitor="val/accuracy", every=2),
+            lambda: observers.checkpoint(Checkpoints("c"), monitor="val/accuracy", mode="max", every=2),
             "checkpoint every 2 -> c, best by val/accuracy (max)",
         ),
         (lambda: observers.profile(range(10, 13), to="runs/p"), "profile steps 10 to 12 -> runs/p"),
