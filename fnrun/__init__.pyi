@@ -27,6 +27,7 @@ from .loops import (
     sequence as sequence,
     step_loop as step_loop,
     workflow as workflow,
+    wraps as wraps,
 )
 from .program import Hook as Hook, Observer as Observer, ProgramError as ProgramError
 from .reports import report as report

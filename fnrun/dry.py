@@ -65,7 +65,7 @@ def dry_run(loop: Any, state: Any, data: Any) -> DryRun:
 
 def _short(name: str, step: Any, around: DryRun, clock: _Clock) -> Any:
     """The step with one tick for each loop that stands in it openly; its notes go under `around`."""
-    if not hasattr(step, "cut"):  # a step, or a wrapper that may hold loops
+    if not hasattr(step, "cut"):  # a step, or a function that may call loops
         return step
     if not step.own():  # `every` is no loop and has no tick of its own
         return step.cut(lambda inner_name, inner: _short(name, inner, around, clock))

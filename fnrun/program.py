@@ -104,6 +104,7 @@ class Program:
         self.interrupt = interrupt
         self.latest: Any = state
         self.data_seconds = 0.0  # waited for batches in this call
+        self.asked = False  # whether a function was called that does not say which loops it calls
         self.examples = 0  # that went through the loops in this call
         self.lengths: dict[str, int | None] = {}  # how many ticks a frame's loop will have, by the frame's name, where that is known
         self.reports = collecting()
@@ -128,18 +129,15 @@ class Program:
 
     # --- hooks and observers
 
-    def begin(self, loops: Iterable[Any], state: Any, *, hidden: bool = False) -> Any:
-        """Give each new hook its first memory and, unless the loops are hidden in wrappers and may never run, note each new observer.
-
-        Safe to call again: what has begun is left alone.
-        """
+    def begin(self, loops: Iterable[Any], state: Any) -> Any:
+        """Give each new hook its first memory, and note each new observer. Safe to call again: what has begun is left alone."""
         for loop in loops:
             if id(loop) not in self._begun:
                 self._begun[id(loop)] = loop
                 for hook in loop.hooks:
                     if isinstance(hook, Hook):
                         state = self._remember(hook, state)
-        for observer in [] if hidden else [o for loop in loops for o in loop.observers]:
+        for observer in [observer for loop in loops for observer in loop.observers]:
             if not any(observer is known for known in self._observers):
                 self._observers.append(observer)
                 self._unopened.append((observer, state))
@@ -159,12 +157,19 @@ class Program:
             return state
         return state.replace(memory={**state.memory, hook.name: hook.init(state)})
 
+    @property
+    def trained(self) -> bool:
+        """Whether a loop of training steps has begun so far."""
+        return any(loop.trains for loop in self._begun.values())
+
     def unclaimed(self, state: LoopState) -> None:
         """Say which memory of the state belongs to no hook of the program."""
         names = sorted(set(state.memory) - set(self._hooks))
         if names:
             warnings.warn(
-                f"the state remembers hooks that the program does not show: {', '.join(names)}; their memory is kept", stacklevel=5
+                f"the state remembers hooks that the program does not show: {', '.join(names)}; their memory is kept. "
+                "(A function that calls a loop says so by fnrun.wraps(loop))",
+                stacklevel=5,
             )
 
     def flush(self) -> None:

@@ -76,6 +76,7 @@ programs = st.recursive(
         st.tuples(st.just("repeat"), inner, st.integers(0, 3)),
         st.tuples(st.just("until"), inner, st.integers(1, 3)),
         st.tuples(st.just("wrapped"), inner),
+        st.tuples(st.just("told"), inner),
         st.tuples(st.just("sequence"), inner, inner),
         st.tuples(st.just("workflow"), inner, inner, st.integers(1, 2)),
         st.tuples(st.just("every"), inner, st.integers(1, 3), st.integers(1, 4)),
@@ -116,6 +117,8 @@ class Build:
             return fnrun.repeat(inner, until=lambda state: state.position.frames[-1].ticks >= ticks, **training), data
         if kind == "wrapped":
             return fnrun.repeat(wrapped(inner), 2), data
+        if kind == "told":
+            return fnrun.repeat(fnrun.wraps(inner)(wrapped(inner)), 2), data
         if kind == "every":
             step = fnrun.sequence(a=fnrun.every(rest[1], inner), **training)
             return fnrun.repeat(step, rest[2], observers=list(self.observers())), {"a": data}

@@ -81,7 +81,7 @@ def test_import_is_lazy():
 def test_the_names_that_are_promised():
     for name in [
         "struct", "TrainState", "Position", "Frame", "Key", "make_train_step", "make_eval_step", "make_predict_step", "step", "value_and_grad",
-        "call", "report", "skip_nonfinite", "epoch_loop", "step_loop", "eval_loop", "predict_loop", "repeat", "sequence", "every", "workflow",
+        "call", "report", "skip_nonfinite", "epoch_loop", "step_loop", "eval_loop", "predict_loop", "repeat", "sequence", "every", "workflow", "wraps",
         "any_of", "deadline", "Run", "Experiment", "main", "checkpoint", "data", "hooks", "metrics", "observers", "optim", "schedules", "testing", "tree",
     ]:  # fmt: skip
         assert name in dir(fnrun)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fnrun
-from fnrun import data, hooks
+from fnrun import data, hooks, optim
 from fnrun.loops import Loop
 from fnrun.testing import assert_same, states_seen
 from tests.programs import Counter, fresh, train
@@ -20,6 +20,9 @@ from tests.programs import Counter, fresh, train
 
 def batches(n):
     return [torch.full((1 + i % 2,), float(i)) for i in range(n)]
+
+
+WARM = fnrun.epoch_loop(train, hooks=[hooks.ema(0.1)])
 
 
 def traced(name, log):
@@ -165,17 +168,140 @@ class TestResuming:
         with pytest.warns(UserWarning, match="hooks that the program does not show: one;"):
             fnrun.epoch_loop(train, hooks=[hooks.ema(0.5)])(seen[1], stream)
 
-    def test_loops_behind_wrappers_begin_with_the_program(self):
-        inner = fnrun.epoch_loop(train, hooks=[Counter("hidden", None)])
+    def test_a_loop_that_a_function_only_names_is_no_part_of_the_program(self):
+        used = fnrun.epoch_loop(train, hooks=[hooks.ema(0.5)])
 
-        @functools.wraps(inner)
-        def wrapper(state, x):
-            return inner(state, x)
+        class Host:
+            spare = fnrun.epoch_loop(train, hooks=[hooks.ema(0.9)])
 
+            def __init__(self):
+                self.warm = self.spare
+
+            def __call__(self, state, x):
+                return used(state, x) if state.step >= 0 else WARM(state, x)
+
+        state, _ = fnrun.sequence(a=Host())(fresh(), {"a": batches(2)})
+        assert set(state.memory) == {"ema"}
+        assert state.memory["ema"]["updates"] == 2
+
+    def test_the_memory_of_a_loop_that_nobody_told_of_begins_when_it_is_called(self):
+        inner = fnrun.epoch_loop(train, hooks=[Counter("inner", None)])
+        program = fnrun.sequence(first=fnrun.epoch_loop(train), second=lambda state, x: inner(state, x))
+        seen, _ = states_seen(program, fresh(), {"first": batches(1), "second": batches(1)})
+        assert ["inner" in state.memory for state in seen] == [False, False, True, True]
+
+    def test_the_memory_of_a_loop_that_was_told_of_begins_with_the_program_and_its_observers_open(self):
+        opened = []
+
+        class Opened:
+            def open(self, program, state):
+                opened.append(state.step)
+
+            def __call__(self, state, metrics):
+                pass
+
+        inner = fnrun.epoch_loop(train, hooks=[Counter("inner", None)], observers=[Opened()])
+        second = fnrun.wraps(inner)(lambda state, x: inner(state, x))
         seen, _ = states_seen(
-            fnrun.sequence(first=fnrun.epoch_loop(train), second=wrapper), fresh(), {"first": batches(1), "second": batches(1)}
+            fnrun.sequence(first=fnrun.epoch_loop(train), second=second), fresh(), {"first": batches(1), "second": batches(1)}
         )
-        assert "hidden" in seen[0].memory
+        assert "inner" in seen[0].memory
+        assert opened == [0]
+
+    @pytest.mark.parametrize("told", [True, False])
+    @pytest.mark.parametrize("kind", ["function", "list", "object", "partial", "method"])
+    def test_any_callable_may_wrap_a_loop(self, kind, told):
+        inner = fnrun.epoch_loop(train, hooks=[Counter("inner", None), hooks.ema(0.5)])
+
+        class Host:
+            def __init__(self):
+                self.loops = [inner]
+
+            def call(self, state, x):
+                return self.loops[0](state, x)
+
+            __call__ = call
+
+        in_a_list = [inner]
+        wrapper = {
+            "function": lambda state, x: inner(state, x),
+            "list": lambda state, x: in_a_list[0](state, x),
+            "object": Host(),
+            "partial": functools.partial(lambda loop, state, x: loop(state, x), inner),
+            "method": Host().call,
+        }[kind]
+        wrapper = fnrun.wraps(inner)(wrapper) if told else wrapper
+        for program, streams in [
+            (fnrun.repeat(wrapper, 3), batches(2)),
+            (fnrun.sequence(first=fnrun.epoch_loop(train), train=wrapper), {"first": batches(2), "train": batches(2)}),
+            (fnrun.repeat(fnrun.sequence(a=fnrun.every(2, wrapper)), 3), {"a": batches(2)}),
+        ]:
+            fnrun.testing.assert_resumable(program, fresh(), streams, restored=lambda s, like: s)
+
+    def test_a_method_may_say_what_it_calls(self):
+        inner = fnrun.epoch_loop(train)
+
+        class Host:
+            scale = 2
+
+            @fnrun.wraps(inner)
+            def fit(self, state, x):
+                return inner(state, [self.scale * batch for batch in x])
+
+        state, metrics = fnrun.repeat(Host().fit, 2)(fresh(), [torch.ones(2)])
+        assert (state.step, metrics["size"]) == (2, 2.0)
+
+    def test_what_a_function_says_it_calls_is_drawn_and_counted(self):
+        inner, other = fnrun.step_loop(train, 4, hooks=[hooks.ema(0.5)]), fnrun.step_loop(train, 3)
+
+        @fnrun.wraps(inner, other)
+        def both(state, x):
+            state, _ = inner(state, x)
+            return other(state, x)
+
+        drawn = str(fnrun.repeat(both, 2))
+        name = both.title()
+        assert drawn.splitlines() == [
+            "repeat 2 times, 14 steps in all", f"  {name}", "    step_loop, 4 steps", "      train", "      hook ema 0.5",
+            "    step_loop, 3 steps", "      train",
+        ]  # fmt: skip
+        assert str(both).splitlines()[0] == f"{name}, 7 steps in all"
+        assert fnrun.repeat(both, 2)(fresh(), batches(2))[0].step == 14
+
+    def test_two_loops_that_a_function_says_it_calls_share_no_memory(self):
+        a, b = fnrun.epoch_loop(train, hooks=[hooks.ema(0.5)]), fnrun.epoch_loop(train, hooks=[hooks.ema(0.9)])
+        with pytest.raises(fnrun.ProgramError, match="two hooks are named 'ema'"):
+            fnrun.repeat(fnrun.wraps(a, b)(lambda state, x: a(state, x)), 1)(fresh(), batches(1))
+
+    def test_a_function_that_wraps_a_donating_loop_keeps_the_state_that_it_was_given(self):
+        model = torch.nn.Linear(2, 1)
+        step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), optim.adamw(1e-2))
+        inner = fnrun.epoch_loop(step, donate=True)
+
+        @fnrun.wraps(inner)
+        def moved(state, x):
+            new, metrics = inner(state, x)
+            return new, {**metrics, "moved": (new.params["weight"] - state.params["weight"]).abs().sum()}
+
+        stream = [torch.ones(2, 2) * i for i in range(3)]
+        state = fnrun.TrainState.create(model, optim.adamw(1e-2))
+        _, metrics = fnrun.repeat(moved, 2)(state, stream)
+        assert metrics["moved"] > 0
+
+    def test_what_is_no_loop_is_refused(self):
+        for wrong in (train, [fnrun.epoch_loop(train)], None):
+            with pytest.raises(TypeError, match=r"wraps: .* is no loop"):
+                fnrun.wraps(wrong)
+        with pytest.raises(TypeError, match="no loop is given"):
+            fnrun.wraps()
+
+    def test_memory_that_no_hook_claims_is_named_at_the_end_where_a_function_may_bring_hooks(self):
+        inner, stream = fnrun.epoch_loop(train, hooks=[Counter("inner", None)]), batches(2)
+        program = fnrun.repeat(lambda state, x: inner(state, x), 2)
+        seen, _ = states_seen(program, fresh(), stream)
+        foreign = seen[1].replace(memory={**seen[1].memory, "foreign": {"x": 1}})
+        with pytest.warns(UserWarning, match="hooks that the program does not show: foreign;"):
+            program(foreign, stream)
 
     def test_the_context_of_a_program_ends_at_its_hooks(self):
         """A hook or a step may run a program of its own, on a state of its own."""

@@ -4,7 +4,7 @@ base.py         what all have in common: frames, stops, hooks, observers, and th
 over_data.py    loops whose ticks are calls of a step on batches: epoch_loop, step_loop, eval_loop, predict_loop
 over_loops.py   loops whose ticks are rounds and members: repeat, sequence, workflow; and every
 whole.py        a program called from outside, and the loops that stand in it
-composed.py     how a program is drawn and counted
+composed.py     how a program is drawn and counted, and functions that say which loops they call
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fnrun.loops.base import AnyHook, Loop
-from fnrun.loops.composed import AnyStep
+from fnrun.loops.composed import AnyStep, Composed, Wrapper, title
 from fnrun.loops.over_data import EpochLoop, EvalLoop, PredictLoop, StepLoop
 from fnrun.loops.over_loops import Every, InOrder, Repeat, Workflow
 from fnrun.program import Observer
@@ -129,6 +129,46 @@ def every(n: int | Sequence[tuple[int, int]], step: AnyStep, *, begin: int = 1, 
     if not intervals or any(interval < 1 for _, interval in intervals):
         raise ValueError(f"every: an interval is at least 1 round, not {n!r}")
     return Every(intervals, step, begin, last)
+
+
+def wraps(*loops: Any) -> Callable[[AnyStep], AnyStep]:
+    """Say which loops a function of the type of a step calls: `@fnrun.wraps(loop)` above it, or `fnrun.wraps(loop)(function)`.
+
+    A function may wrap loops without a word; then each begins when it is first called. With the word their hooks' memory begins with the
+    program and their observers are opened with it, `print(program)` draws them, and their steps are counted. Any callable may say it: a
+    `functools.partial`, a method, an object with `__call__`. Raises TypeError for what is no loop.
+
+    >>> import torch
+    >>> from fnrun import TrainState, hooks, step
+    >>> @step
+    ... def count(state, batch):
+    ...     return state, {"mean": batch.mean()}
+    >>> warm = epoch_loop(count, hooks=[hooks.ema(0.9)])
+    >>> @wraps(warm)
+    ... def doubled(state, data):
+    ...     return warm(state, [2 * batch for batch in data])
+    >>> fit = repeat(doubled, 2)
+    >>> print(fit)
+    repeat 2 times
+      doubled
+        epoch_loop
+          count
+          hook ema 0.9
+    >>> state, metrics = fit(TrainState.create(torch.nn.Linear(1, 1)), [torch.tensor([1.0, 2.0])])
+    >>> state.step, metrics["mean"].item()
+    (2, 3.0)
+    """
+    wrong = [loop for loop in loops if not isinstance(loop, Composed)]
+    if wrong or not loops:
+        what = f"{title(wrong[0])} is no loop" if wrong else "no loop is given"
+        raise TypeError(f"wraps: {what}; it takes the loops that a function calls, @fnrun.wraps(loop). One around a step needs no word")
+
+    def says(fn: AnyStep) -> AnyStep:
+        if not callable(fn):
+            raise TypeError(f"wraps: {fn!r} is not callable")
+        return Wrapper(fn, loops)
+
+    return says
 
 
 def _count(value: int, name: str, least: int = 0) -> int:

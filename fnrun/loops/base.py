@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from fnrun import metrics as folds
 from fnrun.donation import Lease, husk
 from fnrun.dry import DryRun, dry_run
-from fnrun.loops.composed import AnyStep, Composed, drawn, loops_of, stands_openly
+from fnrun.loops.composed import AnyStep, Composed, donates, loops_of, stands_openly
 from fnrun.loops.whole import aside, elsewhere, outermost
 from fnrun.program import ASIDE, Here, Hook, Observer, Unwind, here
 from fnrun.reports import collecting
@@ -112,7 +112,7 @@ class Loop(Composed):
     # The same for all.
 
     def _run(self, state: Any, data: Any, at: Here) -> tuple[Any, Any]:
-        if at.lease is None and any(loop.donate for loop in loops_of(self)):
+        if at.lease is None and donates(self):
             with Lease() as lease:
                 return self._ticks(state, data, at._replace(lease=lease))
         return self._ticks(state, data, at)
@@ -216,21 +216,17 @@ class Loop(Composed):
 
     def _call(self, step: AnyStep, state: Any, x: Any, at: Here) -> Any:
         """The step within, told where it is called. A wrapper gets no lease on the state: it may want to look at the old one."""
+        at.program.asked |= not isinstance(step, Composed)
         token = here.set(at._replace(opened=[], lease=at.lease if stands_openly(step) else None))
         try:
             return step(state, x)
         finally:
             here.reset(token)
 
-    def __str__(self) -> str:
-        first, *rest = drawn("", self, 0)
-        total = self.total_steps()
-        return "\n".join([first + (f", {total:,} steps in all" if total else ""), *rest])
-
     def dry_run(self, state: Any, data: Any) -> DryRun:
         """One tick of every loop, with its hooks and no observer: nothing is written, the state stays. `print` draws what ran, and how long it took.
 
-        Raises what the program raises. Loops that a wrapper function hides are not cut short.
+        Raises what the program raises. Loops within a function are not cut short.
         """
         return dry_run(self, state, data)
 

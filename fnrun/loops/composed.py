@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,7 +11,7 @@ AnyStep = Callable[[Any, Any], Any]
 
 
 class Composed:
-    """A step that openly holds others: a loop, or `every`."""
+    """A step that says which others it holds: a loop, `every`, a function under `wraps`."""
 
     #: Those of a loop.
     hooks: Any = ()
@@ -39,17 +41,65 @@ class Composed:
         """One tick of it, with these hooks and observers, and what `within` makes of each step that it holds."""
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        first, *rest = drawn("", self, 0)
+        total = self.total_steps()
+        return "\n".join([first + (f", {total:,} steps in all" if total else ""), *rest])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wrapper(Composed):
+    """A function of the type of a step, and the loops that it says it calls: see `fnrun.wraps`."""
+
+    fn: AnyStep
+    loops: tuple[Any, ...]
+
+    def __call__(self, state: Any, x: Any) -> Any:
+        return self.fn(state, x)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """Bound to an object, as a function is: for a method in the body of a class."""
+        return self if instance is None else dataclasses.replace(self, fn=self.fn.__get__(instance, owner))
+
+    def inner(self) -> Iterable[tuple[str, AnyStep]]:
+        return [("", loop) for loop in self.loops]
+
+    def title(self) -> str:
+        return title(self.fn)
+
+    def total_steps(self) -> int | None:
+        return added(map(total_steps, self.loops))
+
+    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        return self  # the function calls the loops that it knows
+
 
 def loops_of(step: Any) -> list[Any]:
-    """The loops of a program that stand in it openly, outermost first."""
+    """The loops of a program that are known to stand in it, outermost first."""
     if not isinstance(step, Composed):
         return []
     return [*step.own(), *(loop for _, each in step.inner() for loop in loops_of(each))]
 
 
+def donates(step: Any) -> bool:
+    """Whether a loop that stands in it openly, with no wrapper between, writes over its states."""
+    if not isinstance(step, Composed) or isinstance(step, Wrapper):
+        return False
+    return any(loop.donate for loop in step.own()) or any(donates(each) for _, each in step.inner())
+
+
 def stands_openly(step: Any) -> bool:
     """Whether a loop stands there, with no wrapper around it."""
-    return isinstance(step, Composed) and (bool(step.own()) or all(stands_openly(each) for _, each in step.inner()))
+    if not isinstance(step, Composed) or isinstance(step, Wrapper):
+        return False
+    return bool(step.own()) or all(stands_openly(each) for _, each in step.inner())
+
+
+def may_hold_more(step: Any, is_step: Callable[[Any], bool]) -> bool:
+    """Whether a function stands there that is no step and does not say what it holds: any loop may come out of it."""
+    if not isinstance(step, Composed):
+        return not is_step(step)
+    return not isinstance(step, Wrapper) and any(may_hold_more(each, is_step) for _, each in step.inner())
 
 
 def prefixes(step: Any) -> list[str]:
@@ -72,7 +122,9 @@ def added(counts: Iterable[int | None]) -> int | None:
 
 
 def title(step: Any) -> str:
-    return step.title() if isinstance(step, Composed) else getattr(step, "__qualname__", repr(step))
+    if isinstance(step, Composed):
+        return step.title()
+    return title(step.func) if isinstance(step, functools.partial) else named(step)
 
 
 def drawn(name: str, step: Any, depth: int) -> Iterator[str]:

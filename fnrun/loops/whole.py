@@ -1,16 +1,14 @@
-"""A program, whole: a loop called from outside, the loops that stand in it, and those that wrappers hide."""
+"""A program, whole: a loop called from outside, and the loops that stand in it."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from fnrun.donation import Lease, given_lease
-from fnrun.loops.composed import Composed, loops_of
+from fnrun.loops.composed import Composed, donates, loops_of, may_hold_more
 from fnrun.program import ASIDE, Here, Program, ProgramError, Unwind, here, spy
 from fnrun.state import Position, S
 from fnrun.steps import is_step
@@ -19,7 +17,7 @@ from fnrun.steps import is_step
 def outermost(loop: Any, state: S, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[S, Any]:
     program = Program(loop, state, interrupt)
     loops = loops_of(loop)
-    given = given_lease(state) if any(each.donate for each in loops) else None
+    given = given_lease(state) if donates(loop) else None
     with given or nullcontext():
         return _through(loop, loops, program, state, data, given)
 
@@ -27,10 +25,13 @@ def outermost(loop: Any, state: S, data: Any, interrupt: Callable[[], str | None
 def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: Any, lease: Lease | None) -> tuple[Any, Any]:
     token = here.set(ASIDE)
     try:
-        program.latest = state = program.begin(_hidden(loop), program.begin(loops, state), hidden=True)
-        if any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
+        program.latest = state = program.begin(loops, state)
+        late = may_hold_more(loop, is_step)  # whose the memory is, those functions show that are called
+        if not late and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
             program.unclaimed(state)
         result = loop._run(state, data, Here(program, lease=lease))
+        if late and program.asked and program.trained:
+            program.unclaimed(result[0])
     except Unwind as unwound:
         program.close(program.latest, unwound.reason)
         return unwound.state, loop._result(unwound.state.position.frames[0].totals)
@@ -67,37 +68,6 @@ def with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...
     if isinstance(step, Composed) and step.own():
         inner["observers"] = change(tuple(step.observers))
     return dataclasses.replace(step, **inner)
-
-
-def _hidden(step: Any, seen: frozenset[int] = frozenset()) -> list[Any]:
-    """The loops that wrappers hold: in what they close over, were given, belong to or name.
-
-    Their hooks begin with the program, so that a state remembers them from the start. What is hidden better begins when it is called.
-    """
-    if id(step) in seen or is_step(step):
-        return []
-    seen = seen | {id(step)}
-    if isinstance(step, Composed):
-        return [loop for _, each in step.inner() for loop in _hidden(each, seen)]
-    found: list[Any] = []
-    for each in _held(step):
-        if isinstance(each, Composed):
-            found += [*loops_of(each), *_hidden(each, seen)]
-        elif isinstance(each, (FunctionType, MethodType, functools.partial)):
-            found += _hidden(each, seen)
-    return found
-
-
-def _held(step: Any) -> Iterable[Any]:
-    if isinstance(step, functools.partial):
-        return [step.func, *step.args, *step.keywords.values()]
-    if isinstance(step, MethodType):
-        return [step.__func__, *getattr(step.__self__, "__dict__", {}).values()]
-    if isinstance(step, FunctionType):
-        cells = [cell.cell_contents for cell in step.__closure__ or () if cell != CellType()]
-        named = [step.__globals__.get(name) for name in step.__code__.co_names]
-        return [*cells, *(step.__defaults__ or ()), *(each for each in named if isinstance(each, Composed))]
-    return getattr(step, "__dict__", {}).values()
 
 
 def elsewhere(state: Any, program: Program) -> ProgramError:
