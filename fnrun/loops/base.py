@@ -216,7 +216,7 @@ class Loop(Composed):
 
     def _call(self, step: AnyStep, state: Any, x: Any, at: Here) -> Any:
         """The step within, told where it is called. A wrapper gets no lease on the state: it may want to look at the old one."""
-        at.program.asked |= not isinstance(step, Composed)
+        at.program.asked.add(id(step))
         token = here.set(at._replace(opened=[], lease=at.lease if stands_openly(step) else None))
         try:
             return step(state, x)

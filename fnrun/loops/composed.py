@@ -95,11 +95,11 @@ def stands_openly(step: Any) -> bool:
     return bool(step.own()) or all(stands_openly(each) for _, each in step.inner())
 
 
-def may_hold_more(step: Any, is_step: Callable[[Any], bool]) -> bool:
-    """Whether a function stands there that is no step and does not say what it holds: any loop may come out of it."""
+def functions(step: Any) -> list[Any]:
+    """What stands there and does not say which loops it calls: steps, and functions that may wrap a loop."""
     if not isinstance(step, Composed):
-        return not is_step(step)
-    return not isinstance(step, Wrapper) and any(may_hold_more(each, is_step) for _, each in step.inner())
+        return [step]
+    return [] if isinstance(step, Wrapper) else [each for _, inner in step.inner() for each in functions(inner)]
 
 
 def prefixes(step: Any) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from fnrun.donation import Lease, given_lease
-from fnrun.loops.composed import Composed, donates, loops_of, may_hold_more
+from fnrun.loops.composed import Composed, donates, functions, loops_of
 from fnrun.program import ASIDE, Here, Program, ProgramError, Unwind, here, spy
 from fnrun.state import Position, S
 from fnrun.steps import is_step
@@ -26,11 +26,11 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
     token = here.set(ASIDE)
     try:
         program.latest = state = program.begin(loops, state)
-        late = may_hold_more(loop, is_step)  # whose the memory is, those functions show that are called
-        if not late and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
+        unknown = {id(each) for each in functions(loop) if not is_step(each)}  # which hooks these bring shows when they are called
+        if not unknown and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
             program.unclaimed(state)
         result = loop._run(state, data, Here(program, lease=lease))
-        if late and program.asked and program.trained:
+        if unknown and unknown <= program.asked and program.trained:
             program.unclaimed(result[0])
     except Unwind as unwound:
         program.close(program.latest, unwound.reason)
