@@ -43,6 +43,7 @@ class Observer(Protocol):
     - `name` and `fold(folded, before, metrics, examples) -> folded`, a pytree that the loop keeps in its frame
       (`state.position.frames[-1].folds[name]`), so that what is gathered over ticks survives a kill. It gets None at first, the state before
       the tick, the step's metrics uncomputed and the batch's number of examples.
+    - `carry(folded) -> folded`, of an observer that folds in a loop of training steps: what the loop's next round begins with instead of None.
     - `every = n` and `idle_between = True`: in a loop of training steps it does nothing in ticks that are not due. Then ticks in which nothing is
       due follow each other without a pause; if it folds, `fold_each(folded, before, ticks)` gets them all, as `[(metrics, examples), ...]`, and
       of the state before the first one the step, the position of the loops and the memory.

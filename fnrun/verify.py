@@ -279,6 +279,8 @@ class _Folding:
 
     def __init__(self, observer: Any) -> None:
         self.name, self.fold = observer.name, observer.fold  # tick by tick: a replay looks at each
+        if hasattr(observer, "carry"):
+            self.carry = observer.carry
 
     def __call__(self, state: Any, metrics: dict[str, Any]) -> None:
         pass

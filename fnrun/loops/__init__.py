@@ -181,6 +181,8 @@ def _members(steps: Mapping[str, AnyStep]) -> dict[str, AnyStep]:
     if not steps:
         raise ValueError("name at least one step: sequence(train=..., val=...)")
     for name, step in steps.items():
+        if "/" in name or not name:
+            raise ValueError(f"{name!r} is no name for a step: its metrics are named NAME/METRIC, so it has no '/' and is not empty")
         if not callable(step):
             raise TypeError(f"{name} is no step: {step!r} is not callable")
     return dict(steps)

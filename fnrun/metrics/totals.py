@@ -309,7 +309,14 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     if dict not in {type(value) for value in values.values()}:
         return values
     nested = ({f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value} for name, value in values.items())
-    return {name: value for part in nested for name, value in part.items()}
+    flat: dict[str, Any] = {}
+    for part in nested:
+        if both := sorted(flat.keys() & part.keys()):
+            raise ValueError(
+                f"two metrics are named {', '.join(map(repr, both))}: one would be lost; a fold of several values is `name/key`"
+            )
+        flat.update(part)
+    return flat
 
 
 def examples(batch: Any) -> int:

@@ -7,6 +7,7 @@ before each line falls, so that the newest ones make up exactly n ticks when a l
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -47,8 +48,11 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 class Window:
     """The statistics over one window. `chosen`: by metric, each statistic and its name in the line; `rest`: take the mean of all others."""
 
-    def __init__(self, size: Size, every: int, chosen: Mapping[str, Sequence[tuple[str, str]]], rest: bool) -> None:
+    def __init__(
+        self, size: Size, every: int, chosen: Mapping[str, Sequence[tuple[str, str]]], rest: bool, taken: frozenset[str] = frozenset()
+    ) -> None:
         self.size, self.every, self.chosen, self.rest = size, every, dict(chosen), rest
+        self.taken = taken  # the names of the statistics that are not called as their metric
         self.lines, self.part = divmod(size, every) if isinstance(size, int) else (0, 0)
         self.parts = 2 * self.lines + 1 if self.part else self.lines
 
@@ -78,6 +82,11 @@ class Window:
         return (*parts[:-1], rest) if rest is not None else parts
 
     def _expanded(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self.taken.isdisjoint(metrics):
+            both = sorted(self.taken & metrics.keys())
+            raise ValueError(
+                f"log: {', '.join(both)}: a statistic and a metric have this name, and a line has room for one; rename the metric, or ask for another statistic"
+            )
         if self.rest and self.chosen.keys().isdisjoint(metrics):
             return folds.rates_last(metrics)
         found: dict[str, Any] = {}
@@ -122,7 +131,12 @@ def windows(every: int, default: Size, statistics: Mapping[str, Statistic | Sequ
             chosen.setdefault(size, {}).setdefault(name, []).append((kind, label))
     for size in chosen:
         _check(size, every)
-    return tuple(Window(size, every, own, rest=size == default) for size, own in chosen.items())
+    labels = [(name, label) for own in chosen.values() for name, statistics in own.items() for _, label in statistics]
+    twice = sorted(label for label, times in Counter(label for _, label in labels).items() if times > 1)
+    if twice:
+        raise ValueError(f"log: two statistics are called {', '.join(twice)}: one of them would be lost; ask for each once")
+    taken = frozenset(label for name, label in labels if label != name)
+    return tuple(Window(size, every, own, rest=size == default, taken=taken) for size, own in chosen.items())
 
 
 def _each(wanted: Statistic | Sequence[Statistic], default: Size) -> list[tuple[str, Size]]:

@@ -188,3 +188,9 @@ def test_few_ticks_wait() -> None:
     for i in range(100):
         totals = metrics.fold(totals, {"loss": torch.tensor(float(i)), "lr": 0.1}, 4)
         assert len(totals.waiting) < 16
+
+
+def test_a_part_of_a_fold_and_a_metric_of_one_name_are_refused():
+    both = metrics.precision_recall_f1(torch.eye(3), torch.arange(3))
+    with pytest.raises(ValueError, match="two metrics are named 'prf/f1'"):
+        metrics.values({"prf/f1": 1.0, "prf": both})

@@ -130,3 +130,20 @@ def test_images_and_texts_are_the_newest(tmp_path):
     _, results = loop(fresh(), [torch.zeros(2, 2), torch.ones(2, 2)])
     assert kept.records[0].metrics["said"].text == results["said"].text == "1"
     assert kept.records[0].metrics["image"].pixels().max() == 255
+
+
+@pytest.mark.parametrize("window", ["line", 3, "epoch"])
+def test_no_two_columns_share_a_name(window):
+    step = fnrun.step(lambda state, batch: (state, {"loss": 1.0, "loss_max": 2.0}))
+    for statistics in ({"loss": ["mean", "max"]}, {"loss": ["mean", "max"], "loss_max": "last"}):
+        with pytest.raises(ValueError, match="loss_max"):
+            fnrun.epoch_loop(step, observers=[observers.log(1, to=[], window=window, statistics=statistics)])(fresh(), [torch.zeros(1)])
+    with pytest.raises(ValueError, match="two statistics are called loss_max"):
+        observers.log(1, statistics={"loss": ["mean", "max", "max"]})
+
+
+@pytest.mark.parametrize("name", ["step", "epoch", "ticks", "clock", "clock/eta"])
+def test_no_metric_takes_the_place_of_a_field_in_any_sink(name, tmp_path):
+    step = fnrun.step(lambda state, batch: (state, {name: 1.0}))
+    with pytest.raises(ValueError, match=name):
+        fnrun.epoch_loop(step, observers=[observers.log(1, to=[observers.csv(tmp_path / "m.csv")])])(fresh(), [torch.zeros(1)])

@@ -11,6 +11,9 @@ import torch
 from fnrun.observers.media import Media
 from fnrun.state import LoopState
 
+#: What every line has besides metrics, in each sink under these names.
+FIELDS = frozenset({"ticks", "at", "step", "epoch", "clock"})
+
 
 class Record(NamedTuple):
     """One line: when in the run (`Position.order`, step, and the epoch at work, from 1), metrics by name, and what was timed."""
@@ -36,14 +39,25 @@ class Sink(Protocol):
 
 
 def record(state: LoopState, metrics: Mapping[str, Any], clock: Mapping[str, float] | None = None) -> Record:
-    """The line of `metrics` at `state`, as an observer sees it: names carry the loop's place, tensors are read. Waits for the device."""
+    """The line of `metrics` at `state`, as an observer sees it: names carry the loop's place, tensors are read. Waits for the device.
+
+    Raises ValueError for a metric that is called as one of the line's own fields.
+    """
     path = state.position.frames[-1].loop.partition(" ")[2].strip("/")
     streams = state.position.streams
     cursors = [streams[path]] if path in streams else streams.values()
     epochs = [cursor.epoch + (cursor.batch > 0) for cursor in cursors]  # the pass that the tick belongs to, from 1
     prefix = f"{path}/" if path else ""
     named = {prefix + name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
+    check_names(named)
     return Record(state.position.order, state.step, max(epochs, default=0), named, dict(clock or {}))
+
+
+def check_names(metrics: Mapping[str, Any]) -> None:
+    """Raise ValueError for a metric that is called as one of the line's own fields."""
+    taken = sorted(name for name in metrics if name in FIELDS or name.startswith("clock/"))
+    if taken:
+        raise ValueError(f"log: metrics cannot be named {taken}: the line has fields of these names; call them something else")
 
 
 def require(sink: str, module: str, extra: str) -> None:

@@ -22,12 +22,8 @@ class _JsonLines:
             self.lines.open(state.position.order)
 
     def write(self, record: Record) -> None:
-        fields = place(record)
-        taken = sorted({*fields, "clock"} & set(record.metrics))
-        if taken:
-            raise ValueError(f"{self.lines.path.name}: metrics cannot be named {taken}: the line has fields of these names")
         values = {name: plain(value) for name, value in record.metrics.items() if not isinstance(value, Media)}
-        self.lines.append({**fields, **values, "clock": record.clock})
+        self.lines.append({**place(record), **values, "clock": record.clock})
 
     def flush(self) -> None:
         self.lines.flush()

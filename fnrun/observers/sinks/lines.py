@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from fnrun import files
-from fnrun.observers.sinks.base import Record
+from fnrun.observers.sinks.base import Record, check_names
 
 
 class OnDisk:
@@ -32,6 +33,10 @@ class OnDisk:
             self._file = None
 
 
+#: The files that sinks of this process append to.
+_appending: set[IO[str]] = set()
+
+
 class Lines(OnDisk):
     """Appends to `path`. Each line has the fields `ticks` and `at`, which are `Position.order`."""
 
@@ -43,10 +48,20 @@ class Lines(OnDisk):
         """Keep the lines up to `order`: what a killed run wrote after its last checkpoint comes again."""
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # A file of its own: a process that has lost the run, and has not seen it yet, goes on in the old one, which nobody reads.
-            with contextlib.suppress(FileNotFoundError), files.opened(self.path, "rb") as old, files.replacing(self.path) as new:
-                files.copy(old, new, _kept(old, order))
+            with contextlib.suppress(FileNotFoundError), files.opened(self.path, "r+b") as old:
+                if any(os.path.sameopenfile(old.fileno(), other.fileno()) for other in _appending):
+                    old.truncate(_kept(old, order))  # another sink of this process writes there too
+                else:
+                    # A file of its own: a process that has lost the run, and has not seen it yet, goes on in the old one, which nobody reads.
+                    with files.replacing(self.path) as new:
+                        files.copy(old, new, _kept(old, order))
             self._file = files.opened(self.path, "a", encoding="utf-8")
+            _appending.add(self._file)
+
+    def close(self) -> None:
+        if self._file is not None:
+            _appending.discard(self._file)
+        super().close()
 
     def append(self, line: dict[str, Any]) -> None:
         assert self._file is not None, "open the sink first"
@@ -77,6 +92,7 @@ def _kept(file: IO[bytes], order: tuple[int, ...]) -> int:
 
 def place(record: Record) -> dict[str, Any]:
     """The fields that say when in the run a line was written."""
+    check_names(record.metrics)
     ticks, *own = record.order
     return {"ticks": ticks, "at": ".".join(map(str, own)), "step": record.step, "epoch": record.epoch}
 
