@@ -18,11 +18,13 @@ import tyro
 from fnrun import writer
 from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.checkpoint.retention import which
+from fnrun.donation import fate
 from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.loops import Loop
 from fnrun.loops.composed import Composed, loops_of
-from fnrun.program import ProgramError
+from fnrun.program import OtherData, ProgramError
 from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, changes, config_type
+from fnrun.state import Cursor
 from fnrun.steps import is_step
 from fnrun.summary import command_line, summary
 from fnrun.tables import number, table
@@ -110,6 +112,8 @@ class _Resume(Generic[C]):
     """begin where there is no run yet, only say so where it is finished: one command for a scheduler that starts it again and again"""
     fall_back: bool = False
     """pass over damaged checkpoints, to the newest that is whole"""
+    other_data: bool = False
+    """go on though the data or the batch size is another: behind the same examples, or at the next epoch's beginning; what it will be is said"""
     deadline: str | None = None
     """save and leave after so long, with exit code 75: 50m, 2h30m, 90s, 1d"""
     log_level: Level = "info"
@@ -254,10 +258,11 @@ def _resume(build: Build, name: str, command: Any, asked: _Asked) -> int:
             run = dataclasses.replace(before, config=command.config, history=list(before.history))
             stack.enter_context(run.written_by(writing))
             experiment = _built(build, run)
-            state = experiment.state()
+            state = fresh = experiment.state()
             stack.enter_context(_logging(run, command.log_level))
             if asked() is None:
-                state = _restored(run, state, command.fall_back)
+                state = _restored(run, fresh, command.fall_back)
+                _check_seed(build, before, run, state, fresh)
         except BaseException:
             writing.withdraw()
             raise
@@ -267,10 +272,14 @@ def _resume(build: Build, name: str, command: Any, asked: _Asked) -> int:
             logger.info("%s: interrupted before it went on. To go on, %s:\n  %s", asked.text, how, command_line(run, *asked.args))
             return asked.code
         try:
-            return _go(run, experiment, _departing(before, run, state), asked, writing)
-        except ProgramError:
+            state = _departing(before, run, state, fresh)
+            return _go(run, experiment, state, asked, writing, before, other_data=command.other_data)
+        except ProgramError as error:
             writing.withdraw()
             before.write_config()  # refused: the run is what it was
+            if isinstance(error, OtherData):
+                hint = command_line(run, *asked.args, "--other-data")
+                raise RunError(f"{error.what}To go on with it all the same, where {error.then}:\n  {hint}") from error
             raise
 
 
@@ -296,18 +305,51 @@ def _restored(run: Run, like: Any, fall_back: bool) -> Any:
         return state
 
 
-def _departing(before: Run, run: Run, state: Any) -> Any:
+def _check_seed(build: Build, before: Run, run: Run, state: Any, fresh: Any) -> None:
+    """Raise RunError where the config is changed in what only a fresh state is made of: the run's own key is in its checkpoints."""
+    changed = changes(before.config, run.config)
+    key = getattr(fresh, "rng", None)
+    if not changed or key == getattr(state, "rng", None) or key == getattr(build(before.config, before).state(), "rng", None):
+        return
+    told = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+    flags = " ".join(f"--{name.replace('_', '-')} {new}" for name, (_, new) in changed.items())
+    raise RunError(
+        f"{told}: a run that goes on keeps the randomness that it began with, so another seed would change nothing. To go on with another in a "
+        f"run of its own: fnrun fork {run.path} --step latest --out NEW {flags}"
+    )
+
+
+def _departing(before: Run, run: Run, state: Any, fresh: Any) -> Any:
     """The state to go on from. Where the config was changed here, which the history says, an earlier stop no longer holds."""
     changed = changes(before.config, run.config)
     if changed:
         logger.info("changed: %s", ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items()))
         run.history.append({"changed": changed, "step": state.step, "ticks": state.position.ticks})
         run.write_config()
-    last = run.history[-1] if run.history else {}
-    if state.stop and last.get("changed") and last["ticks"] == state.position.ticks:
+    last = _departure(run, state)
+    if state.stop and last.get("changed"):
         logger.info("going on after: %s", state.stop)
         state = state.replace(stop=None)
+    if "forked" in last and last["changed"] and getattr(fresh, "rng", None) != getattr(state, "rng", None):
+        logger.info("going on with the randomness of the config's own seed")
+        state = state.replace(rng=fresh.rng)
+        for name, cursor in state.position.streams.items():
+            if cursor.batch:  # what is left of the pass is another rest, in another order
+                logger.info("data of %r: the rest of epoch %d is left out", name, cursor.epoch + 1)
+                cursors = {**state.position.streams, name: Cursor(cursor.epoch + 1, 0, cursor.source, cursor.memo)}
+                state = state.replace(position=dataclasses.replace(state.position, streams=cursors))
     return state
+
+
+def _departure(run: Run, state: Any) -> dict[str, Any]:
+    """The last entry of the run's history, if it is about this state: what a fork or a resume changed here."""
+    last = run.history[-1] if run.history else {}
+    return last if last and last["ticks"] == state.position.ticks else {}
+
+
+def _moved(state: Any, name: str, source: str) -> Any:
+    logger.info("data of %r: %s", name, state.position.streams[name].moved(source)[1])
+    return state.replace(position=state.position.moved(name, source))
 
 
 def _built(build: Build, run: Run) -> Experiment:
@@ -318,12 +360,22 @@ def _built(build: Build, run: Run) -> Experiment:
         raise RunError(f"the experiment cannot be built with this config: {error} (--debug shows where)") from error
 
 
-def _go(run: Run, experiment: Experiment, state: Any, asked: _Asked, writing: Writing) -> int:
+def _go(
+    run: Run,
+    experiment: Experiment,
+    state: Any,
+    asked: _Asked,
+    writing: Writing,
+    before: Run | None = None,
+    *,
+    other_data: bool = False,
+) -> int:
+    """Train to the end. `before` is the run as it was before this command: it stays so where nothing was trained."""
     began, stopped = state.position.ticks, state.stop
     if asked() is None:
         program = _saving(experiment.program, run)
         with _workers_end_too(asked), run.checkpoints:
-            state, _ = program(state, experiment.data, interrupt=any_of(writing, asked))
+            state = _run(run, program, state, experiment.data, any_of(writing, asked), other_data=other_data)
     writing.check()
     writing.at(state.step, state.position.ticks)
     if asked.text is not None:
@@ -340,11 +392,33 @@ def _go(run: Run, experiment: Experiment, state: Any, asked: _Asked, writing: Wr
     if state.position.ticks == began:
         ended = f"was stopped ({stopped})" if stopped else "is finished"
         logger.info("%s %s: %d steps. To go on, change its config: resume with more epochs, for one", run.path, ended, state.step)
+        if before is not None and len(run.history) > len(before.history):
+            logger.info("nothing was trained with the config as it was changed: it stays what it was")
+            before.write_config()
     elif state.stop:
         logger.info("stopped at step %d: %s", state.step, state.stop)
     with _unread():
         summary(run, evaluates=experiment.evaluate is not None)
     return 0
+
+
+def _run(run: Run, program: Any, state: Any, data: Any, interrupt: Interrupt, *, other_data: bool) -> Any:
+    """The state at the end. Where the run departs, by a fork or with --other-data, its position is moved into the data that it is given now."""
+    while True:
+        last = _departure(run, state)
+        try:
+            return program(state, data, interrupt=interrupt)[0]
+        except OtherData as error:
+            agreed = "forked" in last or "other_data" in last
+            if not (agreed or other_data) or fate(error.state) is not None:
+                raise
+            state = _moved(error.state, error.name, error.source)
+            if not agreed:
+                here = _departure(run, state)
+                run.history[len(run.history) - bool(here) :] = [
+                    {"changed": {}, "step": state.step, "ticks": state.position.ticks, **here, "other_data": True}
+                ]
+                run.write_config()
 
 
 #: Where a program says nothing of checkpoints, so many stay, and so many training steps are between two.

@@ -89,6 +89,23 @@ class ProgramError(ValueError):
     """The state and the program, or the state and the data, do not belong together."""
 
 
+class OtherData(ProgramError):
+    """The stream `name` is not what `state` counts its position in; `state.position.moved(name, source)` is the one to go on from."""
+
+    def __init__(self, name: str, source: str, state: Any) -> None:
+        cursor = state.position.streams[name]
+        self.name, self.source, self.state = name, source, state
+        self.what = (
+            f"the data of {name!r} is not what the state's position (epoch {cursor.epoch}, batch {cursor.batch}) was counted in:\n"
+            f"  the state: {cursor.source}\n  now:       {source}\n"
+        )
+        self.then = cursor.moved(source)[1]
+        super().__init__(
+            f"{self.what}To go on with it all the same, where {self.then}:\n"
+            f"  state.replace(position=state.position.moved({name!r}, stream.source))"
+        )
+
+
 @dataclasses.dataclass(slots=True)
 class Live:
     stream: Batches
@@ -233,11 +250,7 @@ class Program:
         if cursor is None:
             return Cursor(source=stream.source)
         if cursor.source != stream.source:
-            raise ProgramError(
-                f"the data of {name!r} is not what the state's position (epoch {cursor.epoch}, batch {cursor.batch}) was counted in:\n"
-                f"  the state: {cursor.source}\n  now:       {stream.source}\n"
-                f"To go on with the new data from its beginning: state.replace(position=state.position.forget({name!r}))"
-            )
+            raise OtherData(name, stream.source, state)
         return cursor
 
     def next_batch(self, name: str, stream: Batches, state: LoopState, cursor: Cursor, *, replay: bool = False) -> tuple[Any, Cursor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self, TypeVar
@@ -16,6 +17,9 @@ from torch.nn.parameter import is_lazy
 from fnrun.donation import Donatable, fields
 from fnrun.rng import Key
 from fnrun.tree import struct
+
+#: What a stream says of its rows and its batch size.
+_BATCH, _ROWS = re.compile(r"\b(\d+) a batch\b"), re.compile(r"\bof (\d+) (?:rows|examples)\b")
 
 
 @struct
@@ -31,6 +35,31 @@ class Cursor:
     batch: int = 0
     source: str = ""
     memo: Any = None
+
+    def moved(self, source: str) -> tuple[Cursor, str]:
+        """Where to go on in other data, and what that means, in words.
+
+        Where only the batch size is another, behind the same examples of the same pass, if it is in the middle of it there too. Elsewhere at the
+        beginning of the next pass, unless a pass has just ended: what is left of it is not trained on.
+
+        >>> cursor, words = Cursor(2, 3, "arrays of 20 rows, 4 a batch, shuffled, content 1f").moved("arrays of 20 rows, 6 a batch, shuffled, content 1f")
+        >>> cursor.epoch, cursor.batch, words
+        (2, 2, 'epoch 3 goes on behind its first 12 examples')
+        """
+        old, new = _BATCH.search(self.source), _BATCH.search(source)
+        if self.batch and old and new and _BATCH.sub("", self.source) == _BATCH.sub("", source):
+            done, size, rows = self.batch * int(old[1]), int(new[1]), _ROWS.search(source)
+            dropped = "short last batch dropped" in source and rows is not None and done // size >= int(rows[1]) // size
+            if done >= size and not dropped:  # in the middle of the pass there too
+                twice = f", {done % size} of which come a second time" if done % size else ""
+                return Cursor(self.epoch, done // size, source), f"epoch {self.epoch + 1} goes on behind its first {done} examples{twice}"
+        if self.memo is not None:
+            return Cursor(source=source), "the new data begins where it stands by itself, its epochs counted from 1"
+        if not self.batch:
+            return Cursor(self.epoch, 0, source), f"epoch {self.epoch + 1} begins with the new data"
+        return Cursor(
+            self.epoch + 1, 0, source
+        ), f"the rest of epoch {self.epoch + 1} is left out, and epoch {self.epoch + 2} begins with the new data"
 
 
 @struct
@@ -66,8 +95,15 @@ class Position:
             own.pop()  # a loop that has begun and done nothing yet
         return (self.ticks, *own) if own else (self.ticks, sys.maxsize)
 
+    def moved(self, name: str, source: str) -> Position:
+        """The position with the stream `name` counted in other data, whose `stream.source` is given: see `Cursor.moved`."""
+        return dataclasses.replace(self, streams={**self.streams, name: self.streams[name].moved(source)[0]})
+
     def forget(self, *streams: str) -> Position:
-        """The position with these streams at their beginning again, whatever they are made of."""
+        """The position with these streams at the beginning of their first pass again, whatever they are made of.
+
+        What a loop over such a stream has done of its pass is not forgotten: an epoch that is open ends where it stands.
+        """
         return dataclasses.replace(self, streams={k: v for k, v in self.streams.items() if k not in streams})
 
 
