@@ -433,8 +433,8 @@ def _saving(program: Any, run: Run) -> Any:
         return program
     if not isinstance(program, Loop) or not _stands_openly(program):
         logger.warning(
-            "no loop of the program that can be seen has an observers.checkpoint: unless a wrapper holds one, NOTHING IS SAVED, and what is "
-            "interrupted cannot go on"
+            "no loop of the program that is known has an observers.checkpoint: unless a function calls one that has, NOTHING IS SAVED, and what "
+            "is interrupted cannot go on (fnrun.wraps says which loops a function calls)"
         )
         return program
     every = BETWEEN if program.over_data else 1
