@@ -7,7 +7,9 @@ looks the slots up by name at each call, and any module works unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,91 +17,131 @@ from torch import nn
 
 from fnrun import rng
 from fnrun.state import buffers_of
+from fnrun.watch import FirstCalls, versions
+
+#: The shells whose modules hold other tensors at this moment, under the ambient lock: a loss may call a step of its own.
+_at_work: list[Shell] = []
+_NOTHING = contextlib.nullcontext()
+_NONE: dict[str, torch.Tensor] = {}
 
 
 class Shell:
     """The slots of `model`: parameters and buffers by name, tied ones in every place where they stand.
 
     `modes` are the train/eval modes of the submodules now; `run` sets them, so that what somebody does to the module later changes nothing.
+    `whose` calls they are is said in messages. The first `watched` calls are looked at: what the module does besides outputs and buffers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        parameters, buffers = dict(model.named_parameters()), buffers_of(model)
-        named = {**parameters, **buffers}
-        self.name = type(model).__name__
-        self.params = tuple(parameters)
-        self.trained = tuple(name for name, p in parameters.items() if p.requires_grad)
-        self.buffers = tuple(buffers)
-        self.modes = [(module, module.training) for module in model.modules()]
-        self.eval_modes = [(module, False) for module, _ in self.modes]
-        self.device_type = next((t.device.type for t in named.values()), "cpu")
-        index = {id(tensor): i for i, tensor in enumerate(named.values())}
-        self._slots: list[tuple[dict[str, Any], str, int]] = []
-        self._empty: list[tuple[dict[str, Any], str, str]] = []
-        for path, module in model.named_modules():
-            for container in (module._parameters, module._buffers):
+    def __init__(self, model: nn.Module, whose: str | None = None, *, watched: int = 0) -> None:
+        with rng.ambient_lock:  # not while another thread has other tensors in the module
+            parameters, buffers = dict(model.named_parameters()), buffers_of(model)
+            named = {**parameters, **buffers}
+            self.model, self.name = model, type(model).__name__
+            self.whose = whose or self.name
+            self.params = tuple(parameters)
+            self.trained = tuple(name for name, p in parameters.items() if p.requires_grad)
+            self.buffers = tuple(buffers)
+            self.modes = [(module, module.training) for module in model.modules()]
+            self.eval_modes = [(module, False) for module, _ in self.modes]
+            self.device_type = next((t.device.type for t in named.values()), "cpu")
+            self.structure = _Structure(model, named)
+            index = {id(tensor): i for i, tensor in enumerate(named.values())}
+            modules = dict(model.named_modules())
+            self._slots: list[tuple[dict[str, Any], str, int]] = []
+            self._empty: list[tuple[dict[str, Any], str, str]] = []
+            for path, container in [*((p, m._parameters) for p, m in modules.items()), *((p, m._buffers) for p, m in modules.items())]:
                 for key, tensor in container.items():
                     if tensor is None:
                         self._empty.append((container, key, f"{path}.{key}".lstrip(".")))
                     else:
                         self._slots.append((container, key, index[id(tensor)]))
-        places = {i: (container, key) for container, key, i in self._slots}
-        self._places = [places[len(parameters) + i] for i in range(len(buffers))]
-        borrowed = [_Attributes(path, module) for path, module in model.named_modules()]
-        self._borrowed = [(a, a.dict, len(a.dict), a.buffers, len(a.buffers)) for a in borrowed]
-        self._changing = [a for a in borrowed if a.kept or a.unset]
+            places = {i: (container, key) for container, key, i in self._slots}
+            self._owners = [places[i] for i in range(len(parameters))]
+            self._places = [places[len(parameters) + i] for i in range(len(buffers))]
+            borrowed = [_Attributes(path, module) for path, module in modules.items()]
+            self._borrowed = [(a, a.dict, len(a.dict), a.buffers, len(a.buffers)) for a in borrowed]
+            self._changing = [a for a in borrowed if a.kept or a.unset]
+            self._overrides = any(_overrides(module) for module in modules.values())
+            self.first = FirstCalls(self.whose, model, named, len(parameters), self._slots, watched)
+            self.written, self._keys = self.first.written, self.first.keys
 
     def tensors(self, what: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """`tensors` in the order of the model's names. Raises ValueError, with the names, where the two don't match."""
+        """`tensors` in the order of the model's names, copies of those that calls write to. Raises ValueError, with the names, where the two don't match."""
         names = self.params if what == "params" else self.buffers
         if len(tensors) == len(names):
             try:
-                return [tensors[name] for name in names]
+                found = [tensors[name] for name in names]
             except KeyError:
                 pass
+            else:
+                if what == "params" and (self.first.left or self.written):
+                    found = [t.detach().clone() if i in self.written else t.detach() for i, t in enumerate(found)]
+                return found
         missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
         raise ValueError(f"the state's {what} are not those of {self.name}: missing {missing}, unexpected {extra}")
 
     def run(
         self, fn: Callable[[], Any], params: list[torch.Tensor], buffers: Mapping[str, torch.Tensor], *, train: bool
-    ) -> tuple[Any, dict[str, torch.Tensor]]:
-        """`fn()` while the module holds these tensors, and the buffers that it leaves behind; those passed in are never written to.
+    ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """`fn()` while the module holds these tensors; the buffers that it leaves behind, and the parameters that it wrote to.
 
-        Raises ValueError, with the name, for a buffer that the call makes, or takes away: the state has no place for it.
+        What is passed in is as it was. Raises ValueError, with the name, for a buffer that the call makes, or takes away: the state has no
+        place for it. Raises RuntimeError where a call begins to write to a parameter that the first ones left alone: the write is done.
         """
-        tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))] if self.buffers or buffers else params
+        with rng.ambient_lock, self._made_modes():
+            tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))] if self.buffers or buffers else params
+            if self.first.left and not _at_work:
+                self.structure.check(self.whose, train, kinds=True)
+                if train:
+                    self.check_hooks()
+            before = versions(params)
+            outcome = self.first.run(self._run, fn, tensors, train) if self.first.left else self._run(fn, tensors, train)
+            if before != (after := versions(params)):
+                self._late([i for i, (a, b) in enumerate(zip(before or (), after or (), strict=True)) if a != b and i not in self.written])
+            return outcome
+
+    def _run(
+        self, fn: Callable[[], Any], tensors: list[torch.Tensor], train: bool
+    ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         modes = self.modes if train else self.eval_modes
-        with rng.ambient_lock:
-            saved = [container[key] for container, key, _ in self._slots]
-            changed = [(module, module.training) for module, mode in modes if module.training != mode]
+        if not _at_work:
+            self.structure.check(self.whose, train)
+        saved = [container[key] for container, key, _ in self._slots]
+        changed = [(module, module.training) for module, mode in modes if module.training != mode]
+        _at_work.append(self)
+        try:
+            for container, key, i in self._slots:
+                container[key] = tensors[i]
+            if changed or (self._overrides and not train):
+                self._switch(modes)
+            result = fn()
+            values = [container.get(key) for container, key in self._places]
+            written = {self.params[i]: self._now(i) for i in self.written} if self.written else _NONE
+            strays = self._strays(values)
+        finally:
             try:
-                for container, key, i in self._slots:
-                    container[key] = tensors[i]
                 if changed:
-                    for module, mode in modes:
-                        module.training = mode
-                result = fn()
-                values = [container.get(key) for container, key in self._places]
-                strays = self._strays(values)
+                    self._switch(changed)
             finally:
+                _at_work.pop()
                 for attributes in self._changing:
                     attributes.put_back()
                 for attributes, entries, size, held, count in self._borrowed:
                     if len(entries) != size or len(held) != count:
                         attributes.put_back()
+                for entries, key, value in self._keys:
+                    entries[key] = value
                 for (container, key, _), tensor in zip(self._slots, saved, strict=True):
                     container[key] = tensor
                 for container, key, _ in self._empty:
                     container[key] = None
-                for module, mode in changed:
-                    module.training = mode
         if strays:
             raise ValueError(
                 f"{self.name}: the call made or took away the buffers {strays}, and the state cannot follow: give them a tensor in "
                 "__init__, or run the module once before you create the state and the step"
             )
         # All are new, also those that nobody wrote to: batch norm's kernels write without counting up `_version`, so one cannot tell.
-        return result, {name: b.detach() if b.requires_grad else b for name, b in zip(self.buffers, values, strict=True)}  # pyright: ignore[reportOptionalMemberAccess,reportReturnType]  # fmt: skip
+        return result, {name: b.detach() if b.requires_grad else b for name, b in zip(self.buffers, values, strict=True)}, written  # pyright: ignore[reportOptionalMemberAccess,reportReturnType]  # fmt: skip
 
     def _strays(self, values: list[Any]) -> list[str]:
         strays = [name for name, value in zip(self.buffers, values, strict=True) if value is None]
@@ -108,6 +150,130 @@ class Shell:
             if len(buffers) != count:
                 strays += attributes.new_buffers()
         return strays
+
+    def _now(self, i: int) -> torch.Tensor:
+        container, key = self._owners[i]
+        return container[key].detach()  # pyright: ignore[reportOptionalMemberAccess]
+
+    def check(self) -> None:
+        """Raises ValueError where the module is of another structure than when this shell was made."""
+        with rng.ambient_lock:
+            if not _at_work:
+                self.structure.check(self.whose, train=True)
+
+    def hook(self, places: list[int], leaves: list[torch.Tensor]) -> None:
+        """Give the `leaves`, which stand for the parameters at these places, the gradient hooks of the module's own."""
+        own = self.structure.kept
+        if any(map(_hooks, own)):
+            for i, leaf in zip(places, leaves, strict=True):
+                for hook in (_hooks(own[i]) or {}).values():
+                    leaf.register_hook(hook)
+
+    def check_hooks(self) -> None:
+        """Raises ValueError for hooks that wait for `parameter.grad`, which a functional step never sets."""
+        hooked = [name for name, p in zip(self.params, self.structure.kept, strict=True) if p._post_accumulate_grad_hooks]  # pyright: ignore[reportAttributeAccessIssue]
+        if hooked:
+            raise ValueError(
+                f"{self.whose}: {hooked} have hooks of register_post_accumulate_grad_hook, which wait for parameter.grad, and a step never "
+                "sets that: use parameter.register_hook, or a transform in the optimizer's chain"
+            )
+
+    def _late(self, places: list[int]) -> None:
+        if places:
+            self.written.update(places)
+            raise RuntimeError(
+                f"{self.whose}: the call wrote to {[self.params[i] for i in places]} in place, which the first ones did not, so the state that it was "
+                "given has changed. Go on from a checkpoint, and write in every call (then the step keeps the old values), or change parameters "
+                "between steps, in a hook: state.replace(params=...)"
+            )
+
+    def _made_modes(self) -> Any:
+        """Where modules have their own `train` and `eval`, calls begin in the modes of when the shell was made: they may build and drop caches."""
+        return self._in_made_modes() if self._overrides and not _at_work else _NOTHING
+
+    @contextlib.contextmanager
+    def _in_made_modes(self) -> Iterator[None]:
+        others = [(module, module.training) for module, mode in self.modes if module.training != mode]
+        if others:
+            self._switch(self.modes)
+        try:
+            yield
+        finally:
+            if others:
+                self._switch(others)
+
+    def _switch(self, modes: list[tuple[nn.Module, bool]]) -> None:
+        try:
+            if self._overrides:
+                train = next((mode for module, mode in modes if module is self.model), self.model.training)
+                self.model.train() if train else self.model.eval()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+class _Structure:
+    """What a module consists of: looked at before each call, for a step of another structure trains other parameters than it seems.
+
+    `named` are its own tensors by name. Another tensor of the same kind in a parameter's place (`model.to("meta")`, `load_state_dict(assign=True)`)
+    changes nothing, for the state has the values.
+    """
+
+    def __init__(self, model: nn.Module, named: dict[str, torch.Tensor]) -> None:
+        self.model, self.named, self.params = model, named, dict(model.named_parameters())
+        self.kept = list(self.params.values())
+        self.kinds = [(p.shape, p.dtype) for p in self.kept]
+        self.trained = list(map(_requires_grad, self.kept))
+        modules = list(model.modules())
+        self._held: list[dict[str, Any]] = [held for m in modules for held in (m._parameters, m._modules)]
+        self._sizes = list(map(len, self._held))
+        self._places = [(held, key) for held in self._held for key in held]
+        self._parts = [held[key] for held, key in self._places]
+
+    def check(self, whose: str, train: bool, kinds: bool = False) -> None:
+        """Raises ValueError, with the names, where parameters or layers are others than those of when the step was made."""
+        try:
+            parts = [held[key] for held, key in self._places]
+        except KeyError:
+            parts = []
+        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
+        if (
+            same
+            and not kinds
+            and list(map(len, self._held)) == self._sizes
+            and (not train or list(map(_requires_grad, self.kept)) == self.trained)
+        ):
+            return
+        now = dict(self.model.named_parameters())
+        before = list(zip(self.params, self.kinds, self.trained, strict=True))
+        layers = [m for m, part in zip(parts, self._parts, strict=True) if isinstance(m, nn.Module) and m is not part] if parts else []
+        paths = [path for path, module in self.model.named_modules() if any(module is layer for layer in layers)]
+        found = {
+            "new": [name for name in now if name not in self.params],
+            "gone": [name for name in self.params if name not in now],
+            "layers replaced": paths,
+            "of another shape or dtype": [n for n, kind, _ in before if n in now and (now[n].shape, now[n].dtype) != kind],
+            "unfrozen": [n for n, _, trained in before if train and n in now and now[n].requires_grad and not trained],
+            "frozen": [n for n, _, trained in before if train and n in now and not now[n].requires_grad and trained],
+        }
+        if any(found.values()):
+            what = "; ".join(f"{kind}: {', '.join(map(repr, names))}" for kind, names in found.items() if names)
+            raise ValueError(
+                f"{whose}: {type(self.model).__name__} has changed since the step was made ({what}), and the step does not follow. Make the "
+                "state and the steps after such a change"
+            )
+        self._parts, self._sizes, self.kept = parts, list(map(len, self._held)), list(now.values())
+        self.named.update(now)
+
+
+_hooks = operator.attrgetter("_backward_hooks")
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def _overrides(module: nn.Module) -> bool:
+    """Whether a module has its own way to be put into train or eval mode."""
+    cls = type(module)
+    return cls.train is not nn.Module.train or cls.eval is not nn.Module.eval or bool({"train", "eval"} & module.__dict__.keys())
 
 
 class _Attributes:
@@ -160,4 +326,11 @@ def call(
     (1, 0)
     """
     shell = Shell(model)
-    return shell.run(lambda: model(*args, **kwargs), shell.tensors("params", params), buffers, train=train)
+    tensors = [p.clone() for p in shell.tensors("params", params)]  # a forward may write to them
+    shell.written.update(range(len(tensors)))
+    before = versions(tensors)
+    outputs, after, _ = shell.run(lambda: model(*args, **kwargs), tensors, buffers, train=train)
+    if train and before != (now := versions(tensors)):
+        names = [name for name, a, b in zip(shell.params, before or (), now or (), strict=True) if a != b]
+        raise ValueError(f"{shell.name} writes to {names} in place, and a call has no way to return them: make_train_step has")
+    return outputs, after

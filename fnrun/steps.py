@@ -24,6 +24,7 @@ from fnrun.reports import collect
 from fnrun.rng import Key, Scope
 from fnrun.shell import Shell
 from fnrun.state import S, TrainState, weights_of
+from fnrun.watch import described, leaves as leaves_of
 
 if TYPE_CHECKING:
     from fnrun.optim import Optimizer
@@ -266,7 +267,8 @@ def make_train_step(
     if not hasattr(optimizer, "update"):
         kind = type(optimizer).__name__
         raise TypeError(f"an optimizer here is a pair of pure functions, not a {kind}: optim.{kind.lower()}(...) or optim.from_torch(...)")
-    shell = Shell(model)
+    name = f"train_step({type(model).__name__})"
+    shell = Shell(model, name, watched=_Surroundings.WATCHED)
     if not shell.trained:
         raise ValueError(f"{shell.name} has no parameter to train: all have requires_grad=False, or there are none")
     if accumulate < 1:
@@ -274,11 +276,13 @@ def make_train_step(
     trained, places = shell.trained, {name: i for i, name in enumerate(shell.params)}
     indices, whole = [places[name] for name in trained], len(trained) == len(shell.params)
     autocast = _autocast(precision, shell.device_type)
-    name = f"train_step({shell.name})"
+    shell.check_hooks()
+    _warn_of_eval_mode(model, name)
     within = _Surroundings(name, host_random)
     expected: list[str] = []
 
-    def gradients_of(params: Any, memory: Any, buffers: Any, batch: Any) -> tuple[Any, dict[str, torch.Tensor], Metrics]:
+    def gradients_of(memory: Any, params: Any, buffers: Any, batch: Any) -> tuple[Any, Any, dict[str, torch.Tensor], Metrics]:
+        """The gradients, the parameters that they are to change (others than those given where the forward wrote to some), buffers, metrics."""
         tensors = shell.tensors("params", params)
         leaves = [tensors[i].detach().requires_grad_() for i in indices]
         if whole:
@@ -286,6 +290,7 @@ def make_train_step(
         else:
             for i, leaf in zip(indices, leaves, strict=True):
                 tensors[i] = leaf
+        shell.hook(indices, leaves)
 
         def forward_and_backward() -> tuple[Any, Metrics]:  # both with the state's tensors: a checkpointed part runs again in the backward
             if autocast is None:
@@ -295,25 +300,33 @@ def make_train_step(
                     result = loss_fn(model, batch)
             loss, metrics = (result, {}) if isinstance(result, torch.Tensor) else _loss_and_metrics(result)
             scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(memory, loss)
-            return _grad(loss, leaves, scaled), {"loss": loss, **metrics}
+            if shell.first.watching and isinstance(loss, torch.Tensor):
+                shell.first.check_graph(loss, leaves, batch)
+            grads = _grad(loss, leaves, scaled)
+            if grads[0] is None and all(grad is None for grad in grads):
+                raise ValueError(
+                    f"{name}: the loss reaches no trained parameter of {shell.name}: does it call the model that it is given? "
+                    f"It has a gradient to {', '.join(map(described, leaves_of(loss)))}"
+                )
+            return grads, {"loss": loss, **metrics}
 
-        (grads, metrics), buffers = shell.run(forward_and_backward, tensors, buffers, train=True)
-        return grads, buffers, metrics
+        (grads, metrics), buffers, written = shell.run(forward_and_backward, tensors, buffers, train=True)
+        return grads, {**params, **written} if written else params, buffers, metrics
 
-    def gradients(params: Any, memory: Any, batch: Any, buffers: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], Metrics]:
+    def gradients(params: Any, memory: Any, batch: Any, buffers: Any) -> tuple[dict[str, Any], Any, dict[str, torch.Tensor], Metrics]:
         with _NOTHING if torch.is_grad_enabled() else torch.enable_grad():
             if accumulate == 1:
-                grads, buffers, metrics = gradients_of(params, memory, buffers, batch)
+                grads, params, buffers, metrics = gradients_of(memory, params, buffers, batch)
             else:
-                grads, buffers, metrics = _accumulated(functools.partial(gradients_of, params, memory), buffers, batch, accumulate)
-        return dict(zip(trained, grads, strict=True)), buffers, metrics
+                grads, params, buffers, metrics = _accumulated(functools.partial(gradients_of, memory), params, buffers, batch, accumulate)
+        return dict(zip(trained, grads, strict=True)), params, buffers, metrics
 
     def eager(state: TrainState, batch: Any, lease: Lease | None) -> tuple[TrainState, Metrics]:
         count, memory = state.step, state.opt_state
         with within(state.rng, "train", count) as reports:
-            grads, buffers, metrics = gradients(state.params, memory, batch, state.buffers)
+            grads, every, buffers, metrics = gradients(state.params, memory, batch, state.buffers)
             metrics = {name: _detach_all(value) for name, value in _with(metrics, reports).items()}
-            params = state.params if whole else {name: state.params[name] for name in trained}
+            params = every if whole else {name: every[name] for name in trained}
             key = state.rng.fold_in("optimizer", count) if optimizer.keyed else None
             if lease is None:
                 params, memory = optimizer.update(grads, memory, params, key=key, step=count)
@@ -322,7 +335,7 @@ def make_train_step(
                     metrics, buffers = ({name: lease.apart(value) for name, value in each.items()} for each in (metrics, buffers))
                 by, state = f"step {count} ({name})", unlisted(state)
                 params, memory = lease.update(by, optimizer.update, grads, memory, params, key=key, step=count)
-        params = params if whole else {**state.params, **params}
+        params = params if whole else {**every, **params}
         if lease is not None:
             lease.settle(params, memory, buffers)
         metrics = _with(metrics, {name: _detach_all(value) for name, value in reports.items()})  # and those of the optimizer
@@ -333,7 +346,8 @@ def make_train_step(
         (params, memory), (buffers, frozen), seen = given, kept, []
         for i, batch in enumerate(batches):
             with collect() as reports:
-                grads, buffers, metrics = gradients({**params, **frozen}, memory, batch, buffers)
+                grads, every, buffers, metrics = gradients({**params, **frozen}, memory, batch, buffers)
+                params, frozen = ({name: every[name] for name in names} for names in (params, frozen))
                 params, memory = optimizer.update(grads, memory, params, key=_UNKEYED, step=count + i)
             seen.append(_with(metrics, reports))
         return ((params, memory), (buffers, frozen)), seen[0] if len(seen) == 1 else _together(seen, batches)
@@ -342,6 +356,7 @@ def make_train_step(
 
     def compiled(state: TrainState, batches: list[Any], lease: Lease | None) -> tuple[TrainState, Metrics] | None:
         assert graphs is not None
+        shell.check()
         count, params = state.step, {name: state.params[name] for name in trained}
         kept = state.buffers, {} if whole else {name: p for name, p in state.params.items() if name not in params}
         call = graphs((params, state.opt_state), kept, batches, count, inplace=lease is not None)
@@ -350,20 +365,28 @@ def make_train_step(
         scope = state.rng.scope("train", count)
         if lease is None:
             with scope:
-                ((params, memory), (buffers, _)), metrics = call()
+                ((params, memory), (buffers, frozen)), metrics = call()
         else:
             lease.grants(state)
             by, state = f"step {count + len(batches) - 1} ({name})", unlisted(state)
             with scope:
-                ((params, memory), (buffers, _)), metrics = lease.update(by, lambda: call.owning(own)())
-        params = params if whole else {**state.params, **params}
+                ((params, memory), (buffers, frozen)), metrics = lease.update(by, lambda: call.owning(own)())
+        params = params if whole else {**state.params, **frozen, **params}
         if lease is not None:
             lease.settle(params, memory, buffers)
         return state.replace(params=params, buffers=buffers, opt_state=memory, step=count + len(batches)), metrics
 
+    def rehearse(state: TrainState, batch: Any) -> None:
+        """The first calls without the compiler, for it sees only what a call computes; they are thrown away."""
+        while shell.first.left:
+            with within(state.rng, "train", state.step):
+                gradients(state.params, state.opt_state, batch, state.buffers)
+
     def steps_over(state: TrainState, batches: list[Any], lease: Lease | None) -> tuple[TrainState, Metrics]:
         if not expected:  # once: afterwards the state comes from this step
             expected.extend(_remembered(optimizer, {name: state.params[name] for name in trained if name in state.params}, state.opt_state))
+        if graphs is not None:
+            rehearse(state, batches[0])
         if graphs is None or graphs.reason is not None:
             return eager(state, batches[0], lease)
         if (result := compiled(state, batches, lease)) is not None:
@@ -377,6 +400,7 @@ def make_train_step(
 
     def fused_steps(state: TrainState, batches: list[Any], *, lease: Lease | None = None) -> tuple[TrainState, Metrics]:
         if len(batches) > 1 and graphs is not None and graphs.reason is None and _alike(batches):
+            rehearse(state, batches[0])
             result = compiled(state, batches, lease)
             if result is not None:
                 return result
@@ -389,6 +413,25 @@ def make_train_step(
     train_step.__qualname__ = train_step.__name__ = name
     _steps[train_step] = Traits(optimizer.donatable, looks_at_step_only=True, fused=fused_steps if compile else None)
     return train_step
+
+
+def _warn_of_eval_mode(model: nn.Module, name: str) -> None:
+    """Warn of a model that was handed over in eval mode, as loaded ones often are, where that makes a difference in training."""
+    if not model.training and (kinds := {type(m).__name__ for m in model.modules() if not m.training and _minds(m)}):
+        warnings.warn(
+            f"{name}: the model is in eval mode, and so it is trained: {', '.join(sorted(kinds))} work as in evaluation (no dropout, batch "
+            "statistics as they are). Call model.train() before the step is made; to keep parts as they are, put those in eval mode after it",
+            stacklevel=3,
+        )
+
+
+def _minds(module: nn.Module) -> bool:
+    """Whether a module's forward looks at its mode, and has a rate of dropout other than 0 if it has one."""
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    if code is None or "training" not in code.co_names or type(module).__module__ == "torch.nn.modules.transformer":
+        return False
+    rate = getattr(module, "p", getattr(module, "dropout", None))
+    return not isinstance(rate, (int, float)) or rate > 0
 
 
 _NOTHING = nullcontext()
@@ -444,14 +487,14 @@ def _autocast(precision: str | None, device_type: str) -> Callable[[], Any] | No
     return lambda: torch.autocast(device_type, dtypes[precision])
 
 
-def _accumulated(gradients: Callable[..., Any], buffers: Any, batch: Any, pieces: int) -> tuple[list[Any], Any, Metrics]:
+def _accumulated(gradients: Callable[..., Any], params: Any, buffers: Any, batch: Any, pieces: int) -> tuple[list[Any], Any, Any, Metrics]:
     examples = folds.examples(batch)
     total: list[Any] = []
     totals: Any = None
     for micro in _micro_batches(batch, min(pieces, examples), examples):
         size = folds.examples(micro)
         with collect() as reports:
-            grads, buffers, values = gradients(buffers, micro)
+            grads, params, buffers, values = gradients(params, buffers, micro)
         values = _with(values, reports)
         weight = size / examples
         scaled = [None if g is None else g * weight for g in grads]
@@ -459,7 +502,7 @@ def _accumulated(gradients: Callable[..., Any], buffers: Any, batch: Any, pieces
         totals = folds.fold(totals, {name: _detach_all(value) for name, value in values.items()}, size)
     totals = folds.settled(totals)
     means = {name: value for name, value in folds.compute(totals).items() if name in totals.names and name not in totals.folds}
-    return total, buffers, {**means, **totals.folds}
+    return total, params, buffers, {**means, **totals.folds}
 
 
 def _micro_batches(batch: Any, pieces: int, examples: int) -> list[Any]:
@@ -529,8 +572,9 @@ def make_predict_step(
 def _evaluation(
     model: nn.Module, fn: Callable[[nn.Module, Any], Any], weights: str | Callable[[Any], Any], precision: str | None, host: bool
 ) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
-    shell = Shell(model)
-    within = _Surroundings(f"the evaluation of {shell.name}", host)
+    name = f"the evaluation of {type(model).__name__}"
+    shell = Shell(model, name, watched=_Surroundings.WATCHED)
+    within = _Surroundings(name, host)
     autocast = _autocast(precision, shell.device_type) or nullcontext
 
     def run(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
@@ -538,7 +582,7 @@ def _evaluation(
         frames = state.position.frames
         place = frames[-1].ticks if frames else 0
         with within(state.rng, "eval", state.step, place) as reports, torch.no_grad(), autocast():
-            outputs, _ = shell.run(lambda: fn(model, batch), shell.tensors("params", params), buffers, train=False)
+            outputs, _, _ = shell.run(lambda: fn(model, batch), shell.tensors("params", params), buffers, train=False)
         return outputs, reports
 
     return run

@@ -19,7 +19,7 @@ FLOORS = [
     ["rng", "reports", "donation", "environment"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
-    ["shell", "compiled", "steps"],
+    ["watch", "shell", "compiled", "steps"],
     ["program", "dry", "loops", "hooks", "interrupts"],
     ["observers"],
     ["writer", "run", "plot", "tables", "testing"],
@@ -30,6 +30,8 @@ FLOORS = [
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 #: On one floor these may be imported by those beside them.
 BESIDE = {
+    ("watch", "shell"),
+    ("watch", "steps"),
     ("shell", "steps"),
     ("compiled", "steps"),
     ("program", "loops"),
