@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -215,6 +214,21 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+#: A process that writes a line, and another one when it has lost its run.
+LOSING = """
+import sys
+from fnrun import observers
+from tests.programs import fresh
+sink = getattr(observers, sys.argv[1])(sys.argv[2])
+sink.open(fresh())
+sink.write(observers.Record((1,), 1, 1, {"loss": 0.125}, {}))
+print("written", flush=True)
+sys.stdin.readline()
+sink.write(observers.Record((2,), 2, 1, {"loss": 0.25}, {}))
+sink.close()
+"""
+
+
 class TestALostRun:
     """The lease is lost where this process was suspended for too long, or somebody deleted the file."""
 
@@ -247,17 +261,20 @@ class TestALostRun:
             monkeypatch.setattr(time, "monotonic", lambda: now + 100)
             assert "taken over by process 123" in (writing() or "")
 
-    @pytest.mark.parametrize("sink", [observers.jsonl, observers.csv])
-    def test_what_it_still_logs_is_not_in_the_log(self, sink: Callable[..., Any], tmp_path: Path):
-        lost, ours = sink(tmp_path / "log"), sink(tmp_path / "log")
-        lost.open(fresh())
-        lost.write(observers.Record((1,), 1, 1, {"loss": 0.125}, {}))
-        ours.open(fresh().replace(step=1, position=Position(ticks=1)))
-        lost.write(observers.Record((2,), 2, 1, {"loss": 0.25}, {}))
-        ours.write(observers.Record((2,), 2, 1, {"loss": 0.5}, {}))
-        lost.close()
-        ours.close()
-        assert [(tmp_path / "log").read_text().count(loss) for loss in ("0.125", "0.25", "0.5")] == [1, 0, 1]
+    @pytest.mark.parametrize("sink", ["jsonl", "csv"])
+    def test_what_it_still_logs_is_not_in_the_log(self, sink: str, tmp_path: Path):
+        log = tmp_path / "log"
+        command = [sys.executable, "-c", LOSING, sink, str(log)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as lost:
+            assert lost.stdout is not None
+            assert lost.stdout.readline() == "written\n"
+            ours = getattr(observers, sink)(log)
+            ours.open(fresh().replace(step=1, position=Position(ticks=1)))
+            lost.communicate("go on\n")
+            ours.write(observers.Record((2,), 2, 1, {"loss": 0.5}, {}))
+            ours.close()
+        assert lost.returncode == 0
+        assert [log.read_text().count(loss) for loss in ("0.125", "0.25", "0.5")] == [1, 0, 1]
 
     def test_nothing_is_saved_between_the_loss_and_its_being_told(self, run: Run):
         """A process that was suspended wakes up in the middle of a save: that the lease is another's it reads by itself."""
