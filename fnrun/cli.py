@@ -19,6 +19,7 @@ from fnrun import writer
 from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.checkpoint.retention import which
 from fnrun.donation import fate
+from fnrun.files import PlaceError, placed
 from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.loops import Loop
 from fnrun.loops.composed import Composed, loops_of
@@ -74,7 +75,7 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
 
 def _users_fault(error: Exception) -> bool:
     """Whether the message says all there is to say: errors about runs, checkpoints, programs, and the disk under them."""
-    return isinstance(error, (RunError, CheckpointError, ProgramError))
+    return isinstance(error, (RunError, CheckpointError, ProgramError, PlaceError))
 
 
 # --- the flags ---------------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class _Evaluate:
 def _resumed(build: Build, name: str, path: Path, args: list[str]) -> tuple[Any, Run]:
     """The command with flags that are not given as the run has them, and the run."""
     run = Run.open(path, config_type(build), name)
-    return _flags(args, name, config_type(build), _Resume(run=path, config=run.config)), run
+    return placed(_flags(args, name, config_type(build), _Resume(run=path, config=run.config))), run
 
 
 def _flags(args: list[str], name: str, config_type: type, default: Any = None) -> Any:
@@ -202,6 +203,7 @@ def _interruptible(build: Build, name: str, command: Any, args: list[str]) -> in
 
 def _trained(build: Build, name: str, command: Any, asked: _Asked) -> int:
     writer.check_alone()
+    command = placed(command)
     if not isinstance(command, _Resume):
         return _train(build, name, command.out, command, asked)
     if command.auto and not (command.run / CONFIG).exists():
@@ -472,6 +474,7 @@ def _workers_end_too(asked: _Asked) -> Iterator[None]:
 
 
 def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
+    command = placed(command)
     run = Run.open(command.run, config_type(build), name)
     step = which(command.checkpoint)
     if run.checkpoints.latest() is None:

@@ -7,6 +7,7 @@ it is whole it has a name that nobody can foresee.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -20,6 +21,38 @@ from typing import IO, Any
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}")
 #: What file systems that cannot make anything durable say of it.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+#: How a URL begins: also after `Path`, which makes one slash of two. A single letter is a drive.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+class PlaceError(ValueError):
+    """What was given as a place is none on this machine's file systems."""
+
+
+def place(path: str | os.PathLike[str]) -> Path:
+    """A path as a user gives it: `~` is the home directory. Raises PlaceError for a URL, which would name a directory of this machine.
+
+    >>> place("~/runs") == Path.home() / "runs", str(place("runs/try1"))
+    (True, 'runs/try1')
+    """
+    text = os.fspath(path)
+    if _URL.match(text):
+        raise PlaceError(f"{text} is a URL, and fnrun reads and writes local files only: give a path, and copy from there or to there")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise PlaceError(f"{text}: {error}") from error
+
+
+def placed(command: Any) -> Any:
+    """A dataclass with every path among its fields as `place` reads it. Raises PlaceError."""
+
+    def read(value: Any) -> Any:
+        return place(value) if isinstance(value, Path) else tuple(map(read, value)) if isinstance(value, tuple) else value
+
+    return dataclasses.replace(command, **{field.name: read(getattr(command, field.name)) for field in dataclasses.fields(command)})
 
 
 @contextlib.contextmanager

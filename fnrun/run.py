@@ -95,7 +95,7 @@ class Run:
         """
         short = experiment.partition(":")[0].rpartition(".")[2]
         if path is not None:
-            target = Path(path)
+            target = files.place(path)
             if not cls._place(target, experiment, config):
                 raise RunError(f"{target} already holds {_contents(target)}")
             return cls(target, experiment, config)
@@ -127,7 +127,7 @@ class Run:
 
         Raises RunError where there is none, where it is one of another experiment, or where the config cannot be read (naming the field).
         """
-        path = Path(path)
+        path = files.place(path)
         file = path / CONFIG
         if not path.is_dir():
             raise RunError(f"there is no run at {path}")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fnrun
-from fnrun import files
-from fnrun.checkpoint import export
+from fnrun import files, observers
+from fnrun.checkpoint import Checkpoints, export, load_from, params_from
 from fnrun.command import main
 from tests.experiments.tiny import tiny
 
@@ -116,3 +116,77 @@ def test_gc_takes_what_killed_processes_left_half_written(tmp_path: Path, capsys
     assert not any(os.path.lexists(path) for path in [*left, link])
     assert (mine.exists(), run.exists(), main(["gc", str(run)])) == (True, True, 0)
     assert "nothing to delete" in capsys.readouterr().out
+
+
+URLS = ["s3://bucket/run", "gs://bucket/run", "hdfs://node/run", "file:///tmp/run", "https://host/run.safetensors"]
+
+DOORS = {
+    "Checkpoints": Checkpoints,
+    "Checkpoints.at": Checkpoints.at,
+    "Run.create": lambda path: fnrun.Run.create("some.experiment", {}, path),
+    "Run.open": fnrun.Run.open,
+    "export": lambda path: export(fnrun.TrainState.create(torch.nn.Linear(2, 1)), f"{path}.safetensors"),
+    "export from": lambda path: export(path, "weights.safetensors"),
+    "load_from": lambda path: load_from(path, fnrun.TrainState.create(torch.nn.Linear(2, 1))),
+    "params_from": params_from,
+    "jsonl": observers.jsonl,
+    "csv": observers.csv,
+    "tensorboard": observers.tensorboard,
+    "wandb": lambda path: observers.wandb(path, project="p", mode="offline"),
+    "predictions": observers.predictions,
+    "profile": lambda path: observers.profile(range(1, 2), path),
+    "debug_nonfinite": lambda path: observers.debug_nonfinite(lambda state, batch: (state, {}), torch.nn.Linear(2, 1), path),
+}
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_url_is_no_directory_of_this_machine(door: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for given in (url, Path(url)):
+        with pytest.raises(ValueError, match="is a URL, and fnrun reads and writes local files only"):
+            DOORS[door](given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_home_is_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    tiny("train", "--epochs", 1, "--out=~/run")
+    tiny("resume", "~/run", "--epochs", 2)
+    tiny("resume", "--auto", "~/auto", "--epochs", 1)
+    assert "step 8" in tiny("evaluate", "~/run")
+    assert main(["fork", "~/run", "--step", "4", "--out", "~/fork"]) == 0
+    assert main(["show", "~/run"]) == 0
+    assert main(["plot", "~/run", "--out", "~/curves.png"]) == 0
+    assert main(["export", "~/run", "--out", "~/weights.pt"]) == 0
+    assert Checkpoints("~/run/checkpoints").steps() == [4, 8]
+    assert params_from("~/weights.pt").keys() == load_from("~/run", fresh()).params.keys()
+    sink = observers.jsonl("~/own.jsonl")
+    sink.open(fresh())
+    sink.close()
+    assert sorted(path.name for path in home.iterdir()) == ["auto", "curves.png", "fork", "own.jsonl", "run", "weights.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def fresh() -> fnrun.TrainState:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+    return fnrun.TrainState.create(model, fnrun.optim.sgd(0.1))
+
+
+@pytest.mark.parametrize("command", ["fork", "plot", "export", "ls", "show", "gc", "train"])
+def test_on_the_command_line_it_is_one_line(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    if command == "train":
+        said = tiny("train", "--out", "s3://bucket/run", code=1)
+        assert "is a URL" in tiny("resume", "--auto", "s3://bucket/run", code=1)
+    else:
+        args = {"fork": ["run", "--step", "4", "--out"], "plot": ["run", "--out"], "export": ["run", "--out"]}.get(command, [])
+        assert main([command, *args, "s3://bucket/run.png"]) == 2
+        said = capsys.readouterr().err
+    assert (said.count("\n"), "error: s3:/bucket/run" in said, "is a URL" in said) == (1, True, True)
+    assert list(tmp_path.iterdir()) == []

@@ -59,7 +59,7 @@ class Checkpoints:
         environment: Mapping[str, str] | None = None,
         guard: Callable[[], None] | None = None,
     ) -> None:
-        self.directory = Path(directory).absolute()  # orbax takes no other, and the process may change its directory
+        self.directory = files.place(directory).absolute()  # orbax takes no other, and the process may change its directory
         self.config = encode_config(config)
         self.environment = dict(environment or {})
         self.guard = guard
@@ -324,7 +324,7 @@ class Checkpoints:
     @classmethod
     def at(cls, path: str | Path) -> tuple[Checkpoints, Entry]:
         """The one checkpoint in the directory `path`, and those beside it. Raises CheckpointError where `path` is none."""
-        path = Path(path).absolute()
+        path = files.place(path).absolute()
         entry = Entry.of(path.name)
         if entry is None or not path.is_dir():
             raise CheckpointError(f"{path} is no checkpoint: one is a directory named STEP-TICKS, such as {Entry(120, 100, 0).name}")

@@ -61,7 +61,7 @@ def state_dict(source: str | Path | Mapping[str, Any], key: str | None = None) -
     """What `params_from` returns; tensors of a file may be mapped from it, and are to be copied."""
     if isinstance(source, Mapping):
         return _chosen(source, key, "the mapping")
-    path = Path(source)
+    path = files.place(source)
     if path.is_dir():
         raise CheckpointError(f"{path} is a directory: load_from(path, like) takes runs and checkpoints, this takes a file")
     try:

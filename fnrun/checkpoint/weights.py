@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fnrun
-from fnrun import tree
+from fnrun import files, tree
 from fnrun.checkpoint import codec, foreign, match, store
 from fnrun.checkpoint.directory import Checkpoints
 from fnrun.checkpoint.manifest import CheckpointError, text
@@ -191,7 +191,7 @@ def export(
     ...     tree.equal(params_from(path), state.params)
     True
     """
-    to = Path(to)
+    to = files.place(to)
     match.check_cast("export", dtype)
     foreign.check_target(to, overwrite=overwrite)
     found, at = _found(source, weights, step)
@@ -253,7 +253,7 @@ def _checkpoints(source: Any) -> tuple[Checkpoints, Entry | None] | None:
         raise CheckpointError(
             f"a {type(source).__name__} holds no weights that are known: give a state, a run, a checkpoint, a file or a state dict"
         )
-    path = Path(source)
+    path = files.place(source)
     if not path.is_dir():
         return None
     if (path / store.MANIFEST).exists() or Entry.of(path.name):

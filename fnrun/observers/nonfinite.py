@@ -33,7 +33,7 @@ def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
     step cannot be seen: debug it with `compile=False`. What cannot be written (a full disk) is an error in the log. The step needs `loss` among its
     metrics. It goes around a step and inside a loop; around a loop it is refused (TypeError).
     """
-    seen = False
+    seen, place = False, files.place(to)
 
     @functools.wraps(step)
     def wrapped(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
@@ -44,7 +44,7 @@ def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
         if not seen and not _finite([metrics["loss"], new.params]):
             seen = True
             own = rank()
-            directory = Path(to) / (f"step-{new.step}" + (f".rank{own}" if own else ""))
+            directory = place / (f"step-{new.step}" + (f".rank{own}" if own else ""))
             found = _report(step, model, state, batch, new, metrics)
             try:
                 found += "\n\n" + _save(directory, state, batch, found)

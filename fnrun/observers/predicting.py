@@ -127,5 +127,5 @@ def predictions(path: str | Path) -> Any:
     >>> print(predictions("runs/digits/predictions.jsonl"))
     predictions -> runs/digits/predictions.jsonl
     """
-    path = Path(path)
+    path = files.place(path)
     return _Rows(path) if path.suffix == ".jsonl" else _Shards(path)

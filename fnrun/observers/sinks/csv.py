@@ -86,4 +86,4 @@ def csv(path: str | Path) -> Sink:
 
     A metric that comes later gets a column of its own, behind the others. When a run is resumed, rows that are later than its state are cut off.
     """
-    return _Csv(Path(path))
+    return _Csv(files.place(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fnrun import files
 from fnrun.observers.media import Media
 from fnrun.observers.sinks.base import Record, Sink
 from fnrun.observers.sinks.lines import Lines, place, plain
@@ -38,4 +39,4 @@ def jsonl(path: str | Path) -> Sink:
     `ticks` and `at` (the finished ticks of each open loop, outermost first) order the lines of a run. When a run is resumed, lines that are
     later than its state are cut off, for they will be written again. NaN and infinities are the strings that `float` reads.
     """
-    return _JsonLines(Path(path))
+    return _JsonLines(files.place(path))

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from fnrun import files
 from fnrun.observers.media import Image, Text
 from fnrun.observers.sinks.base import Record, Sink, media, numbers, require
 from fnrun.observers.sinks.journal import Journaled, identity
@@ -80,5 +81,5 @@ def mlflow(directory: str | Path, *, experiment: str, tracking_uri: str | None =
     resume they are the same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
     """
     require("mlflow", "mlflow", "mlflow")
-    path = Path(directory)
+    path = files.place(directory)
     return Journaled(path / "mlflow.jsonl", _MlflowRun(path, experiment, tracking_uri, name, config))

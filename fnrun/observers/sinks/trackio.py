@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from fnrun import files
 from fnrun.observers.media import Histogram, Image, Text
 from fnrun.observers.sinks.base import Record, Sink, media, numbers, require
 from fnrun.observers.sinks.journal import Journaled, identity
@@ -55,5 +56,5 @@ def trackio(directory: str | Path, *, project: str, config: Any = None) -> Sink:
     same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
     """
     require("trackio", "trackio", "trackio")
-    path = Path(directory)
+    path = files.place(directory)
     return Journaled(path / "trackio.jsonl", _TrackioRun(path, project, config))

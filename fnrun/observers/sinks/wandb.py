@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from fnrun import files
 from fnrun.observers.media import Histogram, Image, Media, Text
 from fnrun.observers.sinks.base import Record, Sink, media, numbers
 from fnrun.observers.sinks.journal import Journaled, identity
@@ -85,6 +86,6 @@ def wandb(
     that a killed process had not uploaded are sent again after a resume, and those that wandb has already are not: after an exact resume they
     are the same. Where you resume with other settings, wandb keeps the old lines between the checkpoint and the kill.
     """
-    path = Path(directory)
+    path = files.place(directory)
     run = _WandbRun(path, mode, config, summary or {}, {"project": project, **options})
     return Journaled(path / "wandb.jsonl", run)
