@@ -34,7 +34,13 @@ class Uncapturable(Exception):
 
 
 class NoKey:
-    """In place of the step's key while it is recorded: what would be drawn from it would be the same at every step."""
+    """In place of the step's key while it is recorded: what would be drawn from it would be the same at every step. Keys may be derived from it."""
+
+    def fold_in(self, *data: int | str) -> NoKey:
+        return self
+
+    def split(self, n: int) -> tuple[NoKey, ...]:
+        return (self,) * n
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -13,6 +13,7 @@ from torch import nn
 import fnrun
 from fnrun import TrainState, data, hooks, metrics, observers, optim, tree
 from fnrun.testing import assert_pure, assert_resumable, assert_same
+from tests.optim import cases
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 BATCHES = data.arrays({"x": X, "y": torch.arange(40) % 3}, 8, shuffle=True)
@@ -119,6 +120,78 @@ def test_accumulation_and_loss_scaling_are_part_of_the_graph(graphs: list[Any]) 
     assert float(ends[1].opt_state.scale) == float(ends[0].opt_state.scale) > 8.0
 
 
+CURVE = cases.CURVE
+
+
+def by_label(make: Any) -> optim.Optimizer:
+    return optim.partition(optim.decay_labels, {"decay": make(), "no_decay": optim.sgd(CURVE, momentum=0.9)})
+
+
+#: Beside the optimizers: what goes around and before them, and an optimizer of somebody's own, of which nobody said that it draws nothing.
+PARTS: dict[str, Any] = {
+    **{name: make for name, make in cases.OPTIMIZERS.items() if name not in ("chain", "from_torch")},
+    "scaled_lr": lambda: optim.scaled_lr(optim.adamw, CURVE, optim.name_multipliers({"0": 0.1})),
+    "groups of groups": lambda: by_label(lambda: optim.scaled_lr(optim.adamw, CURVE, optim.name_multipliers({"0": 0.1}))),
+    "a chain in a partition": lambda: by_label(lambda: optim.chain(optim.clip_by_global_norm(0.1), optim.trace(0.9), optim.sgd(CURVE))),
+    "one's own": lambda: by_label(lambda: optim.Optimizer(optim.adamw(CURVE).init, optim.adamw(CURVE).update)),
+    "masked": lambda: optim.masked(optim.adamw(CURVE), lambda path, p: p.ndim > 1),
+    "accumulate": lambda: optim.chain(optim.accumulate(2), by_label(lambda: optim.adamw(CURVE))),
+    "all wrappers": lambda: optim.chain(
+        optim.dynamic_loss_scale(),
+        optim.accumulate(2),
+        optim.freeze_until(1),
+        optim.lookahead(sync_period=2),
+        optim.scaled_lr(optim.adamw, CURVE, optim.name_multipliers({"0": 0.1})),
+    ),
+    "all transforms": lambda: optim.chain(
+        optim.zero_nonfinite(),
+        optim.centralize(),
+        optim.clip_by_value(1.0),
+        optim.clip_by_norm(0.5),
+        optim.adaptive_clip(0.1),
+        optim.clip_by_global_norm(0.3),
+        optim.scale(0.5),
+        optim.scale_by_schedule(CURVE),
+        optim.masked(optim.add_decayed_weights(0.1), lambda path, p: p.ndim > 1),
+        optim.trace(0.9),
+        optim.sgd(10.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_optimizer_that_draws_nothing_is_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was recorded is run as it is: whether inductor keeps the numbers is its own matter, and it takes seconds each time."""
+    captured: list[Any] = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *args: captured.append(graph) or graph)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=name != "muon"), nn.Tanh(), nn.Linear(5, 3, bias=name != "muon"))
+    ends = []
+    for compile in (False, True):
+        step = fnrun.make_train_step(model, lambda m, b: m(b).square().mean(), PARTS[name](), compile=compile)
+        state = TrainState.create(model, PARTS[name]())
+        for i in range(6):
+            state, _ = step(state, X[i : i + 8])
+        ends.append(state)
+    assert captured
+    assert tree.paths(ends[1].opt_state) == tree.paths(ends[0].opt_state)
+    assert not tree.equal(ends[1].params, dict(model.named_parameters()))
+    close = {"rtol": 1e-2, "atol": 1e-3} if name == "muon" else {"rtol": 1e-4, "atol": 1e-6}  # which computes in bfloat16
+    torch.testing.assert_close(dict(ends[1].params), dict(ends[0].params), **close)
+
+
+def test_groups_are_compiled_too(graphs: list[Any]) -> None:
+    model = Net()
+    step = fnrun.make_train_step(model, loss_fn, by_label(lambda: optim.adamw(CURVE)), compile=True)
+    end, seen = fnrun.epoch_loop(step)(TrainState.create(model, by_label(lambda: optim.adamw(CURVE))), BATCHES)
+    whole, theirs = fnrun.epoch_loop(fnrun.make_train_step(model, loss_fn, by_label(lambda: optim.adamw(CURVE))))(
+        TrainState.create(model, by_label(lambda: optim.adamw(CURVE))), BATCHES
+    )
+    assert len(graphs) == 1
+    torch.testing.assert_close(dict(end.params), dict(whole.params), rtol=1e-4, atol=1e-6)
+    assert seen.keys() == theirs.keys() >= {"decay/lr", "no_decay/lr"}
+
+
 def by_value(model: nn.Module, batch: Any) -> Any:
     loss = model(batch["x"]).square().mean()
     return loss * 2 if loss > 1 else loss
@@ -136,8 +209,9 @@ def by_python_random(model: nn.Module, batch: Any) -> Any:
         (by_value, lambda: optim.sgd(0.1), "value"),
         (by_python_random, lambda: optim.sgd(0.1), "Python's or NumPy's generator"),
         (lambda m, b: m(b["x"]).square().mean(), lambda: optim.chain(optim.add_noise(0.1), optim.sgd(0.1)), "step's key"),
+        (lambda m, b: m(b["x"]).square().mean(), lambda: by_label(lambda: optim.chain(optim.add_noise(0.1), optim.sgd(0.1))), "step's key"),
     ],
-    ids=["by value", "python random", "noise"],
+    ids=["by value", "python random", "noise", "noise in a group"],
 )
 def test_what_cannot_be_captured_goes_on_without_and_says_why(loss: Any, make: Any, why: str) -> None:
     model = nn.Linear(6, 3)
