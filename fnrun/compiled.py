@@ -3,28 +3,34 @@
 `make_fx` records the operations of one call on real tensors, so any Python may run in a step as long as it does not depend on a tensor's
 value; inductor compiles what was recorded. The graph stands for arguments of the same structure, shapes, dtypes and constants, and for no
 others: nothing in it is dynamic, so which calls came before never changes its bits. Numbers of the state that change from call to call
-(counts of updates) are inputs of the graph, and Python numbers again afterwards.
+(counts of updates) are inputs of the graph, and Python numbers again afterwards. What Python reads from elsewhere is a constant; a later call
+is recorded once more to see whether it still has its value.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import operator
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import optree
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fnrun import tree
 from fnrun.donation import storage
 from fnrun.optim.lists import capturing
-from fnrun.rng import Key
+from fnrun.rng import Key, ambient
 
 logger = logging.getLogger("fnrun")
 
@@ -89,8 +95,12 @@ class Compiled:
                 graph = self._capture(leaves, own, inplace, spec, count, (spec, shapes, inplace))
                 constants = tuple(_constants(leaves, self._counters))
                 self.graphs[spec, shapes, constants, inplace] = graph
+            graph.calls += 1
+            if graph.calls in graph.LOOKS:
+                graph.check(self.fn, leaves, spec, count)
         except Exception as error:  # of whatever kind: the same call without the compiler says whether it is the step's own
             self.reason = (f"{type(error).__name__}: " * (not isinstance(error, Uncapturable)) + str(error).strip()).splitlines()[0]
+            self.graphs.clear()
             return None
         return Call(graph, leaves, count)
 
@@ -137,17 +147,72 @@ class Call(NamedTuple):
 class _Graph:
     """A compiled call: how its inputs are taken from the arguments' leaves, and what its outputs become."""
 
-    def __init__(self, run: Any, inputs: list[int], own: int, counters: frozenset[int], plan: list[tuple[str, Any]], spec: Any) -> None:
-        self.counters, self._run, self._spec = counters, run, spec
-        self.own = [i for i in inputs if i < own and i not in counters]  # the tensors of `given`
-        self._tensors = [i for i in inputs if i not in counters]
-        self._numbers = [i for i in inputs if i in counters]
-        self._plan = plan
+    #: At these calls the graph is compared with what the step's Python does by then: early, and later ever more seldom.
+    LOOKS = frozenset(3 * 10**i for i in range(9))
+
+    def __init__(self, run: Any, recording: _Recording, recorded: GraphModule, own: int) -> None:
+        self.counters, self._run, self._plan, self._spec = recording.counters, run, recording.plan, recording.spec
+        self.own = [i for i in recording.inputs if i < own and i not in self.counters]  # the tensors of `given`
+        self._tensors = [i for i in recording.inputs if i not in self.counters]
+        self._numbers = [i for i in recording.inputs if i in self.counters]
+        self._recorded, self._write = recorded, recording.own
+        self.calls = 0
+
+    def check(self, fn: Any, leaves: list[Any], in_spec: Any, count: int) -> None:
+        """Raise Uncapturable where `fn` computes something else by now than what was recorded: it reads more than its arguments."""
+        with _computing_for_real(), contextlib.suppress(torch.OutOfMemoryError):
+            now = _Recording(fn, leaves, self._write, in_spec, self.counters)
+            graph = now.record(count)
+            if self._spec != now.spec:
+                raise Uncapturable(_MOVED.format("its metrics have other names"))
+            if _alike(self._recorded, graph) and tree.equal(self._plan, now.plan):
+                return
+            names = optree.treespec_paths(self._spec)
+            with torch.no_grad():
+                old, new = now.outcome(self._recorded, self._plan, count), now.outcome(graph, now.plan, count)
+            state = len(old) - sum(path[0] == 1 for path in names)
+            differ = [f"{tree.join(names[i][1:])} was {old[i]}, is {new[i]}" for i in range(state, len(old)) if not _close(old[i], new[i])]
+            if not differ and _moved(leaves[:state], old, new):
+                differ = ["the update of the state is another one"]
+            if differ:
+                raise Uncapturable(_MOVED.format("; ".join(differ)))
 
     def __call__(self, leaves: list[Any], count: int) -> Any:
         numbers = [_number(leaves[i]) for i in self._numbers]
         outputs = self._run(_number(count), *numbers, *[leaves[i] for i in self._tensors])
         return optree.tree_unflatten(self._spec, [_made(kind, what, leaves, outputs) for kind, what in self._plan])
+
+
+_MOVED = (
+    "its Python computes something else than when it was recorded ({}, for the same arguments), and the calls since then may have been made "
+    "with the old values. A number that the loss reads from elsewhere (a global, an attribute, a dictionary) is a constant of a graph: give "
+    "it a place in the batch, as a tensor"
+)
+
+
+def _alike(a: GraphModule, b: GraphModule) -> bool:
+    """Whether two recordings are the same operations with the same constants."""
+    if a.code != b.code:
+        return False
+    constants = [(getattr(a, node.target), getattr(b, node.target)) for node in a.graph.nodes if node.op == "get_attr"]
+    return all(_alike(x, y) if isinstance(x, GraphModule) else tree.equal(x, y) for x, y in constants)
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Whether two metrics are the same up to rounding."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return tree.equal(a, b)
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-6, equal_nan=True)
+
+
+def _moved(start: list[Any], a: list[Any], b: list[Any]) -> bool:
+    """Whether two updates of a state differ by more than rounding, which an optimizer that normalizes may magnify where a gradient is 0."""
+    apart = size = 0.0
+    for x, y, z in zip(start, a, b, strict=False):
+        if isinstance(y, Tensor) and isinstance(z, Tensor) and y.is_floating_point():
+            x, y, z = x.double(), y.double(), z.double()
+            apart, size = apart + float((y - z).square().sum()), size + float((y - x).square().sum() + (z - x).square().sum())
+    return apart > 0.01 * size
 
 
 def _made(kind: str, what: Any, leaves: list[Any], outputs: Any) -> Any:
@@ -169,22 +234,59 @@ _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 def _captured(fn: Any, leaves: list[Any], own: int, inplace: bool, spec: Any, count: int, counters: frozenset[int]) -> _Graph:
-    """Record and compile; `counters` are the leaves that are known to be numbers that change, more may be found. With `inplace` the tensors among the first `own` leaves are written over. Raises whatever `fn` or the compiler raises."""
+    """Record and compile; `counters` are the leaves that are known to be numbers that change, more may be found. With `inplace` the tensors among the first `own` leaves are written over. Raises whatever `fn` or the compiler raises, or the graph in its first call."""
     python, numpy = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]  # pyright: ignore[reportArgumentType,reportCallIssue]
-    with Key(0).scope(), capturing(), warnings.catch_warnings():  # recording computes, and draws, for real
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # of torch by torch
+    with _computing_for_real():
         while True:
             recording = _Recording(fn, leaves, own if inplace else 0, spec, counters)
-            examples = [_number(count), *recording.examples()]
-            graph = make_fx(recording, tracing_mode="real", _allow_non_fake_inputs=True)(*examples)
+            graph = recording.record(count)
             if not recording.changed:
                 break
             counters |= recording.changed
         if random.getstate() != python or np.random.get_state(legacy=False)["state"]["pos"] != numpy:  # pyright: ignore[reportArgumentType,reportCallIssue]
             raise Uncapturable("it draws from Python's or NumPy's generator, and what is drawn would be the same at every step")
         with torch.no_grad():
-            run = torch._inductor.compile(graph, [_number(count), *recording.examples()])
-    return _Graph(run, recording.inputs, own, counters, recording.plan, recording.spec)
+            examples: list[Any] = recording.examples(count)
+            run: Any = torch._inductor.compile(GraphModule(graph, copy.deepcopy(graph.graph)), examples)
+            try:
+                run(*recording.examples(count))
+            except Exception as error:  # some kernels are refused only now
+                raise Uncapturable(f"its graph fails when it is called: {type(error).__name__}: {error}") from error
+    return _Graph(run, recording, graph, own)
+
+
+@contextlib.contextmanager
+def _computing_for_real() -> Iterator[None]:
+    """For what computes and draws only to be looked at."""
+    with Key(0).scope(), capturing(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # of torch by torch
+        yield
+
+
+class _Draws(TorchDispatchMode):
+    """Raises Uncapturable where random numbers are drawn from anything but one ambient stream: what sets that back meanwhile is no operation, and in no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._states = self._now()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            raise Uncapturable("it draws from a torch.Generator of its own")
+        if not all(map(torch.equal, self._states, self._now())):
+            raise Uncapturable(
+                "it sets torch's generator between two draws (activation checkpointing does, to have the same dropout in the backward once more)"
+            )
+        result = func(*args, **kwargs)
+        self._states = self._now()
+        return result
+
+    @staticmethod
+    def _now() -> list[Tensor]:
+        return [generator.get_state() for generator in ambient()]
 
 
 class _Recording:
@@ -198,9 +300,23 @@ class _Recording:
         self.plan: list[tuple[str, Any]] = []
         self.spec: Any = None
 
-    def examples(self) -> list[Tensor]:
+    def record(self, count: int) -> GraphModule:
+        """The operations of one call."""
+        return make_fx(self, tracing_mode="real", _allow_non_fake_inputs=True)(*self.examples(count))
+
+    def examples(self, count: int) -> list[Tensor]:
         """Inputs that may be written to."""
-        return [self.leaves[i].clone() if isinstance(self.leaves[i], Tensor) else _number(self.leaves[i]) for i in self.inputs]
+        values = [self.leaves[i] for i in self.inputs]
+        return [_number(count), *(value.clone() if isinstance(value, Tensor) else _number(value) for value in values)]
+
+    def outcome(self, graph: GraphModule, plan: list[tuple[str, Any]], count: int) -> list[Any]:
+        """The leaves of the result that a recorded graph computes from these arguments."""
+        examples, leaves = self.examples(count), list(self.leaves)
+        for i, tensor in zip(self.inputs, examples[1:], strict=True):
+            leaves[i] = tensor
+        with Key(0).scope():
+            outputs = graph(*examples)
+        return [_made(kind, what, leaves, outputs) for kind, what in plan]
 
     def __call__(self, count: Tensor, *tensors: Tensor) -> list[Tensor]:
         leaves = list(self.leaves)
@@ -209,7 +325,8 @@ class _Recording:
         places = {id(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
         memory = {storage(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
         given, kept, x = optree.tree_unflatten(self.in_spec, leaves)
-        result: Any = self.fn(given, kept, x, count)
+        with _Draws():
+            result: Any = self.fn(given, kept, x, count)
         new, metrics = result
         state: Any = (given, kept)
         olds, old_spec = optree.tree_flatten(state)

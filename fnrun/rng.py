@@ -78,7 +78,7 @@ class Key:
 
     def seed_ambient(self, *, host: bool = False) -> None:
         """Seed torch's ambient generators (CPU and, once CUDA is in use, its devices), and with `host` Python's and NumPy's."""
-        _seed(_ambient(), self.path, host)
+        _seed(ambient(), self.path, host)
 
     def scope(self, *data: int | str, host: bool = False) -> Scope:
         """Within, the ambient generators are seeded from `fold_in(*data)`; afterwards they are as they were, also when the body raises.
@@ -99,7 +99,7 @@ class Scope:
     def __enter__(self) -> Any:
         self._lock = ambient_lock
         self._lock.acquire()
-        self._generators = _ambient()
+        self._generators = ambient()
         self._saved: list[Any] = [generator.get_state() for generator in self._generators]
         if self._host:
             self._saved += [random.getstate(), np.random.get_state()]
@@ -129,7 +129,8 @@ def _bits(path: bytes) -> int:
     return int.from_bytes(path[:8], "little")
 
 
-def _ambient() -> tuple[torch.Generator, ...]:
+def ambient() -> tuple[torch.Generator, ...]:
+    """torch's ambient generators: the CPU's and, once CUDA is in use, its devices'."""
     if torch.cuda.is_initialized():
         return (torch.default_generator, *torch.cuda.default_generators)
     return (torch.default_generator,)

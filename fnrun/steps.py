@@ -404,6 +404,7 @@ def make_train_step(
             result = compiled(state, batches, lease)
             if result is not None:
                 return result
+            warnings.warn(f"{name} is not compiled and goes on without: {graphs.reason}", stacklevel=3)
         seen: list[Metrics] = []
         for batch in batches:
             state, metrics = steps_over(state, [batch], lease)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fnrun
 from fnrun import TrainState, data, hooks, metrics, observers, optim, tree
@@ -57,6 +59,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return compile(graph, *args, **options)
 
     monkeypatch.setattr(torch._inductor, "compile", counting)
+    return given
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is given to inductor runs as it is: whether inductor keeps the numbers is its own matter, and it takes seconds each time."""
+    given: list[Any] = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *args: given.append(graph) or graph)
     return given
 
 
@@ -160,10 +170,7 @@ PARTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_every_optimizer_that_draws_nothing_is_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was recorded is run as it is: whether inductor keeps the numbers is its own matter, and it takes seconds each time."""
-    captured: list[Any] = []
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *args: captured.append(graph) or graph)
+def test_every_optimizer_that_draws_nothing_is_captured(name: str, recorded: list[Any]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5, bias=name != "muon"), nn.Tanh(), nn.Linear(5, 3, bias=name != "muon"))
     ends = []
@@ -173,7 +180,7 @@ def test_every_optimizer_that_draws_nothing_is_captured(name: str, monkeypatch: 
         for i in range(6):
             state, _ = step(state, X[i : i + 8])
         ends.append(state)
-    assert captured
+    assert recorded
     assert tree.paths(ends[1].opt_state) == tree.paths(ends[0].opt_state)
     assert not tree.equal(ends[1].params, dict(model.named_parameters()))
     close = {"rtol": 1e-2, "atol": 1e-3} if name == "muon" else {"rtol": 1e-4, "atol": 1e-6}  # which computes in bfloat16
@@ -313,3 +320,157 @@ def test_a_parameter_that_only_some_shapes_reach() -> None:
         ends.append(state)
     assert ends[0].opt_state.misses.total == ends[1].opt_state.misses.total == 6
     torch.testing.assert_close(dict(ends[1].params), dict(ends[0].params), rtol=1e-4, atol=1e-6)
+
+
+class Segmented(nn.Module):
+    """A part of it is computed again in the backward."""
+
+    def __init__(self, p: float, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.dropout, self.last, self.options = nn.Linear(6, 64), nn.Dropout(p), nn.Linear(64, 3), options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(checkpoint(lambda x: self.dropout(torch.tanh(self.first(x))), x, **self.options))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_what_is_computed_again_has_the_same_dropout(p: float, recorded: list[Any]) -> None:
+    model, ends = Segmented(p, use_reentrant=False), []
+    for compile in (False, True):
+        step = fnrun.make_train_step(model, lambda m, b: m(b).square().mean(), optim.sgd(0.1), compile=compile)
+        state = TrainState.create(model, optim.sgd(0.1))
+        with (
+            pytest.warns(UserWarning, match="goes on without: it sets torch's generator.*activation checkpointing")
+            if compile and p
+            else nullcontext()
+        ):
+            for i in range(3):
+                state, _ = step(state, X[i : i + 8])
+        ends.append(state.params)
+    assert bool(recorded) == (p == 0.0)
+    torch.testing.assert_close(dict(ends[1]), dict(ends[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_generator_of_the_loss_is_in_no_graph(recorded: list[Any]) -> None:
+    model = nn.Linear(6, 3)
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(5))  # the same at each step
+        return model(batch + noise).square().mean()
+
+    steps = [fnrun.make_train_step(model, loss, optim.sgd(0.1), compile=compile) for compile in (True, False)]
+    state = TrainState.create(model, optim.sgd(0.1))
+    with pytest.warns(UserWarning, match="draws from a torch.Generator of its own"):
+        first = steps[0](state, X[:8])
+    assert_same(first, steps[1](state, X[:8]), "without the compiler the step differs")
+    assert not recorded
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x)[0])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_graph_that_fails_when_it_is_called_is_none(donate: bool) -> None:
+    """Whether inductor can run a kernel (an LSTM's on the CPU, today, it cannot) shows in the first call."""
+    model, ends = Recurrent(), []
+    for compile in (False, True):
+        step = fnrun.make_train_step(model, lambda m, b: m(b["x"][:, None]).square().mean(), optim.adamw(1e-2), compile=compile)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*goes on without: its graph fails when it is called")
+            end, _ = fnrun.epoch_loop(step, donate=donate)(TrainState.create(model, optim.adamw(1e-2)), BATCHES)
+        ends.append(end.params)
+    torch.testing.assert_close(dict(ends[1]), dict(ends[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_failing_graph_is_said_also_of_fused_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(graph: Any, *args: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            raise TypeError("no such kernel")
+
+        return run
+
+    monkeypatch.setattr(torch._inductor, "compile", refuse)
+    model = nn.Linear(6, 3)
+    steps = [fnrun.make_train_step(model, loss_fn, optim.adamw(1e-2), compile=c) for c in (False, True)]
+    state = TrainState.create(model, optim.adamw(1e-2))
+    with pytest.warns(UserWarning, match="goes on without: its graph fails when it is called: TypeError: no such kernel"):
+        end, _ = fnrun.step_loop(steps[1], 4, fused_steps=2, donate=True)(state, BATCHES)
+    assert_same(end.params, fnrun.step_loop(steps[0], 4)(state, BATCHES)[0].params, "without the compiler the steps differ")
+
+
+class Reversed(torch.autograd.Function):
+    """The same value, and a gradient that is turned around: a number that no loss shows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, by: float) -> Any:
+        ctx.by = by
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return -ctx.by * grads[0], None
+
+
+OUTSIDE: dict[str, Any] = {}
+READERS: dict[str, tuple[Any, Any, str]] = {
+    "loss": (lambda m, b: m(b["x"]).square().mean() + OUTSIDE["by"] * m(b["x"]).mean(), optim.adamw, r"loss was [\d.]+, is [\d.]+"),
+    "gradient": (lambda m, b: m[1](Reversed.apply(m[0](b["x"]), OUTSIDE["by"])).square().mean(), optim.adamw, "the update of the state"),
+    "branch": (lambda m, b: m(b["x"]).square().mean() if OUTSIDE["by"] < 3 else m(b["x"]).abs().mean(), optim.adamw, "loss was"),
+    "rate": (lambda m, b: m(b["x"]).square().mean(), lambda: optim.sgd(lambda step: OUTSIDE["by"] + 0 * step), "lr was 1.0, is 3.0"),
+    "metric": (lambda m, b: (m(b["x"]).square().mean(), {"by": OUTSIDE["by"]}), optim.adamw, "by was 1.0, is 3.0"),
+    "names": (lambda m, b: (m(b["x"]).square().mean(), {f"by{OUTSIDE['by']}": 1.0}), optim.adamw, "metrics have other names"),
+    "a rate of dropout": (lambda m, b: F.dropout(m(b["x"]), OUTSIDE["by"] / 10).square().mean(), optim.adamw, "loss was"),
+}
+
+
+@pytest.mark.parametrize(("name", "donate"), [*((name, False) for name in READERS), ("loss", True)])
+def test_a_number_from_outside_that_has_changed_is_seen_and_the_step_goes_on_without_a_graph(
+    name: str, donate: bool, recorded: list[Any]
+) -> None:
+    loss, make, what = READERS[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    OUTSIDE["by"] = 1.0
+    batches = [{"x": X[i : i + 8]} for i in range(4)]
+
+    def changing(state: Any, metrics: Any) -> Any:
+        OUTSIDE["by"] += 1.0
+        return state
+
+    step = fnrun.make_train_step(model, loss, make(), compile=True)
+    before: list[Any] = []
+    kept = [changing, lambda state, metrics: before.append(fnrun.snapshot(state)) or state]
+    loop = fnrun.epoch_loop(step, hooks=kept, donate=donate)
+    with pytest.warns(UserWarning, match=f"goes on without: its Python computes something else.*{what}.*tensor") as caught:
+        loop(TrainState.create(model, make()), batches)
+    assert len(caught) == len(recorded) == 1
+    OUTSIDE["by"] = 3.0
+    third, _ = fnrun.make_train_step(model, loss, make())(before[1], batches[2])
+    torch.testing.assert_close(dict(before[2].params), dict(third.params), rtol=0, atol=0)
+
+
+def test_python_that_computes_the_same_in_another_way_is_no_matter(recorded: list[Any]) -> None:
+    """A cache that fills up, a normalizing optimizer where the gradient is rounding alone: no word."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 3))
+    cache: list[torch.Tensor] = []
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        if len(recorded) == 0:
+            return (model(batch["x"]) * torch.arange(1.0, 4.0)).square().mean()
+        cache[:] = cache or [torch.arange(1.0, 4.0)]
+        return (model(batch["x"]) * cache[0]).square().mean()
+
+    step = fnrun.make_train_step(model, loss, optim.adamw(1e-2), compile=True)
+    end, _ = fnrun.epoch_loop(step)(TrainState.create(model, optim.adamw(1e-2)), [{"x": X[i : i + 8]} for i in range(4)])
+    assert cache
+    assert len(recorded) == 1
+    assert end.step == 4
