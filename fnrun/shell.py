@@ -108,11 +108,13 @@ class Shell:
             self.structure.check(self.whose, train)
         saved = [container[key] for container, key, _ in self._slots]
         changed = [(module, module.training) for module, mode in modes if module.training != mode]
+        if self._overrides and (changed or not train):  # their own `train` sets the modes of all their parts
+            changed = [(module, module.training) for module, _ in modes]
         _at_work.append(self)
         try:
             for container, key, i in self._slots:
                 container[key] = tensors[i]
-            if changed or (self._overrides and not train):
+            if changed:
                 self._switch(modes)
             result = fn()
             values = [container.get(key) for container, key in self._places]
@@ -193,14 +195,15 @@ class Shell:
 
     @contextlib.contextmanager
     def _in_made_modes(self) -> Iterator[None]:
-        others = [(module, module.training) for module, mode in self.modes if module.training != mode]
-        if others:
-            self._switch(self.modes)
+        found = [(module, module.training) for module, _ in self.modes]
+        if found == self.modes:
+            yield
+            return
+        self._switch(self.modes)
         try:
             yield
         finally:
-            if others:
-                self._switch(others)
+            self._switch(found)
 
     def _switch(self, modes: list[tuple[nn.Module, bool]]) -> None:
         try:

@@ -63,7 +63,7 @@ class Operations(TorchDispatchMode):
         self.made: set[int | None] = set()
         self.moved: list[torch.Generator] = []  # drawn from before this call, and in it
         self._overwritten: set[int | None] = set()
-        self._generators: list[torch.Generator] = _ambient()
+        self._generators = {g._cdata for g in _ambient()}  # pyright: ignore[reportAttributeAccessIssue]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -118,9 +118,9 @@ class Operations(TorchDispatchMode):
         self.written.add(place)
 
     def _draw(self, generator: torch.Generator) -> None:
-        if any(generator is known for known in self._generators):
+        if generator._cdata in self._generators:  # not the object, which is another one at each look  # pyright: ignore[reportAttributeAccessIssue]
             return
-        self._generators.append(generator)
+        self._generators.add(generator._cdata)  # pyright: ignore[reportAttributeAccessIssue]
         fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
         if not torch.equal(generator.get_state(), fresh.get_state()):  # one that is made or seeded in the call is a function of it
             self.moved.append(generator)
@@ -275,7 +275,7 @@ class FirstCalls:
         #: Numbers of a module that say what its cache holds, with their values before there was a cache.
         self.keys: list[tuple[dict[str, Any], str, Any]] = []
         self._judged: set[Place] = set()
-        self._named: set[int] = set()
+        self._named: set[int] = set()  # foreign parameters and generators that were told of
         self._seen: Operations | None = None
 
     @property
@@ -285,7 +285,6 @@ class FirstCalls:
 
     def run(self, run: Callable[..., Any], fn: Callable[[], Any], tensors: list[Tensor], train: bool) -> Any:
         """`run(fn, tensors, train)`: the result, the buffers, and the parameters that `fn` wrote to, which have their old values again."""
-        self.left -= 1
         params, buffers = tensors[: self.params], tensors[self.params :]
         names, places, aliases = list(self.originals), list(map(memory, params)), [p.detach() for p in params]
         new: dict[str, Tensor] = {}
@@ -324,9 +323,10 @@ class FirstCalls:
         finally:
             self._seen = None
             undo()
-        self.written |= {i for i, place in enumerate(places) if place in seen.written}
+            self.written |= {i for i, place in enumerate(places) if place in seen.written}
         self._check_originals(seen, {**dict(zip(names, tensors, strict=True)), **after}, set(map(memory, tensors)))
         self._tell(carried, seen.moved)
+        self.left -= 1  # not for a call that raised
         return result, after, {**written, **new}
 
     def check_graph(self, loss: Tensor, trained: Sequence[Tensor], batch: Any) -> None:
@@ -382,7 +382,9 @@ class FirstCalls:
                 "(register_buffer; a number as a 0-dim tensor), or a field of the state or batch",
                 stacklevel=2,
             )
+        moved = [generator for generator in moved if generator._cdata not in self._named]  # pyright: ignore[reportAttributeAccessIssue]
         if moved:
+            self._named.update(generator._cdata for generator in moved)  # pyright: ignore[reportAttributeAccessIssue]
             kinds = ", ".join(str(generator.device) for generator in moved)
             warnings.warn(
                 f"{self.whose} draws from a torch.Generator of its own ({kinds}), which is not keyed by the state: two calls differ and a "

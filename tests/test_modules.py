@@ -1,14 +1,17 @@
 """What a module may do besides computing: each against the bare loop, or told by name in the first calls."""
 
-# pyright: reportCallIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fnrun
@@ -423,3 +426,366 @@ def test_weights_of_the_same_kind_in_their_places_change_nothing() -> None:
         if i == 3:
             model.to("meta")
     assert tree.equal(dict(state.params), expected)
+
+
+# --- what a module keeps besides parameters and buffers ---
+
+
+class Keeps(nn.Module):
+    """A layer whose forward does something with an attribute that is neither parameter nor buffer."""
+
+    def __init__(self, keep: Any, **attributes: Any) -> None:
+        super().__init__()
+        self.lin, self.keep = nn.Linear(4, 4), keep
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.keep(self, self.lin(x))
+
+
+def keeping(keep: Any, **attributes: Any) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), Keeps(keep, **attributes))
+
+
+def running_mean(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.mean = 0.9 * m.mean + 0.1 * x.detach().mean(0)
+    return x - m.mean
+
+
+def running_mean_in_place(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+    return x - m.mean
+
+
+def running_mean_from_none(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.mean = x.detach().mean(0) if m.mean is None else 0.9 * m.mean + 0.1 * x.detach().mean(0)
+    return x - m.mean
+
+
+def running_mean_made(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.mean = 0.9 * getattr(m, "mean", torch.zeros(4)) + 0.1 * x.detach().mean(0)
+    return x - m.mean
+
+
+def recurrent(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.hidden = torch.zeros_like(x) if m.hidden is None else m.hidden
+    out = torch.tanh(x + m.hidden)
+    m.hidden = out.detach()
+    return out
+
+
+def warm_up(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.calls += 1
+    return x * min(1.0, m.calls / 100)
+
+
+def grows(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.past.append(x.detach().mean())
+    return x - sum(m.past)
+
+
+def grows_a_dict(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.past[len(m.past)] = x.detach().mean()
+    return x - sum(m.past.values())
+
+
+def replaces_in_a_list(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.past[0] = 0.9 * m.past[0] + 0.1 * x.detach().mean()
+    return x - m.past[0]
+
+
+def queue(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.bank[m.at : m.at + len(x)] = x.detach()
+    m.at = (m.at + len(x)) % len(m.bank)
+    return x - m.bank.mean()
+
+
+def initialized(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Parameters from the data of the first call, as ActNorm has them."""
+    if not m.ready:
+        m.lin.bias.data.copy_(-x.detach().mean(0))
+        m.ready = True
+    return x + m.lin.bias
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.total = 0.0
+
+
+def meter(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.meter.total += 1
+    return x * m.meter.total
+
+
+def numpys(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * m.random.random()
+
+
+CARRIED = {
+    "a running mean": (running_mean, {"mean": torch.zeros(4)}, ["1.mean"]),
+    "in place": (running_mean_in_place, {"mean": torch.zeros(4)}, ["1.mean"]),
+    "from None": (running_mean_from_none, {"mean": None}, ["1.mean"]),
+    "made in the call": (running_mean_made, {}, ["1.mean"]),
+    "a hidden state": (recurrent, {"hidden": None}, ["1.hidden"]),
+    "a warm-up": (warm_up, {"calls": 0}, ["1.calls"]),
+    "a list": (grows, {"past": []}, ["1.past"]),
+    "a dict": (grows_a_dict, {"past": {}}, ["1.past"]),
+    "a deque": (grows, {"past": deque(maxlen=10)}, ["1.past"]),
+    "in a list": (replaces_in_a_list, {"past": [torch.zeros(())]}, ["1.past"]),
+    "a memory bank": (queue, {"bank": torch.zeros(64, 4), "at": 0}, ["1.at", "1.bank"]),
+    "initialized by data": (initialized, {"ready": False}, ["1.ready"]),
+    "an object": (meter, {"meter": Meter()}, ["1.meter"]),
+    "a generator": (numpys, {"random": np.random.default_rng(0)}, ["1.random"]),
+}
+
+
+@pytest.mark.parametrize("which", CARRIED)
+def test_what_a_module_carries_from_call_to_call_is_told_once(which: str) -> None:
+    keep, attributes, names = CARRIED[which]
+    model = keeping(keep, **copy.deepcopy(attributes))
+    with pytest.warns(UserWarning, match="calls change") as told:
+        ours(model, X)
+    assert len(told) == 1
+    assert f"train_step(Sequential): calls change {', '.join(map(repr, names))} of the module" in str(told[0].message)
+    model = keeping(keep, **copy.deepcopy(attributes))
+    step, state = make_train_step(model, loss_fn, optim.sgd(0.1)), TrainState.create(model, optim.sgd(0.1))
+    with pytest.warns(UserWarning, match="calls change"):  # in the very first call
+        step(state, X[0])
+    with pytest.warns(UserWarning, match="the evaluation of Sequential: calls change"):
+        make_eval_step(keeping(keep, **copy.deepcopy(attributes)), loss_fn)(state, X[0])
+
+
+def test_as_buffers_they_are_right() -> None:
+    class Right(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("bank", torch.zeros(2, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.lin(x)
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.calls += 1
+            self.bank = torch.cat([self.bank, x.detach()])  # of another shape from call to call
+            return (x - self.mean - self.bank.mean()) * (self.calls / 10)
+
+    assert_as_bare(Right(), X)
+
+
+def rotary(m: Any, x: torch.Tensor) -> torch.Tensor:
+    if len(x) > m.length:
+        m.length = len(x)
+        m.cos = torch.arange(len(x)).float().cos()[:, None]
+    return x * m.cos[: len(x)]
+
+
+def rotary_by_name(m: Any, x: torch.Tensor) -> torch.Tensor:
+    if not hasattr(m, "cos") or len(m.cos) < len(x):
+        m.cos = torch.arange(len(x)).float().cos()[:, None]
+    return x * m.cos[: len(x)]
+
+
+def masks(m: Any, x: torch.Tensor) -> torch.Tensor:
+    if len(x) not in m.masks:
+        m.masks[len(x)] = torch.arange(len(x)).float()[:, None] / len(x)
+    return x * m.masks[len(x)]
+
+
+def shows(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.last, m.size, m.mean = x, x.shape, x.mean().item()
+    m.outputs = [x.detach()]
+    return x
+
+
+def scratch(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.room.copy_(x.detach())
+    return x - m.room
+
+
+def auxiliary(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.aux = x.square().mean()
+    return x + m.aux
+
+
+HARMLESS = {
+    "a cache and its length": (rotary, {"length": 0, "cos": None}),
+    "a cache that is made": (rotary_by_name, {}),
+    "a cache by length": (masks, {"masks": {}}),
+    "what others look at": (shows, {"last": None, "outputs": []}),
+    "room": (scratch, {"room": torch.zeros(8, 4)}),
+    "a term of the loss": (auxiliary, {"aux": None}),
+}
+
+
+@pytest.mark.parametrize("which", HARMLESS)
+def test_caches_and_what_is_kept_for_a_look_are_nothing_to_tell_of(which: str) -> None:
+    keep, attributes = HARMLESS[which]
+    assert_as_bare(keeping(keep, **copy.deepcopy(attributes)), X)
+    short = [*X[:2], X[2][:5], *X[3:]] if which != "room" else X
+    assert_as_bare(keeping(keep, **copy.deepcopy(attributes)), short)
+    model = keeping(keep, **copy.deepcopy(attributes))
+    state, evaluate = TrainState.create(model), make_eval_step(model, loss_fn)
+    for x in short:
+        assert torch.equal(evaluate(state, x)["loss"], loss_fn(model.eval(), x))
+
+
+def test_the_first_call_is_made_twice_only_where_the_module_changes() -> None:
+    """And what the second one leaves behind is taken back."""
+    calls = []
+
+    def counted(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return loss_fn(model, x)
+
+    ours(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)), X, counted)
+    assert len(calls) == len(X)
+    model = keeping(warm_up, calls=0)
+    expected = bare(model, X)
+    with pytest.warns(UserWarning, match=r"'1.calls'"):
+        found = ours(model, X)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert model[1].calls == len(X)
+
+
+# --- generators ---
+
+
+def test_a_generator_of_the_losses_own_is_told_of() -> None:
+    generator = torch.Generator().manual_seed(5)
+
+    def noisy(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return loss_fn(model, x + torch.empty_like(x).normal_(generator=generator))
+
+    with pytest.warns(UserWarning, match=r"train_step\(Linear\) draws from a torch.Generator of its own \(cpu\)") as told:
+        ours(nn.Linear(4, 1), X, noisy)
+    assert len(told) == 1
+
+
+def test_a_generator_that_is_seeded_in_the_call_is_a_function_of_it() -> None:
+    kept = torch.Generator()
+
+    def noisy(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        key = fnrun.Key(int(x[0, 0] * 1000))
+        kept.manual_seed(key.bits)
+        return loss_fn(
+            model,
+            x + torch.rand(x.shape, generator=key.generator()) + torch.rand(x.shape, generator=kept) + torch.rand(x.shape, generator=kept),
+        )
+
+    assert_as_bare(nn.Linear(4, 1), X, noisy)
+
+
+# --- modes ---
+
+
+class LoRA(nn.Linear):
+    """As in loralib: evaluation has the low-rank part merged into the weight, training has it apart."""
+
+    def __init__(self, n: int, m: int) -> None:
+        super().__init__(n, m)
+        self.a, self.b, self.merged = nn.Parameter(torch.randn(2, n)), nn.Parameter(torch.randn(m, 2)), False
+        self.weight.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.b.data @ self.a.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.a.T @ self.b.T
+
+
+class Prepared(nn.Module):
+    """`eval` alone is its own: it makes what the forward of an evaluation needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+        self.ready: Any = None
+
+    def eval(self) -> Any:
+        super().eval()
+        self.ready = self.lin.weight.detach().t() * 2
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.lin(x)) if self.training else x @ self.ready
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(LoRA(4, 4), nn.Tanh(), LoRA(4, 1)), Prepared])
+def test_a_modules_own_train_and_eval_are_called(make: Any) -> None:
+    torch.manual_seed(0)
+    model = make()
+    assert_as_bare(model, X)
+    step, state, evaluate = (
+        make_train_step(model, loss_fn, optim.sgd(0.1)),
+        TrainState.create(model, optim.sgd(0.1)),
+        make_eval_step(model, loss_fn),
+    )
+    own = copy.deepcopy(model.state_dict())
+    for x in X:
+        state, _ = step(state, x)
+        held = tree.snapshot(state)
+        found = evaluate(state, x)["loss"]
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(dict(state.params))
+        assert torch.equal(found, loss_fn(twin.eval(), x))
+        assert tree.equal(state, held)
+    assert tree.equal(model.state_dict(), own)
+    assert all(m.training for m in model.modules())
+    assert not any(getattr(m, "merged", False) or getattr(m, "ready", None) is not None for m in model.modules())
+    model.eval()  # what somebody does to the module in between changes nothing
+    after, _ = step(state, X[0])
+    assert not model.training
+    model.train()
+    assert tree.equal(after, step(state, X[0])[0])
+
+
+def test_modes_are_put_back_also_when_an_evaluation_raises() -> None:
+    def fails(model: nn.Module, x: torch.Tensor) -> Any:
+        model(x)
+        raise KeyError("mine")
+
+    model = nn.Sequential(LoRA(4, 4), nn.Sequential(nn.Dropout(), nn.Dropout().eval()))
+    own, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    evaluate, state = make_eval_step(model, fails), TrainState.create(model)
+    for _ in range(5):
+        with pytest.raises(KeyError, match="mine"):
+            evaluate(state, X[0])
+        assert modes == [m.training for m in model.modules()]
+        assert not model[0].merged
+        assert tree.equal(model.state_dict(), own)
+        assert tree.equal(state, TrainState.create(model))
+
+
+def test_a_model_in_eval_mode_is_told_of_when_its_step_is_made() -> None:
+    dropout = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4))
+    with pytest.warns(UserWarning, match="the model is in eval mode, and so it is trained: BatchNorm1d, Dropout work as in evaluation"):
+        make_train_step(dropout.eval(), loss_fn, optim.sgd(0.1))
+
+    class Attends(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.dropout(super().forward(x), 0.1, self.training)
+
+    with pytest.warns(UserWarning, match="in eval mode, and so it is trained: Attends work"):
+        make_train_step(Attends(4, 4).eval(), loss_fn, optim.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Dropout(0.0)).eval(),
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.MultiheadAttention(4, 2)).eval(),
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).eval(), nn.Dropout().eval()),  # parts are frozen on purpose
+        lambda: nn.TransformerEncoderLayer(4, 2, dropout=0.0).eval(),
+    ],
+)
+def test_where_modes_make_no_difference_or_are_chosen_nothing_is_told(make: Any) -> None:
+    make_train_step(make(), loss_fn, optim.sgd(0.1))
