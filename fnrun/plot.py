@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,15 +23,67 @@ By = Literal["step", "time", "epoch"]
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one that was cut short by a kill, or is none that was logged, is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            msgspec.convert(record, _Placed)
-            lines.append(record)
-    return lines
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, one after the other; one that was cut short by a kill, or is none that was logged, is left out."""
+    with path.open("rb") as file:
+        yield from filter(None, map(_record, file))
+
+
+def last_records(path: Path, size: int) -> tuple[list[dict[str, Any]], bool]:
+    """The last lines of a `metrics.jsonl`, so many bytes of them, and whether they are all."""
+    found, begin = deque[dict[str, Any]](), 0
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        for begin, line in files.lines_from_the_end(file):
+            if (record := _record(line)) is not None:
+                found.appendleft(record)
+            if end - begin >= size:
+                break
+    return list(found), begin == 0
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = msgspec.json.decode(line)
+    except ValueError:  # letters that are no UTF-8, NaN
+        try:
+            record = json.loads(line.decode(errors="replace"))
+        except (ValueError, RecursionError):
+            return None
+    except RecursionError:
+        return None
+    try:
+        msgspec.convert(record, _Placed)
+    except (ValueError, RecursionError):
+        return None
+    return record
+
+
+def thinned(lines: Iterable[dict[str, Any]], limit: int = 2000) -> list[dict[str, Any]]:
+    """At most so many lines, and as many again, of each kind, evenly: those with the same metrics are of a kind. The last of each is there.
+
+    >>> [line["step"] for line in thinned(({"step": step, "loss": 0.5} for step in range(10)), limit=3)]
+    [0, 2, 4, 6, 8, 9]
+    """
+    kinds: dict[frozenset[str], _Kind] = {}
+    for number, line in enumerate(lines):
+        kind = kinds.setdefault(frozenset(line), _Kind())
+        kind.last = number, line
+        if kind.count % kind.stride == 0:
+            kind.kept.append(kind.last)
+            if len(kind.kept) >= 2 * limit:
+                del kind.kept[1::2]
+                kind.stride *= 2
+        kind.count += 1
+    kept = {number: line for kind in kinds.values() for number, line in (*kind.kept, kind.last)}
+    return [kept[number] for number in sorted(kept)]
+
+
+class _Kind:
+    def __init__(self) -> None:
+        self.kept: list[tuple[int, dict[str, Any]]] = []
+        self.last: tuple[int, dict[str, Any]] = (0, {})
+        self.count, self.stride = 0, 1
 
 
 class _Placed(msgspec.Struct):
@@ -166,15 +219,6 @@ def _axis(found: Iterable[Curve], by: By) -> tuple[str, float]:
 
 #: What is measured in training is dashed, where runs are told apart by colour.
 STYLES: dict[str, Any] = {"train": "--", "val": "-", "": "-"}
-
-
-def plot(metrics: Path, to: Path, title: str) -> Path | None:
-    """Draw the curves of one run over steps, training beside validation, to the picture `to`; None where nothing was logged yet."""
-    found = chosen({title: records(metrics)}) if metrics.exists() else []
-    if not found:
-        return None
-    draw(found, to, title=title)
-    return to
 
 
 def draw(found: list[Curve], to: Path, *, title: str = "", by: By = "step", log: bool = False) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fnrun.checkpoint import CheckpointError
 from fnrun.run import Run
@@ -30,26 +34,55 @@ def _python() -> str:
 
 def summary(run: Run, *, evaluates: bool) -> None:
     """Print the best and the last of losses and accuracies, and what can be done with the run: evaluate, if its experiment can, and resume."""
-    from fnrun.plot import curves, plot, records
+    from fnrun.plot import chosen, draw, records, thinned
 
-    found = curves(records(run.metrics)) if run.metrics.exists() else {}
-    rows = []
-    for name, (steps, values) in sorted(found.items()):
-        if name.rpartition("/")[2] in ("loss", "accuracy"):
-            best = (max if name.endswith("accuracy") else min)(values)
-            rows.append([name, f"{number(best)} (step {steps[values.index(best)]})", f"{number(values[-1])} (step {steps[-1]})"])
-    if rows:
+    notes: dict[str, _Note] = {}
+    lines = thinned(_noted(records(run.metrics), notes)) if run.metrics.exists() else []
+    if notes:
+        rows = [
+            [name, f"{number(note.best)} (step {note.best_step})", f"{number(note.last)} (step {note.step})"]
+            for name, note in sorted(notes.items())
+        ]
         print(f"\n{table(['metric', 'best', 'last'], rows)}\n")
-    picture = plot(run.metrics, run.path / "curves.png", f"{run.experiment}: {run.path.name}")
+    title = f"{run.experiment}: {run.path.name}"
     print(f"run       {run.path}")
-    if picture is not None:
-        print(f"plot      {picture}")
+    if found := chosen({title: lines}):
+        draw(found, run.path / "curves.png", title=title)
+        print(f"plot      {run.path / 'curves.png'}")
     if run.checkpoints.latest() is None:
         return
     if evaluates:
         best = ["--checkpoint", "best"] if _judged(run) else []
         print(f"evaluate  {command_line(run, 'evaluate', run.path, *best)}")
     print(f"resume    {command_line(run, 'resume', run.path)}")
+
+
+@dataclasses.dataclass
+class _Note:
+    """What a metric came to: its best and its last value, with their steps."""
+
+    best: float
+    best_step: int
+    last: float
+    step: int
+
+
+def _noted(lines: Iterable[dict[str, Any]], notes: dict[str, _Note]) -> Iterator[dict[str, Any]]:
+    """The lines, and of each loss and accuracy in them a note: a log may be larger than memory."""
+    from fnrun.plot import curves
+
+    for line in lines:
+        judged = {name: value for name, value in line.items() if name.rpartition("/")[2] in ("loss", "accuracy")}
+        for name, (_, values) in curves([{**judged, "step": line["step"]}]).items():
+            value, note = values[-1], notes.get(name)
+            if note is None:
+                notes[name] = _Note(value, line["step"], value, line["step"])
+                continue
+            note.last, note.step = value, line["step"]
+            better = value > note.best if name.endswith("accuracy") else value < note.best
+            if better or math.isnan(note.best):
+                note.best, note.best_step = value, line["step"]
+        yield line
 
 
 def _judged(run: Run) -> bool:

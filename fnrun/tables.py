@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 
@@ -13,20 +13,30 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
 
     With `spaced` a row may have several lines, and an empty one is between two.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from rich.cells import cell_len  # a terminal gives some letters two places
 
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for column in columns:
-        shown.add_column(column, justify="right" if column in right else "left", no_wrap=True)
-    for number, row in enumerate(rows):
-        row = row if spaced else [cell.replace("\n", "\\n") for cell in row]
-        shown.add_row(*(Text(f"{printable(cell)}\n" if spaced and number < len(rows) - 1 else printable(cell)) for cell in row))
-    printed = io.StringIO()
-    Console(file=printed, width=10**6, color_system=None).print(shown, crop=False)
-    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+    header = [column.split("\n") for column in columns]
+    height = max(map(len, header), default=0)
+    lines = [[[""] * (height - len(cell)) + cell for cell in header]]
+    for row in rows:
+        lines.append([printable(cell).split("\n") if spaced else [printable(cell).replace("\n", "\\n")] for cell in row])
+    widths = [max(cell_len(line) for row in lines for line in row[i]) for i in range(len(columns))]
+
+    def laid_out(row: list[list[str]]) -> list[str]:
+        shown = []
+        for parts in zip_longest(*row, fillvalue=""):
+            cells = [
+                " " * (width - cell_len(part)) + part if column in right else part + " " * (width - cell_len(part))
+                for part, width, column in zip(parts, widths, columns, strict=True)
+            ]
+            shown.append("  ".join(cells).rstrip())
+        return shown
+
+    head, *body = map(laid_out, lines)
+    between = [""] if spaced else []
+    return "\n".join(
+        [*head, "─" * (sum(widths) + 2 * (len(widths) - 1)), *chain(*(part for row in body for part in (row, between)))]
+    ).rstrip("\n")
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from matplotlib import image
 
-from fnrun.plot import Curve, chosen, curves, draw, plot, records, text
+from fnrun.plot import Curve, chosen, curves, draw, records, text
 
 
 def line(step: int, epoch: int = 1, *, elapsed: float = 0.0, began: float = 1e9, **metrics: Any) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def line(step: int, epoch: int = 1, *, elapsed: float = 0.0, began: float = 1e9,
 def test_what_is_no_whole_record_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(json.dumps(line(1, loss=0.5)) + '\n[1]\n"x"\n{"loss": 1}\n{"step": 2, "lo')
-    assert curves(records(file)) == {"loss": ([1], [0.5])}
+    assert curves(list(records(file))) == {"loss": ([1], [0.5])}
     odd = line(1, loss="NaN", name="wide", list=[1], flag=True, none=None)
     assert {name: (x, str(y)) for name, (x, y) in curves([odd]).items()} == {"loss": ([1], "[nan]"), "flag": ([1], "[1.0]")}
 
@@ -46,7 +46,7 @@ def test_epochs_are_finished_at_their_last_line():
 def test_a_line_that_nothing_here_has_logged_is_left_out(place, tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(f'{json.dumps(line(1, loss=1))}\n{json.dumps(place | {"loss": 1})}\n[1]\n{"[" * 10**5}\n{{"step": 2')
-    assert records(file) == [line(1, loss=1)]
+    assert list(records(file)) == [line(1, loss=1)]
 
 
 def test_what_is_shown():
@@ -99,9 +99,8 @@ def colors(picture: Path) -> int:
 def test_a_picture_of_one_run_has_a_panel_a_kind(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("\n".join(json.dumps(line(s, train_loss=1 / s, val_loss=2 / s, val_accuracy=s / 9, train_lr=1)) for s in range(1, 9)))
-    assert plot(file, tmp_path / "curves.png", "run") == tmp_path / "curves.png"
+    draw(chosen({"run": list(records(file))}), tmp_path / "curves.png", title="run")
     assert image.imread(tmp_path / "curves.png").shape[1] == 1500  # two panels of five inches at 150 dpi
-    assert plot(tmp_path / "nothing.jsonl", tmp_path / "none.png", "run") is None
     assert not (tmp_path / "none.png").exists()
 
 

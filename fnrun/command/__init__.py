@@ -43,7 +43,8 @@ Json = Annotated[bool, arg(help="print one JSON document, and nothing else", hel
 class Ls:
     """List the runs below a directory, the one that was active last first.
 
-    Metrics are those by which checkpoints are judged best; where there are none, those whose names end in loss or accuracy.
+    Metrics are those by which checkpoints are judged best; where there are none, those whose names end in loss or accuracy. Of a log that is long
+    the end is read: what was best before it is known by the checkpoints.
     """
 
     directory: Positional[Annotated[Path, arg(metavar="DIR")]] = Path("runs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def logged(a: Path, b: Path) -> dict[str, Any] | None:
     return None
 
 
-def _by_place(lines: list[dict[str, Any]]) -> dict[tuple[int, ...], list[dict[str, Any]]]:
+def _by_place(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, ...], list[dict[str, Any]]]:
     """The lines, without their clocks, by the ticks at which they were written; several logs may write at one."""
     found: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for line in lines:

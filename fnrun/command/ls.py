@@ -6,19 +6,21 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fnrun.command import CommandError, Ls
 from fnrun.command.output import document, say, terminal_width
-from fnrun.command.places import CHECKPOINT, newest_judged, runs_below, what_is_at
-from fnrun.plot import curves, records
+from fnrun.command.places import CHECKPOINT, Judged, judged, runs_below, what_is_at
+from fnrun.plot import curves, last_records
 from fnrun.run import Run, RunError
 from fnrun.tables import age, number, size, table
 
 #: What is shown of a run without monitored metrics: by the last part of the name, and which is better.
 JUDGED = {"loss": "min", "accuracy": "max"}
+#: So many bytes of a log are read, from its end.
+TAIL = 2**18
 
 
 def run(asked: Ls) -> int:
@@ -44,7 +46,7 @@ def _seen(path: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"path": str(path), "experiment": None, "state": "damaged", "reason": None, "problems": []}
     row |= {"step": None, "epoch": None, "metrics": {}, "bytes": sum(stat.st_size for stat in files.values())}
     now, forked = time.time(), False
-    row["idle"] = max(0.0, now - max((stat.st_mtime for name, stat in files.items() if name != "status.json"), default=now))
+    row["idle"] = max(0.0, now - max((stat.st_mtime for name, stat in files.items() if name != str(path / "status.json")), default=now))
     try:
         found = Run.open(path)
         row["experiment"] = found.experiment
@@ -53,49 +55,67 @@ def _seen(path: Path) -> dict[str, Any]:
         row |= {"state": status.state, "reason": status.reason}
     except RunError as error:
         row["problems"].append(str(error))
-    name, judged = newest_judged(path / "checkpoints")
-    if name is not None and judged is None:
+    checkpoints = judged(path / "checkpoints")
+    name, newest = next(checkpoints, (None, None))
+    if name is not None and newest is None:
         row["problems"].append(f"the manifest of {path / 'checkpoints' / name} is damaged")
-    lines = _lines(path / "metrics.jsonl", row["problems"])
+    lines, whole = _lines(path / "metrics.jsonl", row["problems"])
     last = lines[-1] if lines else {}
     saved = CHECKPOINT.fullmatch(name or "")
     row["step"] = max((step for step in (last.get("step"), int(saved[1]) if saved else None) if step is not None), default=None)
     row["epoch"] = last.get("epoch")
     if row["state"] == "new" and row["step"] is not None and not forked:
         row["state"] = "unknown"  # it was trained without `run.writing()`, which nobody can see
-    row["metrics"] = _metrics(curves(lines), judged.monitors if judged is not None else {})
+    older = [] if whole or newest is None else [found for _, found in checkpoints if found is not None]
+    row["metrics"] = _metrics(curves(lines), whole, [*([newest] if newest is not None else []), *older])
     return row
 
 
 def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """The files of a run; those that come and go meanwhile are left out."""
+    """The files of a run by their paths; those that come and go meanwhile are left out."""
     for folder, _, names in os.walk(path):
         for name in names:
-            file = Path(folder) / name
+            file = os.path.join(folder, name)
             with contextlib.suppress(OSError):
-                yield str(file.relative_to(path)), file.lstat()
+                yield file, os.lstat(file)
 
 
-def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _lines(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], bool]:
+    """The last lines of a log, and whether they are all."""
     try:
-        return records(path)
+        return last_records(path, TAIL)
     except FileNotFoundError:
-        return []
+        return [], True
     except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read: {error}")
-        return []
+        return [], True
 
 
-def _metrics(found: dict[str, Any], monitors: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    monitors = {name: mode for name, mode in monitors.items() if name in found}
+def _metrics(found: dict[str, Any], whole: bool, checkpoints: list[Judged]) -> dict[str, dict[str, Any]]:
+    """The last and the best of each judged metric, by the lines; where these are not all, by the checkpoints too, the newest of which is the first."""
+    newest = checkpoints[0] if checkpoints else Judged()
+    told = found if whole else {**newest.metrics, **found}
+    monitors = {name: mode for name, mode in newest.monitors.items() if name in told}
+    monitored = bool(monitors)
     monitors = monitors or {name: JUDGED[kind] for name in found if (kind := name.rpartition("/")[2]) in JUDGED}
     metrics = {}
     for name, mode in monitors.items():
-        steps, values = found[name]
-        numbers = [(value, step) for value, step in zip(values, steps, strict=True) if not math.isnan(value)]
+        steps, values = found.get(name, ([], []))
+        last = values[-1] if values else _float(newest.metrics[name])
+        saved = [] if whole else [(_float(each.metrics[name]), each.step) for each in checkpoints if name in each.metrics]
+        numbers = [(value, step) for value, step in [*zip(values, steps, strict=True), *reversed(saved)] if not math.isnan(value)]
+        if not whole and not monitored:
+            numbers = []  # the best is somewhere in what was not read
         best = (max if mode == "max" else min)(numbers, key=lambda pair: pair[0], default=(None, None))
-        metrics[name] = {"mode": mode, "last": values[-1], "best": best[0], "best_step": best[1]}
+        metrics[name] = {"mode": mode, "last": last, "best": best[0], "best_step": best[1]}
     return metrics
+
+
+def _float(value: float | str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
 
 
 # --- how it is shown ---------------------------------------------------------------------------------------------------

@@ -90,6 +90,8 @@ def _looks_like_a_run(path: Path) -> bool:
 class Judged(msgspec.Struct):
     """By which metrics a checkpoint is judged: what a manifest says of it, in this format and in the first."""
 
+    step: int = 0
+    metrics: dict[str, float | str] = {}
     monitors: dict[str, Literal["min", "max"]] = {}
     monitor: str | None = None
     mode: Literal["min", "max"] = "min"
@@ -98,15 +100,14 @@ class Judged(msgspec.Struct):
         self.monitors = self.monitors or ({self.monitor: self.mode} if self.monitor else {})
 
 
-def newest_judged(checkpoints: Path) -> tuple[str | None, Judged | None]:
-    """The name of the newest checkpoint in a directory and by what it is judged; None for what is not there or is damaged."""
-    if not checkpoints.is_dir():
-        return None, None
-    found = [match for path in checkpoints.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
-    if not found:
-        return None, None
-    name = max(found, key=lambda m: (int(m[2]), int(m[1]), int(m[3] or 0)))[0]
+def judged(checkpoints: Path) -> Iterator[tuple[str, Judged | None]]:
+    """The names of the checkpoints in a directory, the newest first, and by what each is judged; None for what is damaged."""
     try:
-        return name, msgspec.json.decode((checkpoints / name / "manifest.json").read_bytes(), type=Judged)
-    except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
-        return name, None
+        found = [match for name in os.listdir(checkpoints) if (match := CHECKPOINT.fullmatch(name))]
+    except OSError:
+        return
+    for match in sorted(found, key=lambda m: (int(m[2]), int(m[1]), int(m[3] or 0)), reverse=True):
+        try:
+            yield match[0], msgspec.json.decode((checkpoints / match[0] / "manifest.json").read_bytes(), type=Judged)
+        except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
+            yield match[0], None

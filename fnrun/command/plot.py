@@ -20,7 +20,7 @@ def run(asked: Plot) -> int:
     lines = {}
     for name, path in _names(asked.runs).items():
         found = run_at(path)
-        lines[name] = records(found.metrics) if found.metrics.is_file() else []
+        lines[name] = list(records(found.metrics)) if found.metrics.is_file() else []
     curves = chosen(lines, by=asked.by, only=asked.only, log=asked.log)
     everything = chosen(lines, by=asked.by, only=["*"])
     if not curves:

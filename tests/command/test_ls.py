@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import fnrun
-from tests.command.made import document, flip, newest, told
+from fnrun import files
+from tests.command.made import document, flip, newest, told, train
 
 
 def states(capsys, directory: Path) -> dict[str, str]:
@@ -131,3 +132,33 @@ def test_flipped_bits_of_the_arrays_are_not_its_concern(runs, tmp_path, capsys):
     shutil.copytree(runs / "whole", tmp_path / "whole")
     flip(largest_file(newest(tmp_path / "whole")))
     assert states(capsys, tmp_path) == {"whole": "finished"}
+
+
+def test_of_a_long_log_the_end_is_read_and_the_best_is_what_checkpoints_say(runs, tmp_path, capsys, monkeypatch):
+    """The same is shown as where the whole of it is read, as far as something is monitored."""
+    from fnrun.command import ls
+
+    (whole,) = document(capsys, "ls", runs / "whole")
+    monkeypatch.setattr(ls, "TAIL", 1)
+    (end,) = document(capsys, "ls", runs / "whole")
+    assert whole["metrics"]["val/loss"]["best"] is not None
+    assert end == {**whole, "idle": end["idle"]}
+
+
+def test_a_log_of_any_length_is_read_from_its_end(tmp_path, capsys, monkeypatch):
+    run = train(tmp_path / "run")
+    lines = run.metrics.read_bytes()
+    run.metrics.write_bytes(b'{"step": 0, "train/loss": "NaN"}\n' * 100_000 + lines)
+    read = 0
+
+    def counting(file, *args):
+        nonlocal read
+        for begin, line in through(file, *args):
+            read += 1
+            yield begin, line
+
+    through = files.lines_from_the_end
+    monkeypatch.setattr(files, "lines_from_the_end", counting)
+    (row,) = document(capsys, "ls", run.path)
+    assert (row["step"], row["epoch"], row["metrics"]["val/loss"]["best"] is not None) == (6, 2, True)
+    assert 0 < read < 10_000
