@@ -179,7 +179,7 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def weights_of(state: Any, weights: str | Callable[[Any], Any]) -> tuple[Any, Any]:
     """Parameters and buffers of a state: its own ("params"), those that the hook of this name remembers, or what a function of the state returns.
 
-    The function returns `params` or `(params, buffers)`; buffers that are not told are the state's own. Raises ValueError for another name.
+    What a hook remembers comes in the dtypes of the state's own. The function returns `params` or `(params, buffers)`; buffers that are not told are the state's own. Raises ValueError for another name.
     """
     if weights == "params":
         return state.params, state.buffers
@@ -191,7 +191,14 @@ def weights_of(state: Any, weights: str | Callable[[Any], Any]) -> tuple[Any, An
     chosen = state.memory[weights]
     if not isinstance(chosen, Mapping) or "params" not in chosen:
         raise ValueError(f"weights={weights!r}: this hook remembers no 'params'")
-    return chosen["params"], chosen.get("buffers", state.buffers)
+    return _as_in(state.params, chosen["params"]), _as_in(state.buffers, chosen.get("buffers", state.buffers))
+
+
+def _as_in(like: Any, tensors: Any) -> Any:
+    """The tensors in the dtypes of those of the same names: an average has more digits than what it is one of."""
+    if tensors is like or all(name in like and tensor.dtype == like[name].dtype for name, tensor in tensors.items()):
+        return tensors
+    return {name: tensor.to(like[name].dtype) if name in like else tensor for name, tensor in tensors.items()}
 
 
 class LoopState(Protocol):

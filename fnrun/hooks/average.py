@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 import torch
 
+from fnrun.optim import applied_updates
 from fnrun.state import TrainState, counted
 
 Buffers = Literal["copy", "average"]
+Per = Literal["step", "update"]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -46,60 +48,103 @@ class _Average:
     start: int
     buffers: Buffers
     name: str
+    per: Per = "step"
 
     def __str__(self) -> str:
         decay = getattr(self.weight, "decay", None)
         words = [self.name + (f" {decay}" if decay is not None else "")]
         words += [f"every {self.every}"] if self.every > 1 else []
         words += [f"from {self.start}"] if self.start else []
+        words += ["per update"] if self.per == "update" else []
         return ", ".join(words)
 
     def init(self, state: TrainState) -> dict[str, Any]:
-        return {**{field: _copies(values) for field, values in self._averaged(state).items()}, "updates": 0}
+        seen = {} if self.per == "step" else {"applied": self._applied(state)}
+        return {**{field: _copies(values) for field, values in self._averaged(state).items()}, "updates": 0, **seen}
 
     def after(self, state: TrainState, metrics: dict[str, Any]) -> TrainState:
-        tick = counted(state)
-        due = tick >= self.start and (tick - self.start) % self.every == 0
         memory = state.memory[self.name]
-        updates = memory["updates"]
+        updates, seen = memory["updates"], {}
+        if self.per == "step":
+            tick = counted(state)
+            due = tick >= self.start and (tick - self.start) % self.every == 0
+        else:
+            tick = self._applied(state)
+            due = tick >= self.start and (tick - self.start) // self.every != (memory["applied"] - self.start) // self.every
+            seen = {"applied": tick if due else memory["applied"]}
         if not due and updates:
             return state
         if not updates:
             averages = {field: _copies(values) for field, values in self._averaged(state).items()}
         else:
             weight = self.weight(updates)
-            averages = {field: _lerp(memory[field], values, weight) for field, values in self._averaged(state).items()}
-        return state.replace(memory={**state.memory, self.name: {**averages, "updates": updates + due}})
+            averages = {field: _lerp(memory[field], values, weight, field) for field, values in self._averaged(state).items()}
+        return state.replace(memory={**state.memory, self.name: {**averages, "updates": updates + due, **seen}})
 
     def _averaged(self, state: TrainState) -> dict[str, Tensors]:
         return {"params": state.params, **({"buffers": state.buffers} if self.buffers == "average" else {})}
 
+    def _applied(self, state: TrainState) -> int:
+        count = applied_updates(state.opt_state)
+        if count is None:
+            raise ValueError(f"{self.name}: per='update' counts the updates of an optimizer, and this one's state has no count of them")
+        return count
+
+
+#: Of these an average would hardly move: what is added is less than half of their last digit.
+_NARROW = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+
 
 def _copies(values: Tensors) -> Tensors:
-    return {name: value.clone() for name, value in values.items()}
+    return {name: _wide(value) if value.dtype in _NARROW else value.clone() for name, value in values.items()}
 
 
-def _lerp(averages: Tensors, values: Tensors, weight: float) -> Tensors:
-    fractional = {name: value for name, value in values.items() if value.is_floating_point() or value.is_complex()}
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.to(_NARROW.get(value.dtype, value.dtype))
+
+
+def _lerp(averages: Tensors, values: Tensors, weight: float, field: str) -> Tensors:
+    averaged = {name: value for name, value in values.items() if value.is_floating_point() or value.is_complex()}
+    if field == "buffers":
+        averaged = {name: value for name, value in averaged.items() if not _turns(name, values)}
     moved: Any = ()
-    if fractional:
-        moved = torch._foreach_lerp([averages[name] for name in fractional], list(fractional.values()), weight)  # pyright: ignore[reportPrivateImportUsage]
-    new = dict(zip(fractional, moved, strict=True))
-    # What has no fractions has no average: it is the newest value.
-    return {name: new[name] if name in new else value.clone() for name, value in values.items()}
+    if averaged:
+        old, new = [averages[name] for name in averaged], list(averaged.values())
+        if any(value.dtype in _NARROW for value in new):
+            old, new = list(map(_wide, old)), list(map(_wide, new))  # the old ones too: in saved runs they may be narrow
+        moved = torch._foreach_lerp(old, new, weight)  # pyright: ignore[reportPrivateImportUsage]
+    found = dict(zip(averaged, moved, strict=True))
+    # What has no fractions has no average, and a mean of directions is shorter than each of them: these are the newest values.
+    return {name: found[name] if name in found else value.clone() for name, value in values.items()}
 
 
-def ema(decay: float, *, every: int = 1, warmup: float | None = None, start: int = 0, buffers: Buffers = "copy", name: str = "ema") -> Any:
+def _turns(name: str, buffers: Tensors) -> bool:
+    """Whether it is one of the two unit vectors of a spectral norm: `weight_u` and `weight_v`, `_u` and `_v`."""
+    return name.endswith(("_u", "_v")) and buffers[name].ndim == 1 and f"{name[:-1]}u" in buffers and f"{name[:-1]}v" in buffers
+
+
+def ema(
+    decay: float,
+    *,
+    every: int = 1,
+    warmup: float | None = None,
+    start: int = 0,
+    buffers: Buffers = "copy",
+    per: Per = "step",
+    name: str = "ema",
+) -> Any:
     """The exponential moving average of the parameters, `average <- decay * average + (1 - decay) * params`, in `state.memory[name]["params"]`.
 
     It acts on each n-th step (`every`), or round outside of a loop of steps, from `start` on. The first update copies, and until then
     the newest parameters stand there. Evaluate with it by `make_eval_step(..., weights=name)`.
 
     - `warmup=w` begins with a shorter memory: the decay of the n-th further update is min(decay, (1 + n) / (w + n)); 10 is usual.
-    - `buffers="average"` averages the buffers too (batch statistics; whole numbers are the newest), in `state.memory[name]["buffers"]`;
-      with `"copy"` an evaluation has the newest ones of the state.
+    - `buffers="average"` averages the buffers too (batch statistics), element by element, in `state.memory[name]["buffers"]`; with `"copy"`
+      an evaluation has the newest ones of the state. Whole numbers and the unit vectors of spectral norm are the newest in either case.
+    - `per="update"` counts updates of the optimizer in place of steps, in `every` and `start` too: under `optim.accumulate(n)`, where n - 1 of
+      n steps change nothing, the decay then means what it means without.
 
-    Parameters keep shape, dtype and device. Raises ValueError for a decay outside [0, 1) and other options out of range.
+    Averages keep shape and device; those of float16 and bfloat16 are float32, and an evaluation gets them in the dtype of the parameters. Raises ValueError for a decay outside [0, 1) and other options out of range.
 
     >>> from fnrun import Key
     >>> hook = ema(0.75)
@@ -116,11 +161,18 @@ def ema(decay: float, *, every: int = 1, warmup: float | None = None, start: int
     _check_decay("ema", decay)
     if warmup is not None and not warmup >= 1:
         raise ValueError(f"ema: warmup is at least 1, not {warmup!r}")
-    return _average("ema", _Exponential(decay, warmup), every, start, buffers, name)
+    return _average("ema", _Exponential(decay, warmup), every, start, buffers, per, name)
 
 
 def annealed_ema(
-    decay: float, *, gamma: float = 100.0, every: int = 1, start: int = 0, buffers: Buffers = "copy", name: str = "annealed_ema"
+    decay: float,
+    *,
+    gamma: float = 100.0,
+    every: int = 1,
+    start: int = 0,
+    buffers: Buffers = "copy",
+    per: Per = "step",
+    name: str = "annealed_ema",
 ) -> Any:
     """`ema` whose newest value weighs `max(1 - decay, gamma / (gamma + steps))`, with the steps since the first update: much at first.
 
@@ -131,10 +183,10 @@ def annealed_ema(
     _check_decay("annealed_ema", decay)
     if not gamma > 0:
         raise ValueError(f"annealed_ema: gamma is above 0, not {gamma!r}")
-    return _average("annealed_ema", _Annealed(decay, gamma, every), every, start, buffers, name)
+    return _average("annealed_ema", _Annealed(decay, gamma, every), every, start, buffers, per, name)
 
 
-def swa(start: int = 0, *, every: int = 1, buffers: Buffers = "copy", name: str = "swa") -> Any:
+def swa(start: int = 0, *, every: int = 1, buffers: Buffers = "copy", per: Per = "step", name: str = "swa") -> Any:
     """Stochastic weight averaging: the mean of the parameters after step `start` and each n-th (`every`) from there, or rounds.
 
     It is in `state.memory[name]["params"]`; until then the newest parameters stand there. `buffers` as for `ema`: batch statistics of
@@ -142,17 +194,19 @@ def swa(start: int = 0, *, every: int = 1, buffers: Buffers = "copy", name: str 
 
     Source: Izmailov et al. 2018, arXiv:1803.05407; `torch.optim.swa_utils.AveragedModel`; MMEngine's StochasticWeightAverage.
     """
-    return _average("swa", _mean, every, start, buffers, name)
+    return _average("swa", _mean, every, start, buffers, per, name)
 
 
-def _average(who: str, weight: Callable[[int], float], every: int, start: int, buffers: str, name: str) -> _Average:
+def _average(who: str, weight: Callable[[int], float], every: int, start: int, buffers: str, per: str, name: str) -> _Average:
     if every < 1:
         raise ValueError(f"{who}: every is at least 1, not {every!r}")
     if start < 0:
         raise ValueError(f"{who}: start is at least 0, not {start!r}")
     if buffers != "copy" and buffers != "average":
         raise ValueError(f"{who}: buffers is 'copy' or 'average', not {buffers!r}")
-    return _Average(weight, every, start, buffers, name)
+    if per != "step" and per != "update":
+        raise ValueError(f"{who}: per is 'step' or 'update', not {per!r}")
+    return _Average(weight, every, start, buffers, name, per)
 
 
 def _check_decay(who: str, decay: float) -> None:

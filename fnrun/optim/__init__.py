@@ -6,7 +6,7 @@ from fnrun.optim.adam_variants import adamax, lamb, lion, nadam, radam
 from fnrun.optim.adaptive import adadelta, adagrad, rmsprop, rprop
 from fnrun.optim.base import Optimizer, Transform, Wrapper, chain
 from fnrun.optim.from_torch import from_torch
-from fnrun.optim.hyper import hyperparams, leaf, set_hyperparam
+from fnrun.optim.hyper import applied_updates, hyperparams, leaf, set_hyperparam
 from fnrun.optim.muon import muon
 from fnrun.optim.partition import decay_labels, layer_decay, masked, name_multipliers, partition, scaled_lr
 from fnrun.optim.schedule_free import schedule_free_adamw
@@ -40,6 +40,7 @@ __all__ = [
     "adaptive_clip",
     "add_decayed_weights",
     "add_noise",
+    "applied_updates",
     "apply_if_finite",
     "centralize",
     "chain",

@@ -89,6 +89,31 @@ def constant(name: str, value: Hyper, *, least: float = 0.0, below: float = floa
         raise ValueError(f"{name} is {bounds}, not {value!r}")
 
 
+def applied_updates(opt_state: Any) -> int | None:
+    """How many updates the optimizer of this state has made: the most of its parts' counts. None where it has no count.
+
+    Batches that were only accumulated and updates that were skipped do not count. It waits for a count that lies on a device.
+
+    >>> from fnrun import optim
+    >>> optimizer = optim.chain(optim.accumulate(2), optim.sgd(1.0))
+    >>> params = {"x": torch.tensor([0.0])}
+    >>> state = optimizer.init(params)
+    >>> for g in (1.0, 2.0, 3.0):
+    ...     params, state = optimizer.update({"x": torch.tensor([g])}, state, params)
+    ...     print(applied_updates(state))
+    0
+    1
+    1
+    """
+    counts = [int(hyper.count) for hyper in optree.tree_leaves(opt_state, is_leaf=_of_optimizer) if _of_optimizer(hyper)]
+    return max(counts, default=None)
+
+
+def _of_optimizer(part: Any) -> bool:
+    """Whether these are the hyperparameters of an optimizer, and not of a transform before it, which may see more than the updates."""
+    return isinstance(part, Hyperparams) and "lr_scale" in part.leaves
+
+
 # --- reaching leaves through chains and partitions ----------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fnrun
-from fnrun import hooks, tree
+from fnrun import hooks, optim, tree
+from fnrun.testing import assert_resumable
 
 HOOKS = {"ema": hooks.ema(0.9), "annealed_ema": hooks.annealed_ema(0.9), "swa": hooks.swa()}
 
@@ -131,6 +132,111 @@ def test_evaluation_finds_averaged_buffers_and_the_newest_ones_otherwise():
     assert state.memory["swa"]["buffers"]["1.num_batches_tracked"].item() == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hook", [hooks.ema(0.999), hooks.ema(0.999, warmup=10), hooks.annealed_ema(0.999), hooks.swa()])
+def test_averages_of_weights_with_few_digits_have_more(dtype, hook):
+    """Against the same recursion in float64: what is added to the average is less than the last digit of a bfloat16."""
+    start = torch.tensor([1.0, 2.0], dtype=dtype)
+    state = fnrun.TrainState({"w": start}, {}, None, fnrun.Key(0))
+    state = state.replace(memory={hook.name: hook.init(state)})
+    average = None
+    for step in range(1, 501):
+        value = (start.double() + 1.0 + step / 100).to(dtype)
+        state = hook.after(state.replace(params={"w": value}, step=step), {})
+        average = value.double() if average is None else average + hook.weight(step - 1) * (value.double() - average)
+    assert state.memory[hook.name]["params"]["w"].dtype == torch.float32
+    torch.testing.assert_close(state.memory[hook.name]["params"]["w"].double(), average, rtol=1e-5, atol=0)
+
+
+def test_a_memory_that_was_saved_with_few_digits_goes_on_with_more():
+    hook = hooks.ema(0.5, every=2)
+    state = fnrun.TrainState({"w": torch.tensor([2.0], dtype=torch.bfloat16)}, {}, None, fnrun.Key(0))
+    state = state.replace(memory={"ema": {"params": {"w": torch.tensor([1.0], dtype=torch.bfloat16)}, "updates": 1}})
+    assert hook.after(state.replace(step=3), {}).memory == state.memory
+    after = hook.after(state.replace(step=4), {}).memory["ema"]["params"]["w"]
+    assert (after.dtype, after.item()) == (torch.float32, 1.5)
+
+
+def test_an_evaluation_has_the_average_in_the_dtype_of_the_module():
+    model = nn.Linear(2, 1, bias=False).to(torch.bfloat16)
+    state = fnrun.TrainState.create(model)
+    hook = hooks.ema(0.9)
+    state = state.replace(memory={"ema": hook.init(state)})
+    state = hook.after(state.replace(step=1), {})
+    seen = fnrun.make_eval_step(model, lambda model, x: {"y": model(x).sum()}, weights="ema")(state, torch.ones(1, 2, dtype=torch.bfloat16))
+    torch.testing.assert_close(seen["y"], model(torch.ones(1, 2, dtype=torch.bfloat16)).sum())
+    assert seen["y"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_unit_vectors_are_not_averaged(spectral_norm):
+    model = nn.Sequential(spectral_norm(nn.Linear(3, 2)), nn.BatchNorm1d(2))
+    state = fnrun.TrainState.create(model)
+    vectors = [name for name, b in state.buffers.items() if b.ndim == 1 and "1." not in name]
+    assert len(vectors) == 2
+    hook = hooks.ema(0.9, buffers="average")
+    state = state.replace(memory={"ema": hook.init(state)})
+    for step in range(1, 6):
+        turned = {name: -b if name in vectors else b + 1 for name, b in state.buffers.items()}
+        state = hook.after(state.replace(buffers=turned, step=step), {})
+    averages = state.memory["ema"]["buffers"]
+    for name in vectors:
+        torch.testing.assert_close(averages[name], state.buffers[name])
+    assert not torch.equal(averages["1.running_mean"], state.buffers["1.running_mean"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optim.chain(optim.accumulate(4), optim.sgd(0.1)),
+        lambda: optim.chain(
+            optim.scale_by_schedule(lambda step: 1.0), optim.accumulate(4), optim.lookahead(sync_period=2), optim.adamw(0.1)
+        ),
+        lambda: optim.accumulate(4, optim.partition(optim.decay_labels, {"decay": optim.sgd(0.1), "no_decay": optim.freeze()})),
+        lambda: optim.accumulate(4, optim.from_torch(torch.optim.SGD, lr=0.1)),
+    ],
+)
+@pytest.mark.parametrize(("every", "start", "chosen"), [(1, 0, range(1, 6)), (2, 0, [2, 4]), (2, 1, [1, 3, 5])])
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_average_may_count_updates_in_place_of_steps(make, every, start, chosen, donate):
+    """Five updates of four batches each: torch's average of the weights after each update."""
+    model, seen = nn.Linear(3, 2), []
+
+    def keep(state, metrics):
+        seen.append(({name: p.clone() for name, p in state.params.items()}, state.buffers))
+
+    step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), make())
+    hook = hooks.ema(0.9, every=every, start=start, per="update")
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(4, 3, generator=g) for _ in range(22)]
+    state, _ = fnrun.epoch_loop(step, hooks=[hook], observers=[keep], donate=donate)(fnrun.TrainState.create(model, make()), batches)
+    expected = theirs(model, seen[3::4], chosen, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    torch.testing.assert_close(dict(state.memory["ema"]["params"]), dict(expected.named_parameters()), rtol=1e-5, atol=1e-6)
+    assert state.memory["ema"]["updates"] == len(chosen)
+
+
+def test_updates_that_were_skipped_are_none():
+    make = lambda: optim.apply_if_finite(optim.sgd(0.1))  # noqa: E731
+    model = nn.Linear(3, 2)
+    step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), make())
+    batches = [torch.ones(2, 3), torch.full((2, 3), torch.nan), torch.ones(2, 3)]
+    state, _ = fnrun.epoch_loop(step, hooks=[hooks.swa(per="update")])(fnrun.TrainState.create(model, make()), batches)
+    assert state.memory["swa"]["updates"] == 2
+
+
+def test_an_average_that_counts_updates_resumes():
+    make = lambda: optim.chain(optim.accumulate(3), optim.sgd(0.1))  # noqa: E731
+    model = nn.Linear(3, 2)
+    step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), make())
+    loop = fnrun.repeat(fnrun.epoch_loop(step, hooks=[hooks.ema(0.9, per="update", every=2)]), 2)
+    assert_resumable(loop, fnrun.TrainState.create(model, make()), [torch.randn(4, 3) for _ in range(8)], limit=5)
+
+
+def test_updates_cannot_be_counted_where_no_optimizer_counts_them():
+    with pytest.raises(ValueError, match="no count of them"):
+        hooks.ema(0.9, per="update").init(fnrun.TrainState.create(nn.Linear(3, 2)))
+
+
 @pytest.mark.parametrize("name", HOOKS)
 def test_members_are_averaged_each_on_its_own(name):
     """Parameters that are stacked, one entry for each member of a sweep."""
@@ -163,6 +269,8 @@ def test_options_that_are_none():
             make(start=-1)
         with pytest.raises(ValueError, match="'copy' or 'average', not 'mean'"):
             make(buffers="mean")
+        with pytest.raises(ValueError, match="'step' or 'update', not 'epoch'"):
+            make(per="epoch")
     with pytest.raises(ValueError, match="warmup is at least 1"):
         hooks.ema(0.5, warmup=0)
     with pytest.raises(ValueError, match="gamma is above 0"):
