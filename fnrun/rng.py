@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fnrun.counts import count
 from fnrun.tree import struct
 
 #: The ambient generators are one for the process, and so is the module that a step borrows: who uses them holds this lock.
@@ -65,7 +66,7 @@ class Key:
 
     def split(self, n: int) -> tuple[Key, ...]:
         """`n` independent keys."""
-        return tuple(self.fold_in("split", i) for i in range(n))
+        return tuple(self.fold_in("split", i) for i in range(count("split: n", n, 0)))
 
     @property
     def bits(self) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnrun.counts import count
+
 Schedule = Callable[[Any], Any]
 Value = float | Schedule
 
@@ -78,7 +80,7 @@ def _cosine(t: Any, x: SimpleNamespace, start: float, end: float, steps: float) 
 
 
 def _length(name: str, value: float, least: float = 0) -> None:
-    if value < least:
+    if not least <= value < math.inf:
         raise ValueError(f"{name} is a number of steps, at least {least:g}, not {value!r}")
 
 
@@ -128,6 +130,8 @@ def step(init: float, every: int, gamma: float) -> Schedule:
 
 def multistep(init: float, milestones: Sequence[int], gamma: float) -> Schedule:
     """A factor `gamma` at each milestone: `milestones` in any order, one that stands twice counts twice."""
+    for mark in milestones:
+        _length("each milestone", mark)
     marks = sorted(milestones)
     return _schedule(lambda t, x: init * gamma ** x.count(marks, t))
 
@@ -342,6 +346,8 @@ def epochs(n: float, steps_per_epoch: int) -> int:
     >>> epochs(5, steps_per_epoch=391)
     1955
     """
+    _length("epochs: n", n)
+    _length("epochs: steps_per_epoch", steps_per_epoch, 1)
     return round(n * steps_per_epoch)
 
 
@@ -351,15 +357,16 @@ def scale_by_batch_size(lr: Value, batch: int, base: int = 256) -> Any:
     >>> scale_by_batch_size(0.1, batch=1024)
     0.4
     """
-    return multiply(lr, batch / base) if callable(lr) else lr * batch / base
+    factor = count("scale_by_batch_size: batch", batch) / count("scale_by_batch_size: base", base)
+    return multiply(lr, factor) if callable(lr) else lr * factor
 
 
 def _ordered(name: str, **marks: float) -> None:
     values = list(marks.values())
-    if any(a > b for a, b in pairwise([0, *values])):
+    if not all(a <= b for a, b in pairwise([0, *values])):
         raise ValueError(f"{name}: 0 <= {' <= '.join(marks)}; got {', '.join(f'{k}={v!r}' for k, v in marks.items())}")
 
 
 def _boundaries(name: str, members: Sequence[Any], boundaries: Sequence[int]) -> None:
-    if len(members) != len(boundaries) + 1 or any(a >= b for a, b in pairwise(boundaries)):
+    if len(members) != len(boundaries) + 1 or not all(a < b for a, b in pairwise([-1, *boundaries])):
         raise ValueError(f"{name}: one member more than boundaries, and boundaries that rise; got {len(members)} and {list(boundaries)}")

@@ -18,6 +18,7 @@ from torch import nn
 
 from fnrun import metrics as folds, tree
 from fnrun.compiled import Compiled, NoKey
+from fnrun.counts import count
 from fnrun.donation import Lease, own, unlisted
 from fnrun.metrics.base import wide
 from fnrun.reports import collect
@@ -208,6 +209,8 @@ def value_and_grad(fn: Callable[[Any], Any], *, has_aux: bool = False) -> Callab
 
 
 def _grad(loss: Any, leaves: list[torch.Tensor], scaled: Any) -> list[torch.Tensor | None]:
+    if isinstance(loss, torch.Tensor) and loss.is_complex():
+        raise ValueError("a loss is a real number, this one is complex: take loss.abs().square(), or its real part")
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"a loss is a scalar tensor, this one is {what}: take its mean or sum")
@@ -271,8 +274,7 @@ def make_train_step(
     shell = Shell(model, name, watched=_Surroundings.WATCHED)
     if not shell.trained:
         raise ValueError(f"{shell.name} has no parameter to train: all have requires_grad=False, or there are none")
-    if accumulate < 1:
-        raise ValueError(f"accumulate is at least 1, not {accumulate}")
+    accumulate = count("make_train_step: accumulate", accumulate)
     trained, places = shell.trained, {name: i for i, name in enumerate(shell.params)}
     indices, whole = [places[name] for name in trained], len(trained) == len(shell.params)
     autocast = _autocast(precision, shell.device_type)

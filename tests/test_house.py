@@ -15,7 +15,7 @@ PACKAGE = Path(fnrun.__file__).parent
 
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
-    ["tree", "files"],
+    ["tree", "files", "counts"],
     ["rng", "reports", "donation", "environment"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],

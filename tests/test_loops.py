@@ -518,7 +518,7 @@ class TestErrors:
         with pytest.raises(TypeError, match="is no hook"):
             fnrun.epoch_loop(train, hooks=[3])
         for make in (lambda: fnrun.repeat(train, -1), lambda: fnrun.repeat(train, 2.5), lambda: fnrun.step_loop(train, True)):
-            with pytest.raises(ValueError, match="a whole number of at least 0"):
+            with pytest.raises(ValueError, match="at least 0"):
                 make()
         with pytest.raises(ValueError, match="how often"):
             fnrun.repeat(train)

@@ -241,6 +241,7 @@ class TestErrors:
         [
             (lambda model, x: model(x), r"scalar tensor, this one is a tensor of shape \(1, 3\)"),
             (lambda model, x: 1.0, "scalar tensor, this one is a float"),
+            (lambda model, x: model(x).sum().to(torch.complex64), "a real number, this one is complex"),
             (lambda model, x: model(x).mean().detach(), "depends on no trained parameter"),
             (lambda model, x: (model(x).mean(), [1]), r"\(loss, metrics\) with metrics a dict"),
             (lambda model, x: (model(x).mean(), {"loss": 1.0}), "'loss' is the name of the loss itself"),

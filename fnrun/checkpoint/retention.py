@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fnrun.checkpoint.manifest import CheckpointError, Manifest, Mode
+from fnrun.counts import count
 
 _NAME = re.compile(r"(\d+)-(\d+)(?:\.(\d+))?")
 
@@ -93,7 +94,7 @@ def superfluous(entries: list[Entry], manifests: Mapping[Entry, Manifest], keep:
 
 def check_keep(who: str, keep: int | None, keep_every: int | None) -> None:
     """Raise ValueError where that many, or each of so many steps, cannot be kept."""
-    if keep is not None and keep < 1:
-        raise ValueError(f"{who}: keep is at least 1, not {keep!r}: the newest checkpoint always stays")
-    if keep_every is not None and keep_every < 1:
-        raise ValueError(f"{who}: keep_every is at least 1 step, not {keep_every!r}")
+    if keep is not None:
+        count(f"{who}: keep", keep)
+    if keep_every is not None:
+        count(f"{who}: keep_every", keep_every, unit=" step")

@@ -12,6 +12,7 @@ import optree
 import torch
 
 from fnrun import tree
+from fnrun.counts import count
 from fnrun.data import ambient
 from fnrun.data.content import digest
 from fnrun.data.order import permutation
@@ -25,8 +26,7 @@ BLOCK = 65_536
 
 def passes(rows: int, batch_size: int, drop_last: bool) -> int:
     """The batches in one pass. Raises ValueError, with the numbers, where there would be none."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    batch_size = count("batch_size", batch_size)
     if not rows:
         raise ValueError("the data is empty: a stream needs at least one batch")
     if drop_last and rows < batch_size:

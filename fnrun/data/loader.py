@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
+from fnrun.counts import count
 from fnrun.data import ambient
 from fnrun.data.arrays import Order, cut, passes
 from fnrun.data.stream import Stream, walk
@@ -92,8 +93,7 @@ def loader(
         raise TypeError(
             f"{type(dataset).__name__} has no len() or no [index]; if it has state_dict() and load_state_dict(), use data.stateful"
         )
-    if workers < 0:
-        raise ValueError(f"workers must be 0 or more, not {workers}")
+    batch_size, workers = count("batch_size", batch_size), count("workers", workers, 0)
     passes(len(dataset), batch_size, drop_last)
     return Loader(dataset, len(dataset), batch_size, shuffle, drop_last, workers, collate or default_collate, name)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from fnrun.counts import count
 from fnrun.optim import applied_updates
 from fnrun.state import TrainState, counted
 
@@ -198,10 +199,7 @@ def swa(start: int = 0, *, every: int = 1, buffers: Buffers = "copy", per: Per =
 
 
 def _average(who: str, weight: Callable[[int], float], every: int, start: int, buffers: str, per: str, name: str) -> _Average:
-    if every < 1:
-        raise ValueError(f"{who}: every is at least 1, not {every!r}")
-    if start < 0:
-        raise ValueError(f"{who}: start is at least 0, not {start!r}")
+    every, start = count(f"{who}: every", every), count(f"{who}: start", start, 0)
     if buffers != "copy" and buffers != "average":
         raise ValueError(f"{who}: buffers is 'copy' or 'average', not {buffers!r}")
     if per != "step" and per != "update":

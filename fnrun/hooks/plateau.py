@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from fnrun.counts import count
 from fnrun.hooks import leaves
 from fnrun.hooks.monitor import Mode, check_mode, reported
 from fnrun.state import TrainState
@@ -58,8 +59,11 @@ class _ReduceOnPlateau:
 
     def _improved(self, value: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         if self.threshold_mode == "rel":
-            return value < best * (1.0 - self.threshold) if self.mode == "min" else value > best * (1.0 + self.threshold)
-        return value < best - self.threshold if self.mode == "min" else value > best + self.threshold
+            part = self.threshold * best.sign()  # of its size: the other way for a best below 0
+            bound = torch.where(best.isfinite(), best * (1.0 - part if self.mode == "min" else 1.0 + part), best)
+        else:
+            bound = best - self.threshold if self.mode == "min" else best + self.threshold
+        return value < bound if self.mode == "min" else value > bound
 
     def _lower(self, value: torch.Tensor) -> torch.Tensor:
         return torch.minimum(value, (value * self.factor).clamp_min(self.min_value))  # what is below the least already is not raised to it
@@ -81,7 +85,7 @@ def reduce_on_plateau(
     """Multiply a hyperparameter by `factor`, down to `min_value`, when `monitor` has not improved for more than `patience` rounds in a row.
 
     It acts on `hyperparam` in the optimizer's state, in each group of a partition: `lr_scale`, by which every optimizer multiplies its rate,
-    or one made with `optim.leaf`. An improvement is one by more than `threshold`, a part of the best value (`"rel"`) or a difference
+    or one made with `optim.leaf`. An improvement is one by more than `threshold`, a part of the best value's size (`"rel"`) or a difference
     (`"abs"`); a NaN is none. For `cooldown` rounds after a reduction no round counts as bad. Rounds in which the metric is not computed
     (validation each n-th epoch) don't count at all.
 
@@ -91,14 +95,16 @@ def reduce_on_plateau(
     Raises ValueError for options out of range, for a hyperparameter that the state does not have, and, with the names that exist, where the
     monitored step reports no such metric.
 
-    Source: `torch.optim.lr_scheduler.ReduceLROnPlateau`, without its `eps`; MMEngine's ReduceOnPlateauLR and ReduceOnPlateauMomentum.
+    Source: `torch.optim.lr_scheduler.ReduceLROnPlateau`, without its `eps`, and with the size of the best value where torch takes the value
+    itself, by which below 0 every round is an improvement; MMEngine's ReduceOnPlateauLR and ReduceOnPlateauMomentum.
     """
     check_mode("reduce_on_plateau", mode)
     if threshold_mode not in ("rel", "abs"):
         raise ValueError(f"reduce_on_plateau: threshold_mode is 'rel' or 'abs', not {threshold_mode!r}")
     if not 0 < factor < 1:
         raise ValueError(f"reduce_on_plateau: factor is between 0 and 1, not {factor!r}")
-    for option, value in (("patience", patience), ("threshold", threshold), ("cooldown", cooldown), ("min_value", min_value)):
+    patience, cooldown = count("reduce_on_plateau: patience", patience, 0), count("reduce_on_plateau: cooldown", cooldown, 0)
+    for option, value in (("threshold", threshold), ("min_value", min_value)):
         if not value >= 0:
             raise ValueError(f"reduce_on_plateau: {option} is at least 0, not {value!r}")
     return _ReduceOnPlateau(monitor, mode, factor, patience, threshold, threshold_mode, cooldown, min_value, hyperparam, name)

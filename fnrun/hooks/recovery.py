@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fnrun.counts import count
 from fnrun.hooks import leaves
 from fnrun.hooks.monitor import monitored
 from fnrun.state import TrainState, in_training
@@ -108,8 +109,7 @@ def rollback(
 
     Source: the restart from an earlier checkpoint with other batches of PaLM (Chowdhery et al. 2022, section 5.1), without the disk.
     """
-    if max_retries < 1:
-        raise ValueError(f"rollback: max_retries is at least 1, not {max_retries!r}")
+    max_retries = count("rollback: max_retries", max_retries)
     if not 0 < lr_factor <= 1:
         raise ValueError(f"rollback: lr_factor is above 0 and at most 1, not {lr_factor!r}")
     return _Rollback(monitor, when, max_retries, lr_factor, name)

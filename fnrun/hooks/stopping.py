@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fnrun import counts
 from fnrun.hooks.monitor import Mode, better, check_mode, monitored
 from fnrun.state import LoopState
 
@@ -73,8 +74,9 @@ def early_stopping(
     changes never stops; here as in Keras and Lightning it is none.
     """
     check_mode("early_stopping", mode)
-    if patience < 1:
-        raise ValueError(f"early_stopping: patience is at least 1, not {patience!r}")
+    patience = counts.count("early_stopping: patience", patience)
+    if threshold is not None and math.isnan(threshold):
+        raise ValueError("early_stopping: threshold is a number, not NaN, which no metric reaches")
     if not min_delta >= 0:
         raise ValueError(f"early_stopping: min_delta is at least 0, not {min_delta!r}")
     return _EarlyStopping(monitor, mode, patience, min_delta, threshold, check_finite, name)
@@ -158,8 +160,7 @@ def stop_after(
     if len(limits) != 1:
         raise ValueError(f"stop_after: one of steps=, tokens= and epochs=, not {', '.join(limits) or 'none'}")
     [(option, limit)] = limits.items()
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise ValueError(f"stop_after: {option} is a whole number of at least 1, not {limit!r}")
+    limit = counts.count(f"stop_after: {option}", limit)
     if option == "steps":
         return _StopAfterSteps(limit, name)
     if option == "epochs":

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from fnrun.counts import count
 from fnrun.hooks.monitor import reported
 from fnrun.state import counted, due, in_training
 
@@ -70,8 +71,7 @@ def every(n: int, hook: AnyHook) -> AnyHook:
 
     A `before` of the hook is not held back: it belongs to the batch, not to the count. Raises ValueError for an n below 1.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"every: n is a whole number of at least 1, not {n!r}")
+    n = count("every: n", n)
     return _conditional(lambda state: due(state, n), hook)
 
 
@@ -87,6 +87,8 @@ def between(begin: int, end: int | None, hook: AnyHook) -> AnyHook:
     """`hook` after step `begin` and those that follow, up to, but not, `end` (None: to the last); rounds outside of a loop of steps; else as
     `every`. Raises ValueError where nothing lies between.
     """
+    begin = count("between: begin", begin, 0)
+    end = None if end is None else count("between: end", end, 0)
     if end is not None and end <= begin:
         raise ValueError(f"between: no step is at least {begin!r} and less than {end!r}")
     return _conditional(lambda state: begin <= counted(state) and (end is None or counted(state) < end), hook)

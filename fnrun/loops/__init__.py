@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fnrun.counts import count
 from fnrun.loops.base import AnyHook, Loop
 from fnrun.loops.composed import AnyStep, Composed, Wrapper, title
 from fnrun.loops.over_data import EpochLoop, EvalLoop, PredictLoop, StepLoop
@@ -58,12 +59,12 @@ def step_loop(
     """
     return StepLoop(
         step=step,
-        steps=_count(steps, "steps"),
-        until_step=until_step,
+        steps=count("steps", steps, 0),
+        until_step=None if until_step is None else count("until_step", until_step, 0),
         hooks=hooks,
         observers=observers,
         donate=donate,
-        fused_steps=_count(fused_steps, "fused_steps", least=1),
+        fused_steps=count("fused_steps", fused_steps),
     )
 
 
@@ -72,7 +73,7 @@ def eval_loop(eval_step: AnyStep, *, steps: int | None = None, observers: Sequen
 
     With `steps=n` it takes n batches, going on through its own stream from call to call.
     """
-    return EvalLoop(step=eval_step, steps=None if steps is None else _count(steps, "steps"), observers=observers)
+    return EvalLoop(step=eval_step, steps=None if steps is None else count("steps", steps, 0), observers=observers)
 
 
 def predict_loop(predict_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = (), keep: bool = True) -> Loop:
@@ -80,7 +81,7 @@ def predict_loop(predict_step: AnyStep, *, steps: int | None = None, observers: 
 
     With `keep=False` the list is empty: for outputs that an observer writes as they come (`observers.predictions`), and that would not fit.
     """
-    return PredictLoop(step=predict_step, steps=None if steps is None else _count(steps, "steps"), observers=observers, keep=keep)
+    return PredictLoop(step=predict_step, steps=None if steps is None else count("steps", steps, 0), observers=observers, keep=keep)
 
 
 def repeat(
@@ -97,7 +98,7 @@ def repeat(
     """
     if times is None and until is None:
         raise ValueError("repeat: say how often (times=) or how long (until=)")
-    return Repeat(step=step, times=None if times is None else _count(times, "times"), until=until, hooks=hooks, observers=observers)
+    return Repeat(step=step, times=None if times is None else count("times", times, 0), until=until, hooks=hooks, observers=observers)
 
 
 def sequence(*, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), **steps: AnyStep) -> Loop:
@@ -115,8 +116,8 @@ def workflow(
     unknown = [name for name, _ in phases if name not in steps]
     if not phases or unknown:
         raise ValueError(f"workflow: phases {unknown or 'are missing'}; there are steps for {list(steps)}")
-    phases = tuple((name, _count(n, f"the count of {name!r}", least=1)) for name, n in phases)
-    return Workflow(steps=_members(steps), phases=phases, times=_count(times, "times"), hooks=hooks, observers=observers)
+    phases = tuple((name, count(f"the count of {name!r}", n)) for name, n in phases)
+    return Workflow(steps=_members(steps), phases=phases, times=count("times", times, 0), hooks=hooks, observers=observers)
 
 
 def every(n: int | Sequence[tuple[int, int]], step: AnyStep, *, begin: int = 1, last: bool = True) -> AnyStep:
@@ -125,10 +126,11 @@ def every(n: int | Sequence[tuple[int, int]], step: AnyStep, *, begin: int = 1, 
     `n` may change: `[(0, 5), (20, 1)]` is each 5th, and from round 20 each. Outside a repeat it always works; where the repeat's end is not
     known (`until`) there is no last round.
     """
-    intervals = ((0, n),) if isinstance(n, int) else tuple(sorted(n)) if isinstance(n, (list, tuple)) else ()
-    if not intervals or any(interval < 1 for _, interval in intervals):
-        raise ValueError(f"every: an interval is at least 1 round, not {n!r}")
-    return Every(intervals, step, begin, last)
+    pairs = n if isinstance(n, (list, tuple)) else [(0, n)]
+    if not pairs or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"every: an interval is at least 1 round, or pairs (round, interval), not {n!r}")
+    named = [(count("every: a round", start, 0), count("every: an interval", interval, unit=" round")) for start, interval in pairs]
+    return Every(tuple(sorted(named)), step, count("every: begin", begin), last)
 
 
 def wraps(*loops: Any) -> Callable[[AnyStep], AnyStep]:
@@ -169,12 +171,6 @@ def wraps(*loops: Any) -> Callable[[AnyStep], AnyStep]:
         return Wrapper(fn, loops)
 
     return says
-
-
-def _count(value: int, name: str, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is a whole number of at least {least}, not {value!r}")
-    return value
 
 
 def _members(steps: Mapping[str, AnyStep]) -> dict[str, AnyStep]:

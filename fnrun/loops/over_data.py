@@ -14,6 +14,7 @@ from fnrun.data import Batches
 from fnrun.donation import fate
 from fnrun.loops.base import Loop
 from fnrun.loops.composed import AnyStep, named, title
+from fnrun.metrics.totals import rates_last
 from fnrun.program import Here, Unwind
 from fnrun.state import Cursor, Frame, Position
 from fnrun.steps import is_step, traits
@@ -90,7 +91,7 @@ class OverData(Loop):
         return folds.examples(x)
 
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
-        return folds.fold(totals, folds.rates_last(metrics), examples)
+        return folds.fold(totals, rates_last(metrics), examples)
 
     def _result(self, totals: Any) -> Any:
         return folds.compute(totals) if totals else {}
@@ -141,7 +142,7 @@ class Training(OverData):
 
         def finished(state: Any) -> Any:
             gathered = {o.name: o.fold_each(frame.folds.get(o.name), before, done) for o in gatherers} if done else frame.folds
-            totals = folds.fold_each(frame.totals, [(folds.rates_last(metrics), n) for metrics, n in done])
+            totals = folds.fold_each(frame.totals, [(rates_last(metrics), n) for metrics, n in done])
             program.examples += sum(examples for _, examples in done)
             new = Frame(frame.loop, frame.ticks + len(done), totals, gathered, frame.member)
             streams = {**position.streams, name: cursor}

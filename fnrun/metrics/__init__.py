@@ -25,7 +25,7 @@ from fnrun.metrics.perplexity import Perplexity, perplexity
 from fnrun.metrics.quantiles import Quantiles, quantiles
 from fnrun.metrics.regression import R2, Moments, Pearson, RootMean, mae, mse, pearson, r2, rmse
 from fnrun.metrics.segmentation import iou, mean_iou
-from fnrun.metrics.totals import Means, Totals, compute, examples, fold, fold_each, rates_last, settled, values
+from fnrun.metrics.totals import Means, Totals, compute, examples, fold, fold_each, settled, values
 
 __all__ = [
     "AUROC",
@@ -74,7 +74,6 @@ __all__ = [
     "precision_recall_f1",
     "quantiles",
     "r2",
-    "rates_last",
     "recall",
     "rmse",
     "settled",

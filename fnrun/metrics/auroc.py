@@ -126,11 +126,28 @@ def _against_the_rest(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, T
     """Scores, whether they are of a positive, and whether they count: each `[N]`, or `[C, N]` for rows of logits."""
     if scores.ndim == 1:
         return scores, labels == 1, (labels == 0) | (labels == 1)
-    logits, classes = wide(scores), scores.shape[1]
-    # log p / (1 - p), in the order of p; p itself would be rounded to 1 where the class is all but certain
-    pad, before, behind = torch.nn.functional.pad, logits.logcumsumexp(1), logits.flip(1).logcumsumexp(1).flip(1)
-    others = torch.logaddexp(pad(before, (1, 0), value=-torch.inf)[:, :-1], pad(behind, (0, 1), value=-torch.inf)[:, 1:])
-    labels = labels.long()
+    labels, classes = labels.long(), scores.shape[1]
     valid = (labels >= 0) & (labels < classes)
     numbers = torch.arange(classes, device=labels.device).unsqueeze(1)
-    return (logits - others).T.contiguous(), labels == numbers, valid.expand(classes, -1)
+    return _log_odds(scores).T.contiguous(), labels == numbers, valid.expand(classes, -1)
+
+
+def _log_odds(scores: Tensor) -> Tensor:
+    """log p / (1 - p) of the softmax of each row `[N, C]`, in the order of p; p itself would be rounded to 1 where a class is all but certain.
+
+    Equal probabilities have equal log odds, bit for bit: of rows that are logs of probabilities they are a function of the class's own entry;
+    of other rows, of its place in the sorted row, so that neither the order of the other classes nor a shift of all makes a difference.
+    """
+    logits, classes = wide(scores), scores.shape[1]
+    pad, infinity = torch.nn.functional.pad, torch.inf
+    tolerance = min(1e-3, 4 * (classes + 4) * torch.finfo(scores.dtype).eps)
+    sums = logits.logsumexp(1)
+    probabilities = ((sums.abs() <= tolerance) | sums.isnan()).all()
+    logits = logits - logits.amax(1, keepdim=True).nan_to_num(neginf=0.0, posinf=0.0, nan=0.0) * ~probabilities
+    ascending = logits.sort(1).values
+    before = pad(ascending.logcumsumexp(1), (1, 0), value=-infinity)[:, :-1]
+    behind = pad(ascending.flip(1).logcumsumexp(1).flip(1), (0, 1), value=-infinity)[:, 1:]
+    place = torch.searchsorted(ascending, logits).clamp(max=classes - 1)  # of equal classes the first one's
+    others = torch.logaddexp(before, behind).gather(1, place)
+    own = logits.clamp(max=0.0)  # a log of a probability that was rounded up
+    return torch.where(probabilities, own - (-own.expm1()).log(), logits - others)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fnrun.counts import count
 from fnrun.metrics.base import averaged, check_choice, check_labels, check_same, check_scores, wide
 from fnrun.metrics.basic import Mean
 from fnrun.tree import static, struct
@@ -19,20 +20,21 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
 
     `logits` are float scores `[N, C]`, or `[N, C, ...]` for one decision a pixel; `labels` are ints of that shape without `C`.
     Of equal scores the lower class counts as the higher one; a NaN counts above every number, and as a miss where it is the label's own.
-    A label below 0 (such as `cross_entropy`'s `ignore_index`, -100) leaves its example out. Raises ValueError for other shapes and types.
+    A label that is none of the classes (`ignore_index`, as -100 or 255) leaves its example out. Raises ValueError for other shapes and types.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.6, 0.4]]), torch.tensor([1, 0, 1])).compute()
     tensor(0.6667, dtype=torch.float64)
     """
     classes = check_scores("accuracy", logits, labels)
-    if not 1 <= k <= classes:
+    k = count("accuracy: k", k)
+    if k > classes:
         raise ValueError(f"accuracy: k={k} of {classes} classes")
     if k == 1:
         top = logits.argmax(1, keepdim=True)
         hit = (top.squeeze(1) == labels) & ~logits.gather(1, top).squeeze(1).isnan()
     else:
         hit = _place(logits, labels) < k
-    counted = labels >= 0
+    counted = _within(labels.long(), classes)  # a narrow int could not be compared with as many classes
     return Mean(wide((hit & counted).sum()), wide(counted.sum()))
 
 
@@ -63,21 +65,22 @@ def top_k(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> TopK:
     {'top1': tensor(0.5000, dtype=torch.float64), 'top2': tensor(1., dtype=torch.float64)}
     """
     classes = check_scores("top_k", logits, labels)
+    ks = [count("top_k: each of ks", k) for k in ks]
     if not ks or any(not 1 <= k <= classes for k in ks) or len(set(ks)) < len(ks):
         raise ValueError(f"top_k: ks={tuple(ks)} of {classes} classes; wanted are different numbers from 1 to {classes}")
-    place, counted = _place(logits, labels), labels >= 0
+    place, counted = _place(logits, labels), _within(labels.long(), classes)
     return TopK(torch.stack([((place < k) & counted).sum() for k in ks]), counted.sum(), tuple(ks))
 
 
 def _place(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes stand before the label's own; as many as there are for a label that is none of them."""
+    """How many classes stand before the label's own."""
     classes = logits.shape[1]
     labels = labels.long()  # a narrow int could not be compared with as many classes
     at = labels.clamp(0, classes - 1).unsqueeze(1)
     own = logits.gather(1, at)
     numbers = torch.arange(classes, device=logits.device).view(-1, *[1] * (logits.ndim - 2))
     before = ~(logits <= own) | ((logits == own) & (numbers < at))
-    return torch.where(labels < classes, before.sum(1), classes)
+    return before.sum(1)
 
 
 # --- pairs of classes --------------------------------------------------------------------------------------------------
@@ -110,13 +113,14 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Confusion:
             [0, 1, 0],
             [0, 1, 1]])
     """
-    predictions, labels, _ = _decided("confusion", predictions, labels, classes)
+    predictions, labels, classes = _decided("confusion", predictions, labels, classes)
     inside = _within(predictions, classes) & _within(labels, classes)
     return Confusion(_counted(labels * classes + predictions, inside, classes * classes).view(classes, classes))
 
 
 def _decided(what: str, predictions: Tensor, labels: Tensor, classes: int | None) -> tuple[Tensor, Tensor, int]:
     """The predicted classes and the labels, flat and int64, and how many classes there are."""
+    classes = None if classes is None else count(f"{what}: classes", classes)
     if predictions.is_floating_point():
         scored = check_scores(what, predictions, labels)
         if classes is not None and scored > classes:

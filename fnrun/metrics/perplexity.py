@@ -29,8 +29,8 @@ def perplexity(logits: Tensor, labels: Tensor) -> Perplexity:
     """The exponential of the mean cross entropy over all tokens of all batches: not the mean of the batches' perplexities.
 
     `logits` are float scores `[N, C, ...]`, the classes second as in `cross_entropy` (of logits `[batch, time, vocabulary]` give
-    `logits.transpose(1, 2)`); `labels` are ints of that shape without `C`. A label below 0 (such as -100) leaves its token out; one beyond
-    the classes is impossible, and makes the value infinite. NaN without any token. Raises ValueError for other shapes and types.
+    `logits.transpose(1, 2)`); `labels` are ints of that shape without `C`. A label that is none of the classes (`ignore_index`, as -100
+    or 255) leaves its token out. NaN without any token. Raises ValueError for other shapes and types.
 
     >>> perplexity(torch.zeros(2, 5), torch.tensor([0, 3])).compute()
     tensor(5.0000, dtype=torch.float64)
@@ -39,6 +39,6 @@ def perplexity(logits: Tensor, labels: Tensor) -> Perplexity:
     logits, labels = logits.detach() if logits.dtype == torch.float64 else logits.detach().float(), labels.long()
     # by hand, for cross_entropy ends the process on a GPU where a label is beyond the classes
     own = logits.gather(1, labels.clamp(0, classes - 1).unsqueeze(1)).squeeze(1)
-    nll = torch.where(labels < classes, logits.logsumexp(1) - own, torch.inf)
-    counted = labels >= 0
+    nll = logits.logsumexp(1) - own
+    counted = (labels >= 0) & (labels < classes)
     return Perplexity(torch.where(counted, wide(nll), 0).sum(), wide(counted.sum()))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fnrun.counts import count
 from fnrun.observers.pace import Pace
 from fnrun.observers.ranks import rank
 from fnrun.observers.sinks import Record, Sink, console, record
@@ -167,8 +168,7 @@ def log(
     Traceback (most recent call last):
     ValueError: log: statistics of 'loss': 'median' is none; there are mean, min, max, last
     """
-    if every < 1:
-        raise ValueError(f"log: every is at least 1, not {every!r}")
+    every = count("log: every", every)
     asked = frozenset(statistics or ())
     named = windows(every, window, statistics or {})
     return _Log(every, [console()] if to is None else to, named, asked, name)

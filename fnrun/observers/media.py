@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fnrun.counts import count
 from fnrun.tree import struct
 
 
@@ -71,6 +72,7 @@ def histogram(values: Any, bins: int = 64) -> Histogram:
     >>> histogram(torch.tensor([0.0, 1.0, 1.0, float("nan")]), bins=2)
     Histogram(counts=tensor([1., 2.], dtype=torch.float64), edges=tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64))
     """
+    bins = count("histogram: bins", bins)
     flat = torch.as_tensor(values).detach().reshape(-1).double()
     finite = flat.isfinite()
     if not flat.numel():

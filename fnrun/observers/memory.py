@@ -11,6 +11,7 @@ import optree
 import torch
 
 from fnrun import tree
+from fnrun.counts import count
 from fnrun.donation import storage
 from fnrun.observers.ranks import rank
 from fnrun.observers.sinks import Sink
@@ -108,6 +109,4 @@ def memory(every: int = 1, *, to: Sequence[Sink] = ()) -> Any:
     memory now, on Linux), `cuda_mib` and `cuda_reserved_mib` (what tensors hold, and what torch keeps for them). Their peaks are in every line of
     `observers.log`. Raises ValueError for an `every` below 1.
     """
-    if every < 1:
-        raise ValueError(f"memory: every is at least 1, not {every!r}")
-    return _Memory(every, to)
+    return _Memory(count("memory: every", every), to)

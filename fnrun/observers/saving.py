@@ -11,6 +11,7 @@ from typing import Any, Literal
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.checkpoint.manifest import ranked
 from fnrun.checkpoint.retention import check_keep, monitored
+from fnrun.counts import count
 from fnrun.donation import fate
 from fnrun.environment import ranks
 from fnrun.hooks.monitor import reported
@@ -136,6 +137,5 @@ def checkpoint(
     check_keep("checkpoint", keep, keep_every)
     if keep_every is not None and keep is None:
         raise ValueError("checkpoint: keep_every says what stays besides the `keep` newest: give keep too (without it everything stays)")
-    if max_failures < 1:
-        raise ValueError(f"checkpoint: max_failures is at least 1, not {max_failures!r}")
+    every, max_failures = count("checkpoint: every", every), count("checkpoint: max_failures", max_failures)
     return _Checkpoint(checkpoints, monitored(monitor, mode), keep, keep_every, every, max_failures)

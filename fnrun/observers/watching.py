@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fnrun import tree
+from fnrun.counts import count
 from fnrun.donation import secured
 from fnrun.observers.media import histogram
 from fnrun.observers.sinks import Sink
@@ -66,9 +67,7 @@ def watch(every: int, *, to: Sequence[Sink], histograms: bool = True) -> Any:
 
     Raises ValueError for an `every` below 1.
     """
-    if every < 1:
-        raise ValueError(f"watch: every is at least 1, not {every!r}")
-    return _Watch(every, to, histograms)
+    return _Watch(count("watch: every", every), to, histograms)
 
 
 def watch_gradients(*, histograms: bool = False) -> Transform:

@@ -15,6 +15,7 @@ import torch
 
 from fnrun import metrics as folds
 from fnrun.metrics import Totals
+from fnrun.metrics.totals import rates_last
 
 #: Over which ticks: since the line before, the last so many, the loop's pass, or the whole run.
 Size = int | Literal["line", "epoch", "run"]
@@ -88,9 +89,9 @@ class Window:
                 f"log: {', '.join(both)}: a statistic and a metric have this name, and a line has room for one; rename the metric, or ask for another statistic"
             )
         if self.rest and self.chosen.keys().isdisjoint(metrics):
-            return folds.rates_last(metrics)
+            return rates_last(metrics)
         found: dict[str, Any] = {}
-        for name, metric in (folds.rates_last(metrics) if self.rest else metrics).items():
+        for name, metric in (rates_last(metrics) if self.rest else metrics).items():
             if name in self.chosen:
                 found.update((label, KINDS[kind](metrics[name])) for kind, label in self.chosen[name])
             elif self.rest:

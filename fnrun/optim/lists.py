@@ -75,16 +75,30 @@ _EACH = {
 }
 
 
+def _norm(x: Tensor, order: float = 2) -> Tensor:
+    """In float32 at least: the norm of float16 gradients is easily more than float16 can hold."""
+    return torch.linalg.vector_norm(x, order, dtype=torch.float32 if x.dtype in _LOW else None)
+
+
+def _norms(tensors: Any, order: float = 2) -> list[Tensor]:
+    if any(x.dtype in _LOW for x in tensors):
+        return [_norm(x, order) for x in tensors]
+    return list(kernels._foreach_norm(tensors, order))
+
+
+_LOW = (torch.float16, torch.bfloat16)
+
+
 def _foreach() -> SimpleNamespace:
     fresh = {name: getattr(kernels, f"_foreach_{name}") for name in _EACH}
     over = {f"{name}_": _over(getattr(kernels, f"_foreach_{name}_")) for name in _EACH}
-    return SimpleNamespace(**fresh, **over, clone=kernels._foreach_clone, norm=kernels._foreach_norm)
+    return SimpleNamespace(**fresh, **over, clone=kernels._foreach_clone, norm=_norms)
 
 
 def _each() -> SimpleNamespace:
     fresh = {name: _leafwise(fn) for name, fn in _EACH.items()}
     over = {f"{name}_": operation for name, operation in fresh.items()}
-    return SimpleNamespace(**fresh, **over, clone=_leafwise(torch.clone), norm=_leafwise(torch.linalg.vector_norm))
+    return SimpleNamespace(**fresh, **over, clone=_leafwise(torch.clone), norm=_leafwise(_norm))
 
 
 Ops = SimpleNamespace

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnrun.counts import count
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyper, Settings, constant
 from fnrun.optim.rule import Rule, optimizer
@@ -39,6 +40,7 @@ def muon(
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
         constant(name, value)
+    ns_steps = count("muon: ns_steps", ns_steps)
     if adjust_lr_fn not in _ADJUST:
         raise ValueError(f"muon: adjust_lr_fn is one of {', '.join(_ADJUST)}, not {adjust_lr_fn!r}")
     adjust = _ADJUST[adjust_lr_fn]

@@ -6,6 +6,7 @@ Where the decision is known to the host it is a branch. Where only a device know
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import optree
 import torch
 from torch import Tensor
 
+from fnrun.counts import count
 from fnrun.donation import keeping
 from fnrun.optim.base import Optimizer, Wrapper
 from fnrun.optim.lists import known, note, ops_for, read, tree_map
@@ -62,7 +64,8 @@ def all_finite(tensors: Sequence[Tensor | None]) -> Any:
         return True
     norms = ops_for(there).norm(there, math.inf)
     device = norms[0].device
-    return read(torch.isfinite(torch.stack([n.to(device, torch.float32) for n in norms])).all())
+    dtype = functools.reduce(torch.promote_types, {n.dtype for n in norms})  # what one of them can hold is finite
+    return read(torch.isfinite(torch.stack([n.to(device, dtype) for n in norms])).all())
 
 
 def wrapper(wrap: Callable[[Optimizer], Optimizer], optimizer: Optimizer | None) -> Any:
@@ -113,8 +116,7 @@ def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
     tensor([0.])
     tensor([-2.])
     """
-    if n < 1:
-        raise ValueError(f"accumulate: n is at least 1, not {n!r}")
+    n = count("accumulate: n", n)
 
     def wrap(inner: Optimizer) -> Optimizer:
         def init(params: Any, /) -> AccumulateState:
@@ -214,8 +216,9 @@ def lookahead(optimizer: Optimizer | None = None, *, sync_period: int = 6, slow_
 
     The parameters are the fast weights, which then begin again from there.
     """
-    if sync_period < 1 or not 0.0 <= slow_step_size <= 1.0:
-        raise ValueError(f"lookahead: sync_period is at least 1, slow_step_size from 0 to 1; got {sync_period!r} and {slow_step_size!r}")
+    sync_period = count("lookahead: sync_period", sync_period)
+    if not 0.0 <= slow_step_size <= 1.0:
+        raise ValueError(f"lookahead: slow_step_size is from 0 to 1, not {slow_step_size!r}")
 
     def wrap(inner: Optimizer) -> Optimizer:
         def init(params: Any, /) -> LookaheadState:
@@ -265,7 +268,7 @@ def freeze_until(step: int, optimizer: Optimizer | None = None) -> Any:
 
     Their own moments begin at `step`, schedules have gone on meanwhile: what unfreezing a backbone does in torch.
     """
-    begin = step
+    begin = count("freeze_until: step", step, 0)
 
     def wrap(inner: Optimizer) -> Optimizer:
         def init(params: Any, /) -> FreezeState:
@@ -312,8 +315,9 @@ def dynamic_loss_scale(
     multiplied by `growth_factor`. It stands first, or around all the rest: what comes after it sees gradients of the loss itself.
     Reports `loss_scale` and `skipped`.
     """
-    if not (init_scale > 0 and growth_factor > 1.0 > backoff_factor > 0.0 and growth_interval >= 1):
-        raise ValueError("dynamic_loss_scale: init_scale > 0, growth_factor > 1, backoff_factor between 0 and 1, growth_interval >= 1")
+    growth_interval = count("dynamic_loss_scale: growth_interval", growth_interval)
+    if not (math.inf > init_scale > 0 and math.inf > growth_factor > 1.0 > backoff_factor > 0.0):
+        raise ValueError("dynamic_loss_scale: init_scale > 0, growth_factor > 1, both finite, and backoff_factor between 0 and 1")
 
     def wrap(inner: Optimizer) -> Optimizer:
         if inner.scale_loss is not None:

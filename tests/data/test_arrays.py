@@ -105,7 +105,7 @@ def test_read_only_arrays_are_fine():
         ({"image": torch.zeros(3), "label": torch.zeros(4)}, {}, "image has 3, label has 4"),
         (torch.zeros(0, 2), {}, "empty"),
         ({}, {}, "no array"),
-        (torch.zeros(3), {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        (torch.zeros(3), {"batch_size": 0}, "batch_size is at least 1, not 0"),
         (torch.zeros(3), {"batch_size": 4, "drop_last": True}, "3 rows are fewer than batch_size=4"),
         ({"x": torch.zeros(())}, {}, "x is a single number"),
         ({"x": [1, 2]}, {}, "x/0 is a int"),

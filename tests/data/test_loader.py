@@ -253,7 +253,7 @@ class Endless(IterableDataset):
         (Augmented(0), {}, ValueError, "empty"),
         (Augmented(3), {"batch_size": 0}, ValueError, "at least 1, not 0"),
         (Augmented(3), {"batch_size": 4, "drop_last": True}, ValueError, "3 rows are fewer than batch_size=4"),
-        (Augmented(3), {"workers": -1}, ValueError, "workers must be 0 or more"),
+        (Augmented(3), {"workers": -1}, ValueError, "workers is at least 0, not -1"),
         (Endless(), {}, TypeError, r"use data\.stateful"),
         (iter([]), {}, TypeError, r"no len\(\)"),
     ],

@@ -63,8 +63,19 @@ def test_it_is_torchs(values, mode, threshold_mode, factor, patience, cooldown, 
     """Bit for bit, in all modes, with values that are not finite, and a least value above the one that there is."""
     options = {"mode": mode, "threshold_mode": threshold_mode, "factor": factor, "patience": patience, "cooldown": cooldown}
     options |= {"threshold": threshold, "min_value": min_value}
+    if threshold_mode == "rel":  # below 0 torch takes every value for an improvement
+        values = [abs(value) for value in values]
     found, _ = scales(values, **options)
     assert [scale.item() for scale in found] == torchs(values, **options)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_part_of_a_value_below_zero_is_a_part_of_its_size(mode):
+    """A log likelihood that is lower by less than 1%, or higher, is none: what 10 to 9.95 and 10 to 10.05 are above 0."""
+    sign = -1.0 if mode == "min" else 1.0
+    values = [-10.0, -10.0 + 0.05 * sign, -10.0 + 0.09 * sign, -10.0 + 0.2 * sign]
+    found, _ = scales(values, mode=mode, threshold=0.01, patience=0, factor=0.5)
+    assert [scale.item() for scale in found] == [1.0, 0.5, 0.25, 0.25]
 
 
 def test_a_number_keeps_its_precision():

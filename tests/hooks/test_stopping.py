@@ -145,5 +145,5 @@ class TestStopAfter:
             with pytest.raises(ValueError, match="one of steps=, tokens= and epochs="):
                 hooks.stop_after(**options)
         for options in ({"steps": 0}, {"tokens": -1}, {"epochs": 1.5}, {"steps": True}):
-            with pytest.raises(ValueError, match="is a whole number of at least 1"):
+            with pytest.raises(ValueError, match=r"is .*at least 1"):
                 hooks.stop_after(**options)

@@ -63,7 +63,7 @@ def test_a_composition_is_held_back_whole():
 def test_times_that_are_none():
     hook = hooks.ema(0.5)
     for bad in (0, -1, True, 1.5):
-        with pytest.raises(ValueError, match="every: n is a whole number of at least 1"):
+        with pytest.raises(ValueError, match=r"every: n is .*at least 1"):
             hooks.every(bad, hook)
     for bad in (0, [], [1, 0], [True], [1.5]):
         with pytest.raises(ValueError, match="at: the first step is 1"):

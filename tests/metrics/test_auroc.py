@@ -110,3 +110,19 @@ def test_the_worst_the_best_and_what_cannot_be_said(exact):
 def test_what_has_no_area_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [3, 7])
+def test_equal_probabilities_are_ties(classes, dtype):
+    """Logs of probabilities, and logits that are permuted and shifted, against scikit-learn's areas of the probabilities."""
+    g = generator(classes)
+    labels = torch.cat([torch.arange(classes), torch.randint(0, classes, (60,), generator=g)])
+    counts = torch.randint(1, 4, (len(labels), classes), generator=g).to(dtype)
+    probabilities = counts / counts.sum(1, keepdim=True)
+    shifts = torch.randint(-3, 4, (len(labels), 1), generator=g).to(dtype)
+    softmax = (counts.double() - 2).softmax(1).numpy().round(12)
+    for scores, ordered in ((probabilities.log(), probabilities.numpy()), (counts + shifts, softmax)):
+        found = metrics.auroc(scores, labels, average=None, exact=True).compute()
+        areas = [sklearn.metrics.roc_auc_score(labels == c, ordered[:, c]) for c in range(classes)]
+        assert found.tolist() == pytest.approx(areas, abs=1e-12)

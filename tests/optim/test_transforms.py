@@ -149,3 +149,26 @@ def test_masked_takes_a_tree_of_bools_and_optimizers_too() -> None:
 def test_trace_before_sgd_is_momentum() -> None:
     traced = cases.last(optim.chain(optim.trace(0.9), optim.sgd(0.01)), PARAMS, 10)
     assert cases.far(traced, cases.last(optim.sgd(0.01, momentum=0.9), PARAMS, 10)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_that_the_gradients_dtype_cannot_hold_clips_them_all_the_same(dtype):
+    grads = {"x": torch.full((100,), 3e4, dtype=dtype), "y": torch.full((2, 2), 100.0, dtype=dtype)}
+    for transform in (optim.clip_by_global_norm(1.0), optim.clip_by_norm(1.0)):
+        found, _ = transform.update(grads, transform.init(grads), grads)
+        whole = {name: g.double() for name, g in grads.items()}
+        expected, _ = transform.update(whole, transform.init(whole), whole)
+        for name in grads:
+            assert found[name].dtype == dtype
+            torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-2, atol=1e-7)
+
+
+def test_float64_gradients_beyond_float32_are_finite():
+    params = {"x": torch.zeros(2, dtype=torch.float64), "y": torch.zeros(2)}
+    optimizer = optim.apply_if_finite(optim.sgd(1e-300))
+    grads = {"x": torch.full((2,), 1e300, dtype=torch.float64), "y": torch.ones(2)}
+    new, state = optimizer.update(grads, optimizer.init(params), params)
+    assert new["x"].tolist() == [-1.0, -1.0]
+    assert int(state.skipped) == 0
+    _, state = optimizer.update({**grads, "y": torch.full((2,), torch.inf)}, state, params)
+    assert int(state.skipped) == 1
