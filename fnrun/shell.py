@@ -49,10 +49,12 @@ class Shell:
             modules = dict(model.named_modules())
             self._slots: list[tuple[dict[str, Any], str, int]] = []
             self._empty: list[tuple[dict[str, Any], str, str]] = []
-            for path, container in [*((p, m._parameters) for p, m in modules.items()), *((p, m._buffers) for p, m in modules.items())]:
+            for path, container, caches in [
+                (p, held, m._non_persistent_buffers_set) for p, m in modules.items() for held in (m._parameters, m._buffers)
+            ]:
                 for key, tensor in container.items():
                     if tensor is None:
-                        self._empty.append((container, key, f"{path}.{key}".lstrip(".")))
+                        self._empty.append((container, key, "" if key in caches else f"{path}.{key}".lstrip(".")))
                     else:
                         self._slots.append((container, key, index[id(tensor)]))
             places = {i: (container, key) for container, key, i in self._slots}
@@ -147,7 +149,7 @@ class Shell:
 
     def _strays(self, values: list[Any]) -> list[str]:
         strays = [name for name, value in zip(self.buffers, values, strict=True) if value is None]
-        strays += [path for container, key, path in self._empty if container.get(key) is not None]
+        strays += [path for container, key, path in self._empty if path and container.get(key) is not None]
         for attributes, _, _, buffers, count in self._borrowed:
             if len(buffers) != count:
                 strays += attributes.new_buffers()
@@ -297,7 +299,9 @@ class _Attributes:
         self.entries, self.unset = frozenset(self.dict), tuple(k for k, v in self.dict.items() if v is None and k not in never)
 
     def new_buffers(self) -> list[str]:
-        return [f"{self.path}.{key}".lstrip(".") for key in self.buffers if key not in self.names]
+        return [
+            f"{self.path}.{key}".lstrip(".") for key in self.buffers if key not in self.names | self.dict["_non_persistent_buffers_set"]
+        ]
 
     def put_back(self) -> None:
         attributes = self.dict

@@ -141,20 +141,27 @@ _DEPTH, _ENTRIES, _LOOKS = 4, 1000, 20_000
 
 
 class Attributes:
-    """The plain attributes of all submodules at one moment: numbers and structures as text to compare, and the tensors in them."""
+    """The plain attributes of all submodules at one moment: numbers and structures as text to compare, and the tensors in them.
 
-    def __init__(self, modules: Mapping[str, nn.Module], own: set[int | None]) -> None:
+    Buffers that are not persistent and not in the state, of the names `state`, are caches and belong here. Tensors in the memory `own` do not.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], state: set[str], own: set[int | None]) -> None:
         self.values: dict[Place, Any] = {}
         self.numbers: dict[Place, Any] = {}
         self.tensors: dict[tuple[Any, ...], Tensor] = {}
         self._own, self._seen = own, {}
         for path, module in modules.items():
+            caching = {f"{path}.{k}".lstrip(".") for k in module._non_persistent_buffers_set} - state
             lists = _LISTS if isinstance(module, nn.RNNBase) else frozenset()
-            for name, value in list(module.__dict__.items()):
-                if name not in _OURS and name not in lists:
-                    self.values[path, name] = self._look(value, (path, name), 0)
-                    if isinstance(value, (bool, int, float, str)):
-                        self.numbers[path, name] = value
+            attributes = {k: v for k, v in module.__dict__.items() if k not in _OURS and k not in lists}
+            caches = {
+                k: v for k, v in module._buffers.items() if f"{path}.{k}".lstrip(".") in caching and (v is None or memory(v) not in own)
+            }
+            for name, value in (attributes | caches).items():
+                self.values[path, name] = self._look(value, (path, name), 0)
+                if isinstance(value, (bool, int, float, str)):
+                    self.numbers[path, name] = value
 
     def _look(self, value: Any, place: tuple[Any, ...], depth: int) -> Any:
         if isinstance(value, Tensor):
@@ -299,9 +306,9 @@ class FirstCalls:
         def looked() -> Any:
             modules, own = dict(self.model.named_modules()), set(map(memory, tensors))
             fresh, drawn = [b.clone() for b in buffers], _random()
-            before = Attributes(modules, own)
+            before = Attributes(modules, set(names), own)
             result = fn()
-            after = Attributes(modules, own)
+            after = Attributes(modules, set(names), own)
             self._check_slots(params)
             found = {i for i, (p, place) in enumerate(zip(params, places, strict=True)) if place in seen.written or memory(p) != place}
             new.update({names[i]: params[i].detach().clone() for i in found - self.written})
@@ -309,7 +316,7 @@ class FirstCalls:
             carried.update(before.carried(after, seen) - self._judged)
             if changed and not self.written:  # is it a cache, or do calls depend on those before? The same call again tells
                 undo()
-                again = _Again(self.model, self.slots, [*params, *fresh], drawn, after)
+                again = _Again(self.model, set(names), self.slots, [*params, *fresh], drawn, after)
                 carried.update(again.carried(fn, result, changed, may_differ=bool(seen.moved)) - self._judged)
                 self._keep_keys(modules, before, after, changed - carried)
             self._judged |= changed | carried
@@ -397,10 +404,10 @@ class _Again:
     """The same call once more, from what the first one left in the module, and everything put back as it was before."""
 
     def __init__(
-        self, model: nn.Module, slots: Sequence[tuple[Any, str, int]], tensors: list[Tensor], drawn: Any, first: Attributes
+        self, model: nn.Module, state: set[str], slots: Sequence[tuple[Any, str, int]], tensors: list[Tensor], drawn: Any, first: Attributes
     ) -> None:
         self.modules, self.slots, self.tensors = dict(model.named_modules()), slots, tensors
-        self.drawn, self.first = drawn, first
+        self.state, self.drawn, self.first = state, drawn, first
 
     def carried(self, fn: Callable[[], Any], result: Any, changed: set[Place], *, may_differ: bool) -> set[Place]:
         """Attributes on which a call depends, and which it changes. All of `changed` where the result is another one."""
@@ -417,7 +424,7 @@ class _Again:
                 container[key] = self.tensors[i]
             with collect(), warnings.catch_warnings(action="ignore"), seen:
                 second = fn()
-            later = Attributes(self.modules, own)
+            later = Attributes(self.modules, self.state, own)
         except Exception:  # the first call did not raise: what does now is no reason to stop
             return set()
         finally:

@@ -1,6 +1,6 @@
 """What a module may do besides computing: each against the bare loop, or told by name in the first calls."""
 
-# pyright: reportCallIssue=false, reportIndexIssue=false, reportIncompatibleMethodOverride=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportIncompatibleMethodOverride=false, reportOptionalSubscript=false
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def loss_fn(model: nn.Module, x: Any) -> torch.Tensor:
 def bare(model: nn.Module, batches: Any, loss_fn: Any = loss_fn, lr: float = 0.1) -> dict[str, torch.Tensor]:
     """The loop that everybody writes by hand."""
     model = copy.deepcopy(model)
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
     for i, batch in enumerate(batches):
         with fnrun.Key(0).fold_in("train", i).scope():
@@ -35,7 +36,7 @@ def bare(model: nn.Module, batches: Any, loss_fn: Any = loss_fn, lr: float = 0.1
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()] if name in names}
 
 
 def ours(model: nn.Module, batches: Any, loss_fn: Any = loss_fn, lr: float = 0.1, **options: Any) -> dict[str, torch.Tensor]:
@@ -439,6 +440,8 @@ class Keeps(nn.Module):
         self.lin, self.keep = nn.Linear(4, 4), keep
         for name, value in attributes.items():
             setattr(self, name, value)
+        if keep is rotary_in_buffers:
+            self.register_buffer("cos", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.keep(self, self.lin(x))
@@ -465,6 +468,11 @@ def running_mean_from_none(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 def running_mean_made(m: Any, x: torch.Tensor) -> torch.Tensor:
     m.mean = 0.9 * getattr(m, "mean", torch.zeros(4)) + 0.1 * x.detach().mean(0)
+    return x - m.mean
+
+
+def running_mean_in_a_buffer(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.register_buffer("mean", 0.9 * getattr(m, "mean", 0) + 0.1 * x.detach().mean(0), persistent=False)
     return x - m.mean
 
 
@@ -528,6 +536,7 @@ CARRIED = {
     "in place": (running_mean_in_place, {"mean": torch.zeros(4)}, ["1.mean"]),
     "from None": (running_mean_from_none, {"mean": None}, ["1.mean"]),
     "made in the call": (running_mean_made, {}, ["1.mean"]),
+    "in a buffer that is not saved": (running_mean_in_a_buffer, {}, ["1.mean"]),
     "a hidden state": (recurrent, {"hidden": None}, ["1.hidden"]),
     "a warm-up": (warm_up, {"calls": 0}, ["1.calls"]),
     "a list": (grows, {"past": []}, ["1.past"]),
@@ -601,6 +610,14 @@ def shows(m: Any, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def rotary_in_buffers(m: Any, x: torch.Tensor) -> torch.Tensor:
+    if m.cos is None or len(x) > m.length:
+        m.length = len(x)
+        m.register_buffer("cos", torch.arange(len(x)).float().cos()[:, None], persistent=False)
+        m.register_buffer("sin", torch.arange(len(x)).float().sin()[:, None], persistent=False)
+    return x * m.cos[: len(x)] + m.sin[: len(x)]
+
+
 def scratch(m: Any, x: torch.Tensor) -> torch.Tensor:
     m.room.copy_(x.detach())
     return x - m.room
@@ -614,6 +631,7 @@ def auxiliary(m: Any, x: torch.Tensor) -> torch.Tensor:
 HARMLESS = {
     "a cache and its length": (rotary, {"length": 0, "cos": None}),
     "a cache that is made": (rotary_by_name, {}),
+    "a cache in buffers that are not saved": (rotary_in_buffers, {"length": 0}),
     "a cache by length": (masks, {"masks": {}}),
     "what others look at": (shows, {"last": None, "outputs": []}),
     "room": (scratch, {"room": torch.zeros(8, 4)}),
