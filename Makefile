@@ -18,7 +18,11 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/basedpyright --level error
 
+# What documents promise is printed alike whatever the CPU's kernels are: once more with the plainest ones.
+PROMISED := fnrun tests/test_readme.py $(wildcard tests/test_*_page.py tests/test_coming_*.py tests/*/test_*docs.py)
+
 pytest: $(VENV)/.test
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PROMISED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal  # one thread each: small tensors wait for threads longer than they compute
 
 # Every comparison, side by side on this machine; writes benchmarks/results.md. About 20 minutes in which nothing else should run.
