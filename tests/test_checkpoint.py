@@ -1120,3 +1120,39 @@ def test_the_public_names() -> None:
     names = {"Checkpoints", "CheckpointError", "DamagedError", "Entry", "Manifest", "Which", "params_from", "load_from", "export"}
     assert set(checkpoint.__all__) == names
     assert issubclass(DamagedError, CheckpointError)
+
+
+class TestManyCheckpoints:
+    """What a save, a prune and a best cost does not grow with the manifests that are there: each is read once."""
+
+    def saved(self, checkpoints: Checkpoints, step: int) -> None:
+        state = TrainState.create(nn.Linear(1, 1)).replace(step=step, position=Position(ticks=step))
+        checkpoints.save(state, {"loss": 1 / step}, monitor="loss")
+        checkpoints.wait()
+
+    def test_a_manifest_is_read_once(self, tmp_path, monkeypatch):
+        with Checkpoints(tmp_path) as checkpoints:
+            for step in range(1, 6):
+                self.saved(checkpoints, step)
+            assert checkpoints.best() == 5
+            read, through = [], store.read_judgement
+            monkeypatch.setattr(store, "read_judgement", lambda directory: read.append(directory.name) or through(directory))
+            assert checkpoints.best() == 5
+            self.saved(checkpoints, 6)
+            checkpoints.prune(keep=4)
+            assert (checkpoints.steps(), checkpoints.best(), read) == ([3, 4, 5, 6], 6, ["00000006-00000006"])
+
+    def test_one_that_is_another_now_is_read_again(self, tmp_path):
+        reader, writer = Checkpoints(tmp_path), Checkpoints(tmp_path)
+        self.saved(writer, 1)
+        self.saved(writer, 2)
+        assert reader.best() == 2
+        writer.delete(["00000002-00000002"])
+        state = TrainState.create(nn.Linear(1, 1)).replace(step=2, position=Position(ticks=2))
+        writer.save(state, {"loss": 5.0}, monitor="loss")
+        writer.wait()
+        assert reader.best() == 1
+        manifest = tmp_path / "00000001-00000001" / "manifest.json"
+        manifest.write_bytes(manifest.read_bytes().replace(b"loss", b"boss"))
+        with pytest.raises(DamagedError):
+            reader.best()

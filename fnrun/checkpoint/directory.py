@@ -16,10 +16,11 @@ import contextlib
 import datetime
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,9 +29,11 @@ import torch
 from fnrun import files, tree
 from fnrun.checkpoint import codec, match, store
 from fnrun.checkpoint.background import Background
-from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Leaf, Manifest, Mode, constant, encode_config, scalars
+from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, Leaf, Manifest, Mode, constant, encode_config, scalars
 from fnrun.checkpoint.retention import Entry, Which, best, check_keep, judges, monitored, superfluous
 from fnrun.donation import secured
+
+M = TypeVar("M", Manifest, Judgement | Manifest)
 
 _TEMPORARY = ".tmp-"
 _ABANDONED = "abandoned-"
@@ -65,6 +68,7 @@ class Checkpoints:
         self.guard = guard
         self._background = Background(str(self.directory))
         self._opened = False
+        self._judged: dict[Entry, tuple[Any, Judgement | Manifest]] = {}
 
     # --- saving
 
@@ -172,8 +176,9 @@ class Checkpoints:
 
     def _abandon_after(self, entry: Entry) -> None:
         """Move aside what lies beyond: the future of a run that went on from an older checkpoint. So too what is damaged at the same place."""
-        here = [other for other in self._entries() if other[:2] == entry[:2] and other != entry and self._whole(other) is None]
-        beyond = here + [other for other in self._entries() if other[:2] > entry[:2]]
+        entries = self._entries()
+        here = [other for other in entries if other[:2] == entry[:2] and other != entry and self._whole(other) is None]
+        beyond = here + [other for other in entries if other[:2] > entry[:2]]
         for other in beyond:
             target = self.directory / f"{_ABANDONED}{other.name}"
             count = 1
@@ -221,7 +226,7 @@ class Checkpoints:
     def _entries(self) -> list[Entry]:
         if not self.directory.is_dir():
             return []
-        return sorted(entry for path in self.directory.iterdir() if (entry := Entry.of(path.name)) is not None)
+        return sorted(entry for name in os.listdir(self.directory) if (entry := Entry.of(name)) is not None)
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, in order."""
@@ -238,10 +243,10 @@ class Checkpoints:
         Read from the manifests. None where nothing was monitored. Raises CheckpointError if a manifest is damaged, or `metric` was never monitored.
         """
         self._background.join()
-        found = self._best(self._manifests(), metric)
+        found = self._best(self._judgements(), metric)
         return found.step if found else None
 
-    def _best(self, manifests: Mapping[Entry, Manifest], metric: str | None) -> Entry | None:
+    def _best(self, manifests: Mapping[Entry, Judgement | Manifest], metric: str | None) -> Entry | None:
         known = judges(manifests)
         if metric is not None and metric not in known:
             raise CheckpointError(
@@ -270,11 +275,26 @@ class Checkpoints:
         store.check_files(self.directory / entry.name, manifest)
         return manifest
 
-    def _manifests(self) -> dict[Entry, Manifest]:
-        return {entry: self._manifest(entry) for entry in self._entries()}
+    def _judgements(self) -> dict[Entry, Judgement | Manifest]:
+        return {entry: self._judgement(entry) for entry in self._entries()}
+
+    def _judgement(self, entry: Entry) -> Judgement | Manifest:
+        """Read once, and again where the file is another: what a save costs must not grow with the checkpoints that there are."""
+        try:
+            found = os.stat(f"{self.directory}/{entry.name}/{store.MANIFEST}")
+            mark = (found.st_ino, found.st_size, found.st_mtime_ns)
+        except OSError:
+            mark = None  # reading it says what is wrong
+        known = self._judged.get(entry)
+        if known is None or known[0] != mark:
+            known = self._judged[entry] = mark, self._named(entry, store.read_judgement(self.directory / entry.name))
+        return known[1]
 
     def _manifest(self, entry: Entry) -> Manifest:
-        manifest = store.read_manifest(self.directory / entry.name)
+        return self._named(entry, store.read_manifest(self.directory / entry.name))
+
+    def _named(self, entry: Entry, manifest: M) -> M:
+        """What a checkpoint says of itself, if it has the name that it should have."""
         if (manifest.step, manifest.ticks) != (entry.step, entry.ticks):
             raise DamagedError(
                 f"{self.directory / entry.name} holds step {manifest.step}, ticks {manifest.ticks}: the directory was renamed; "
@@ -312,7 +332,7 @@ class Checkpoints:
         kind, _, metric = text.partition(":")
         if kind != "best":
             raise CheckpointError(f"a checkpoint is named by its step, 'best' or 'best:METRIC', not {text!r}")
-        found = self._best(manifests := self._manifests(), metric or None)
+        found = self._best(manifests := self._judgements(), metric or None)
         if found is None:
             names = sorted({name for manifest in manifests.values() for name in manifest.metrics})
             raise CheckpointError(
@@ -425,11 +445,11 @@ class Checkpoints:
     def _superfluous(self, keep: int, keep_every: int | None) -> list[Entry]:
         return superfluous(self._entries(), self._readable(), keep, keep_every)
 
-    def _readable(self) -> dict[Entry, Manifest]:
-        readable: dict[Entry, Manifest] = {}
+    def _readable(self) -> dict[Entry, Judgement | Manifest]:
+        readable: dict[Entry, Judgement | Manifest] = {}
         for entry in self._entries():
             with contextlib.suppress(DamagedError):
-                readable[entry] = self._manifest(entry)
+                readable[entry] = self._judgement(entry)
         return readable
 
     def garbage(self) -> list[Path]:

@@ -141,6 +141,18 @@ class Manifest(msgspec.Struct, kw_only=True):
             float(value)
 
 
+class Judgement(msgspec.Struct, kw_only=True):
+    """What a manifest says by which checkpoints are judged: the rest of it, all leaves, is not looked at."""
+
+    format: int
+    step: int
+    ticks: int
+    metrics: dict[str, float | str] = {}
+    monitors: dict[str, Mode] = {}
+
+    value = Manifest.value
+
+
 def migrate(raw: dict[str, Any]) -> dict[str, Any]:
     """A manifest of an earlier format, as JSON, in the words of this one."""
     if raw["format"] == 1:  # one monitored metric at most; and orbax's OCDBT, which tells its arrays apart from ours by itself

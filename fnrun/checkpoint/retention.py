@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fnrun.checkpoint.manifest import CheckpointError, Manifest, Mode
+from fnrun.checkpoint.manifest import CheckpointError, Judgement, Manifest, Mode
 from fnrun.counts import count
 
 _NAME = re.compile(r"(\d+)-(\d+)(?:\.(\d+))?")
@@ -23,11 +24,12 @@ class Entry(NamedTuple):
     def name(self) -> str:
         return f"{self.step:08d}-{self.ticks:08d}" + (f".{self.version}" if self.version else "")
 
-    @classmethod
-    def of(cls, name: str) -> Entry | None:
+    @staticmethod
+    @functools.lru_cache(maxsize=2**16)
+    def of(name: str) -> Entry | None:
         """The checkpoint of that name; None for a name that is none."""
         found = _NAME.fullmatch(name)
-        entry = cls(int(found[2]), int(found[1]), int(found[3] or 0)) if found else None
+        entry = Entry(int(found[2]), int(found[1]), int(found[3] or 0)) if found else None
         return entry if entry is not None and entry.name == name else None  # and not what somebody called 2024-11
 
 
@@ -59,7 +61,7 @@ def monitored(monitor: str | Mapping[str, Mode] | None, mode: Mode) -> dict[str,
     return monitors
 
 
-def judges(manifests: Mapping[Entry, Manifest]) -> dict[str, Mode]:
+def judges(manifests: Mapping[Entry, Judgement | Manifest]) -> dict[str, Mode]:
     """The metrics by which checkpoints are judged, those of the newest monitored one first."""
     found: dict[str, Mode] = {}
     for manifest in reversed(list(manifests.values())):
@@ -67,7 +69,7 @@ def judges(manifests: Mapping[Entry, Manifest]) -> dict[str, Mode]:
     return found
 
 
-def best(manifests: Mapping[Entry, Manifest], metric: str | None = None) -> Entry | None:
+def best(manifests: Mapping[Entry, Judgement | Manifest], metric: str | None = None) -> Entry | None:
     """The checkpoint with the best value of `metric`, or of the first of the `judges`; the first of equals, None where there is no finite value.
 
     Of several at one step and tick it is the last.
@@ -80,7 +82,9 @@ def best(manifests: Mapping[Entry, Manifest], metric: str | None = None) -> Entr
     return min(values, key=lambda found: (found[0], found[1][:2], -found[1].version))[1] if values else None
 
 
-def superfluous(entries: list[Entry], manifests: Mapping[Entry, Manifest], keep: int, keep_every: int | None = None) -> list[Entry]:
+def superfluous(
+    entries: list[Entry], manifests: Mapping[Entry, Judgement | Manifest], keep: int, keep_every: int | None = None
+) -> list[Entry]:
     """All but the `keep` newest, the best by each metric and the first at or after each multiple of `keep_every` steps; `entries` are in order.
 
     Those without a manifest stay: they may be the best. What was overtaken at its own step and tick counts as old.

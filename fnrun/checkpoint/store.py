@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from fnrun import files, tree
-from fnrun.checkpoint.manifest import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Leaf, Manifest, config, migrate
+from fnrun.checkpoint.manifest import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Judgement, Leaf, Manifest, config, migrate
 from fnrun.environment import environment
 
 #: Smaller leaves are packed: an array costs orbax about a millisecond, whatever its size.
@@ -259,11 +259,7 @@ class _Version(msgspec.Struct):
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint, after its own digest has been checked. Raises CheckpointError."""
-    encoded, stated = _get(directory / MANIFEST), _get(directory / DIGEST)
-    expected = f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST}\n".encode()
-    if stated != expected:
-        damaged = directory / MANIFEST if re.fullmatch(rb"[0-9a-f]{64}  manifest\.json\n", stated) else directory / DIGEST
-        raise DamagedError(f"{damaged} is damaged: {MANIFEST} and {DIGEST} do not agree; {_elsewhere(directory)}")
+    encoded = _encoded(directory)
     try:
         version = msgspec.json.decode(encoded, type=_Version).format
         if not 1 <= version <= FORMAT:
@@ -279,6 +275,27 @@ def read_manifest(directory: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, RecursionError, binary.error) as error:
         raise DamagedError(f"{directory / MANIFEST} is not a manifest: {error}; {_elsewhere(directory)}") from error
     return manifest
+
+
+def read_judgement(directory: Path) -> Judgement | Manifest:
+    """By what a checkpoint is judged, after the digest of its manifest has been checked. Raises CheckpointError."""
+    with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
+        found = msgspec.json.decode(_encoded(directory), type=Judgement)
+        for value in found.metrics.values():
+            float(value)
+        if found.format == FORMAT:
+            return found
+    return read_manifest(directory)  # of another format; or it says what is wrong
+
+
+def _encoded(directory: Path) -> bytes:
+    """The bytes of a manifest, which are as they were written. Raises DamagedError."""
+    encoded, stated = _get(directory / MANIFEST), _get(directory / DIGEST)
+    expected = f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST}\n".encode()
+    if stated != expected:
+        damaged = directory / MANIFEST if re.fullmatch(rb"[0-9a-f]{64}  manifest\.json\n", stated) else directory / DIGEST
+        raise DamagedError(f"{damaged} is damaged: {MANIFEST} and {DIGEST} do not agree; {_elsewhere(directory)}")
+    return encoded
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
