@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from fnrun.tree import join
 #: A pytree of labels with the structure of the parameters, or a function of a leaf's path and the leaf (of its name, shape and dtype).
 Labels = Any
 
-#: From the leaves by path to a factor on the learning rate of each.
+#: From the leaves by path, in the order of the model, to a factor on the learning rate of each.
 Multipliers = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
 
@@ -41,10 +42,18 @@ class _Groups:
         if last is None or last[0] != spec or last[1] != shapes:
             paths = [join(path) for path in optree.treespec_paths(spec)]
             groups: dict[Any, list[int]] = {}
-            for i, label in enumerate(self.label_all(params, spec, paths, leaves)):
-                groups.setdefault(label, []).append(i)
+            labels = self.label_all(params, spec, paths, leaves)
+            for i in _written(params, paths):
+                groups.setdefault(labels[i], []).append(i)
             self.last = last = (spec, shapes, paths, groups)
         return leaves, spec, last[2], last[3]
+
+
+def _written(params: Any, paths: list[str]) -> list[int]:
+    """The places of the leaves in the order in which a dictionary of them was written: that of the model. optree sorts by name."""
+    places = {path: i for i, path in enumerate(paths)}
+    names = [join((name,)) for name in params] if isinstance(params, Mapping) else []
+    return [places[name] for name in names] if places.keys() == set(names) else list(range(len(paths)))
 
 
 def _labelled(labels: Labels) -> _Groups:
@@ -190,37 +199,108 @@ def name_multipliers(factors: Mapping[str, float]) -> Multipliers:
     return rule
 
 
-#: Where block numbers stand in the names of transformers and ResNets: blocks.3, layers.3, encoder.layer.3, h.3, stages.3, layer3.
+#: Where block numbers stand in the names of transformers and convolutional networks: blocks.3, layers.3, encoder.layer.3, h.3, stages.3, layer3.
 BLOCKS = r"(?:^|\.)(?:blocks?|layers?|h|stages?)\.?(\d+)(?:\.|$)"
 
+#: And where in names of which none is like that: resblocks.3, encoder_layer_3.
+OTHER_BLOCKS = r"(?:^|\.)\w*(?:block|layer|stage)s?[._]?(\d+)(?:\.|$)"
 
-#: Where the names of common models put what comes after the last block.
-HEAD = ("head", "heads", "lm_head", "classifier", "cls", "score", "fc", "norm", "fc_norm", "ln_f", "ln_post", "final_layer_norm")
+#: What is a head wherever it stands, as is what ends in "head" or "classifier".
+HEAD = ("heads", "cls", "score", "fc", "proj_out", "text_projection", "logit_scale", "logit_bias", "embed_out", "class_embed", "bbox_embed")
+
+#: What belongs to the input wherever it stands: many models make their token embeddings last.
+_INPUT = re.compile(r"embed|position|tokens?$|(?:^|_)(?:stem|pos|wte|wpe)(?:_|$)")
 
 
 def layer_decay(rate: float, blocks: str = BLOCKS, head: Sequence[str] = HEAD) -> Multipliers:
-    """Factors that fall by `rate` from block to block towards the input: 1 for the head, `rate` for the last block, and so on.
+    """Factors that fall by `rate` from block to block towards the input: `rate` for the last block, `rate ** 2` for the one before it, and so on.
 
-    A path that `blocks` (a regular expression whose first group is the block's number) finds belongs to that block; of the rest, one whose
-    first part is in `head` to the head, any other to the input, below the first block. Raises ValueError where no path has a block.
+    What stands before the first block, and embeddings wherever they stand, have the factor below the first block's; what stands behind the
+    last block (norms, poolers, projections) and all heads 1; what stands between two blocks that of the former. The order is that of the
+    model's parameters. A model of several towers (text and images, encoder and decoder) has blocks of its own in each: those under one
+    module count together, and what is not in a block belongs to the tower with which it shares more of its path.
+
+    `blocks` is a regular expression whose first group is the block's number; a part of a path that is in `head` says that it is one.
+    Raises ValueError where no path has a block.
+
+    >>> names = ["patch_embed.weight", "blocks.0.weight", "blocks.1.weight", "norm.weight", "head.weight"]
+    >>> list(layer_decay(0.5)(dict.fromkeys(names, Tensor())).values())
+    [0.125, 0.25, 0.5, 1.0, 1.0]
+
+    Source: Clark et al. 2020 (ELECTRA), Bao et al. 2021 (BEiT).
     """
 
     def rule(leaves: Mapping[str, Tensor]) -> dict[str, float]:
-        matches = {path: re.search(blocks, path) for path in leaves}
-        numbers = {path: int(match[1]) for path, match in matches.items() if match}
-        _found(blocks, numbers, leaves)
-        depths = {number: i + 1 for i, number in enumerate(sorted(set(numbers.values())))}
-        top = len(depths) + 1
-        return {path: rate ** (top - (depths[numbers[path]] if path in numbers else top if _is_head(path, head) else 0)) for path in leaves}
+        towers = _towers(blocks, list(leaves), head)
+        if not towers and blocks == BLOCKS:
+            towers = _towers(OTHER_BLOCKS, list(leaves), head)
+        _found(blocks, towers, leaves)
+        below: dict[str, int] = {}  # how many blocks' rates lie between a leaf and the head
+        for tower in towers:
+            below.update({path: len(tower.order) - i for i, block in enumerate(tower.order) for path in tower.members[block]})
+        for place, path in enumerate(leaves):
+            if path not in below:
+                below[path] = _below(path, place, towers, below, list(leaves), head)
+        return {path: rate ** below[path] for path in leaves}
 
     return rule
 
 
-def _is_head(path: str, head: Sequence[str]) -> bool:
-    return any(part in head for part in path.split(".")[:-1]) or path in head
+class _Tower:
+    """The blocks under one module, by the list that they are in and their number."""
+
+    def __init__(self, parent: list[str]) -> None:
+        self.parent = parent
+        self.members: dict[tuple[str, int], list[str]] = {}
+
+    @property
+    def order(self) -> list[tuple[str, int]]:
+        """The blocks from the first: of several lists as they come, of one by their numbers."""
+        lists = list(dict.fromkeys(name for name, _ in self.members))
+        return sorted(self.members, key=lambda block: (lists.index(block[0]), block[1]))
 
 
-def _found(pattern: str, matching: Iterable[str], leaves: Mapping[str, Tensor]) -> None:
+def _towers(blocks: str, paths: list[str], head: Sequence[str]) -> list[_Tower]:
+    towers: dict[str, _Tower] = {}
+    for path in paths:
+        match = re.search(blocks, path)
+        if match is None:
+            continue
+        parts = path[: match.start(1)].rstrip("._").split(".")
+        parent = parts[:-1]
+        if _in_head(parent, head) or _in_input(parent, head):
+            continue
+        towers.setdefault(".".join(parent), _Tower(parent)).members.setdefault((parts[-1], int(match[1])), []).append(path)
+    return list(towers.values())
+
+
+def _below(path: str, place: int, towers: list[_Tower], below: Mapping[str, int], paths: list[str], head: Sequence[str]) -> int:
+    """How many factors of `rate` a leaf outside of all blocks has."""
+    parts = path.split(".")
+    if _in_head(parts, head):
+        return 0
+    shared = [
+        sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tower.parent, parts, strict=False))) for tower in towers
+    ]
+    own = [tower for tower, length in zip(towers, shared, strict=True) if length == max(shared)]
+    of_own = {path for tower in own for members in tower.members.values() for path in members}
+    lowest = max(len(tower.members) for tower in own) + 1
+    before = [other for other in paths[:place] if other in of_own]
+    if _in_input(parts, head) or not before:
+        return lowest
+    return below[before[-1]] if any(other in of_own for other in paths[place:]) else 0
+
+
+def _in_head(parts: Sequence[str], head: Sequence[str]) -> bool:
+    named = any(part in head or part.endswith(("head", "classifier")) for part in parts)
+    return named or parts[-1:] == ["proj"]  # a matrix of the module's own, which comes before its submodules
+
+
+def _in_input(parts: Sequence[str], head: Sequence[str]) -> bool:
+    return any(_INPUT.search(part) for part in parts) and not _in_head(parts, head)
+
+
+def _found(pattern: str, matching: Iterable[Any], leaves: Mapping[str, Tensor]) -> None:
     if not any(True for _ in matching):
         parts = sorted({part for path in leaves for part in (path, path.rpartition(".")[0], *path.split(".")) if part})
         near = difflib.get_close_matches(pattern, parts, n=5, cutoff=0.4) or sorted(leaves)[:5]
@@ -245,7 +325,7 @@ def scaled_lr(make: Callable[[Hyper], Optimizer], lr: Any, multipliers: Multipli
     made: dict[str, Optimizer] = {}
 
     def label_all(params: Any, spec: Any, paths: list[str], leaves: list[Any]) -> list[str]:
-        factors = multipliers(dict(zip(paths, leaves, strict=True)))
+        factors = multipliers({paths[i]: leaves[i] for i in _written(params, paths)})
         for factor in factors.values():
             if (label := _times(factor)) not in made:
                 made[label] = make(multiply(lr, factor) if callable(lr) else lr * factor)

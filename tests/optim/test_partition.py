@@ -149,9 +149,83 @@ def test_labels_by_dtype_are_those_of_the_parameters_at_hand() -> None:
         assert optimizer.update({"a": torch.ones(1, dtype=dtype)}, optimizer.init(params), params)[0]["a"].item() == moved
 
 
-def test_the_head_of_common_models_is_not_decayed() -> None:
-    rates = optim.layer_decay(0.5)(dict.fromkeys(["embed.w", "blocks.0.w", "blocks.1.w", "fc_norm.w", "lm_head.w"], torch.zeros(1)))
-    assert rates == {"embed.w": 0.125, "blocks.0.w": 0.25, "blocks.1.w": 0.5, "fc_norm.w": 1.0, "lm_head.w": 1.0}
+#: Names as the models have them, in their order, and how many blocks' rates each is from the head.
+NAMES: dict[str, dict[str, int]] = {
+    "timm ViT": {"cls_token": 4, "reg_token": 4, "pos_embed": 4, "patch_embed.proj.weight": 4, "norm_pre.weight": 4, "blocks.0.norm1.weight": 3,
+        "blocks.1.attn.proj.weight": 2, "blocks.2.mlp.fc1.weight": 1, "norm.weight": 0, "attn_pool.latent": 0, "fc_norm.weight": 0, "head.weight": 0},
+    "more than nine blocks": {"embed.weight": 13, **{f"blocks.{i}.weight": 12 - i for i in range(12)}, "norm.weight": 0},
+    "timm CaiT": {"patch_embed.proj.weight": 3, "blocks.0.w": 2, "blocks.1.w": 1, "blocks_token_only.0.w": 0, "norm.weight": 0, "head.weight": 0},
+    "timm EfficientNet": {"conv_stem.weight": 3, "bn1.weight": 3, "blocks.0.0.conv_dw.weight": 2, "blocks.0.0.bn1.weight": 2, "blocks.1.0.se.conv_reduce.weight": 1,
+        "blocks.1.1.bn1.weight": 1, "conv_head.weight": 0, "bn2.weight": 0, "classifier.weight": 0},
+    "timm ConvNeXt": {"stem.0.weight": 3, "stem.1.weight": 3, "stages.0.blocks.0.gamma": 2, "stages.0.blocks.1.gamma": 2, "stages.1.downsample.0.weight": 1,
+        "stages.1.blocks.0.norm.weight": 1, "norm_pre.weight": 0, "head.norm.weight": 0, "head.fc.weight": 0},
+    "timm Swin": {"patch_embed.proj.weight": 3, "patch_embed.norm.weight": 3, "layers.0.blocks.0.norm1.weight": 2, "layers.0.downsample.norm.weight": 2,
+        "layers.1.blocks.0.attn.relative_position_bias_table": 1, "norm.weight": 0, "head.fc.weight": 0},
+    "timm ResNet": {"conv1.weight": 5, "bn1.weight": 5, "layer1.0.conv1.weight": 4, "layer2.0.downsample.0.weight": 3, "layer3.0.bn1.weight": 2,
+        "layer4.0.conv1.weight": 1, "fc.weight": 0},
+    "timm HRNet": {"conv1.weight": 4, "layer1.0.conv1.weight": 3, "transition1.0.0.weight": 3, "stage2.0.w": 2, "transition2.0.w": 2, "stage3.0.w": 1,
+        "incre_modules.0.w": 0, "final_layer.0.weight": 0, "classifier.weight": 0},
+    "ConvNeXt": {"downsample_layers.0.0.weight": 3, "stages.0.0.gamma": 2, "stages.1.0.gamma": 1, "norm.weight": 0, "head.weight": 0},
+    "ViT of torchvision": {"class_token": 3, "conv_proj.weight": 3, "encoder.pos_embedding": 3, "encoder.layers.encoder_layer_0.ln_1.weight": 2,
+        "encoder.layers.encoder_layer_1.mlp.0.weight": 1, "encoder.ln.weight": 0, "heads.head.weight": 0},
+    "two towers": {"text_projection": 0, "logit_scale": 0, "visual.proj": 0, "visual.class_embedding": 3, "visual.conv1.weight": 3,
+        "visual.transformer.resblocks.0.w": 2, "visual.transformer.resblocks.1.w": 1, "visual.ln_post.weight": 0,
+        "transformer.resblocks.0.w": 3, "transformer.resblocks.1.w": 2, "transformer.resblocks.2.w": 1, "token_embedding.weight": 4, "ln_final.weight": 0},
+    "encoder and decoder": {"shared.weight": 3, "encoder.block.0.w": 1, "encoder.final_layer_norm.weight": 0, "decoder.block.0.w": 2, "decoder.block.1.w": 1,
+        "decoder.final_layer_norm.weight": 0, "lm_head.weight": 0},
+    "a backbone": {"backbone.stem.w": 3, "backbone.layers.0.w": 2, "backbone.layers.1.w": 1, "neck.convs.0.w": 0, "bbox_head.layers.0.w": 0,
+        "bbox_head.layers.1.w": 0, "class_embed.0.weight": 0},
+    "convolutions before": {"feature_extractor.conv_layers.0.conv.weight": 3, "feature_projection.weight": 3, "masked_spec_embed": 3,
+        "encoder.pos_conv_embed.conv.bias": 3, "encoder.layer_norm.weight": 3, "encoder.layers.0.w": 2, "encoder.layers.1.w": 1, "lm_head.weight": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stands_behind_the_last_block_has_the_rate_of_the_head(name: str) -> None:
+    leaves = dict.fromkeys(NAMES[name], torch.zeros(1))
+    assert optim.layer_decay(0.5)(leaves) == {path: 0.5**below for path, below in NAMES[name].items()}
+
+
+def test_the_order_is_that_of_the_model_in_groups_of_groups_too() -> None:
+    """Not that of the names, by which trees are sorted: there the first norm of an EfficientNet comes after its blocks."""
+    names = NAMES["timm EfficientNet"]
+    leaves = {path: torch.zeros(2, 2) if "conv" in path or "classifier" in path else torch.zeros(2) for path in names}
+    grouped = optim.scaled_lr(optim.sgd, 1.0, optim.layer_decay(0.5))
+    for optimizer in (grouped, optim.partition(optim.decay_labels, {"decay": grouped, "no_decay": optim.scaled_lr(optim.sgd, 1.0, optim.layer_decay(0.5))})):  # fmt: skip
+        now, _ = optimizer.update({path: torch.ones_like(p) for path, p in leaves.items()}, optimizer.init(leaves), leaves)
+        rates = {path: -p.flatten()[0].item() for path, p in now.items()}
+        assert {path: rates[path] for path in ("conv_stem.weight", "bn1.weight")} == dict.fromkeys(
+            ("conv_stem.weight", "bn1.weight"), 0.125
+        )
+        assert {rates[path] for path in ("conv_head.weight", "bn2.weight", "classifier.weight")} == {1.0}
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+IMAGES = {"image_size": 32, "patch_size": 8, **{name: value for name, value in SMALL.items() if name != "vocab_size"}}
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "options", "head"),
+    [
+        ("BertForSequenceClassification", "BertConfig", SMALL, ["pooler", "classifier"]),
+        ("ViTForImageClassification", "ViTConfig", IMAGES, ["layernorm.weight", "classifier"]),
+        ("GPT2ForSequenceClassification", "GPT2Config", {"vocab_size": 50, "n_embd": 16, "n_layer": 3, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}, ["ln_f", "score"]),
+        ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "num_key_value_heads": 2}, ["model.norm", "lm_head"]),
+        ("DebertaV2ForSequenceClassification", "DebertaV2Config", {**SMALL, "relative_attention": True, "pos_att_type": ["p2c"]}, ["pooler", "classifier"]),
+        ("SwinForImageClassification", "SwinConfig", {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 2], "window_size": 2}, ["swin.layernorm", "classifier"]),
+        ("ConvNextForImageClassification", "ConvNextConfig", {"hidden_sizes": [4, 8, 8], "depths": [1, 2, 1], "num_stages": 3}, ["convnext.layernorm", "classifier"]),
+        ("CLIPModel", "CLIPConfig", {"text_config": {**SMALL, "bos_token_id": 0, "eos_token_id": 0}, "vision_config": IMAGES, "projection_dim": 8}, ["final_layer_norm", "post_layernorm", "projection.weight", "logit_scale"]),
+    ],
+)  # fmt: skip
+def test_the_models_of_transformers(cls: str, config: str, options: dict[str, Any], head: list[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, cls)(getattr(transformers, config)(**options))
+    rates = optim.layer_decay(0.5)(dict(model.named_parameters()))
+    assert set(rates.values()) == {1.0, 0.5, 0.25, 0.125, 0.0625}
+    for part in head:
+        of_head = {rate for path, rate in rates.items() if part in path}
+        assert of_head == {1.0}, part
+    assert {rate for path, rate in rates.items() if "embed" in path or ".wte." in path} == {0.0625}
 
 
 def test_weights_to_evaluate_with_beside_frozen_ones() -> None:
