@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fnrun.inplace import SMALL, strictly
 from fnrun.state import Position
 
 
@@ -59,7 +60,8 @@ def dry_run(loop: Any, state: Any, data: Any) -> DryRun:
     with warnings.catch_warnings(action="ignore"):  # what is to be said of a loop was said when it was made
         short = _short("", loop, root, clock)
     clock.last = time.perf_counter()
-    short(state.replace(position=Position(streams=state.position.streams, ticks=state.position.ticks), stop=None), data)
+    with strictly(SMALL):
+        short(state.replace(position=Position(streams=state.position.streams, ticks=state.position.ticks), stop=None), data)
     return root.inner[0]
 
 

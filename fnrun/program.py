@@ -6,6 +6,7 @@ Live iterators, open observers and the interrupt belong here. Where the program 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,8 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from fnrun.data import Batches, as_batches
-from fnrun.donation import Lease
+from fnrun.donation import Lease, fate
+from fnrun.inplace import Guard, looked_at
 from fnrun.reports import collecting
 from fnrun.rng import Key
 from fnrun.state import Cursor, LoopState
@@ -126,6 +128,7 @@ class Program:
         self.examples = 0  # that went through the loops in this call
         self.lengths: dict[str, int | None] = {}  # how many ticks a frame's loop will have, by the frame's name, where that is known
         self.reports = collecting()
+        self._guards: dict[tuple[int, str], Guard] = {}  # by the id of a part, which its loop holds, and its method
         self._spy = spy.get()
         self._streams: dict[tuple[str, int], tuple[Any, Batches]] = {}  # by path and depth: the data of a loop
         self._made: dict[int, tuple[Any, Any]] = {}  # by a function's id, which is its own as long as the function is held here
@@ -147,6 +150,13 @@ class Program:
 
     # --- hooks and observers
 
+    def guard(self, part: Any, method: str, who: str) -> Guard:
+        """What looks at the first calls of a function in this program."""
+        guard = self._guards.get((id(part), method))
+        if guard is None:
+            guard = self._guards[id(part), method] = Guard(who)
+        return guard
+
     def begin(self, loops: Iterable[Any], state: Any) -> Any:
         """Give each new hook its first memory, and note each new observer. Safe to call again: what has begun is left alone."""
         for loop in loops:
@@ -166,14 +176,18 @@ class Program:
         while self._unopened:
             observer, state = self._unopened.pop(0)
             if hasattr(observer, "open"):
-                observer.open(self, state)
+                with looked_at(f"`open` of an observer ({type(observer).__name__})", state):
+                    observer.open(self, state)
 
     def _remember(self, hook: Hook, state: Any) -> Any:
         if self._hooks.setdefault(hook.name, hook) is not hook:
             raise ProgramError(f"two hooks are named {hook.name!r}: they would share one memory; give one of them another name=")
         if hook.name in state.memory:
             return state
-        return state.replace(memory={**state.memory, hook.name: hook.init(state)})
+        key = getattr(state, "rng", None) or Key(0)
+        with looked_at(f"`init` of the hook {hook.name}", state), key.scope("init", hook.name):
+            memory = hook.init(state)
+        return state.replace(memory={**state.memory, hook.name: memory})
 
     @property
     def trained(self) -> bool:
@@ -215,13 +229,18 @@ class Program:
             if getattr(observer, "saves", False):
                 attempt(self.flush)
             if hasattr(observer, "close"):
-                attempt(lambda observer=observer: observer.close(state, reason))
+                attempt(functools.partial(self._close, observer, state, reason))
         if not failures:
             return
         if not isinstance(reason, BaseException):
             raise failures[0]
         for failure in failures:
             reason.add_note(f"and while closing: {type(failure).__name__}: {failure}")
+
+    def _close(self, observer: Any, state: Any, reason: Any) -> None:
+        alive = state if fate(state) is None else None
+        with looked_at(f"`close` of an observer ({type(observer).__name__})", alive):
+            observer.close(state, reason)
 
     # --- streams
 

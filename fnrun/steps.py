@@ -20,6 +20,7 @@ from fnrun import metrics as folds, tree
 from fnrun.compiled import Compiled, NoKey
 from fnrun.counts import count
 from fnrun.donation import Lease, own, unlisted
+from fnrun.inplace import Guard
 from fnrun.metrics.base import wide
 from fnrun.reports import collect
 from fnrun.rng import Key, Scope
@@ -151,12 +152,14 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
     inner = fn
 
     name = getattr(fn, "__qualname__", repr(fn))
-    within = _Surroundings(name, host_random)
+    within, guard = _Surroundings(name, host_random), Guard(f"the step {name}")
 
     @functools.wraps(fn)
     def lawful(state: Any, batch: Any) -> tuple[Any, Metrics]:
+        marks = guard.look(state)
         with within(state.rng, "train", state.step) as reports:
             result: Any = inner(state, batch)
+        guard.check(marks)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(f"{name} returned {type(result).__name__}: a step returns (state, metrics), metrics a dict")
         new, metrics = result
@@ -282,6 +285,7 @@ def make_train_step(
     _warn_of_eval_mode(model, name)
     within = _Surroundings(name, host_random)
     expected: list[str] = []
+    guard, culprit = Guard(name), functools.partial(_culprit, optimizer, name)
 
     def gradients_of(memory: Any, params: Any, buffers: Any, batch: Any) -> tuple[Any, Any, dict[str, torch.Tensor], Metrics]:
         """The gradients, the parameters that they are to change (others than those given where the forward wrote to some), buffers, metrics."""
@@ -331,7 +335,9 @@ def make_train_step(
             params = every if whole else {name: every[name] for name in trained}
             key = state.rng.fold_in("optimizer", count) if optimizer.keyed else None
             if lease is None:
+                marks = guard.look({"params": params, "opt_state": memory})
                 params, memory = optimizer.update(grads, memory, params, key=key, step=count)
+                guard.check(marks, culprit)
             else:
                 if lease.grants(state):  # what was computed must not lie in what is written over now
                     metrics, buffers = ({name: lease.apart(value) for name, value in each.items()} for each in (metrics, buffers))
@@ -366,8 +372,10 @@ def make_train_step(
             return None
         scope = state.rng.scope("train", count)
         if lease is None:
+            marks = guard.look({"params": state.params, "opt_state": state.opt_state})
             with scope:
                 ((params, memory), (buffers, frozen)), metrics = call()
+            guard.check(marks, culprit)
         else:
             lease.grants(state)
             by, state = f"step {count + len(batches) - 1} ({name})", unlisted(state)
@@ -416,6 +424,16 @@ def make_train_step(
     train_step.__qualname__ = train_step.__name__ = name
     _steps[train_step] = Traits(optimizer.donatable, looks_at_step_only=True, fused=fused_steps if compile else None)
     return train_step
+
+
+def _culprit(optimizer: Optimizer, name: str, path: str) -> str:
+    """Which part of an optimizer writes to this leaf, as far as the leaf tells."""
+    field, _, rest = path.partition("/")
+    place, parts = rest.partition("/")[0], getattr(optimizer, "parts", ())
+    if field == "opt_state" and place.isdecimal() and int(place) < len(parts):
+        parts = (parts[int(place)],)
+    named = [getattr(update, "__qualname__", repr(update)) for part in parts or (optimizer,) if (update := getattr(part, "update", None))]
+    return f"{name}: the optimizer ({', '.join(named)})"
 
 
 def _warn_of_eval_mode(model: nn.Module, name: str) -> None:
@@ -611,4 +629,6 @@ def skip_nonfinite(step: Step) -> Step:
             return new, {**metrics, "skipped": 0.0}
         return state.replace(step=new.step), {"skipped": 1.0}
 
+    if is_step(step):
+        _steps[wrapped] = Traits()
     return wrapped

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from fnrun import tree
 from fnrun.donation import secured
+from fnrun.inplace import InPlaceError, strictly
 from fnrun.loops import Loop
 from fnrun.loops.whole import with_observers
 from fnrun.observers.log import listener
@@ -27,6 +29,17 @@ def assert_same(a: Any, b: Any, what: str) -> None:
     assert not differences, f"{what}:\n" + "\n".join(f"  {d}" for d in differences[:20])
 
 
+@contextlib.contextmanager
+def _never_written_to() -> Iterator[None]:
+    """Within, each call of a step, a hook or an observer is looked at: bits that one changes in what it was given fail the law, by name."""
+    try:
+        with strictly():
+            yield
+    except InPlaceError as error:
+        raise AssertionError(str(error)) from error
+
+
+@_never_written_to()
 def assert_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any, *, model: torch.nn.Module | None = None) -> None:
     """Law 1: two calls of `step(state, batch)` give the same bits, and the arguments, `model` and the global generators are as they were.
 
@@ -121,6 +134,7 @@ def _listening(run: Callable[[], Any]) -> tuple[list[dict[str, Any]], Any]:
         listener.reset(token)
 
 
+@_never_written_to()
 def assert_observers_do_not_matter(loop: Loop, state: Any, data: Any) -> None:
     """Law 3: `loop` ends with the same bits with its observers, without any, and with one more in every loop.
 

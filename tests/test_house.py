@@ -16,7 +16,7 @@ PACKAGE = Path(fnrun.__file__).parent
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
     ["tree", "files", "counts"],
-    ["rng", "reports", "donation", "environment"],
+    ["rng", "reports", "donation", "environment", "inplace"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
     ["watch", "shell", "compiled", "steps"],

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from fnrun import files, tree
-from fnrun.checkpoint import codec, match, store
+from fnrun.checkpoint import codec, handed, match, store
 from fnrun.checkpoint.background import Background
+from fnrun.checkpoint.handed import HandedOver
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, Leaf, Manifest, Mode, constant, encode_config, scalars
 from fnrun.checkpoint.retention import Entry, Which, best, check_keep, judges, monitored, superfluous
 from fnrun.donation import secured
@@ -67,6 +68,7 @@ class Checkpoints:
         self.environment = dict(environment or {})
         self.guard = guard
         self._background = Background(str(self.directory))
+        self._handed = HandedOver()
         self._opened = False
         self._judged: dict[Entry, tuple[Any, Judgement | Manifest]] = {}
 
@@ -100,6 +102,9 @@ class Checkpoints:
         step, ticks = _place(state)
         self._background.join()  # before the copy, so that there is one at most
         description, metrics = codec.describe(secured(state)), _numbers(metrics or {})
+        if (changed := self._handed.take(step, description.leaves, description.sources)) is not None:
+            raise CheckpointError(f"{self.directory}: at the save of step {step}: {changed}") from changed
+        versions = self._handed.versions()
         ready = [torch.cuda.current_stream(device).record_event() for device in _devices(description.sources.values())]
         failure = self._background.failure()
 
@@ -117,13 +122,13 @@ class Checkpoints:
                 structure=description.structure,
                 leaves=description.leaves,
             )
-            self._write(manifest, description.sources)
+            self._write(manifest, description.sources, lambda: handed.check(description.leaves, description.sources, versions, step))
 
         self._background.start(job, f"step {step} was not saved")
         if failure is not None:
             raise failure
 
-    def _write(self, manifest: Manifest, sources: dict[int, Any]) -> None:
+    def _write(self, manifest: Manifest, sources: dict[int, Any], check: Callable[[], None]) -> None:
         self._open()
         bits = store.digest(manifest, sources)
         here = [entry for entry in self._entries() if (entry.ticks, entry.step) == (manifest.ticks, manifest.step)]
@@ -138,6 +143,7 @@ class Checkpoints:
             store.write(temporary, manifest, bits)
             if self.guard is not None:
                 self.guard()
+            check()
             self._abandon_after(entry)
             temporary.rename(self.directory / entry.name)
             files.sync(self.directory)

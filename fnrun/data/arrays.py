@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -99,9 +100,9 @@ class Arrays(Stream):
         sizes = [leaf[:1].nbytes * self.batch_size for leaf in leaves]
         # Not where a batch would begin in the middle of a cache line: kernels may give other bits there, and a resumed run cuts elsewhere.
         together = max(1, TOGETHER // max(1, sum(sizes))) if not any(size % 64 for size in sizes) else 1
-        begin, gathered = (-1, 0), []
+        following, gathered = (-1, 0), deque[Any]()
         for epoch, batch, after in walk(cursor, len(self), replay):
-            if begin[0] != epoch or not 0 <= batch - begin[1] < len(gathered):
+            if not gathered or following != (epoch, batch):  # each is given away once, for its taker may write to it
                 if order.fill(epoch, batch) and self.shuffle:
                     block = torch.from_numpy(order.block)
                     indices = {device: block.to(device) for device in {leaf.device for leaf in leaves}}
@@ -110,8 +111,9 @@ class Arrays(Stream):
                     found = [leaf.index_select(0, indices[leaf.device][rows]) for leaf in leaves]
                 else:
                     found = [leaf[batch * self.batch_size : (batch + together) * self.batch_size].clone() for leaf in leaves]
-                begin, gathered = (epoch, batch), list(zip(*(each.split(self.batch_size) for each in found), strict=True))
-            made = structure.unflatten(gathered[batch - begin[1]])
+                gathered = deque(zip(*(each.split(self.batch_size) for each in found), strict=True))
+            following = (epoch, batch + 1)
+            made = structure.unflatten(gathered.popleft())
             if self.transform is not None:
                 made = _transformed(self.transform, made, key.fold_in(epoch, "batch", batch))
             yield made, Cursor(*after, self.source)

@@ -11,6 +11,7 @@ import torch
 
 from fnrun import tree
 from fnrun.data.content import digest
+from fnrun.inplace import Guard
 from fnrun.rng import Key
 from fnrun.state import Cursor
 
@@ -102,8 +103,11 @@ class Listed(Stream):
         return len(self.items)
 
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
+        guard = Guard("a step, a hook or an observer")
         for _, batch, after in walk(cursor, len(self), replay):
+            marks = guard.look({f"batch {batch} of the list": self.items[batch]})
             yield self.items[batch], Cursor(*after, self.source)
+            guard.check(marks)  # in the next pass it would be changed again
 
 
 def batches(items: Sequence[Any], *, name: str | None = None) -> Listed:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from fnrun import metrics as folds
 from fnrun.donation import Lease, husk
 from fnrun.dry import DryRun, dry_run
+from fnrun.loops import parts
 from fnrun.loops.composed import AnyStep, Composed, donates, loops_of, stands_openly
 from fnrun.loops.whole import aside, elsewhere, outermost
 from fnrun.program import ASIDE, Here, Hook, Observer, Unwind, here
@@ -42,9 +43,9 @@ class Loop(Composed):
     donate = False  # whether its step may write the new state over the old one
 
     def __post_init__(self) -> None:
-        for what, parts in (("hooks", self.hooks), ("observers", self.observers)):
-            if not isinstance(parts, (list, tuple)):
-                raise TypeError(f"{what}= takes a list, not {parts!r}")
+        for what, given in (("hooks", self.hooks), ("observers", self.observers)):
+            if not isinstance(given, (list, tuple)):
+                raise TypeError(f"{what}= takes a list, not {given!r}")
         hooks = tuple(flattened(self.hooks))
         for part, what in [*((hook, "hook") for hook in hooks), *((observer, "observer") for observer in self.observers)]:
             if isinstance(part, Loop) or (not callable(part) and not isinstance(part, Hook)):
@@ -131,11 +132,10 @@ class Loop(Composed):
             raise elsewhere(state, program)
         at = self._entered(data, at)
         program.lengths[name] = self._length(state, data, at)
-        befores = [getattr(hook, "before") for hook in self.hooks if hasattr(hook, "before")]  # noqa: B009
-        afters = [hook.after if isinstance(hook, Hook) else hook for hook in self.hooks]
+        befores, afters = parts.befores(program, self.hooks, name), parts.afters(program, self.hooks, name)
         gatherers: list[Any] = [observer for observer in self.observers if hasattr(observer, "fold")]
         begun = False  # the first tick of a call is always one by itself: what is wrong shows there
-        watching = [(observer, saves_last(observer)) for observer in self.observers]
+        watching = [(part, saves_last(part.call)) for part in parts.observing(program, self.observers, name)]
         token = here.set(ASIDE)  # a loop that a hook or an observer calls is no part of this program
         try:
             while True:
@@ -168,7 +168,7 @@ class Loop(Composed):
                 examples = self._examples(x)
                 program.examples += examples
                 plain = self._plain(metrics) if afters or self.observers else {}
-                gathered = {o.name: o.fold(frame.folds.get(o.name), before, plain, examples) for o in gatherers}
+                gathered = {o.name: parts.fold(program, o, state, frame.folds.get(o.name), before, plain, examples) for o in gatherers}
                 if depth == 0 and (carried := state.position.frames[0].folds):
                     gathered = {**carried, **gathered}
                 totals = self._total(frame.totals, metrics, examples)
@@ -179,12 +179,14 @@ class Loop(Composed):
                 if afters or self.observers:
                     program.open()
                     values = self._values(plain, metrics)
+                    probe = parts.Probe(state)
                     for hook in afters:
                         state = hook(state, values)
                     for observer, saves in watching:
                         if saves:
                             program.flush()
                         observer(state, values)
+                    probe.check(self.hooks, self.observers)
                 program.seen(state)
         finally:
             here.reset(token)
@@ -214,12 +216,20 @@ class Loop(Composed):
         """What hooks and observers are given."""
         return folds.values(plain)
 
-    def _call(self, step: AnyStep, state: Any, x: Any, at: Here) -> Any:
-        """The step within, told where it is called. A wrapper gets no lease on the state: it may want to look at the old one."""
+    def _call(self, step: AnyStep, state: Any, x: Any, at: Here, place: tuple[int, ...] = ()) -> Any:
+        """The step within, told where it is called. A wrapper gets no lease on the state: it may want to look at the old one.
+
+        `place` tells ticks apart besides the ticks of the open loops; it stays the same while a loop within is open.
+        """
         at.program.asked.add(id(step))
-        token = here.set(at._replace(opened=[], lease=at.lease if stands_openly(step) else None))
+        openly = stands_openly(step)
+        token = here.set(at._replace(opened=[], lease=at.lease if openly else None))
         try:
-            return step(state, x)
+            if openly:
+                return step(state, x)
+            frames = state.position.frames[: at.depth]
+            place = (frames[-1].loop, *(frame.ticks for frame in frames), *place)
+            return parts.function(at.program, step, state, x, place, alone=self.over_data)
         finally:
             here.reset(token)
 

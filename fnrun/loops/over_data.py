@@ -82,7 +82,9 @@ class OverData(Loop):
     def _stepped(self, state: Any, x: Any, at: Here) -> Any:
         if self._lawful:
             return self.step(state, x)
-        return self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True, source=None))
+        cursor = state.position.streams.get(self._stream(None, at)[0], Cursor())  # moves when the tick is over
+        place = (cursor.epoch, cursor.batch) if self.trains else (cursor.epoch, cursor.batch, state.step)
+        return self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True, source=None), place)
 
     def _plain(self, metrics: Any) -> dict[str, Any]:
         return metrics

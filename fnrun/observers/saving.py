@@ -15,6 +15,7 @@ from fnrun.counts import count
 from fnrun.donation import fate
 from fnrun.environment import ranks
 from fnrun.hooks.monitor import reported
+from fnrun.inplace import InPlaceError
 from fnrun.state import LoopState, Position, due, in_training
 
 logger = logging.getLogger("fnrun")
@@ -75,7 +76,7 @@ class _Checkpoint:
         except CheckpointError as error:
             self._failures += 1
             self._saved = self._best = None
-            if self._failures >= self.max_failures:
+            if self._failures >= self.max_failures or isinstance(error.__cause__, InPlaceError):
                 error.state = state
                 raise
             logger.error("%s. Training goes on, the next save is tried in full", error)
@@ -94,11 +95,13 @@ class _Checkpoint:
         self.checkpoints.save(state, metrics, monitor={name: mode for name, mode in self.monitors.items() if name in metrics})
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
+        changed: CheckpointError | None = None  # by somebody who writes to the state: raised when the last state is on disk
         try:
             self.checkpoints.wait()
         except CheckpointError as error:
             logger.error("%s", error)
             self._saved = None
+            changed = error if isinstance(error.__cause__, InPlaceError) else None
         if isinstance(reason, CheckpointError) and reason.state is not None:
             state = reason.state  # of the tick in which the run gave up
         if (by := fate(state)) is not None:
@@ -106,13 +109,22 @@ class _Checkpoint:
         elif state.position.ticks and self._saved != state.position.order:
             try:
                 position, metrics = self._seen
-                self._hand_over(state, metrics if position is not None and position.order == state.position.order else {})
+                metrics = metrics if position is not None and position.order == state.position.order else {}
+                try:
+                    self._hand_over(state, metrics)
+                except CheckpointError as error:
+                    if not isinstance(error.__cause__, InPlaceError):
+                        raise
+                    changed = error
+                    self._hand_over(state, metrics)
                 self.checkpoints.wait()
                 if self.keep is not None:
                     self.checkpoints.prune(self.keep, self.keep_every)
             except CheckpointError as error:
                 error.state = state
                 raise
+        if changed is not None:
+            raise changed
 
 
 def checkpoint(

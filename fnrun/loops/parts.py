@@ -1,0 +1,192 @@
+"""What a loop calls of its user's: hooks, observers, functions around steps.
+
+They may draw from torch's ambient generators, which are seeded from the state's key and the place in the program, and put back: so they draw
+the same in a resumed run, and move nobody else's. They may not write to what they are given: in their first calls that is looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from fnrun import inplace
+from fnrun.data import ambient
+from fnrun.inplace import Guard, InPlaceError
+from fnrun.loops.composed import named, title
+from fnrun.program import Hook, Program
+from fnrun.rng import Key, Scope
+from fnrun.state import due
+
+
+class Part:
+    """A method of a hook or of an observer as the loop calls it: `(state, given) -> result`."""
+
+    __slots__ = ("call", "every", "guard", "label", "observes", "what")
+
+    def __init__(
+        self,
+        call: Callable[[Any, Any], Any],
+        guard: Guard,
+        what: str,
+        label: tuple[Any, ...] | None,
+        *,
+        observes: bool = False,
+        every: int | None = None,
+    ) -> None:
+        self.call, self.guard, self.what, self.label, self.observes, self.every = call, guard, what, label, observes, every
+
+    def __call__(self, state: Any, given: Any) -> Any:
+        guard = self.guard
+        if not guard.on or (self.every is not None and not due(state, self.every)):
+            if self.label is None:
+                return self.call(state, given)
+            with scope(state, self.label):
+                return self.call(state, given)
+        marks = guard.look({self.what: given}, state) if self.what != "batch" else guard.look(state)
+        if self.label is None:
+            result = self.call(state, given)
+        else:
+            with scope(state, self.label), Hosts("" if self.observes else guard.who):
+                result = self.call(state, given)
+        guard.check(marks)
+        return result
+
+
+def scope(state: Any, label: tuple[Any, ...]) -> Scope:
+    """The generators of what acts at the end of a tick, or before one."""
+    position = state.position
+    key = getattr(state, "rng", None) or Key(0)
+    return Scope(key.fold_path(*label, position.ticks, position.frames[-1].ticks if position.frames else 0), False)
+
+
+class Unlocked(Scope):
+    """A scope in which others may use the generators too, one after the other: for a function that runs whole loops."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        self._lock.release()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.acquire()
+        super().__exit__(*exc)
+
+
+class Hosts:
+    """Warns of a function that draws from Python's or NumPy's generator, which is seeded by nobody; none where `who` is empty."""
+
+    __slots__ = ("saved", "who")
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+
+    def __enter__(self) -> None:
+        self.saved = [(generator, generator.save()) for generator in ambient.generators()[1:]] if self.who else []
+
+    def __exit__(self, kind: Any, *exc: object) -> None:
+        if kind is None and (moved := [generator.what for generator, saved in self.saved if generator.moved(saved)]):
+            warnings.warn(
+                f"{self.who} draws from {' and '.join(moved)}, which is not keyed by the state: two calls differ and a resumed run is another "
+                "run. Use torch's, which is, or random.Random(state.rng.fold_in(state.step).bits)",
+                stacklevel=5,
+            )
+
+
+def afters(program: Program, hooks: Iterable[Any], loop: str) -> list[Part]:
+    """What each hook does at the end of a tick."""
+    return [_after(program, hook, ("hook", loop, i)) for i, hook in enumerate(hooks)]
+
+
+def befores(program: Program, hooks: Iterable[Any], loop: str) -> list[Part]:
+    """What hooks do before a tick, of those that do something."""
+    parts = []
+    for i, hook in enumerate(hooks):
+        if hasattr(hook, "before"):
+            guard = program.guard(hook, "before", f"`before` of the hook {named(hook)}")
+            parts.append(Part(hook.before, guard, "batch", None if ours(hook) else ("before", loop, i)))
+    return parts
+
+
+def observing(program: Program, observers: Iterable[Any], loop: str) -> list[Part]:
+    """What each observer does at the end of a tick."""
+    parts = []
+    for i, observer in enumerate(observers):
+        every = getattr(observer, "every", None)
+        guard = program.guard(observer, "", f"the observer {named(observer)}")
+        label = None if ours(observer) else ("observer", loop, i)
+        parts.append(Part(observer, guard, "metrics", label, observes=True, every=every if type(every) is int and every > 1 else None))
+    return parts
+
+
+def fold(program: Program, observer: Any, state: Any, folded: Any, before: Any, metrics: Any, examples: int) -> Any:
+    """What an observer gathers of a tick; `state` is that after it, which holds what was gathered before."""
+    guard = program.guard(observer, "fold", f"`fold` of the observer {named(observer)}")
+    marks = guard.look({"metrics": metrics}, state)
+    gathered = observer.fold(folded, before, metrics, examples)
+    guard.check(marks)
+    return gathered
+
+
+def function(program: Program, step: Any, state: Any, x: Any, place: tuple[Any, ...], *, alone: bool) -> Any:
+    """A function of the type of a step, at this place; `alone` where it has the generators for itself, as around a step and not around loops."""
+    path = (getattr(state, "rng", None) or Key(0)).fold_path("function", *place)
+    guard = program.guard(step, "", title(step))
+    if not guard.on:
+        with Scope(path, False) if alone else Unlocked(path, False):
+            return step(state, x)
+    marks = guard.look(state)
+    with Scope(path, False) if alone else Unlocked(path, False), Hosts(guard.who if alone else ""):
+        result = step(state, x)
+    guard.check(marks)
+    return result
+
+
+def _after(program: Program, hook: Any, label: tuple[Any, ...]) -> Any:
+    held: Any = getattr(hook, "hook", None) if ours(hook) and hasattr(hook, "condition") else None
+    if held is not None:  # one that acts now and then: what it holds back is looked at when it acts
+        inner = _after(program, held, label)
+        return _called(dataclasses.replace(hook, hook=_Within(held, inner) if isinstance(hook, Hook) else inner))
+    guard = program.guard(hook, "after", f"the hook {named(hook)}")
+    return Part(_called(hook), guard, "metrics", None if ours(hook) else label)
+
+
+def _called(hook: Any) -> Any:
+    return hook.after if isinstance(hook, Hook) else hook
+
+
+class _Within:
+    """A hook with another `after`."""
+
+    def __init__(self, hook: Any, after: Any) -> None:
+        self._hook, self.after = hook, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hook, name)
+
+
+def ours(part: Any) -> bool:
+    """Whether a part is the library's own, which draws nothing."""
+    module = getattr(part, "__module__", None) or type(part).__module__
+    return str(module).partition(".")[0] == "fnrun"
+
+
+class Probe:
+    """One tensor of a state, in every tick: who writes to all parameters late, when nobody looks at the rest any more, is found by it."""
+
+    __slots__ = ("count", "name", "tensor")
+
+    def __init__(self, state: Any) -> None:
+        params = getattr(state, "params", None)
+        self.name, self.tensor = next(iter(params.items()), ("", None)) if type(params) is dict else ("", None)
+        self.count = inplace.version(self.tensor) if isinstance(self.tensor, torch.Tensor) else 0
+
+    def check(self, hooks: Iterable[Any], observers: Iterable[Any]) -> None:
+        if isinstance(self.tensor, torch.Tensor) and inplace.version(self.tensor) != self.count:
+            who = [f"the hook {named(hook)}" for hook in hooks if not ours(hook)]
+            who += [f"the observer {named(observer)}" for observer in observers if not ours(observer)]
+            raise InPlaceError(inplace.message(" or ".join(who) or "a hook or an observer", f"params/{self.name}"))
