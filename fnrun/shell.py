@@ -77,7 +77,7 @@ class Shell:
                 pass
             else:
                 if what == "params" and (self.first.left or self.written):
-                    found = [t.detach().clone() if i in self.written else t.detach() for i, t in enumerate(found)]
+                    found = [t.detach().clone() if name in self.written else t.detach() for name, t in zip(names, found, strict=True)]
                 return found
         missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
         raise ValueError(f"the state's {what} are not those of {self.name}: missing {missing}, unexpected {extra}")
@@ -99,7 +99,8 @@ class Shell:
             before = versions(params)
             outcome = self.first.run(self._run, fn, tensors, train) if self.first.left else self._run(fn, tensors, train)
             if before != (after := versions(params)):
-                self._late([i for i, (a, b) in enumerate(zip(before or (), after or (), strict=True)) if a != b and i not in self.written])
+                counts = zip(self.params, before or (), after or (), strict=True)
+                self._late([name for name, a, b in counts if a != b and name not in self.written])
             return outcome
 
     def _run(
@@ -120,7 +121,7 @@ class Shell:
                 self._switch(modes)
             result = fn()
             values = [container.get(key) for container, key in self._places]
-            written = {self.params[i]: self._now(i) for i in self.written} if self.written else _NONE
+            written = {name: self._now(i) for i, name in enumerate(self.params) if name in self.written} if self.written else _NONE
             strays = self._strays(values)
         finally:
             try:
@@ -182,11 +183,11 @@ class Shell:
                 "sets that: use parameter.register_hook, or a transform in the optimizer's chain"
             )
 
-    def _late(self, places: list[int]) -> None:
-        if places:
-            self.written.update(places)
+    def _late(self, names: list[str]) -> None:
+        if names:
+            self.written.update(names)
             raise RuntimeError(
-                f"{self.whose}: the call wrote to {[self.params[i] for i in places]} in place, which the first ones did not, so the state that it was "
+                f"{self.whose}: the call wrote to {names} in place, which the first ones did not, so the state that it was "
                 "given has changed. Go on from a checkpoint, and write in every call (then the step keeps the old values), or change parameters "
                 "between steps, in a hook: state.replace(params=...)"
             )
@@ -334,7 +335,7 @@ def call(
     """
     shell = Shell(model)
     tensors = [p.clone() for p in shell.tensors("params", params)]  # a forward may write to them
-    shell.written.update(range(len(tensors)))
+    shell.written.update(shell.params)
     before = versions(tensors)
     outputs, after, _ = shell.run(lambda: model(*args, **kwargs), tensors, buffers, train=train)
     if train and before != (now := versions(tensors)):

@@ -12,6 +12,7 @@ import gc
 import operator
 import random
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -89,7 +90,7 @@ class Operations(TorchDispatchMode):
                     self._draw(each)
         result = func(*args, **kwargs)
         for each in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(each, Tensor) and memory(each) not in inputs:
+            if isinstance(each, Tensor) and (memory(each) not in inputs or name == "lift_fresh"):
                 self.made.add(memory(each))
         return result
 
@@ -265,6 +266,9 @@ def described(parameter: Tensor) -> str:
 # --- the first calls ----------------------------------------------------------------------------------------------------
 
 
+_written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
 class FirstCalls:
     """The first `left` calls of a shell, each looked at. What they do is put right (`written`, `keys`), refused, or told once.
 
@@ -277,8 +281,8 @@ class FirstCalls:
     ) -> None:
         self.whose, self.model, self.left = whose, model, left
         self.originals, self.params, self.slots = originals, params, slots
-        #: The places of parameters that calls write to: these get copies, and what is in them afterwards is the new value.
-        self.written: set[int] = set()
+        #: Parameters that calls write to, known to all steps of the model: they get copies, and what is in these afterwards is the new value.
+        self.written: set[str] = _written.setdefault(model, set()) if left else set()
         #: Numbers of a module that say what its cache holds, with their values before there was a cache.
         self.keys: list[tuple[dict[str, Any], str, Any]] = []
         self._judged: set[Place] = set()
@@ -311,26 +315,26 @@ class FirstCalls:
             after = Attributes(modules, set(names), own)
             self._check_slots(params)
             found = {i for i, (p, place) in enumerate(zip(params, places, strict=True)) if place in seen.written or memory(p) != place}
-            new.update({names[i]: params[i].detach().clone() for i in found - self.written})
+            new.update({names[i]: params[i].detach().clone() for i in found})
             changed = before.changed(after) - self._judged
             carried.update(before.carried(after, seen) - self._judged)
-            if changed and not self.written:  # is it a cache, or do calls depend on those before? The same call again tells
+            if changed:  # is it a cache, or do calls depend on those before? The same call again tells
                 undo()
                 again = _Again(self.model, set(names), self.slots, [*params, *fresh], drawn, after)
                 carried.update(again.carried(fn, result, changed, may_differ=bool(seen.moved)) - self._judged)
                 self._keep_keys(modules, before, after, changed - carried)
             self._judged |= changed | carried
-            self.written |= found
+            self.written.update(new)
             return result
 
-        seen = self._seen = Operations(p for i, p in enumerate(params) if i not in self.written)
+        seen = self._seen = Operations(params)
         try:
             with seen:
                 result, after, written = run(looked, tensors, train)
         finally:
             self._seen = None
             undo()
-            self.written |= {i for i, place in enumerate(places) if place in seen.written}
+            self.written.update(name for name, place in zip(names, places, strict=False) if place in seen.written)
         self._check_originals(seen, {**dict(zip(names, tensors, strict=True)), **after}, set(map(memory, tensors)))
         self._tell(carried, seen.moved)
         self.left -= 1  # not for a call that raised

@@ -1,6 +1,6 @@
 """What a module may do besides computing: each against the bare loop, or told by name in the first calls."""
 
-# pyright: reportCallIssue=false, reportIndexIssue=false, reportIncompatibleMethodOverride=false, reportOptionalSubscript=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportIncompatibleMethodOverride=false, reportOptionalSubscript=false
 
 from __future__ import annotations
 
@@ -107,6 +107,16 @@ def rows(lin: nn.Linear) -> None:
     lin.weight.detach()[0].zero_()
 
 
+def shrink(lin: nn.Linear) -> None:
+    with torch.no_grad():
+        torch._foreach_mul_(list(lin.parameters()), 0.9)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def from_a_vector(lin: nn.Linear) -> None:
+    vector = nn.utils.parameters_to_vector(lin.parameters()).detach()
+    nn.utils.vector_to_parameters(vector / vector.norm(), lin.parameters())
+
+
 class Momentum(nn.Module):
     """A momentum encoder inside the module: its parameters get no gradient, and move in every forward."""
 
@@ -130,6 +140,8 @@ WRITING = {
     "clipped later": (lambda: Writes(clip_not_yet), X),
     ".data =": (lambda: Writes(assign), X),
     "a row": (lambda: Writes(rows), X),
+    "several": (lambda: Writes(shrink), X),
+    "from a vector": (lambda: Writes(from_a_vector), X),
     "momentum encoder": (Momentum, X),
 }
 
@@ -182,9 +194,29 @@ def test_an_update_that_is_skipped_leaves_a_written_parameter_alone() -> None:
         assert tree.equal(after.params, TrainState.create(model).params)
 
 
+def test_an_evaluation_knows_what_the_training_found_and_never_touches_the_state() -> None:
+    """Not even for a moment, for a checkpoint of it may be being written."""
+    model = Momentum()
+    seen: list[tuple[int, int]] = []
+
+    def compare(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        seen.append((model.teacher.weight.data_ptr(), state.params["teacher.weight"].data_ptr()))
+        return loss_fn(model, x)
+
+    evaluate, step, state = (
+        make_eval_step(model, compare),
+        make_train_step(model, loss_fn, optim.sgd(0.1)),
+        TrainState.create(model, optim.sgd(0.1)),
+    )
+    state, _ = step(state, X[0])
+    evaluate(state, X[0])
+    assert len(seen) == 1
+    assert seen[0][0] != seen[0][1]
+
+
 def test_written_parameters_compiled() -> None:
     torch.manual_seed(0)
-    for which in ("max_norm", "clipped by .data", "momentum encoder"):
+    for which in ("max_norm", "momentum encoder"):
         make, batches = WRITING[which]
         model = make()
         torch.testing.assert_close(ours(model, batches, compile=True), bare(model, batches))
@@ -527,6 +559,12 @@ def meter(m: Any, x: torch.Tensor) -> torch.Tensor:
     return x * m.meter.total
 
 
+def teaches(m: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        m.hidden[0].weight.lerp_(m.lin.weight, 0.1)
+    return x - m.hidden[0](x)
+
+
 def numpys(m: Any, x: torch.Tensor) -> torch.Tensor:
     return x * m.random.random()
 
@@ -545,6 +583,7 @@ CARRIED = {
     "in a list": (replaces_in_a_list, {"past": [torch.zeros(())]}, ["1.past"]),
     "a memory bank": (queue, {"bank": torch.zeros(64, 4), "at": 0}, ["1.at", "1.bank"]),
     "initialized by data": (initialized, {"ready": False}, ["1.ready"]),
+    "a module in a list": (teaches, {"hidden": [nn.Linear(4, 4).requires_grad_(False)]}, ["1.hidden"]),
     "an object": (meter, {"meter": Meter()}, ["1.meter"]),
     "a generator": (numpys, {"random": np.random.default_rng(0)}, ["1.random"]),
 }
