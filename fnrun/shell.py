@@ -230,29 +230,21 @@ class _Structure:
         self.kept = list(self.params.values())
         self.kinds = [(p.shape, p.dtype) for p in self.kept]
         self.trained = list(map(_requires_grad, self.kept))
-        modules = list(model.modules())
-        self._held: list[dict[str, Any]] = [held for m in modules for held in (m._parameters, m._modules)]
-        self._sizes = list(map(len, self._held))
-        self._places = [(held, key) for held in self._held for key in held]
-        self._parts = [held[key] for held, key in self._places]
+        self._held: list[dict[str, Any]] = [held for m in model.modules() for held in (m._parameters, m._modules)]
+        self._parts = list(map(dict, self._held))
 
     def check(self, whose: str, train: bool, kinds: bool = False) -> None:
         """Raises ValueError, with the names, where parameters or layers are others than those of when the step was made."""
         try:
-            parts = [held[key] for held, key in self._places]
-        except KeyError:
-            parts = []
-        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
-        if (
-            same
-            and not kinds
-            and list(map(len, self._held)) == self._sizes
-            and (not train or list(map(_requires_grad, self.kept)) == self.trained)
-        ):
+            same = self._held == self._parts  # in C, by identity as long as nothing is another
+        except RuntimeError:  # two tensors cannot be compared so
+            same = False
+        if same and not kinds and not (train and list(map(_requires_grad, self.kept)) != self.trained):
             return
         now = dict(self.model.named_parameters())
         before = list(zip(self.params, self.kinds, self.trained, strict=True))
-        layers = [m for m, part in zip(parts, self._parts, strict=True) if isinstance(m, nn.Module) and m is not part] if parts else []
+        pairs = [(held.get(key), part) for held, parts in zip(self._held, self._parts, strict=True) for key, part in parts.items()]
+        layers = [m for m, part in pairs if isinstance(m, nn.Module) and m is not part]
         paths = [path for path, module in self.model.named_modules() if any(module is layer for layer in layers)]
         found = {
             "new": [name for name in now if name not in self.params],
@@ -268,7 +260,7 @@ class _Structure:
                 f"{whose}: {type(self.model).__name__} has changed since the step was made ({what}), and the step does not follow. Make the "
                 "state and the steps after such a change"
             )
-        self._parts, self._sizes, self.kept = parts, list(map(len, self._held)), list(now.values())
+        self._parts, self.kept = list(map(dict, self._held)), list(now.values())
         self.named.update(now)
 
 
