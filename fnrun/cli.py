@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
 import os
+import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union
 
+import torch
 import tyro
 
 from fnrun import writer
@@ -28,7 +32,7 @@ from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Wri
 from fnrun.state import Cursor
 from fnrun.steps import is_step
 from fnrun.summary import command_line, summary
-from fnrun.tables import number, table
+from fnrun.tables import number, printable, table
 from fnrun.tree import module_name
 
 Build = Callable[[Any, Run], Experiment]
@@ -67,10 +71,31 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
         code = 1
     except Exception as error:
         if command.debug or not _users_fault(error):
+            if not command.debug and sys.excepthook is sys.__excepthook__:
+                sys.excepthook = _tell
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 1
     sys.exit(code)
+
+
+#: Whose frames say nothing to whom an experiment belongs.
+_FOLDED = tuple(f"{Path(root).resolve()}{os.sep}" for root in (Path(__file__).parent, Path(torch.__file__).parent))
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print an exception that the experiment's own code raised: its frames, and not those of fnrun and torch between them."""
+    told = traceback.TracebackException(kind, error, trace)
+    left, seen = 0, [told]
+    for each in seen:
+        seen += [other for other in (each.__cause__, each.__context__) if other is not None]
+        own = [frame for frame in each.stack if not frame.filename.startswith((*_FOLDED, "<frozen "))]
+        if own and (each is not told or len(own) > 1):  # and not only the call of `main`
+            left += len(each.stack) - len(own)
+            each.stack = traceback.StackSummary.from_list(own)
+    print(printable("".join(told.format())), end="", file=sys.stderr)
+    if left:
+        print(f"({left} frames of fnrun and torch are left out; --debug shows them)", file=sys.stderr)
 
 
 def _users_fault(error: Exception) -> bool:
@@ -142,7 +167,27 @@ def _resumed(build: Build, name: str, path: Path, args: list[str]) -> tuple[Any,
 
 
 def _flags(args: list[str], name: str, config_type: type, default: Any = None) -> Any:
-    module = name.partition(":")[0]
+    """What the arguments say. Exits with code 2 where they are wrong, and with 0 after a help."""
+    module, said = name.partition(":")[0], io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return _read_flags(args, module, config_type, default)
+    except SystemExit:
+        _show(said.getvalue(), module)
+        raise
+
+
+def _show(box: str, module: str) -> None:
+    """tyro's message, which takes the first word of `python -m module` for the program where it names a help."""
+    for line in box.splitlines():
+        if found := re.search(r"in python (\w+ )?--help", line):
+            right = found[0].replace("in python ", f"in python -m {module} ", 1)
+            room = len(right) - len(found[0])
+            line = line.replace(found[0] + " " * room, right) if found[0] + " " * room in line else line.replace(found[0], right)
+        print(line, file=sys.stderr)
+
+
+def _read_flags(args: list[str], module: str, config_type: type, default: Any) -> Any:
     if default is not None:
         return tyro.cli(_Resume[config_type], prog=f"python -m {module} resume", args=args[1:], default=default, config=FLAGS)
     commands = (
@@ -193,12 +238,27 @@ def _deadline(command: Any) -> Interrupt | None:
 
 def _interruptible(build: Build, name: str, command: Any, args: list[str]) -> int:
     asked = _Asked(Signals(), _deadline(command), args)
-    with asked.signals.listening():
+    with asked.signals.listening(), _printable_warnings():
         try:
             return _trained(build, name, command, asked)
         except WaitingInterrupted as error:
             print(f"error: {error}", file=sys.stderr)
             return asked.code
+
+
+@contextlib.contextmanager
+def _printable_warnings() -> Iterator[None]:
+    """Within it a warning moves no cursor, whatever names a checkpoint brings."""
+    before = warnings.formatwarning
+
+    def formatted(*args: Any, **options: Any) -> str:
+        return printable(before(*args, **options))
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _trained(build: Build, name: str, command: Any, asked: _Asked) -> int:

@@ -15,14 +15,14 @@ PACKAGE = Path(fnrun.__file__).parent
 
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
-    ["tree", "files", "counts"],
+    ["tree", "files", "tables", "counts"],
     ["rng", "reports", "donation", "environment", "inplace"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
     ["watch", "shell", "compiled", "steps"],
     ["program", "dry", "loops", "hooks", "interrupts"],
     ["observers"],
-    ["writer", "run", "plot", "tables", "testing"],
+    ["writer", "run", "plot", "testing"],
     ["summary", "cli", "verify"],
     ["command"],
     ["__main__"],

@@ -12,10 +12,18 @@ from typing import Literal
 from fnrun import files
 from fnrun.observers.ranks import rank
 from fnrun.observers.sinks.console import StdoutHandler
+from fnrun.tables import printable
 
 logger = logging.getLogger("fnrun")
 
 Level = Literal["debug", "info", "warning", "error"]
+
+
+class _Printable(logging.Formatter):
+    """Lines that move no cursor: names and reasons may come from a stranger's checkpoint, and somebody looks at the file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @contextlib.contextmanager
@@ -29,7 +37,7 @@ def logging_to(path: str | Path, level: Level = "info") -> Iterator[None]:
     file = logging.StreamHandler(
         files.opened(path if own == 0 else path.with_name(f"{path.stem}.rank{own}{path.suffix}"), "a", encoding="utf-8")
     )
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
     handlers = [file, StdoutHandler()] if own == 0 else [file]
     before, propagate = logger.level, logger.propagate
     logger.setLevel(level.upper())

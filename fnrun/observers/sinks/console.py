@@ -12,6 +12,7 @@ from typing import Any
 from fnrun.observers.pace import clock_time
 from fnrun.observers.sinks.base import Record, Sink, numbers
 from fnrun.state import LoopState
+from fnrun.tables import printable
 
 logger = logging.getLogger("fnrun")
 
@@ -33,7 +34,7 @@ class StdoutHandler(logging.StreamHandler):
         pass
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))  # names and reasons may come from a stranger's checkpoint
         return wrapped(text, shutil.get_terminal_size().columns) if getattr(record, "metrics", False) and self.stream.isatty() else text
 
     def emit(self, record: logging.LogRecord) -> None:
