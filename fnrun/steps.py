@@ -211,7 +211,8 @@ def value_and_grad(fn: Callable[[Any], Any], *, has_aux: bool = False) -> Callab
     return wrapped
 
 
-def _grad(loss: Any, leaves: list[torch.Tensor], scaled: Any) -> list[torch.Tensor | None]:
+def _grad(loss: Any, leaves: list[torch.Tensor], scaled: Any, *, accumulate: bool = False) -> list[torch.Tensor | None]:
+    """The gradients of `scaled`; with `accumulate` by way of the leaves' `grad`, where backwards within the backward put theirs too."""
     if isinstance(loss, torch.Tensor) and loss.is_complex():
         raise ValueError("a loss is a real number, this one is complex: take loss.abs().square(), or its real part")
     if not isinstance(loss, torch.Tensor) or loss.ndim:
@@ -219,6 +220,9 @@ def _grad(loss: Any, leaves: list[torch.Tensor], scaled: Any) -> list[torch.Tens
         raise ValueError(f"a loss is a scalar tensor, this one is {what}: take its mean or sum")
     if not loss.requires_grad:
         raise ValueError("the loss depends on no trained parameter: was it detached, or made under torch.no_grad() or inference_mode()?")
+    if accumulate:
+        _backward((scaled,), (_one(scaled),), False, False, (), True, accumulate_grad=True)
+        return [leaf.grad for leaf in leaves]
     # What `torch.autograd.grad` calls in the end; half of its time goes into what one scalar does not need.
     return _backward((scaled,), (_one(scaled),), False, False, tuple(leaves), True, accumulate_grad=False)
 
@@ -308,7 +312,7 @@ def make_train_step(
             scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(memory, loss)
             if shell.first.watching and isinstance(loss, torch.Tensor):
                 shell.first.check_graph(loss, leaves, batch)
-            grads = _grad(loss, leaves, scaled)
+            grads = _grad(loss, leaves, scaled, accumulate=shell.first.reentrant)
             if grads[0] is None and all(grad is None for grad in grads):
                 raise ValueError(
                     f"{name}: the loss reaches no trained parameter of {shell.name}: does it call the model that it is given? "

@@ -229,12 +229,15 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
     """The tensors to which the loss has gradients."""
     if loss.grad_fn is None:
         yield loss
-        return
-    nodes, seen = [loss.grad_fn], {loss.grad_fn}
+    yield from (node.variable for node in _nodes(loss) if hasattr(node, "variable"))
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    nodes: list[Any] = [] if loss.grad_fn is None else [loss.grad_fn]
+    seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        if hasattr(node, "variable"):
-            yield node.variable  # pyright: ignore[reportAttributeAccessIssue]
+        yield node
         for after, _ in node.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)
@@ -285,6 +288,8 @@ class FirstCalls:
         self.written: set[str] = _written.setdefault(model, set()) if left else set()
         #: Numbers of a module that say what its cache holds, with their values before there was a cache.
         self.keys: list[tuple[dict[str, Any], str, Any]] = []
+        #: A part of the forward is `torch.utils.checkpoint(..., use_reentrant=True)`: its parameters get their gradients from a backward of its own.
+        self.reentrant = False
         self._judged: set[Place] = set()
         self._named: set[int] = set()  # foreign parameters and generators that were told of
         self._seen: Operations | None = None
@@ -341,8 +346,9 @@ class FirstCalls:
         return result, after, {**written, **new}
 
     def check_graph(self, loss: Tensor, trained: Sequence[Tensor], batch: Any) -> None:
-        """Warn of parameters that get a gradient from the loss and are none of the step's."""
+        """Warn of parameters that get a gradient from the loss and are none of the step's; note how the gradients are to be taken."""
         assert self._seen is not None
+        self.reentrant |= any(node.name() == "CheckpointFunctionBackward" for node in _nodes(loss))
         known = {memory(t) for t in [*optree.tree_leaves(batch), *self.originals.values()] if isinstance(t, Tensor)}  # pyright: ignore[reportArgumentType]
         own = set(map(id, trained))
         strange = [t for t in leaves(loss) if id(t) not in own and memory(t) not in self._seen.made | known and id(t) not in self._named]
