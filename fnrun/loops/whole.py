@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 from fnrun.donation import Lease, given_lease
 from fnrun.loops.composed import Composed, donates, functions, loops_of
+from fnrun.optim.wrappers import waiting
 from fnrun.program import ASIDE, Here, Program, ProgramError, Unwind, here, spy
 from fnrun.state import Position, S
 from fnrun.steps import is_step
+
+logger = logging.getLogger("fnrun")
 
 
 def outermost(loop: Any, state: S, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[S, Any]:
@@ -34,6 +38,8 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
             program.unclaimed(result[0])
     except Unwind as unwound:
         program.close(program.latest, unwound.reason)
+        if unwound.state.stop is not None:
+            _say_what_waits(program, unwound.state)
         return unwound.state, loop._result(unwound.state.position.frames[0].totals)
     except BaseException as error:
         program.close(program.latest, error)
@@ -41,7 +47,19 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
     finally:
         here.reset(token)
     program.close(program.latest, None)
+    _say_what_waits(program, result[0])
     return result
+
+
+def _say_what_waits(program: Program, state: Any) -> None:
+    """A training that has come to its end between two updates of `optim.accumulate` is told of: it may go on in another call, or not."""
+    left = waiting(getattr(state, "opt_state", None)) if program.trained else 0
+    if left:
+        logger.warning(
+            "the program ends between two updates of optim.accumulate: the last %s in the state, and in no update yet. Another call goes on "
+            "with that; if this was the last call, make its number of steps a multiple of accumulate's n",
+            "batch is" if left == 1 else f"{left} batches are",
+        )
 
 
 def aside(loop: Any, state: Any, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[Any, Any]:

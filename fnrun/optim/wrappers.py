@@ -103,7 +103,8 @@ def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
     """Update once in `n` batches, with the mean of their gradients; the steps between change no parameter.
 
     Each of the n is a training step, with its own randomness; the partial sum is in the state, so that a checkpoint between them loses
-    nothing. What comes after it in the chain sees the updates only: schedules count these. `accumulate(n)` is for a chain,
+    nothing. A program that ends between them says so: the next call goes on with what is in the state, and after the last one it is in no
+    update. What comes after it in the chain sees the updates only: schedules count these. `accumulate(n)` is for a chain,
     `accumulate(n, optimizer)` the optimizer itself. (`make_train_step(accumulate=n)` cuts one batch into n instead.)
 
     >>> from fnrun import optim
@@ -150,6 +151,12 @@ def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
         return around(inner, init, update)
 
     return wrapper(wrap, optimizer)
+
+
+def waiting(opt_state: Any) -> int:
+    """How many batches `accumulate` has in the state that are in no update yet: the most of its parts'. It waits for a count on a device."""
+    parts = optree.tree_leaves(opt_state, is_leaf=lambda part: isinstance(part, AccumulateState))
+    return max((int(torch.as_tensor(part.micro).max()) for part in parts if isinstance(part, AccumulateState)), default=0)
 
 
 # --- apply_if_finite ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fnrun import optim, schedules, tree
+import fnrun
+from fnrun import data, optim, schedules, tree
 from fnrun.reports import collect
 
 from . import cases
@@ -152,3 +153,48 @@ def test_apply_if_finite_around_loss_scaling_is_refused() -> None:
         optim.chain(optim.apply_if_finite(), optim.dynamic_loss_scale(), optim.sgd(1.0))
     with pytest.raises(ValueError, match="skips what is not finite by itself"):
         optim.apply_if_finite(optim.dynamic_loss_scale(optim.sgd(1.0)))
+
+
+def accumulating(*wrappers: Any) -> tuple[Any, fnrun.TrainState]:
+    model, optimizer = torch.nn.Linear(3, 1), optim.chain(*wrappers, optim.accumulate(4), optim.sgd(0.1))
+    step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), optimizer)
+    return step, fnrun.TrainState.create(model, optimizer)
+
+
+@pytest.mark.parametrize("wrappers", [(), (optim.dynamic_loss_scale(),), (optim.lookahead(),)], ids=["alone", "on a device", "within"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_program_that_ends_between_two_updates_says_how_much_is_in_none(
+    wrappers: Any, donate: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The call after it goes on with what waits, and makes the update that one call of all makes."""
+    step, state = accumulating(*wrappers)
+    batches = data.batches([torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(6)])
+    first, _ = fnrun.step_loop(step, 6, donate=donate)(state, batches)
+    assert "between two updates of optim.accumulate: the last 2 batches are in the state" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    caplog.clear()
+    second, _ = fnrun.step_loop(step, 2, donate=donate)(first.rewind(), batches)
+    whole, _ = fnrun.step_loop(step, 8)(state, batches)
+    assert tree.equal(second.params, whole.params)
+    assert not caplog.records
+
+
+def test_neither_an_interrupt_nor_an_evaluation_ends_a_training(caplog: pytest.LogCaptureFixture) -> None:
+    step, state = accumulating()
+    batches = [torch.ones(4, 3)] * 6
+    polls = iter([None, None])
+    part, _ = fnrun.epoch_loop(step)(state, batches, interrupt=lambda: next(polls, "enough"))
+    assert part.step % 4
+    model = torch.nn.Linear(3, 1)
+    fnrun.eval_loop(fnrun.make_eval_step(model, lambda model, x: {"y": model(x).mean()}))(part.rewind(), batches)
+    assert not caplog.records
+
+
+def test_a_stop_between_two_updates_is_an_end(caplog: pytest.LogCaptureFixture) -> None:
+    step, state = accumulating()
+
+    def stop(state: Any, metrics: Any) -> Any:
+        return state.replace(stop="enough") if state.step == 3 else state
+
+    fnrun.epoch_loop(step, hooks=[stop])(state, [torch.ones(4, 3)] * 8)
+    assert "the last 3 batches" in caplog.text
