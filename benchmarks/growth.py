@@ -6,18 +6,27 @@ One thread, eager, AdamW; everything in one process, over the bare computation w
   many steps were done. Its call counts whole, with the wait for the checkpoint.
 - Rows: 2,048 steps, shuffled, of a data set whose rows are all the same memory. The order is computed 65,536 rows at a time.
 - Leaves: vectors of 8 numbers, the loss is the sum of their squares.
+- Log: `fnrun ls` of a run with so many lines, start-up included, and its summary.
+- Checkpoints: one more save, with deleting what is old, beside so many; and finding the best in a new process.
+- Runs: `fnrun ls` of so many, start-up included.
 
-    python -m benchmarks.growth [--rounds 9] [--only steps rows leaves]
+    python -m benchmarks.growth [--rounds 9] [--only steps rows leaves log checkpoints runs]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import io
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import optree
@@ -29,6 +38,7 @@ from benchmarks.measure import ROUNDS, Times, alternate, ratios, seconds, spread
 from benchmarks.problems import loss_fn, tiny
 from fnrun import Cursor, Position, data, observers, optim
 from fnrun.checkpoint import Checkpoints
+from fnrun.summary import summary
 
 STEPS = [10**n for n in range(2, 7)]
 ROWS = [10**n for n in range(3, 9)]
@@ -166,7 +176,73 @@ def by_leaves(rounds: int) -> str:
     return table(["leaves", "us bare", "us fnrun", "us over bare", f"us a leaf beyond {min(LEAVES)}"], rows)
 
 
-SECTIONS = {"steps": by_steps, "rows": by_rows, "leaves": by_leaves}
+# --- what is on disk ---------------------------------------------------------------------------------------------------
+
+LINES = [10**n for n in range(3, 7)]
+CHECKPOINTS = [10, 100, 2000]
+RUNS = [10, 100, 1000]
+
+
+def a_run(path: Path, lines: int) -> fnrun.Run:
+    run = fnrun.Run.create("benchmarks.growth", {}, path)
+    with run.metrics.open("w") as file:
+        for step in range(1, lines + 1):
+            clock = {"time": 1.8e9 + step, "elapsed": float(step)}
+            line = {"ticks": step, "at": str(step), "step": step, "epoch": 1 + step // 1000, "train/loss": 1 / step, "clock": clock}
+            file.write(json.dumps(line) + "\n")
+    return run
+
+
+def ls(path: Path) -> Callable[[], Any]:
+    return lambda: subprocess.run([sys.executable, "-m", "fnrun", "ls", str(path)], check=True, stdout=subprocess.DEVNULL)
+
+
+def silently(function: Callable[[], Any]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        function()
+
+
+def by_log(rounds: int) -> str:
+    rows = []
+    for lines in LINES:
+        with tempfile.TemporaryDirectory() as folder:
+            run = a_run(Path(folder) / "run", lines)
+            listed = [seconds(ls(Path(folder))) for _ in range(rounds)]
+            summed = seconds(lambda: silently(lambda: summary(run, evaluates=True)))  # noqa: B023
+            rows.append([f"{lines:,}", spread(listed), f"{summed:.2f}"])
+    return table(["lines", "s for ls", "s for the summary"], rows)
+
+
+def by_checkpoints(rounds: int) -> str:
+    model = nn.Linear(8, 8)
+    state, rows = fnrun.TrainState.create(model, optim.adamw(1e-3)), []
+    for count in CHECKPOINTS:
+        with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+
+            def save(step: int) -> None:
+                checkpoints.save(state.replace(step=step, position=Position(ticks=step)), {"loss": 1 / step}, monitor="loss")
+                checkpoints.prune(count + rounds)  # noqa: B023
+                checkpoints.wait()
+
+            for step in range(1, count + 1):
+                save(step)
+            found = [seconds(lambda: Checkpoints(folder).best()) for _ in range(rounds)]
+            saved = [seconds(functools.partial(save, count + 1 + turn)) for turn in range(rounds)]
+            rows.append([f"{count:,}", spread(saved, 3), spread(found, 3)])
+    return table(["checkpoints", "s for a save", "s for the best"], rows)
+
+
+def by_runs(rounds: int) -> str:
+    rows = []
+    for count in RUNS:
+        with tempfile.TemporaryDirectory() as folder:
+            for number in range(count):
+                a_run(Path(folder) / str(number), 10)
+            rows.append([f"{count:,}", spread([seconds(ls(Path(folder))) for _ in range(rounds)])])
+    return table(["runs", "s for ls"], rows)
+
+
+SECTIONS = {"steps": by_steps, "rows": by_rows, "leaves": by_leaves, "log": by_log, "checkpoints": by_checkpoints, "runs": by_runs}
 
 
 def main() -> None:
