@@ -134,6 +134,7 @@ class Loop(Composed):
         program.lengths[name] = self._length(state, data, at)
         befores, afters = parts.befores(program, self.hooks, name), parts.afters(program, self.hooks, name)
         gatherers: list[Any] = [observer for observer in self.observers if hasattr(observer, "fold")]
+        folding, theirs = parts.folding(program, gatherers), parts.theirs(self.hooks, self.observers)
         begun = False  # the first tick of a call is always one by itself: what is wrong shows there
         watching = [(part, saves_last(part.call)) for part in parts.observing(program, self.observers, name)]
         token = here.set(ASIDE)  # a loop that a hook or an observer calls is no part of this program
@@ -168,7 +169,10 @@ class Loop(Composed):
                 examples = self._examples(x)
                 program.examples += examples
                 plain = self._plain(metrics) if afters or self.observers else {}
-                gathered = {o.name: parts.fold(program, o, state, frame.folds.get(o.name), before, plain, examples) for o in gatherers}
+                gathered = {
+                    o.name: fold(state, frame.folds.get(o.name), before, plain, examples)
+                    for o, fold in zip(gatherers, folding, strict=True)
+                }
                 if depth == 0 and (carried := state.position.frames[0].folds):
                     gathered = {**carried, **gathered}
                 totals = self._total(frame.totals, metrics, examples)
@@ -179,14 +183,15 @@ class Loop(Composed):
                 if afters or self.observers:
                     program.open()
                     values = self._values(plain, metrics)
-                    probe = parts.Probe(state)
+                    probe = parts.Probe(state) if theirs else None
                     for hook in afters:
                         state = hook(state, values)
                     for observer, saves in watching:
                         if saves:
                             program.flush()
                         observer(state, values)
-                    probe.check(self.hooks, self.observers)
+                    if probe is not None:
+                        probe.check(theirs)
                 program.seen(state)
         finally:
             here.reset(token)

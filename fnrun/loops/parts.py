@@ -7,6 +7,7 @@ the same in a resumed run, and move nobody else's. They may not write to what th
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -78,18 +79,24 @@ class Unlocked(Scope):
 
 
 class Hosts:
-    """Warns of a function that draws from Python's or NumPy's generator, which is seeded by nobody; none where `who` is empty."""
+    """Warns of a function that draws from Python's or NumPy's generator, which is seeded by nobody; none where `who` is empty.
 
-    __slots__ = ("saved", "who")
+    A call in which modules were imported tells nothing: some draw as they are.
+    """
+
+    __slots__ = ("modules", "saved", "who")
 
     def __init__(self, who: str) -> None:
         self.who = who
 
     def __enter__(self) -> None:
+        self.modules = len(sys.modules)
         self.saved = [(generator, generator.save()) for generator in ambient.generators()[1:]] if self.who else []
 
     def __exit__(self, kind: Any, *exc: object) -> None:
-        if kind is None and (moved := [generator.what for generator, saved in self.saved if generator.moved(saved)]):
+        if kind is not None or len(sys.modules) != self.modules:
+            return
+        if moved := [generator.what for generator, saved in self.saved if generator.moved(saved)]:
             warnings.warn(
                 f"{self.who} draws from {' and '.join(moved)}, which is not keyed by the state: two calls differ and a resumed run is another "
                 "run. Use torch's, which is, or random.Random(state.rng.fold_in(state.step).bits)",
@@ -123,13 +130,23 @@ def observing(program: Program, observers: Iterable[Any], loop: str) -> list[Par
     return parts
 
 
-def fold(program: Program, observer: Any, state: Any, folded: Any, before: Any, metrics: Any, examples: int) -> Any:
-    """What an observer gathers of a tick; `state` is that after it, which holds what was gathered before."""
-    guard = program.guard(observer, "fold", f"`fold` of the observer {named(observer)}")
-    marks = guard.look({"metrics": metrics}, state)
-    gathered = observer.fold(folded, before, metrics, examples)
-    guard.check(marks)
-    return gathered
+def folding(program: Program, observers: Iterable[Any]) -> list[Callable[..., Any]]:
+    """What gathers, as `(state, folded, before, metrics, examples) -> folded`; `state` is that after the tick, which holds what was gathered before."""
+
+    def watched(observer: Any) -> Callable[..., Any]:
+        guard = program.guard(observer, "fold", f"`fold` of the observer {named(observer)}")
+
+        def fold(state: Any, folded: Any, before: Any, metrics: Any, examples: int) -> Any:
+            if not guard.on:
+                return observer.fold(folded, before, metrics, examples)
+            marks = guard.look({"metrics": metrics}, state)
+            gathered = observer.fold(folded, before, metrics, examples)
+            guard.check(marks)
+            return gathered
+
+        return fold
+
+    return [watched(observer) for observer in observers]
 
 
 def function(program: Program, step: Any, state: Any, x: Any, place: tuple[Any, ...], *, alone: bool) -> Any:
@@ -185,8 +202,12 @@ class Probe:
         self.name, self.tensor = next(iter(params.items()), ("", None)) if type(params) is dict else ("", None)
         self.count = inplace.version(self.tensor) if isinstance(self.tensor, torch.Tensor) else 0
 
-    def check(self, hooks: Iterable[Any], observers: Iterable[Any]) -> None:
+    def check(self, who: list[str]) -> None:
         if isinstance(self.tensor, torch.Tensor) and inplace.version(self.tensor) != self.count:
-            who = [f"the hook {named(hook)}" for hook in hooks if not ours(hook)]
-            who += [f"the observer {named(observer)}" for observer in observers if not ours(observer)]
-            raise InPlaceError(inplace.message(" or ".join(who) or "a hook or an observer", f"params/{self.name}"))
+            raise InPlaceError(inplace.message(" or ".join(who), f"params/{self.name}"))
+
+
+def theirs(hooks: Iterable[Any], observers: Iterable[Any]) -> list[str]:
+    """The hooks and observers that are not the library's own, in words."""
+    held = [getattr(hook, "hook", hook) if ours(hook) else hook for hook in hooks]  # of one that acts now and then, what it holds back
+    return [f"the {what} {named(part)}" for what, parts in (("hook", held), ("observer", observers)) for part in parts if not ours(part)]

@@ -154,6 +154,18 @@ def test_python_and_numpy_generators_are_told_of():
         fnrun.epoch_loop(train, hooks=[hook])(fresh(), STREAM)
 
 
+def test_a_module_that_is_imported_may_draw(tmp_path, monkeypatch):
+    (tmp_path / "draws_at_import.py").write_text("import random; random.random()")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def around(state, batch):
+        import draws_at_import  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        return train(state, batch)
+
+    fnrun.epoch_loop(around)(fresh(), STREAM)
+
+
 def test_a_function_around_loops_keeps_no_other_thread_waiting():
     """The generators are locked around a step, and not around an epoch."""
     import threading
