@@ -40,6 +40,11 @@ def strictly(bits: float = math.inf) -> Iterator[None]:
         _strict.reset(token)
 
 
+def strict() -> bool:
+    """Whether every call is looked at."""
+    return _strict.get() is not None
+
+
 def version(tensor: torch.Tensor) -> int:
     """How often a tensor was written to; 0 for one of inference mode, which does not count."""
     return 0 if tensor.is_inference() else tensor._version

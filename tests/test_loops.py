@@ -295,6 +295,12 @@ class TestResuming:
         with pytest.raises(TypeError, match="no loop is given"):
             fnrun.wraps()
 
+    def test_a_function_that_says_what_it_calls_may_call_one_that_does_not(self):
+        inner = fnrun.epoch_loop(train, hooks=[Counter("inner", None)])
+        outer = fnrun.sequence(a=fnrun.epoch_loop(train), b=lambda state, x: inner(state, x))
+        program = fnrun.repeat(fnrun.wraps(outer)(lambda state, x: outer(state, x)), 2)
+        fnrun.testing.assert_resumable(program, fresh(), {"a": batches(1), "b": batches(2)}, restored=lambda s, like: s)
+
     def test_memory_that_no_hook_claims_is_named_at_the_end_where_a_function_may_bring_hooks(self):
         inner, stream = fnrun.epoch_loop(train, hooks=[Counter("inner", None)]), batches(2)
         program = fnrun.repeat(lambda state, x: inner(state, x), 2)

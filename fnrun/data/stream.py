@@ -105,9 +105,10 @@ class Listed(Stream):
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
         guard = Guard("a step, a hook or an observer")
         for _, batch, after in walk(cursor, len(self), replay):
-            marks = guard.look({f"batch {batch} of the list": self.items[batch]})
+            marks = guard.look({f"batch {batch} of the list": self.items[batch]}) if guard.on else None
             yield self.items[batch], Cursor(*after, self.source)
-            guard.check(marks)  # in the next pass it would be changed again
+            if marks is not None:
+                guard.check(marks)  # in the next pass it would be changed again
 
 
 def batches(items: Sequence[Any], *, name: str | None = None) -> Listed:

@@ -136,7 +136,7 @@ class Loop(Composed):
         gatherers: list[Any] = [observer for observer in self.observers if hasattr(observer, "fold")]
         folding, theirs = parts.folding(program, gatherers), parts.theirs(self.hooks, self.observers)
         begun = False  # the first tick of a call is always one by itself: what is wrong shows there
-        watching = [(part, saves_last(part.call)) for part in parts.observing(program, self.observers, name)]
+        watching = [*zip(parts.observing(program, self.observers, name), map(saves_last, self.observers), strict=True)]
         token = here.set(ASIDE)  # a loop that a hook or an observer calls is no part of this program
         try:
             while True:

@@ -99,7 +99,7 @@ def functions(step: Any) -> list[Any]:
     """What stands there and does not say which loops it calls: steps, and functions that may wrap a loop."""
     if not isinstance(step, Composed):
         return [step]
-    return [] if isinstance(step, Wrapper) else [each for _, inner in step.inner() for each in functions(inner)]
+    return [each for _, inner in step.inner() for each in functions(inner)]
 
 
 def prefixes(step: Any) -> list[str]:

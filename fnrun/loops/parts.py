@@ -104,25 +104,40 @@ class Hosts:
             )
 
 
-def afters(program: Program, hooks: Iterable[Any], loop: str) -> list[Part]:
+def innermost(hook: Any) -> Any:
+    """Of a hook that acts now and then, what it holds back."""
+    return innermost(hook.hook) if ours(hook) and hasattr(hook, "condition") and hasattr(hook, "hook") else hook
+
+
+def plain(part: Any) -> bool:
+    """Whether a part is called as it is: the library's own, which draw nothing and are looked at by its tests."""
+    return ours(part) and not inplace.strict()
+
+
+def afters(program: Program, hooks: Iterable[Any], loop: str) -> list[Any]:
     """What each hook does at the end of a tick."""
     return [_after(program, hook, ("hook", loop, i)) for i, hook in enumerate(hooks)]
 
 
-def befores(program: Program, hooks: Iterable[Any], loop: str) -> list[Part]:
+def befores(program: Program, hooks: Iterable[Any], loop: str) -> list[Any]:
     """What hooks do before a tick, of those that do something."""
-    parts = []
+    parts: list[Any] = []
     for i, hook in enumerate(hooks):
-        if hasattr(hook, "before"):
+        if hasattr(hook, "before") and plain(innermost(hook)):
+            parts.append(hook.before)
+        elif hasattr(hook, "before"):
             guard = program.guard(hook, "before", f"`before` of the hook {named(hook)}")
-            parts.append(Part(hook.before, guard, "batch", None if ours(hook) else ("before", loop, i)))
+            parts.append(Part(hook.before, guard, "batch", None if ours(innermost(hook)) else ("before", loop, i)))
     return parts
 
 
-def observing(program: Program, observers: Iterable[Any], loop: str) -> list[Part]:
+def observing(program: Program, observers: Iterable[Any], loop: str) -> list[Any]:
     """What each observer does at the end of a tick."""
-    parts = []
+    parts: list[Any] = []
     for i, observer in enumerate(observers):
+        if plain(observer):
+            parts.append(observer)
+            continue
         every = getattr(observer, "every", None)
         guard = program.guard(observer, "", f"the observer {named(observer)}")
         label = None if ours(observer) else ("observer", loop, i)
@@ -134,6 +149,8 @@ def folding(program: Program, observers: Iterable[Any]) -> list[Callable[..., An
     """What gathers, as `(state, folded, before, metrics, examples) -> folded`; `state` is that after the tick, which holds what was gathered before."""
 
     def watched(observer: Any) -> Callable[..., Any]:
+        if plain(observer):
+            return lambda state, folded, before, metrics, examples: observer.fold(folded, before, metrics, examples)
         guard = program.guard(observer, "fold", f"`fold` of the observer {named(observer)}")
 
         def fold(state: Any, folded: Any, before: Any, metrics: Any, examples: int) -> Any:
@@ -168,6 +185,8 @@ def _after(program: Program, hook: Any, label: tuple[Any, ...]) -> Any:
     if held is not None:  # one that acts now and then: what it holds back is looked at when it acts
         inner = _after(program, held, label)
         return _called(dataclasses.replace(hook, hook=_Within(held, inner) if isinstance(hook, Hook) else inner))
+    if plain(hook):
+        return _called(hook)
     guard = program.guard(hook, "after", f"the hook {named(hook)}")
     return Part(_called(hook), guard, "metrics", None if ours(hook) else label)
 
@@ -209,5 +228,5 @@ class Probe:
 
 def theirs(hooks: Iterable[Any], observers: Iterable[Any]) -> list[str]:
     """The hooks and observers that are not the library's own, in words."""
-    held = [getattr(hook, "hook", hook) if ours(hook) else hook for hook in hooks]  # of one that acts now and then, what it holds back
+    held = map(innermost, hooks)
     return [f"the {what} {named(part)}" for what, parts in (("hook", held), ("observer", observers)) for part in parts if not ours(part)]
