@@ -144,7 +144,23 @@ def paths(tree: Any) -> list[str]:
 
 def join(path: tuple[Any, ...]) -> str:
     """A path as text: entries between slashes; `~` and `/` within an entry are `~0` and `~1`, as in a JSON pointer (RFC 6901)."""
-    return "/".join(str(entry).replace("~", "~0").replace("/", "~1") for entry in path)
+    entries = (entry if isinstance(entry, str) else words(entry) for entry in path)
+    return "/".join(entry.replace("~", "~0").replace("/", "~1") for entry in entries)
+
+
+def words(value: Any) -> str:
+    """`repr` of a scalar or a tuple of scalars; an integer of more digits than Python writes in decimals (4,300) is written in hexadecimals.
+
+    >>> words((1, "a")), words(-(2**20_000))[:8]
+    ("(1, 'a')", '-0x10000')
+    """
+    try:
+        return repr(value)
+    except ValueError:
+        if isinstance(value, int):
+            return hex(value)
+        items = [words(item) for item in value]
+        return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
 
 def split(path: str) -> tuple[str, ...]:
@@ -245,8 +261,8 @@ def _differences(a: Any, b: Any, path: tuple[Any, ...]) -> Iterator[Difference]:
     elif left is None or right is None or left.kind != right.kind:
         yield Difference(join(path), "type", f"{_kind(a, left)} and {_kind(b, right)}")
     else:
-        if repr(left.static) != repr(right.static):  # as in the fingerprint: 1 is not True, a NaN is itself
-            yield Difference(join(path), "static fields", f"{left.static} and {right.static}")
+        if words(left.static) != words(right.static):  # as in the fingerprint: 1 is not True, a NaN is itself
+            yield Difference(join(path), "static fields", f"{words(left.static)} and {words(right.static)}")
         ours, theirs = ({_typed(entry): child for entry, child in zip(n.entries, n.children, strict=True)} for n in (left, right))
         for key in [key for key in ours if key not in theirs]:
             yield Difference(join((*path, key[1])), "missing", _brief(ours[key]))
@@ -286,7 +302,7 @@ def _brief(value: Any) -> str:
         return f"{type(value).__name__} {value.dtype} {tuple(value.shape)}"
     if (kind := node(value)) is not None:
         return f"{kind.kind} of {len(kind.children)}"
-    text = repr(value)
+    text = words(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -308,7 +324,7 @@ def _digest(value: Any, path: tuple[Any, ...]) -> bytes:
     at = node(value)
     if at is None:
         return hashlib.sha256(_leaf_bytes(value, path)).digest()
-    head = [at.kind, repr(at.static), *(repr(entry) for entry in at.entries)]
+    head = [at.kind, words(at.static), *(words(entry) for entry in at.entries)]
     digest = hashlib.sha256(repr(head).encode())
     for entry, child in zip(at.entries, at.children, strict=True):
         digest.update(_digest(child, (*path, entry)))
@@ -326,4 +342,4 @@ def _leaf_bytes(value: Any, path: tuple[Any, ...]) -> bytes:
         return f"float {np.float64(value).tobytes().hex()}".encode()
     if isinstance(value, complex):
         return f"complex {np.complex128(value).tobytes().hex()}".encode()
-    return f"{type(value).__name__} {value!r}".encode()
+    return f"{type(value).__name__} {words(value)}".encode()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
 import logging
 import math
 import os
+import re
+import shutil
 import struct as binary
 import subprocess
 import sys
 import textwrap
 import threading
+import warnings
+import zlib
 from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +29,8 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
-from fnrun import checkpoint, tree
+import fnrun
+from fnrun import checkpoint, command, optim, tree
 from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, codec, store
 from fnrun.rng import Key
 from fnrun.state import Cursor, Frame, Position, TrainState
@@ -233,6 +239,22 @@ def test_orbax_alone_reads_the_arrays(tmp_path: Path) -> None:
     assert np.array_equal(arrays[f"{low.array:05d}"], state.memory["low"].view(torch.uint16).numpy())
 
 
+def nested() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def endless(container: Any) -> Any:
+    """One that holds itself."""
+    container.append(container) if isinstance(container, list) else container.update({0: container})
+    return container
+
+
+def deep(levels: int) -> Any:
+    return functools.reduce(lambda inner, _: [inner], range(levels), 1)
+
+
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
@@ -246,12 +268,37 @@ def test_orbax_alone_reads_the_arrays(tmp_path: Path) -> None:
         (Box(1, label=[1]), r"memory/x: the static field label is a list, not a plain scalar"),
         ({torch.float32: 1}, r"memory/x: the key is a dtype, not a plain scalar"),
         (NamedTuple("Local", [("a", int)])(1), r"memory/x: Local cannot be found again by name: define it at the top level"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), r"memory/x: a NestedTensor cannot be saved"),
+        (nested(), r"memory/x: a nested tensor cannot be saved"),
+        (endless([]), r"memory/x/0/0/0/\.\.\. goes on for more than \d+ containers in one another: does one hold itself\?"),
+        (endless({}), r"memory/x/0/0/0/\.\.\. goes on for more than"),
+        (deep(900), r"memory/x/0/0/0/\.\.\. goes on for more than"),
+        (deep(5000), r"memory/x/0/0/0/\.\.\. goes on for more than"),
+        ({7**6000: len}, r"memory/x/0x[0-9a-f]+ is a builtins.builtin_function_or_method"),
     ],
 )
 def test_what_could_not_be_restored_is_refused_at_the_save(leaf: Any, message: str, tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=message):
         checkpoints.save(at(1, x=leaf))
     assert names(tmp_path) == []
+
+
+def test_numbers_of_any_length_keys_that_are_no_number_and_deep_containers_come_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python writes no integer of more than 4,300 digits in decimals."""
+    big, nan = 7**6000, float("nan")
+    state = at(1, x=[big, -big], keys={big: 1, nan: torch.ones(2), 1.0: 3}, box=Box(big, (big, "m")), deep=deep(300))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        for like in (None, state, at(2), at(2, keys={nan: torch.zeros(2)})):
+            assert tree.fingerprint(checkpoints.restore(like)) == tree.fingerprint(state)
+        assert checkpoints.read()[f"memory/keys/{hex(big)}"] == 1
+    (different,) = tree.diff(state.memory["box"], Box(big, (big, "km")))
+    assert (different.what, hex(big)[:50] in different.detail) == ("static fields", True)
+    for options in ([], ["--json"]):
+        assert command.main(["show", str(tmp_path / "00000001-00000001"), *options]) == 0
+        assert hex(big)[:50] in capsys.readouterr().out
 
 
 def test_a_state_is_filed_by_its_step(tmp_path: Path) -> None:
@@ -446,6 +493,144 @@ def test_not_strict_leaves_out_what_one_side_lacks_and_says_so(tmp_path: Path, c
             checkpoints.restore(wider, select="params/**", strict=False)
 
 
+# --- a model that is not the same any more -----------------------------------------------------------------------------
+
+
+def grown(frozen: bool, layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
+    model[0].requires_grad_(not frozen)
+    return model
+
+
+def trained(model: nn.Module, optimizer: Any, state: TrainState, begin: int, end: int) -> TrainState:
+    step = fnrun.make_train_step(model, lambda model, batch: (model(batch) - 1).square().mean(), optimizer)
+    for seed in range(begin, end):
+        state, _ = step(state, torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)))
+    return state
+
+
+OPTIMIZERS: dict[str, tuple[Any, Any]] = {
+    "adamw": (lambda: optim.adamw(1e-2), lambda groups: torch.optim.AdamW(groups, 1e-2)),
+    "nadam": (lambda: optim.nadam(1e-2), lambda groups: torch.optim.NAdam(groups, 1e-2)),
+    "sgd": (lambda: optim.sgd(1e-2), lambda groups: torch.optim.SGD(groups, 1e-2)),
+    "momentum": (lambda: optim.sgd(1e-2, momentum=0.9), lambda groups: torch.optim.SGD(groups, 1e-2, momentum=0.9)),
+    "groups": (
+        lambda: optim.partition(lambda path, _: path.rpartition(".")[2], {"weight": optim.adam(1e-2), "bias": optim.sgd(1e-2)}),
+        None,
+    ),
+    "accumulate": (lambda: optim.accumulate(2, optim.adam(1e-2)), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("change", ["a layer is unfrozen", "a layer is added", "a layer is frozen"])
+def test_a_layer_that_is_unfrozen_or_added_is_as_new_to_the_optimizer_as_in_torch(name: str, change: str, tmp_path: Path) -> None:
+    make, of_torch = OPTIMIZERS[name]
+    before = lambda: grown(frozen=change == "a layer is unfrozen")  # noqa: E731
+    after = lambda: grown(frozen=change == "a layer is frozen", layers=3 if change == "a layer is added" else 2)  # noqa: E731
+    state = trained(before(), make(), TrainState.create(before(), make(), seed=0), 0, 7)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        like = TrainState.create(after(), make(), seed=0)
+        with pytest.raises(CheckpointError, match="does not match"):
+            checkpoints.restore(like)
+        state = checkpoints.restore(like, strict=False)
+    assert state.step == 7
+    state = trained(after(), make(), state, 7, 12)
+    if of_torch is None:
+        return
+    model, whole = before(), after()
+    optimizer = of_torch([p for p in model.parameters() if p.requires_grad])
+    for seed in range(12):
+        if seed == 7:
+            whole.load_state_dict(model.state_dict(), strict=False)
+            known = dict(model.named_parameters())
+            remembered = {name: optimizer.state.get(known[name]) if name in known else None for name, _ in whole.named_parameters()}
+            model = whole
+            optimizer = of_torch([p for p in model.parameters() if p.requires_grad])
+            optimizer.state.update({p: remembered[name] for name, p in model.named_parameters() if p.requires_grad and remembered[name]})
+        optimizer.zero_grad()
+        batch = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+        (model(batch) - 1).square().mean().backward()
+        optimizer.step()
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(state.params.get(key, state.buffers.get(key)), value.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_shape_of_what_is_not_selected_is_nobodys_business(tmp_path: Path) -> None:
+    state = trained(grown(True), optim.adam(1e-2), TrainState.create(grown(True), optim.adam(1e-2), seed=0), 0, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        like = TrainState.create(grown(False), optim.adam(1e-2), seed=0)
+        back = checkpoints.restore(like, select=["params/**", "opt_state/slots/**"], strict=False)
+    assert tree.equal(back.opt_state.misses, like.opt_state.misses)
+
+
+@tree.struct
+class Before(TrainState):
+    """A state class that has another name by now."""
+
+
+@tree.struct
+class After(TrainState):
+    """The same, under that name."""
+
+
+@tree.struct
+class Wider(TrainState):
+    """And with a field more."""
+
+    more: Any = dataclasses.field(default_factory=lambda: {"w": torch.zeros(2)})
+
+
+def test_a_state_class_may_be_renamed_or_moved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fields = {field.name: getattr(at(3), field.name) for field in dataclasses.fields(TrainState)}
+    like = {field.name: getattr(at(0), field.name) for field in dataclasses.fields(TrainState)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(Before(**fields))
+        checkpoints.wait()
+        for select in (None, "params/**"):
+            back = checkpoints.restore(After(**like), select=select)
+            assert type(back) is After
+            assert tree.equal(back.params, at(3).params)
+        assert f"saved as a {__name__}:Before, restored as a {__name__}:After" in caplog.text
+        assert tree.equal(checkpoints.restore(Wider(**like), select="params/**").params, at(3).params)
+        with pytest.raises(CheckpointError, match=r"more/w +\(missing\)"):
+            checkpoints.restore(Wider(**like))
+        assert checkpoints.restore(Wider(**like), strict=False).step == 3
+        forge(tmp_path, lambda manifest: manifest["structure"].update(kind="struct gone.away:State"))
+        assert tree.equal(checkpoints.restore(After(**like)).params, at(3).params)
+        assert checkpoints.read(select="params/w")["params/w"].equal(at(3).params["w"])
+        with pytest.raises(
+            CheckpointError, match=r"gone.away:State is not loaded: import the module .*Where it has another name now: restore\(like="
+        ):
+            checkpoints.restore()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_observers_of_quantization_take_their_shape_from_what_was_saved(tmp_path: Path) -> None:
+    """A fresh one has no channels yet."""
+    from torch.ao import quantization
+
+    def make() -> nn.Module:
+        model = grown(frozen=False)
+        model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+        return quantization.prepare_qat(model)
+
+    make_state = lambda: TrainState.create(make(), optim.sgd(1e-2), seed=0)  # noqa: E731
+    state = trained(make(), optim.sgd(1e-2), make_state(), 0, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        back = checkpoints.restore(make_state())
+        loaded = checkpoint.load_from(tmp_path, make_state())
+        with pytest.raises(CheckpointError, match=r"params/0.weight +tensor float32 \(3, 3\) +tensor float32 \(5, 3\)"):
+            checkpoints.restore(make_state().replace(params=make_state().params | {"0.weight": torch.zeros(5, 3)}))
+    assert tree.equal(back, state)
+    assert tree.equal(loaded.buffers, state.buffers)
+    assert tree.equal(trained(make(), optim.sgd(1e-2), back, 3, 5), trained(make(), optim.sgd(1e-2), state, 3, 5))
+
+
 def test_another_dtype_only_when_asked(tmp_path: Path) -> None:
     state = fresh(seed=1)
     half = {name: value.bfloat16() for name, value in fresh().params.items()}
@@ -596,6 +781,51 @@ def test_a_forged_manifest_names_nothing_else(kind: str, tmp_path: Path) -> None
         checkpoints.wait()
         forge(tmp_path, lambda manifest: manifest["structure"]["children"][5]["children"][0].update(kind=kind))
         with pytest.raises(CheckpointError):
+            checkpoints.restore()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "change", "message"),
+    [
+        ("step", {"value": "abc"}, "step is said to be of kind int, and its value is none"),
+        ("step", {"value": 1.0}, "of kind int"),
+        ("step", {"value": True}, "of kind int"),
+        ("step", {"kind": "str"}, "of kind str"),
+        ("step", {"kind": "object"}, "of kind object"),
+        ("stop", {"value": {"int": "0x10"}}, "of kind NoneType"),
+        ("memory/b", {"offset": 0}, "memory/b lies where another leaf lies"),
+        ("memory/b", {"offset": 65}, "lies where another leaf lies"),
+        ("memory/a", {"path": "memory/b"}, "memory/b lies at memory/a"),
+        ("memory/n", {"dtype": "|O"}, "memory/n is an array of |O"),
+        ("memory/n", {"dtype": "<f4,<f4"}, "memory/n is an array of"),
+    ],
+)
+def test_a_leaf_that_is_not_what_it_is_said_to_be_is_refused_where_the_manifest_is_read(
+    leaf: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1, a=torch.ones(20), b=torch.ones(20), n=np.ones(20, np.float32)))
+        checkpoints.wait()
+        forge(tmp_path, lambda manifest: next(found for found in manifest["leaves"] if found["path"] == leaf).update(change))
+        with pytest.raises(DamagedError, match=rf"manifest.json is not a manifest: .*{re.escape(message)}"):
+            checkpoints.manifest()
+
+
+def test_nothing_that_is_read_is_unpacked(tmp_path: Path) -> None:
+    """Compressed arrays could be of any size; zarr has them, fnrun writes none."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state := at(1, zeros=torch.zeros(10**6)))
+        checkpoints.wait()
+        (folder,) = [path.parent for path in files(tmp_path) if path.name == "0" and path.stat().st_size == 4 * 10**6]
+        described = json.loads((folder / ".zarray").read_text())
+        (folder / ".zarray").write_text(
+            json.dumps(described | {"compressor": {"id": "zlib", "level": 9}, "shape": [10**12], "chunks": [10**12]})
+        )
+        forge(tmp_path, lambda manifest: None)
+        assert tree.equal(checkpoints.restore(), state)
+        (folder / "0").write_bytes(zlib.compress((folder / "0").read_bytes()))
+        forge(tmp_path, lambda manifest: None)
+        with pytest.raises(DamagedError, match="leaf memory/zeros is not what was saved"):
             checkpoints.restore()
 
 
@@ -892,6 +1122,124 @@ def test_a_moved_directory_reads_the_same(tmp_path: Path) -> None:
         checkpoints.save(at(1))
     (tmp_path / "a").rename(tmp_path / "c")
     assert tree.equal(Checkpoints(tmp_path / "c" / "b").restore(), at(1))
+
+
+# --- beside others -----------------------------------------------------------------------------------------------------
+
+
+def test_several_directories_of_one_process_are_saved_and_read_at_once(tmp_path: Path) -> None:
+    """orbax and tensorstore keep what they know of a call for the process."""
+    directories = [Checkpoints(tmp_path / name) for name in ("last", "best", "other")]
+    with Checkpoints(tmp_path / "read") as read:
+        read.save(at(0))
+    for step in range(1, 16):
+        for checkpoints in directories:
+            checkpoints.save(at(step))
+        assert tree.equal(read.restore(), at(0))
+    for checkpoints in directories:
+        checkpoints.wait()
+        assert checkpoints.steps() == list(range(1, 16))
+        assert tree.equal(checkpoints.restore(), at(15))
+
+
+def test_who_reads_waits_for_nobody_who_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, begun = threading.Event(), threading.Event()
+    with Checkpoints(tmp_path / "a") as read:
+        read.save(at(1))
+    write = store.orbax().save
+
+    def slow(*arguments: Any) -> None:
+        begun.set()
+        assert gate.wait(20)
+        write(*arguments)
+
+    monkeypatch.setattr(store.orbax(), "save", slow)
+    with Checkpoints(tmp_path / "b") as checkpoints:
+        checkpoints.save(at(2))
+        assert begun.wait(20)
+        assert tree.equal(read.restore(), at(1))
+        gate.set()
+    assert tree.equal(checkpoints.restore(), at(2))
+
+
+def test_a_reader_beside_a_pruning_writer_reads_what_is_there_by_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader = Checkpoints(tmp_path), Checkpoints(tmp_path)
+    for step in (1, 2):
+        writer.save(at(step), {"loss": 1 / step}, monitor="loss")
+    writer.wait()
+    check = store.check_files
+
+    def overtaken(directory: Path, manifest: Any) -> None:
+        monkeypatch.setattr(store, "check_files", check)
+        writer.save(at(manifest.step + 1), {"loss": 1 / manifest.step - 1}, monitor="loss")
+        writer.wait()
+        writer.prune(1)
+        check(directory, manifest)
+
+    asked: list[Any] = [
+        lambda: reader.restore().step,
+        lambda: reader.restore(step="best").step,
+        lambda: reader.read()["step"],
+        lambda: reader.check().step,
+        lambda: checkpoint.load_from(tmp_path, fresh_like(at(0))).params["w"].equal(at(writer.latest() or 0).params["w"]),
+    ]
+    for ask in asked:
+        monkeypatch.setattr(store, "check_files", overtaken)
+        assert ask() in (writer.latest(), True)
+    monkeypatch.setattr(store, "check_files", overtaken)
+    with pytest.raises(
+        CheckpointError, match=r"was deleted, or moved away, while it was read, by the process that writes there: .*no checkpoint of"
+    ) as error:
+        reader.restore(step=reader.latest())
+    assert not isinstance(error.value, DamagedError)
+
+
+def fresh_like(state: TrainState) -> TrainState:
+    return state.replace(params={name: torch.zeros_like(value) for name, value in state.params.items()})
+
+
+def test_a_forked_process_reads_and_says_that_it_cannot_save(tmp_path: Path) -> None:
+    """tensorstore aborts a process that was forked after its first use."""
+    code = """
+        import os, sys
+        from fnrun.checkpoint import Checkpoints, CheckpointError
+        from tests.test_checkpoint import at
+        checkpoints = Checkpoints(sys.argv[1])
+        checkpoints.save(at(1))
+        checkpoints.wait()
+        if (child := os.fork()) == 0:
+            print(checkpoints.restore().step, flush=True)
+            for other in (checkpoints, Checkpoints(sys.argv[1] + "/other")):
+                try:
+                    other.save(at(2))
+                except CheckpointError as error:
+                    print(error, flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        checkpoints.save(at(3))
+        print(checkpoints.steps())
+    """
+    ran = python(code, tmp_path)
+    said = [re.sub(r" \d+ .*", "", line) for line in ran.stdout.splitlines()]
+    assert (said, ran.stderr) == (["1", *["this process cannot save: it was forked from process"] * 2, "[1, 3]"], "")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no compiler")
+def test_a_file_system_that_makes_nothing_durable_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "none.c").write_text(
+        "#include <errno.h>\nint fsync(int f) { errno = EINVAL; return -1; }\nint fdatasync(int f) { return fsync(f); }\n"
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "none.so", tmp_path / "none.c"], check=True)
+    code = """
+        import sys
+        from fnrun.checkpoint import Checkpoints
+        from tests.test_checkpoint import at
+        with Checkpoints(sys.argv[1]) as checkpoints:
+            checkpoints.save(at(1))
+    """
+    ran = python(code, tmp_path / "saved", env=os.environ | {"LD_PRELOAD": str(tmp_path / "none.so")})
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert tree.equal(Checkpoints(tmp_path / "saved").restore(), at(1))
 
 
 # --- behind the training -----------------------------------------------------------------------------------------------

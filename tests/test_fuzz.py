@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
 import json
 import random
 import re
@@ -20,8 +22,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from fnrun import tree
-from fnrun.checkpoint import CheckpointError, Checkpoints, store
+from fnrun import command, tree
+from fnrun.checkpoint import CheckpointError, Checkpoints, load_from, store
 from fnrun.run import Run
 from fnrun.state import Frame, Position, TrainState
 from fnrun.writer import RunError
@@ -133,6 +135,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoints, Path]:
     checkpoints = Checkpoints(tmp_path_factory.mktemp("saved"), config={"lr": 0.1, "nan": float("nan")})
     checkpoints.save(state(), {"loss": 0.5, "nan": float("nan")}, monitor="loss")
     checkpoints.restore()
+    commanded("show", checkpoints)  # what it needs is imported
+    commanded("diff", checkpoints, str(checkpoints.directory / checkpoints.find().name))
     return checkpoints, checkpoints.directory / checkpoints.find().name
 
 
@@ -284,7 +288,19 @@ ASKED: list[list[Callable[[Checkpoints], Any]]] = [
     [lambda checkpoints: checkpoints.restore()],
     [lambda checkpoints: checkpoints.restore(like=state()), lambda checkpoints: checkpoints.best()],
     [lambda checkpoints: checkpoints.read(), lambda checkpoints: checkpoints.superfluous(1)],
+    [lambda checkpoints: commanded("show", checkpoints), lambda checkpoints: commanded("show", checkpoints, "--json")],
+    [lambda checkpoints: commanded("diff", checkpoints, str(checkpoints.directory / checkpoints.find().name))],
+    [lambda checkpoints: load_from(checkpoints, state())],
 ]
+
+
+def commanded(name: str, checkpoints: Checkpoints, *arguments: str) -> None:
+    """What a command says; an error of ours is what it says of one."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        code = command.main([name, str(checkpoints.directory / checkpoints.find().name), *arguments])
+    if code == 2:
+        raise CheckpointError(errors.getvalue())
 
 
 # --- configs -----------------------------------------------------------------------------------------------------------

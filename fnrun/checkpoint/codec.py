@@ -21,10 +21,13 @@ import numpy as np
 import torch
 
 from fnrun import tree
-from fnrun.checkpoint.manifest import SEQUENCES, CheckpointError, Leaf, Node, constant, dense, encode_constant, text
+from fnrun.checkpoint.manifest import ARRAY_KINDS, SEQUENCES, CheckpointError, Leaf, Node, constant, dense, encode_constant, text
 
 #: Fields of a state that a fresh one cannot know: always rebuilt from the manifest, whatever `like` holds there.
 FREE = ("position", "memory")
+
+#: So many containers may lie within one another: what reads them again takes a few of Python's frames for each.
+DEPTH = 410
 
 DICTS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "defaultdict": defaultdict}
 _FACTORIES: dict[str, Any] = {"": None} | {cls.__name__: cls for cls in (dict, list, set, tuple, int, float, str, bool, bytes)}
@@ -51,6 +54,8 @@ def describe(value: Any) -> Description:
     known: dict[Any, int] = {}
 
     def walk(value: Any, path: tuple[Any, ...]) -> Node | int:
+        if len(path) > DEPTH:
+            raise CheckpointError(f"{text(path[:5])}/... goes on for more than {DEPTH} containers in one another: does one hold itself?")
         if (node := container(value, path)) is not None:
             items = [walk(child, (*path, key)) for key, child in node.items]
             return Node(node.kind, items, node.keys, node.static)
@@ -65,7 +70,12 @@ def describe(value: Any) -> Description:
                 sources[number] = value
         return number
 
-    return Description(walk(value, ()), leaves, sources)
+    try:
+        return Description(walk(value, ()), leaves, sources)
+    except RecursionError:
+        raise CheckpointError(
+            f"the state has too many containers in one another, near {leaves[-1].path if leaves else 'its root'}"
+        ) from None
 
 
 class Container(NamedTuple):
@@ -117,11 +127,11 @@ def leaf_of(value: Any, path: tuple[Any, ...]) -> Leaf:
     """The entry of one leaf, as yet without digest and place."""
     where = text(path)
     if isinstance(value, torch.Tensor):
-        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_quantized:
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointError(f"{where}: {_odd_tensor(value)} cannot be saved; make it a plain, dense tensor")
         dtype = str(value.dtype).removeprefix("torch.")
         return Leaf(where, "tensor", dtype=dtype, shape=tuple(value.shape), strides=_strides(value), device=str(value.device))
-    if type(value) is np.ndarray and value.dtype.kind in "biufcSUmM":
+    if type(value) is np.ndarray and value.dtype.kind in ARRAY_KINDS:
         return Leaf(where, "ndarray", dtype=value.dtype.str, shape=value.shape)
     if type(value) not in tree.SCALARS:
         what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__module__}.{type(value).__qualname__}"
@@ -132,6 +142,8 @@ def leaf_of(value: Any, path: tuple[Any, ...]) -> Leaf:
 def _odd_tensor(value: torch.Tensor) -> str:
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         return f"a {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
     return "a quantized tensor" if value.is_quantized else f"a {value.layout} tensor"
 
 
@@ -152,7 +164,7 @@ def _strides(value: torch.Tensor) -> tuple[int, ...] | None:
 
 def identity(value: Any) -> Any:
     """What two tensors or arrays have in common that are one: the same elements of the same memory, in the same order."""
-    if isinstance(value, np.ndarray):
+    if not isinstance(value, torch.Tensor):
         return id(value)
     storage = value.untyped_storage()._cdata
     return storage, value.storage_offset(), value.shape, value.stride(), value.dtype, value.is_conj(), value.is_neg()
@@ -176,13 +188,14 @@ class Keep(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """A container to be built, with the class that `like` has there."""
+    """A container to be built, with the class that `like` has there; and what it is to be fitted to, where leaves are known by number in it."""
 
     kind: str
     keys: list[Any]
     static: list[Any]
     children: list[Any]
     cls: type | None
+    fit: tuple[Any, list[int | None]] | None = None
 
 
 def picks(plan: Any) -> Iterator[Pick]:
@@ -209,7 +222,8 @@ def build(plan: Any, value: Callable[[Pick], Any], path: tuple[Any, ...] = ()) -
         return deque(children, plan.static[0])
     if plan.kind in SEQUENCES:
         return children if plan.kind == "list" else tuple(children)
-    return _instance(plan, children, path)
+    built = _instance(plan, children, path)
+    return built if plan.fit is None else built.fitted(*plan.fit)
 
 
 def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
@@ -219,7 +233,10 @@ def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
             importlib.import_module(name.partition(":")[0])
     cls: Any = plan.cls or (tree.struct_class(name) if family == "struct" else _loaded_namedtuple(plan.kind))
     if cls is None or family not in ("struct", "namedtuple"):
-        raise CheckpointError(f"{text(path) or 'the state'}: {plan.kind} is not loaded: import the module that defines it before restoring")
+        raise CheckpointError(
+            f"{text(path) or 'the state'}: {plan.kind} is not loaded: import the module that defines it before restoring. (Where "
+            "it has another name now: restore(like=a fresh state); read() gives the leaves without any class)"
+        )
     values = dict(zip(plan.keys, children, strict=True)) | {
         key: constant(item) for key, item in (plan.static if family == "struct" else [])
     }

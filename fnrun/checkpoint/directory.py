@@ -35,6 +35,7 @@ from fnrun.checkpoint.retention import Entry, Which, best, check_keep, judges, m
 from fnrun.donation import secured
 
 M = TypeVar("M", Manifest, Judgement | Manifest)
+T = TypeVar("T")
 
 _TEMPORARY = ".tmp-"
 _ABANDONED = "abandoned-"
@@ -97,6 +98,7 @@ class Checkpoints:
         monitors = monitored(monitor, mode)
         if unknown := [metric for metric in monitors if metrics and metric not in metrics]:
             raise ValueError(f"save: {unknown[0]!r} is monitored and not among the metrics: {', '.join(map(repr, metrics or ()))}")
+        store.check_process()
         if self.guard is not None:
             self.guard()
         step, ticks = _place(state)
@@ -273,16 +275,45 @@ class Checkpoints:
 
     def manifest(self, step: Which = None) -> Manifest:
         """What a checkpoint says of itself, its arrays apart: metrics, config, environment, leaves. Arguments as in `restore`."""
-        return self._manifest(self.find(step))
+        return self.reading(step, self._manifest)
 
     def check(self, step: Which = None) -> Manifest:
         """The manifest, after every file of the checkpoint was compared with its digest. Arguments and errors as in `restore`."""
-        manifest = self._manifest(entry := self.find(step))
+        return self.reading(step, self._checked)
+
+    def _checked(self, entry: Entry) -> Manifest:
+        manifest = self._manifest(entry)
         store.check_files(self.directory / entry.name, manifest)
         return manifest
 
+    def reading(self, step: Which, read: Callable[[Entry], T]) -> T:
+        """`read` of the checkpoint that `step` names; of the one that it names by then, where another process deletes that one meanwhile."""
+        entry = self.find(step)
+        while True:
+            try:
+                return read(entry)
+            except CheckpointError as error:
+                if os.path.lexists(self.directory / entry.name):
+                    raise
+                gone = CheckpointError(
+                    f"{self.directory / entry.name} was deleted, or moved away, while it was read, by the process that writes there"
+                )
+                try:
+                    before, entry = entry, self.find(step)
+                except CheckpointError as none:
+                    raise CheckpointError(f"{gone}: {none}") from error
+                if entry == before:  # some network file systems do not know yet
+                    raise gone from error
+
     def _judgements(self) -> dict[Entry, Judgement | Manifest]:
-        return {entry: self._judgement(entry) for entry in self._entries()}
+        found: dict[Entry, Judgement | Manifest] = {}
+        for entry in self._entries():
+            try:
+                found[entry] = self._judgement(entry)
+            except DamagedError:
+                if (self.directory / entry.name).exists():  # and was not deleted meanwhile, by the process that writes
+                    raise
+        return found
 
     def _judgement(self, entry: Entry) -> Judgement | Manifest:
         """Read once, and again where the file is another: what a save costs must not grow with the checkpoints that there are."""
@@ -388,8 +419,19 @@ class Checkpoints:
         device that cannot take it or a dtype that is not floating-point.
         """
         match.check_cast("restore", dtype)
-        entry = self.find(step)
-        directory, manifest = self.directory / entry.name, self.check(entry)
+        return self.reading(step, lambda entry: self._restored(entry, like, select, rename, strict, device, dtype))
+
+    def _restored(
+        self,
+        entry: Entry,
+        like: Any,
+        select: str | Sequence[str] | None,
+        rename: match.Rename | None,
+        strict: bool,
+        device: str | torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> Any:
+        directory, manifest = self.directory / entry.name, self._checked(entry)
         with _describing(directory):
             structure, leaves = manifest.structure, manifest.leaves
             if rename is not None:
@@ -407,16 +449,28 @@ class Checkpoints:
             logging.getLogger("fnrun").warning("%s: %s", directory, line)
         return restored
 
-    def read(self, step: Which = None, select: str | Sequence[str] | None = None) -> dict[str, Any]:
-        """The leaves of a checkpoint by path, on the CPU; no class of the state need be known. Arguments and errors as in `restore`."""
-        entry = self.find(step)
-        directory, manifest = self.directory / entry.name, self.check(entry)
+    def read(
+        self,
+        step: Which = None,
+        select: str | Sequence[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Any]:
+        """The leaves of a checkpoint by path, on the CPU or on `device`; no class of the state need be known. Arguments and errors as in `restore`."""
+        match.check_cast("read", dtype)
+        return self.reading(step, lambda entry: self._leaves(entry, select, device, dtype))
+
+    def _leaves(
+        self, entry: Entry, select: str | Sequence[str] | None, device: str | torch.device | None, dtype: torch.dtype | None
+    ) -> dict[str, Any]:
+        directory, manifest = self.directory / entry.name, self._checked(entry)
         with _describing(directory):
             leaves, patterns = manifest.leaves, _patterns(select)
             wanted = match.selector(patterns, [] if patterns is None else list(match.paths(manifest.structure)))
             picks = [codec.Pick(number) for number, leaf in enumerate(leaves) if wanted(leaf.path)]
             found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
-            value = _values(leaves, picks, found, None, None)
+            value = _values(leaves, picks, found, device, dtype)
             named = {leaves[pick.number].path: value(pick) for pick in picks}
         if len(named) < len(picks):
             twice = next(path for path, count in Counter(leaves[pick.number].path for pick in picks).items() if count > 1)

@@ -19,6 +19,8 @@ FORMAT = 2
 Mode = Literal["min", "max"]
 
 TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+#: The kinds of NumPy's dtypes that can be saved.
+ARRAY_KINDS = "biufcSUmM"
 #: The kinds of containers whose keys go without saying.
 SEQUENCES = ("list", "tuple", "deque")
 
@@ -124,10 +126,13 @@ class Manifest(msgspec.Struct, kw_only=True):
         return ranked(self.metrics.get(metric, "nan"), mode) if self.monitors.get(metric) == mode else None
 
     def check(self) -> None:
-        """Raise ValueError unless the structure names each leaf once, in order, each leaf says where its bytes are, and metrics are numbers."""
-        if list(_numbers(self.structure)) != list(range(len(self.leaves))):
+        """Raise an error unless the structure names each leaf once, in order and with its path, each leaf says where its bytes are, and metrics are numbers."""
+        placed = list(_placed(self.structure))
+        if [number for number, _ in placed] != list(range(len(self.leaves))):
             raise ValueError("the structure does not name each leaf once")
-        for number, leaf in enumerate(self.leaves):
+        for (number, path), leaf in zip(placed, self.leaves, strict=True):
+            if leaf.path != path:
+                raise ValueError(f"{leaf.path} lies at {path}")
             if leaf.shares is not None:
                 if not 0 <= leaf.shares < number or self.leaves[leaf.shares].spec() != leaf.spec():
                     raise ValueError(f"{leaf.path} shares leaf {leaf.shares}")
@@ -135,8 +140,13 @@ class Manifest(msgspec.Struct, kw_only=True):
                 raise ValueError(f"{leaf.path} has no place")
             elif leaf.stored and (len(leaf.sha256) != 64 or min((*leaf.shape, leaf.array or 0, leaf.offset or 0)) < 0):
                 raise ValueError(f"{leaf.path} is badly described")
+            if leaf.kind == "ndarray" and np.dtype(leaf.dtype).kind not in ARRAY_KINDS:
+                raise ValueError(f"{leaf.path} is an array of {leaf.dtype}")
+            if not leaf.stored and type(constant(leaf.value)).__name__ != leaf.kind:
+                raise ValueError(f"{leaf.path} is said to be of kind {leaf.kind}, and its value is none")
             if leaf.strides is not None and not dense(leaf.shape, leaf.strides):
                 raise ValueError(f"{leaf.path} has strides with gaps or overlaps")
+        _check_places(self.leaves)
         for value in self.metrics.values():
             float(value)
 
@@ -151,6 +161,17 @@ class Judgement(msgspec.Struct, kw_only=True):
     monitors: dict[str, Mode] = {}
 
     value = Manifest.value
+
+
+def _check_places(leaves: Sequence[Leaf]) -> None:
+    """Raise ValueError where two leaves are read from the same bytes: then they could ask for more memory than the files hold."""
+    end: dict[int, int] = {}
+    placed = [leaf for leaf in leaves if leaf.array is not None and leaf.shares is None]
+    for leaf in sorted(placed, key=lambda leaf: (leaf.array or 0, leaf.offset or 0)):
+        begin, before = leaf.offset or 0, end.get(leaf.array or 0, 0)
+        if begin < before:
+            raise ValueError(f"{leaf.path} lies where another leaf lies")
+        end[leaf.array or 0] = begin + leaf.nbytes
 
 
 def migrate(raw: dict[str, Any]) -> dict[str, Any]:
@@ -171,12 +192,29 @@ def dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def _numbers(structure: Node | int) -> Iterator[int]:
+def _placed(structure: Node | int, path: tuple[Any, ...] = ()) -> Iterator[tuple[int, str]]:
+    """The number of each leaf, and its path. Raises an error for a container that is none."""
     if isinstance(structure, int):
-        yield structure
+        yield structure, text(path)
+        return
+    items = structure.items()
+    if len({key for key, _ in items}) < len(items):
+        raise ValueError(f"{text(path)} has two entries of one key")
+    if structure.kind == "deque":
+        (most,) = structure.static
+        if not (most is None or (type(most) is int and most >= len(items))):
+            raise ValueError(f"{text(path)} is a deque of {len(items)} with room for {most!r}")
+    elif structure.kind == "defaultdict":
+        (factory,) = structure.static
+        if not isinstance(factory, str):
+            raise ValueError(f"{text(path)} is a defaultdict of {factory!r}")
     else:
-        for child in structure.children:
-            yield from _numbers(child)
+        for name, value in structure.static:
+            if not isinstance(name, str):
+                raise ValueError(f"{text(path)} has a field {name!r}")
+            hash(constant(value))
+    for key, child in items:
+        yield from _placed(child, (*path, key))
 
 
 # --- constants ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -190,10 +191,15 @@ class Matcher:
         self.all = patterns is None
         self.wrong: list[Mismatch] = []
         self.apart: list[Mismatch] = self.wrong if strict else []
+        self.strict = strict
+        self.growing: tuple[str, ...] = ()
+        self.numbered: dict[str, tuple[int, int]] = {}
+        self.renamed: list[str] = []
 
     def plan(self, like: Any, where: str) -> Any:
         """A tree of Branch, Pick and Keep. Raises CheckpointError with a table of what does not match; `where` says what was saved."""
         self.wanted = selector(self.patterns, [] if self.all else [*paths(self.structure), *_paths_of(like)])
+        self.growing, self.numbered = _growing(like), {}
         plan = self.match(self.structure, like)
         if not any(picks(plan)):
             self.wrong = self.wrong or self.apart  # nothing fits: whoever is not strict did not mean that
@@ -214,12 +220,29 @@ class Matcher:
         node = None if like is ABSENT else container(like, path)
         if isinstance(saved, int):
             return self._leaf(saved, like, node, path, free)
-        if like is not ABSENT and (node is None or node.kind != saved.kind):
+        if node is not None and path == () and node.kind != saved.kind and node.kind[:7] == saved.kind[:7] == "struct ":
+            self.renamed.append(f"saved as a {saved.kind[7:]}, restored as a {node.kind[7:]}")
+        elif like is not ABSENT and (node is None or node.kind != saved.kind):
             self.wrong.append(Mismatch(text(path), self._words(saved), _words(like)))
             return Keep(like)
         if node is not None and not free and msgspec.json.encode(node.static) != msgspec.json.encode(saved.static):
             self.wrong.append(Mismatch(text(path), _statics(saved.static), _statics(node.static)))
-        return self._branch(saved, node, path, free, None if like is ABSENT else type(like))
+        cls = None if like is ABSENT else type(like)
+        fit = None if self.strict or not hasattr(cls, "numbered") else self._fit(saved, like, path)
+        return self._branch(saved, node, path, free, cls)._replace(fit=fit)
+
+    def _fit(self, saved: Node, like: Any, path: tuple[Any, ...]) -> tuple[Any, list[int | None]] | None:
+        """A fresh part of an optimizer state in which leaves are known by number, and which of those saved each of them was; None where they are the same."""
+        inside = dict(saved.items())
+        if not all(field in inside and self._any(inside[field], (*path, field)) for field in like.numbered):
+            return None
+        before = _names(inside.get(like.named, 0), lambda node: node.items() if isinstance(node, Node) else None)
+        after = _names(getattr(like, like.named), lambda value: value.items() if isinstance(value, dict) else None)
+        if before is None or after is None or before == after != []:
+            return None
+        for field in like.numbered:
+            self.numbered[text((*path, field))] = len(before), len(after)
+        return like, [before.index(name) if name in before else None for name in after]
 
     def _rebuilt(self, saved: Any, like: Any, path: tuple[Any, ...], free: bool) -> bool:
         """Whether this place is the manifest's alone: by its field, or because `like` is empty there."""
@@ -241,25 +264,31 @@ class Matcher:
         return Pick(number, like.device, like.dtype) if isinstance(like, torch.Tensor) else Pick(number)
 
     def _fits(self, like: Leaf, saved: Leaf) -> bool:
+        if like.kind == "tensor" and like.path.startswith(self.growing) and math.prod(like.shape) <= 1:
+            like = msgspec.structs.replace(like, shape=saved.shape)
+        for prefix, (before, after) in self.numbered.items():
+            vectors = len(like.shape) == len(saved.shape) == 1 and like.dtype == saved.dtype
+            if like.path.startswith(f"{prefix}/") and vectors and (not after or (saved.shape, like.shape) == ((before,), (after,))):
+                return True
         return like.spec() == saved.spec() or (
             castable(saved) and like.kind == "tensor" and like.shape == saved.shape and TORCH_DTYPES[like.dtype] == self.cast
         )
 
     def _branch(self, saved: Node, node: Container | None, path: tuple[Any, ...], free: bool, cls: type | None) -> Branch:
-        ours = {_typed(key): child for key, child in saved.items()}
-        theirs = {_typed(key): child for key, child in node.items} if node else {}
+        ours = {_typed(key): (key, child) for key, child in saved.items()}
+        theirs = {_typed(key): (key, child) for key, child in node.items} if node else {}
         rebuilt = node is None or free or (not node.items and path[:1] != () and path[0] not in EXACT)
         children, keys = [], []
-        for typed, child in ours.items():
+        for typed, (key, child) in ours.items():
             if typed not in theirs and not rebuilt:
-                self._only_saved(child, (*path, typed[1]))
+                self._only_saved(child, (*path, key))
                 continue
-            keys.append(typed[1])
-            children.append(self.match(child, theirs.get(typed, ABSENT), (*path, typed[1])))
-        for typed, child in theirs.items():
+            keys.append(key)
+            children.append(self.match(child, theirs.get(typed, (key, ABSENT))[1], (*path, key)))
+        for typed, (key, child) in theirs.items():
             if typed not in ours and not (free and (self.all or saved.kind not in DICTS)):
-                keys.append(typed[1])
-                children.append(self.match(ABSENT, child, (*path, typed[1])))
+                keys.append(key)
+                children.append(self.match(ABSENT, child, (*path, key)))
         return Branch(saved.kind, keys, saved.static, children, cls)
 
     def _any(self, saved: Any, path: tuple[Any, ...]) -> bool:
@@ -291,7 +320,7 @@ class Matcher:
         """What was left out without an error, in words."""
         what = {"(missing)": "not in the checkpoint, left as they are", "(unexpected)": "in the checkpoint and left out"}
         names = {of: [row.path for row in self.apart if of in row] for of in what} if self.apart is not self.wrong else {}
-        return [f"{what[of]}: {shortened(found)}" for of, found in names.items() if found]
+        return self.renamed + [f"{what[of]}: {shortened(found)}" for of, found in names.items() if found]
 
     def table(self, rows: int = 30) -> str:
         """What does not match, a line each, with near names for what is missing; of very many some of each sort, missing, unexpected and differing."""
@@ -310,6 +339,32 @@ class Matcher:
         if len(self.wrong) > len(some):
             shown.append(f"  ... and {len(self.wrong) - len(some)} more")
         return "\n".join(shown)
+
+
+def _names(value: Any, items: Callable[[Any], Any]) -> list[Any] | None:
+    """The parameters in `{name: leaf}` or in the first of several of these, in the order in which optimizers number them; None where there are none such."""
+    for _, child in items(value) or ():
+        if items(child) is not None:
+            return _names(child, items)
+    try:
+        return sorted(name for name, _ in items(value) or ())
+    except TypeError:
+        return None
+
+
+def _growing(like: Any) -> tuple[str, ...]:
+    """Beginnings of the paths of buffers that take their shape from the data: those of a module in which a fresh one is empty, or of its child.
+
+    So are those of torch's observers and fake quantizations: the least value of each channel is `[]` before a batch was seen, its scale `[1.]`.
+    """
+    found: set[str] = set()
+    buffers = getattr(like, "buffers", None) if not isinstance(like, Mapping) else like.get("buffers")
+    for name, value in buffers.items() if isinstance(buffers, Mapping) else ():
+        if isinstance(value, torch.Tensor) and not value.numel():
+            *modules, _ = name.split(".")
+            module = modules[:-1] if modules[-1:] == ["activation_post_process"] else modules
+            found.add(f"{text(('buffers', '.'.join(module)))}." if module else text(("buffers", name)))
+    return tuple(found)
 
 
 def castable(leaf: Leaf) -> bool:
@@ -334,8 +389,10 @@ def _words(like: Any) -> str:
 
 
 def _statics(static: list[Any]) -> str:
-    return "static " + ", ".join(f"{name}={constant(value)!r}" for name, value in static) if static else "no static fields"
+    """What of a container is no child: the static fields of a struct; the factory of a defaultdict, the room of a deque."""
+    told = [f"{item[0]}={tree.words(constant(item[1]))}" if isinstance(item, list) else repr(item) for item in static]
+    return f"static {', '.join(told)}" if told else "no static fields"
 
 
 def _typed(key: Any) -> tuple[str, Any]:
-    return type(key).__name__, key
+    return type(key).__name__, key if key == key else repr(encode_constant(key))

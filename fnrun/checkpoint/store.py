@@ -19,8 +19,8 @@ import math
 import os
 import re
 import shutil
-import struct as binary
 import sys
+import threading
 import types
 import warnings
 from collections import deque
@@ -52,6 +52,8 @@ READERS = min(8, os.cpu_count() or 1)
 ALIGNMENT = 64
 
 MANIFEST, DIGEST, ARRAYS = "manifest.json", "manifest.sha256", "arrays"
+#: orbax and tensorstore keep what they know of a call for the process: one call at a time, whichever directories it is about.
+_turn = threading.Lock()
 _ARRAY_FILE = re.compile(rf"{ARRAYS}/state/(\d{{5}})/([^/]+)")
 
 
@@ -65,6 +67,21 @@ def orbax() -> Any:
     fork, because a child that calls it may hang; a forked data worker never does. absl, through which orbax logs, calls `logging.basicConfig()`
     where a program has not: a program that does so later, while a save is under way, would find it done.
     """
+    check_process()
+    with _turn:
+        return _imported()
+
+
+def check_process() -> None:
+    """Raises CheckpointError in a process that was forked from one that had used orbax: its threads are gone, and it aborts the process."""
+    if _forked_from is not None:
+        raise CheckpointError(
+            f"this process cannot save: it was forked from process {_forked_from} after that had saved, and orbax does not outlive a fork. Start "
+            "it by spawn (multiprocessing.get_context('spawn')), or fork before the first save"
+        )
+
+
+def _imported() -> Any:
     from absl import logging as absl
 
     absl.logging = types.SimpleNamespace(**{**vars(logging), "basicConfig": lambda: None})  # pyright: ignore[reportAttributeAccessIssue]
@@ -76,6 +93,29 @@ def orbax() -> Any:
         from orbax.checkpoint import v1 as ocp
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     return ocp
+
+
+#: The process, once orbax has worked in it: until then a fork may use it too; and the one that this was forked from, if it had worked there.
+_used_by: int | None = None
+_forked_from: int | None = None
+
+
+@contextlib.contextmanager
+def _working() -> Iterator[None]:
+    """Within it orbax is at work: for one call at a time."""
+    global _used_by
+    with _turn, _quiet():
+        _used_by = os.getpid()
+        yield
+
+
+def _forked() -> None:
+    global _forked_from, _turn
+    _forked_from, _turn = _used_by, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @contextlib.contextmanager
@@ -114,7 +154,7 @@ def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
     context.array.saving.use_zarr3 = False
     context.memory.deepcopy_host_arrays = False  # a state is immutable, and copying is what takes the time
     try:
-        with context, _quiet():
+        with _working(), context, contextlib.nullcontext() if files.syncs(path.parent) else _unsynced():
             ocp.save(path, {f"{number:05d}": array for number, array in enumerate(arrays)})
     except Exception as error:
         if (code := re.search(r"os_error_code='(\d+)'", str(error))) is None:
@@ -122,13 +162,38 @@ def _save_arrays(path: Path, arrays: list[np.ndarray]) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
-def _load_arrays(path: Path, dtypes: dict[int, np.dtype]) -> dict[int, np.ndarray]:
-    """These arrays, by number. Of what is asked for orbax heeds the dtype, and casts to it; the shape is always the saved one."""
+@contextlib.contextmanager
+def _unsynced() -> Iterator[None]:
+    """Within it tensorstore does not insist on making files durable, for a file system that cannot."""
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    contexts: list[dict[str, Any]] = [tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT]  # pyright: ignore[reportPrivateUsage]
+    for settings in contexts:
+        settings["file_io_sync"] = False
+    try:
+        yield
+    finally:
+        for settings in contexts:
+            settings.pop("file_io_sync")
+
+
+def _load_arrays(path: Path, dtypes: dict[int, np.dtype], size: int) -> dict[int, np.ndarray]:
+    """These arrays, by number, of `size` bytes of files. Of what is asked for orbax heeds the dtype, and casts to it; the shape is always the saved one.
+
+    Raises ValueError where they would take more memory than the files: but for a few small values nothing in them is compressed.
+    """
     ocp = orbax()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context, _quiet():
-        loaded = ocp.load(path, {f"{number:05d}": np.zeros((), dtype) for number, dtype in dtypes.items()})
+    names = {f"{number:05d}": np.zeros((), dtype) for number, dtype in dtypes.items()}
+    with _working(), context:
+        saved = ocp.metadata(path).metadata
+        needed = sum(
+            math.prod(saved[name].shape) * max(like.itemsize, np.dtype(saved[name].dtype).itemsize) for name, like in names.items()
+        )
+        if needed > size + 4096 * len(names):
+            raise ValueError(f"{needed} bytes of arrays in {size} bytes of files")
+        loaded = ocp.load(path, names)
     return {number: loaded[f"{number:05d}"] for number in dtypes}
 
 
@@ -286,7 +351,9 @@ def read_manifest(directory: Path) -> Manifest:
             manifest = msgspec.json.decode(encoded, type=Manifest)
         manifest.check()
         manifest.config = config(manifest.config)
-    except (ValueError, TypeError, KeyError, RecursionError, binary.error) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a stranger may write
         raise DamagedError(f"{directory / MANIFEST} is not a manifest: {error}; {_elsewhere(directory)}") from error
     return manifest
 
@@ -372,20 +439,17 @@ def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[
     """Those of these leaves that are stored, as tensors on the CPU and arrays, their digests checked."""
     leaves = manifest.leaves
     numbers = {number for number in numbers if leaves[number].stored}
-    places = {leaf.array: _stored_dtype(leaf) for leaf in (leaves[number] for number in numbers) if leaf.array is not None}
     try:
-        arrays = {number: _bytes(array) for number, array in _load_arrays(directory / ARRAYS, places).items()} if places else {}
+        bits = _reader(directory, manifest, [leaves[number] for number in numbers if leaves[number].nbytes])
     except Exception as error:
         raise DamagedError(f"{directory / ARRAYS} cannot be read by orbax, though its files are as written: {error}") from error
 
     def read(number: int) -> Any:
         leaf = leaves[number]
-        if leaf.array is None:
-            data = np.empty(0, np.uint8)
-        elif leaf.offset is None:
-            data = arrays.pop(leaf.array)
-        else:
-            data = arrays[leaf.array][leaf.offset : leaf.offset + leaf.nbytes]
+        try:
+            data = bits(leaf) if leaf.nbytes else np.empty(0, np.uint8)
+        except (OSError, KeyError) as error:
+            raise DamagedError(f"{directory}: leaf {leaf.path} cannot be read: {error}; {_elsewhere(directory)}", [leaf.path]) from error
         if data.size != leaf.nbytes or _sha256(data) != leaf.sha256:
             raise DamagedError(
                 f"{directory}: leaf {leaf.path} is not what was saved: its sha256 differs; {_elsewhere(directory)}", [leaf.path]
@@ -393,6 +457,24 @@ def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[
         return _tensor(leaf, data) if leaf.kind == "tensor" else _array(leaf, data)
 
     return dict(zip(numbers, _each(read, numbers, READERS), strict=True))
+
+
+def _reader(directory: Path, manifest: Manifest, leaves: list[Leaf]) -> Callable[[Leaf], np.ndarray]:
+    """What gives the bytes of one of these leaves, never more than its file has.
+
+    They lie in the files as they are: who reads them needs no orbax and waits for nobody who saves. Format 1 alone has files of orbax's own.
+    """
+    plain = {int(place[1]): name for name in manifest.files if (place := _ARRAY_FILE.fullmatch(name)) and place[2] != ".zarray"}
+    if leaves and not plain:
+        size = sum(file.size for file in manifest.files.values())
+        arrays = _load_arrays(directory / ARRAYS, {leaf.array: _stored_dtype(leaf) for leaf in leaves if leaf.array is not None}, size)
+        return lambda leaf: _bytes(arrays[leaf.array or 0])[leaf.offset or 0 :][: leaf.nbytes]
+
+    def read(leaf: Leaf) -> np.ndarray:
+        name = plain[leaf.array or 0]
+        return np.fromfile(directory / name, np.uint8, min(leaf.nbytes, manifest.files[name].size), offset=leaf.offset or 0)
+
+    return read
 
 
 def _bytes(array: Any) -> np.ndarray:

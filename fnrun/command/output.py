@@ -13,9 +13,14 @@ from typing import Any
 from fnrun.command import CommandError
 from fnrun.tables import printable
 
+_DECIMAL = 14_000  # bits: fewer than the 4,300 digits, and more than any program reads as a number
+
 
 def document(value: Any) -> None:
-    """Print `value` as one JSON document. NaN and infinities, which JSON does not have, are the strings that `float` reads."""
+    """Print `value` as one JSON document. NaN and infinities, which JSON does not have, are the strings that `float` reads.
+
+    Integers of more digits than Python writes in decimals are strings in hexadecimals.
+    """
     print(json.dumps(_plain(value), indent=2, default=str))
 
 
@@ -26,6 +31,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if type(value) is int and value.bit_length() > _DECIMAL:
+        return hex(value)
     return value.hex() if isinstance(value, bytes) else value
 
 

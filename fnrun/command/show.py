@@ -15,6 +15,7 @@ from fnrun.command import CommandError, Show
 from fnrun.command.output import document, place, say
 from fnrun.command.stored import checkpoint_at, run_of, statistics
 from fnrun.tables import number, size, table
+from fnrun.tree import words
 
 
 def run(asked: Show) -> int:
@@ -107,7 +108,7 @@ def _value(row: dict[str, Any]) -> str:
     """A scalar's value, and what is to be said of the others."""
     told = []
     if "value" in row and row["kind"] != "NoneType":
-        text = number(row["value"]) if isinstance(row["value"], float) else repr(row["value"])
+        text = number(row["value"]) if isinstance(row["value"], float) else words(row["value"])
         told.append(text if len(text) <= 60 else f"{text[:57]}...")
     told += [f"{share:.3g} {name}" for share, name in ((row.get("nan"), "NaN"), (row.get("inf"), "infinite")) if share]
     told += [f"is {row['shares']}"] if "shares" in row else []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import optree
 import torch
@@ -59,6 +60,13 @@ class Misses:
         absent = [int(g is None) for g in grads]
         return Misses(self.total + sum(absent), self.each + torch.tensor(absent, dtype=torch.int64, device=self.each.device))
 
+    def fitted(self, places: Sequence[int | None], age: Any) -> Misses:
+        """For other leaves: `places` says which one each was, None for a new one, which has missed every one of `age` updates."""
+        each = torch.zeros(len(places), dtype=torch.int64, device=self.each.device)
+        for i, place in enumerate(places):
+            each[i] = age if place is None else self.each[place]
+        return Misses(self.total + age * list(places).count(None), each)
+
     def always(self, times: int) -> list[bool]:
         """Which leaves were missed each of so many times."""
         if is_zero(read(self.total)):
@@ -74,6 +82,20 @@ class RuleState:
     slots: dict[str, Any]
     scalars: dict[str, Tensor]
     misses: Misses
+
+    #: The fields in which leaves are known by their number, and the one in which they have names.
+    numbered: ClassVar = ("scalars", "misses")
+    named: ClassVar = "slots"
+
+    def fitted(self, fresh: RuleState, places: Sequence[int | None]) -> RuleState:
+        """For other parameters, those of the `fresh` state: a new one is as old as torch would have it, of no update."""
+        if not self.slots:  # nothing is remembered of any of them
+            return dataclasses.replace(self, misses=fresh.misses, scalars=fresh.scalars)
+        scalars = {
+            name: torch.stack([fresh.scalars[name][i] if place is None else values[place] for i, place in enumerate(places)])
+            for name, values in self.scalars.items()
+        }
+        return dataclasses.replace(self, scalars=scalars, misses=self.misses.fitted(places, self.hyper.count))
 
 
 class _Constants:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import optree
 import torch
@@ -97,6 +97,14 @@ class AccumulateState:
     micro: Any
     misses: Misses
     inner: Any
+
+    #: As in RuleState.
+    numbered: ClassVar = ("misses",)
+    named: ClassVar = "sums"
+
+    def fitted(self, fresh: AccumulateState, places: Sequence[int | None]) -> AccumulateState:
+        """For other parameters: a new one was missing in every batch so far."""
+        return dataclasses.replace(self, misses=self.misses.fitted(places, self.micro))
 
 
 def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
