@@ -404,3 +404,143 @@ def test_safetensors_holds_tied_weights_twice_and_says_so(tmp_path) -> None:
     foreign.write(to := tmp_path / "w.pt", OrderedDict(tensors), {})
     loaded = torch.load(to, weights_only=True)
     assert loaded["0.weight"].data_ptr() == loaded["1.weight"].data_ptr()
+
+
+# --- what a file asks for ----------------------------------------------------------------------------------------------
+
+
+class Stored:
+    """A tensor of a file: how many elements its storage has, as the pickle says, and how the tensor looks at it."""
+
+    def __init__(self, length: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0, key: str = "0") -> None:
+        self.length, self.shape, self.strides, self.offset, self.key = length, shape, strides, offset, key
+
+
+class TensorPickler(Pickler):
+    """Writes tensors as torch does, but with any numbers."""
+
+    legacy = False
+
+    def persistent_id(self, obj: Any) -> Any:
+        if type(obj) is not tuple or obj[:1] != ("a storage",):
+            return None
+        return ("storage", torch.FloatStorage, obj[2], "cpu", obj[1], *([None] if self.legacy else []))
+
+    def save(self, obj: Any, *args: Any, **options: Any) -> None:
+        if isinstance(obj, Stored):
+            storage = ("a storage", obj.length, obj.key)
+            obj = Reduced("torch._utils._rebuild_tensor_v2", storage, obj.offset, obj.shape, obj.strides, False, OrderedDict())
+        super().save(obj, *args, **options)
+
+
+def stored(path: Path, content: Any, records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    """A file as torch writes it, of these tensors and records of storages."""
+    TensorPickler(buffer := io.BytesIO(), protocol=2).dump(content)
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, data in {"data.pkl": buffer.getvalue(), "byteorder": b"little", **records, "version": b"3\n"}.items():
+            file.writestr(f"x/{name}", data)
+    return path
+
+
+def legacy(path: Path, content: Any, storages: dict[str, bytes]) -> Path:
+    """A file as torch wrote it before 1.6."""
+    with path.open("wb") as file:
+        for plain in (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}):
+            pickle.dump(plain, file, protocol=2)
+        pickler = TensorPickler(file, protocol=2)
+        pickler.legacy = True
+        pickler.dump(content)
+        pickle.dump(list(storages), file, protocol=2)
+        for data in storages.values():
+            file.write((len(data) // 4).to_bytes(8, "little") + data)
+    return path
+
+
+FLOATS = torch.arange(8.0).numpy().tobytes()
+
+
+def test_what_is_written_by_hand_is_read_as_torch_reads_it(tmp_path) -> None:
+    """So that what the next tests refuse is refused for what is wrong in it."""
+    content = {"w": Stored(8, (2, 3), (3, 1), 1), "same": Stored(8, (8,), (1,))}
+    for path in (stored(tmp_path / "a.pt", content, {"data/0": FLOATS}), legacy(tmp_path / "b.pt", content, {"0": FLOATS})):
+        expected = torch.load(path, weights_only=True)
+        assert expected["w"].tolist() == [[1, 2, 3], [4, 5, 6]]
+        assert tree.equal(params_from(path), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "records"),
+    [
+        ({"w": Stored(8, (8,), (1,))}, {"data/0": FLOATS[:20], "data/1": b"what lies behind it"}),
+        ({"w": Stored(2, (2,), (1,)), "v": Stored(8, (8,), (1,))}, {"data/0": FLOATS[:8]}),
+        ({"w": Stored(10**12, (8,), (1,))}, {"data/0": FLOATS}),
+        ({"w": Stored(8, (8,), (1,), 4)}, {"data/0": FLOATS}),
+        ({"w": Stored(8, (8,), (1,), -1)}, {"data/0": FLOATS}),
+        ({"w": Stored(8, (2,), (2**62,))}, {"data/0": FLOATS}),
+        ({"w": Stored(8, (2, 2), (-1, 1), 4)}, {"data/0": FLOATS}),
+        ({"w": Stored(8, (-2,), (1,))}, {"data/0": FLOATS}),
+        ({"w": Stored(-8, (8,), (1,))}, {"data/0": FLOATS}),
+        ({"w": Stored(8, (8,), (1,))}, {"data/0": FLOATS, "DATA/0": FLOATS}),
+        ({"w": Stored(8, (8,), (1,), key="../data/0")}, {"data/0": FLOATS}),
+        ({"w": Stored(8, (8,), (1,), key="7")}, {"data/0": FLOATS}),
+    ],
+    ids=["short", "two lengths", "terabytes", "beyond", "before", "overflow", "backwards", "negative", "less than none", "twice", "a path", "missing"],
+)  # fmt: skip
+def test_a_tensor_that_its_record_does_not_hold_is_refused(tmp_path, content, records) -> None:
+    with pytest.raises(CheckpointError):
+        params_from(stored(tmp_path / "a.pt", content, records))
+    with pytest.raises(CheckpointError):
+        params_from(stored(tmp_path / "b.pt", content, records, zipfile.ZIP_DEFLATED))
+    if set(records) == {"data/0"}:
+        with pytest.raises(CheckpointError):
+            params_from(legacy(tmp_path / "c.pt", content, {"0": records["data/0"]}))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [(10**12,), (10**6, 10**6), (2**40, 1)],
+    ids=["expanded", "in two dimensions", "along one"],
+)
+def test_views_that_stand_for_more_than_their_file_are_refused(tmp_path, view) -> None:
+    for zipped in (True, False):
+        torch.save({"w": torch.ones(1).expand(view)}, path := tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(CheckpointError, match=r"far more than the file has.*save copies, tensor.contiguous\(\)"):
+            params_from(path)
+    memory = torch.ones(5000)
+    torch.save({str(begin): memory[begin:] for begin in range(4000)}, path)
+    with pytest.raises(CheckpointError, match="views of one another"):
+        params_from(path)
+    torch.save({"row": torch.arange(4.0).expand(3, 4), "window": torch.arange(9.0).as_strided((4, 3), (2, 1))}, path)
+    assert tree.equal(params_from(path), torch.load(path))  # as much as anybody means to
+
+
+def test_a_file_that_unpacks_to_far_more_than_it_has_is_refused(tmp_path) -> None:
+    with zipfile.ZipFile(path := tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("x/data.pkl", *(f"x/data/{number}" for number in range(4))):
+            file.writestr(name, bytes(2**22))
+    with pytest.raises(DamagedError, match="unpacks to far more than the file has"):
+        params_from(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "metadata"),
+    [({}, [1]), ({}, "x"), ({}, {"a": 1}), ({}, {"tied": "[1]"}), ({}, {"tied": "{"}), ({}, {"tied": '{"w": ["w"]}'}), ({}, {"tied": "[" * 10_000}),
+     ({"v": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}}, {}), ({"v": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, {}),
+     ({"v": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [4, 4]}}, {}), ({"v": {"dtype": "X", "shape": [0], "data_offsets": [4, 4]}}, {})],
+)  # fmt: skip
+def test_a_header_of_safetensors_that_makes_no_sense_is_refused(tmp_path, header, metadata) -> None:
+    text = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, **header, "__metadata__": metadata}).encode()
+    (path := tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0\x80?")
+    with pytest.raises(DamagedError, match="no safetensors file"):
+        params_from(path)
+
+
+def test_tensors_come_to_a_device_and_a_dtype(tmp_path) -> None:
+    safetensors.torch.save_file(state_dict := {"w": torch.arange(3.0), "n": torch.arange(3)}, path := tmp_path / "a.safetensors")
+    for source in (path, state_dict):
+        found = params_from(source, device="cpu", dtype=torch.bfloat16)
+        assert {name: tensor.dtype for name, tensor in found.items()} == {"w": torch.bfloat16, "n": torch.int64}
+    with pytest.raises(CheckpointError, match=r"[wn] cannot be brought to nowhere"):
+        params_from(path, device="nowhere")
+    with pytest.raises(CheckpointError, match="params_from: dtype is a floating-point one"):
+        params_from(path, dtype=torch.int8)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -453,3 +454,49 @@ def test_a_state_is_a_source_too_and_what_is_none_is_told() -> None:
             load_from(source, like)  # pyright: ignore[reportArgumentType]
     with pytest.raises(CheckpointError, match="weights='ema': no hook of this name"):
         load_from(trained, fresh, weights="ema")
+
+
+def test_weights_come_in_another_dtype_and_to_a_device_when_asked(run, tmp_path) -> None:
+    path, _, state = run
+    half = fresh(Net().bfloat16())
+    export(state, weights := tmp_path / "weights.pt")
+    for source in (path, weights, state, params_from(weights)):
+        with pytest.raises(CheckpointError, match=r"tensor float32 .*tensor bfloat16"):
+            load_from(source, half)
+        loaded = load_from(source, half, dtype=torch.bfloat16, device="cpu")
+        assert tree.equal(loaded.params, {name: value.bfloat16() for name, value in state.params.items()})
+        with pytest.raises(CheckpointError, match=r"load_from: dtype=torch.bfloat16 is for a `like` that has it"):
+            load_from(source, fresh(), dtype=torch.bfloat16)
+        with pytest.raises(CheckpointError, match="load_from: the state cannot be brought to nowhere"):
+            load_from(source, fresh(), device="nowhere")
+    tied = fnrun.TrainState.create(Tied(), OPTIMIZER, seed=0).replace(memory={"same": (same := torch.ones(2), same)})
+    loaded = load_from(Tied().state_dict(), tied, device="cpu", strict=False)
+    assert loaded.memory["same"][0] is loaded.memory["same"][1]
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        assert {leaf.dtype for leaf in checkpoints.read(select="params/**", dtype=torch.float64).values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_arrays_are_exported_as_tensors_and_what_no_file_holds_is_told(tmp_path, suffix) -> None:
+    def stored(**buffers: Any) -> Any:
+        return fresh().replace(buffers=buffers)
+
+    packed = torch.arange(4, dtype=torch.uint8)
+    found = params_from(export(stored(a=np.arange(3.0), b=np.arange(3, dtype=">i4")), tmp_path / f"a{suffix}"))
+    assert (found["a"].dtype, found["a"].tolist(), found["b"].dtype, found["b"].tolist()) == (
+        torch.float64,
+        [0, 1, 2],
+        torch.int32,
+        [0, 1, 2],
+    )
+    path = export(stored(x=packed.view(torch.float4_e2m1fn_x2)), tmp_path / f"b{suffix}")
+    assert params_from(path)["x"].view(torch.uint8).tolist() == [0, 1, 2, 3]
+    for value, dtype, words in [
+        (packed.view(torch.uint1), None, r"(torch.save does not write|safetensors has no) .*x.*tensor.view\(torch.uint8\)"),
+        (packed.view(torch.float4_e2m1fn_x2), torch.bfloat16, r"x is torch.float4_e2m1fn_x2, which torch cannot cast"),
+        (np.array(["a"]), None, "torch has no <U1, as x is, an array"),
+        (None, None, "x is None, and a state dict holds tensors"),
+    ]:
+        with pytest.raises(CheckpointError, match=words):
+            export(stored(x=value), tmp_path / f"c{suffix}", dtype=dtype)
+    assert not (tmp_path / f"c{suffix}").exists()

@@ -6,25 +6,32 @@ MMEngine's do, each of these classes and functions is stood in for by one of our
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import (
+    Tensor,
+    _weights_only_unpickler,  # pyright: ignore[reportPrivateUsage]
+)
 
 from fnrun import files, tree
 from fnrun.checkpoint import codec
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError
-from fnrun.checkpoint.match import shortened
+from fnrun.checkpoint.match import check_cast, shortened
 
 #: Where a state dict stands in a file that holds more: MMEngine's and Lightning's, and that of many others.
 KEYS = ("state_dict", "model")
 #: What can be written, by suffix.
 SUFFIXES = (".safetensors", ".pt", ".pth")
+#: So many times the size of its file may what it holds take, besides a megabyte: a few bytes can stand for terabytes, unpacked or expanded.
+ROOM = 8
 #: The entry of a safetensors header that says which names are one tensor: JSON, other name to first name.
 TIED = "tied"
 
@@ -32,12 +39,18 @@ TIED = "tied"
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def params_from(source: str | Path | Mapping[str, Any], key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a state dict by name, on the CPU, under the names that they have there.
+def params_from(
+    source: str | Path | Mapping[str, Any],
+    key: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a state dict by name, under the names that they have there; those of a file come to the CPU, or to `device`.
 
     `source` is a state dict, a file that `torch.save` or safetensors wrote (told by its content), or what such a file holds. The state dict
     is all of it if its values are tensors, and else what stands under `state_dict` or `model`, or under `key`. No code in a file is run.
-    Names that are one tensor (tied weights) are one tensor here too.
+    Names that are one tensor (tied weights) are one tensor here too. `dtype` casts floating-point tensors.
 
     Raises DamagedError for a file that is cut off or changed, as far as its format can tell: zip files (torch's since 1.6) have a checksum.
     Raises CheckpointError for other files, for pickles that cannot be read without running code, where there is no state dict or more than
@@ -47,13 +60,16 @@ def params_from(source: str | Path | Mapping[str, Any], key: str | None = None) 
     >>> list(params_from({"epoch": 3, "state_dict": model.state_dict()}))
     ['weight', 'bias']
     """
-    if isinstance(source, Mapping):
-        return state_dict(source, key)
-    copies: dict[Any, Tensor] = {}  # a file that is mapped into memory may be changed later
+    check_cast("params_from", dtype)
     found = state_dict(source, key)
-    for tensor in found.values():
+    mapped = not isinstance(source, Mapping)  # a file that is mapped into memory may be changed later
+    copies: dict[Any, Tensor] = {}
+    for name, tensor in found.items():
         if (identity := codec.identity(tensor)) not in copies:
-            copies[identity] = tensor.clone()
+            try:
+                copies[identity] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=mapped)
+            except Exception as error:  # a device that is not there, or full
+                raise CheckpointError(f"{name} cannot be brought to {device}: {error}") from error
     return {name: copies[codec.identity(tensor)] for name, tensor in found.items()}
 
 
@@ -68,7 +84,20 @@ def state_dict(source: str | Path | Mapping[str, Any], key: str | None = None) -
         content = _content(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return _chosen(content, key, str(path))
+    found = _chosen(content, key, str(path))
+    views = {codec.identity(tensor): tensor.nbytes for tensor in found.values()}
+    if (needed := sum(views.values())) > _room(path):
+        largest = max(found, key=lambda name: found[name].nbytes)
+        raise CheckpointError(
+            f"{path}: its tensors take {needed} bytes, far more than the file has: they repeat what they look at (expanded, or views of one "
+            f"another), as {largest} of shape {tuple(found[largest].shape)} and strides {found[largest].stride()}: save copies, tensor.contiguous()"
+        )
+    return found
+
+
+def _room(path: Path) -> int:
+    """The bytes that what a file holds may take."""
+    return ROOM * path.stat().st_size + 2**20
 
 
 def _content(path: Path) -> Any:
@@ -94,11 +123,20 @@ _OTHERS = {
 
 
 def _check_zip(path: Path) -> bool:
-    """Compare the content with the checksums that torch wrote and does not look at itself; whether the bytes lie there as they are."""
+    """Compare the content with the checksums that torch wrote and does not look at itself; whether the bytes lie there as they are.
+
+    Raises DamagedError, also for what takes far more room than the file, or is there twice.
+    """
     try:
         with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+            if len({entry.filename.lower() for entry in entries}) < len(entries):
+                raise DamagedError(f"{path} holds two records of one name; fetch it again")
+            if sum(entry.file_size for entry in entries) > _room(path) or sum(e.compress_size for e in entries) > path.stat().st_size:
+                raise DamagedError(f"{path} says that it unpacks to far more than the file has, as no file of torch's does; fetch it again")
             changed = file.testzip()
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
+    except DamagedError:
+        raise
     except Exception as error:
         raise DamagedError(f"{path} is damaged or cut off: {error}; fetch it again") from error
     if changed:
@@ -106,7 +144,7 @@ def _check_zip(path: Path) -> bool:
             f"{path} is damaged: the checksum of {changed} in it is wrong; fetch it again. (If it was saved under "
             "torch.serialization.set_crc32_options(False) it has none: pass what torch.load makes of it.)"
         )
-    return stored
+    return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
 def _torch_file(path: Path, *, zipped: bool) -> Any:
@@ -114,12 +152,63 @@ def _torch_file(path: Path, *, zipped: bool) -> Any:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         with _unpickling, torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
+            (_check_records if zipped else _check_legacy)(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except DamagedError:
+        raise
     except Exception as error:  # whatever a pickle may say
         raise CheckpointError(
             f"{path} cannot be read as tensors and plain values, running no code: {_reason(error)}. Read it where it was written and save "
             "the tensors alone: torch.save(model.state_dict(), ...)"
         ) from error
+
+
+def _check_records(path: Path) -> None:
+    """Raises DamagedError where a storage is longer than its record: torch would take what lies behind it for numbers."""
+    reader = torch._C.PyTorchFileReader(str(path))
+    sizes: dict[Any, int] = {}
+    _unpickled(io.BytesIO(reader.get_record("data.pkl")), _measured(sizes))
+    for key, size in sizes.items():
+        if (there := reader.get_record_size(f"data/{key}")) < size:
+            raise DamagedError(f"{path} is damaged: record data/{key} has {there} bytes, and the tensors in it take {size}; fetch it again")
+
+
+def _check_legacy(path: Path) -> None:
+    """Raises DamagedError where the storages of a file from before torch 1.6 take more than the file, or are not in it: torch makes room first."""
+    if tarfile.is_tarfile(path):
+        raise DamagedError(f"{path} is a tar file and a pickle at once")
+    sizes: dict[Any, int] = {}
+    with path.open("rb") as file:
+        for _ in range(3):  # a number that tells the format, its version, the machine
+            _unpickled(file)
+        _unpickled(file, _measured(sizes))
+        written = _unpickled(file)
+    if sum(sizes.values()) > path.stat().st_size or not set(sizes) <= set(written):
+        raise DamagedError(f"{path} is damaged or cut off: its tensors take {sum(sizes.values())} bytes; fetch it again")
+
+
+def _unpickled(file: IO[bytes], persistent_load: Callable[[Any], Any] | None = None) -> Any:
+    """What torch's restricted unpickler reads, with other storages than it would read."""
+    unpickler: Any = _weights_only_unpickler.Unpickler(file, encoding="utf-8")
+    unpickler.persistent_load = persistent_load
+    return unpickler.load()
+
+
+def _measured(sizes: dict[Any, int]) -> Callable[[Any], Any]:
+    """What notes how many bytes each storage takes, and stands for it without its bytes."""
+
+    def storage(pid: Any) -> Any:
+        if pid[0] not in ("storage", b"storage"):
+            return pid[1]  # a class with its source, in old files
+        _, kind, key, _, length, *_ = pid
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        size = length * dtype.itemsize
+        if size < 0:
+            raise ValueError(f"storage {key} has {length} elements")
+        sizes[key] = max(size, sizes.get(key, 0))
+        return torch.storage.TypedStorage(wrap_storage=torch.UntypedStorage(size, device="meta"), dtype=dtype, _internal=True)
+
+    return storage
 
 
 #: torch's list of what may be unpickled is one for the process.
@@ -161,7 +250,9 @@ def _safetensors_file(path: Path) -> dict[str, Tensor]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             tied = json.loads((file.metadata() or {}).get(TIED, "{}"))
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:  # pyright: ignore[reportAttributeAccessIssue]
+        if not (isinstance(tied, dict) and all(isinstance(first, str) for first in tied.values())):
+            raise TypeError(f"the header says of tied tensors {repr(tied)[:60]}")
+    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:  # pyright: ignore[reportAttributeAccessIssue]
         raise DamagedError(f"{path} is damaged, cut off or no safetensors file: {error}; fetch it again") from error
     for other, first in tied.items():
         if other in tensors and first in tensors and tree.equal(tensors[other], tensors[first]):
@@ -226,9 +317,17 @@ def write(to: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
             if to.suffix == ".safetensors":
                 _write_safetensors(Path(file.name), tensors, metadata)
             else:
-                torch.save(tensors, file)
+                _write_torch(file, tensors)
     except OSError as error:
         raise CheckpointError(f"{to} cannot be written: {error.strerror or error}") from error
+
+
+def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
+    try:
+        torch.save(tensors, file)
+    except KeyError as error:  # a dtype
+        names = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if str(tensor.dtype) in str(error)]
+        raise CheckpointError(f"torch.save does not write {shortened(names)}: export tensor.view(torch.uint8)") from error
 
 
 def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -258,6 +357,8 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapp
         files.sync(path)
     except KeyError as error:  # a dtype
         names = shortened([name for name, tensor in own.items() if tensor.dtype == error.args[0]])
-        raise CheckpointError(f"safetensors has no {error.args[0]}, as {names} is: write a .pt file") from error
+        raise CheckpointError(
+            f"safetensors has no {error.args[0]}, as {names} is: write a .pt file, or export tensor.view(torch.uint8)"
+        ) from error
     except safetensors.SafetensorError as error:  # pyright: ignore[reportAttributeAccessIssue]
         raise OSError(str(error)) from error

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import optree
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,14 @@ def load_from(
     rename: match.Rename | None = None,
     strict: bool = True,
     step: Which = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> S:
     """`like`, a fresh state, with the parameters and buffers of `source`; step, key, position and all else are `like`'s.
 
     `source` is a run, its checkpoints or one of them (`step` as in `restore`, `weights` as in `make_eval_step`), a state, or what `params_from` takes.
-    Names, shapes and dtypes must be those of `like`: nothing is cast. Tensors are copies, in the layout and on the device of `like`'s. Where the
+    Names, shapes and dtypes must be those of `like`: only with `dtype` floating-point tensors are cast, those that have it in `like`. Tensors are
+    copies, in the layout and on the device of `like`'s; `device` brings the whole state there, `like`'s own tensors too. Where the
     fresh optimizer state holds a copy of the parameters (schedule-free, lookahead), it holds one of the new ones: this is told by the values,
     so not where all parameters begin at zero.
 
@@ -55,6 +59,7 @@ def load_from(
     >>> tree.equal(state.params, dict(model.state_dict()))
     True
     """
+    match.check_cast("load_from", dtype)
     if not all(isinstance(getattr(like, field, None), Mapping) for field in FIELDS):
         raise CheckpointError(
             f"load_from: `like` is a state with params and buffers, not a {type(like).__name__}: TrainState.create(model, optimizer)"
@@ -70,9 +75,11 @@ def load_from(
     fresh = {field: dict(getattr(like, field)) for field in FIELDS}
     patterns = [select] if isinstance(select, str) else list(select)
     described = codec.describe(_placed(entries, fresh, match.renaming(rename) if rename is not None else None))
-    matcher = match.Matcher(described.structure, described.leaves, patterns, strict=strict)
+    matcher = match.Matcher(described.structure, described.leaves, patterns, strict=strict, cast=dtype)
     try:
         plan = matcher.plan(fresh, where)
+        if dtype is not None and not any(pick.dtype == dtype for pick in codec.picks(plan)):
+            raise CheckpointError(f"load_from: dtype={dtype} is for a `like` that has it, and none of the leaves to be loaded is one there")
     except CheckpointError as error:
         if checkpoints is None and any(row.saved == "(missing)" and row.path.startswith("buffers/") for row in matcher.wrong):
             raise CheckpointError(
@@ -85,7 +92,23 @@ def load_from(
         logging.getLogger("fnrun").warning("%s: %s", where, line)
     new = {field: {name: _copied(built[field][name], value) for name, value in fresh[field].items()} for field in FIELDS}
     state: Any = like
-    return state.replace(**new, opt_state=_followed(state.opt_state, fresh["params"], new["params"]))
+    state = state.replace(**new, opt_state=_followed(state.opt_state, fresh["params"], new["params"]))
+    return state if device is None else _brought(state, device)
+
+
+def _brought(state: Any, device: str | torch.device) -> Any:
+    """The state with all its tensors on a device; those that are one stay one."""
+    moved: dict[Any, Tensor] = {}
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        try:
+            return moved.setdefault(codec.identity(leaf), leaf.to(device))
+        except Exception as error:  # a device that is not there, or full
+            raise CheckpointError(f"load_from: the state cannot be brought to {device}: {error}") from error
+
+    return tree.map(move, state)
 
 
 Places = list[tuple[tuple[str, ...], Tensor]]  # each tensor, with the paths at which it may stand in a state
@@ -134,7 +157,11 @@ def _placed(entries: Places, fresh: Mapping[str, Any], rename: Callable[[str], s
 def _copied(value: Tensor, like: Tensor) -> Tensor:
     if value is like:
         return like
+    if not isinstance(like, Tensor):
+        return tree.snapshot(value)
     device = "cpu" if like.is_meta else like.device
+    if value.shape != like.shape:  # a buffer that takes its shape from the data
+        return value.to(device, copy=True)
     return torch.empty_like(like, device=device, requires_grad=False).copy_(value)
 
 
@@ -195,15 +222,34 @@ def export(
     match.check_cast("export", dtype)
     foreign.check_target(to, overwrite=overwrite)
     found, at = _found(source, weights, step)
-    tensors = {**found["params"], **found["buffers"]}
+    tensors = {name: _as_tensor(name, value) for name, value in {**found["params"], **found["buffers"]}.items()}
     if model is not None:
         tensors = _as_named_by(model, tensors)
     if dtype is not None:
-        casts = {id(tensor): tensor.to(dtype) for tensor in tensors.values() if tensor.is_floating_point()}
+        casts = {id(tensor): _cast(name, tensor, dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
         tensors = {name: casts.get(id(tensor), tensor) for name, tensor in tensors.items()}
     name = weights if isinstance(weights, str) else getattr(weights, "__qualname__", type(weights).__name__)
     foreign.write(to, tensors, {"format": "pt", "fnrun": fnrun.__version__, "step": str(at), "weights": name})
     return to
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """A parameter or buffer as what a state dict holds. Raises CheckpointError, with its name, for what is none."""
+    if isinstance(value, np.ndarray):
+        try:
+            return torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("="))).reshape(value.shape)
+        except TypeError:
+            raise CheckpointError(f"export: torch has no {value.dtype}, as {name} is, an array") from None
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"export: {name} is {value!r:.60}, and a state dict holds tensors: leave it out of params and buffers")
+    return value
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    try:
+        return tensor.to(dtype)
+    except NotImplementedError:
+        raise CheckpointError(f"export: {name} is {tensor.dtype}, which torch cannot cast to {dtype}: export without dtype") from None
 
 
 def _found(source: Any, weights: Weights, step: Which) -> tuple[dict[str, dict[str, Tensor]], int]:
@@ -265,7 +311,10 @@ def _saved(checkpoints: Checkpoints, entry: Entry | None, weights: Weights, step
     """Parameters and buffers of a checkpoint by field and name, its step, and where it is."""
     if entry is not None and step is not None:
         raise CheckpointError(f"{checkpoints.directory / entry.name} is one checkpoint: step chooses among several")
-    entry = entry or checkpoints.find(step)
+    return checkpoints.reading(entry or step, lambda entry: _weights(checkpoints, entry, weights))
+
+
+def _weights(checkpoints: Checkpoints, entry: Entry, weights: Weights) -> tuple[dict[str, dict[str, Tensor]], int, str]:
     where = str(checkpoints.directory / entry.name)
     if callable(weights):
         params, buffers = weights_of(checkpoints.restore(step=entry), weights)
