@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -56,6 +57,8 @@ def deadline(
     limit = 3600 * hours + 60 * minutes + seconds + (0.0 if duration is None else _seconds(duration))
     if not limit > 0:
         raise ValueError("deadline: how long? Give hours, minutes or seconds above 0")
+    if math.isnan(spent):
+        raise ValueError("deadline: spent is a number of seconds, not NaN, which never passes")
     end = clock() + limit - spent
     parts = [f"{value:g} {unit}" for value, unit in ((hours, "hours"), (minutes, "minutes"), (seconds, "seconds")) if value]
     text = f"the deadline of {' '.join(parts if duration is None else [duration])} has passed"

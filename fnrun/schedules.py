@@ -80,7 +80,7 @@ def _cosine(t: Any, x: SimpleNamespace, start: float, end: float, steps: float) 
 
 
 def _length(name: str, value: float, least: float = 0) -> None:
-    if not least <= value < math.inf:
+    if isinstance(value, bool) or not least <= value < math.inf:
         raise ValueError(f"{name} is a number of steps, at least {least:g}, not {value!r}")
 
 
@@ -239,6 +239,7 @@ def one_cycle(
 
 def trapezoid(peak: float, warmup: int, total: int, decay: int, floor: float = 0.0, start: float = 0.0) -> Schedule:
     """Warmup, stable, decay: a line from `start` to `peak`, `peak`, and in the last `decay` steps before `total` a line to `floor`."""
+    _length("decay", decay)
     _ordered("trapezoid", warmup=warmup, **{"total - decay": total - decay}, total=total)
 
     def value(t: Any, x: SimpleNamespace) -> Any:
@@ -363,10 +364,12 @@ def scale_by_batch_size(lr: Value, batch: int, base: int = 256) -> Any:
 
 def _ordered(name: str, **marks: float) -> None:
     values = list(marks.values())
-    if not all(a <= b for a, b in pairwise([0, *values])):
+    if bool in map(type, values) or not all(a <= b for a, b in pairwise([0, *values])) or values[-1] == math.inf:
         raise ValueError(f"{name}: 0 <= {' <= '.join(marks)}; got {', '.join(f'{k}={v!r}' for k, v in marks.items())}")
 
 
 def _boundaries(name: str, members: Sequence[Any], boundaries: Sequence[int]) -> None:
-    if len(members) != len(boundaries) + 1 or not all(a < b for a, b in pairwise([-1, *boundaries])):
+    for boundary in boundaries:
+        _length(f"{name}: a boundary", boundary)
+    if len(members) != len(boundaries) + 1 or not all(a < b for a, b in pairwise(boundaries)):
         raise ValueError(f"{name}: one member more than boundaries, and boundaries that rise; got {len(members)} and {list(boundaries)}")

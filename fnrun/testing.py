@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fnrun import tree
+from fnrun.counts import count
 from fnrun.donation import secured
 from fnrun.inplace import InPlaceError, strictly
 from fnrun.loops import Loop
@@ -108,6 +109,7 @@ def assert_resumable(
     Of more than `limit` states, `limit` are tried, evenly spaced, the first and the last among them. `restored(state, like)` says how a state
     is saved and restored; by default through a real checkpoint.
     """
+    limit = count("assert_resumable: limit", limit, 2)  # the first and the last
     lines, (seen, (end, metrics)) = _listening(lambda: states_seen(loop, state, data))
     assert seen, "no loop finished a tick: nothing to resume from"
     chosen = seen if len(seen) <= limit else [seen[round(i * (len(seen) - 1) / (limit - 1))] for i in range(limit)]

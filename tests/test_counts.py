@@ -12,6 +12,7 @@ import torch
 import fnrun
 from fnrun import data, hooks, metrics, observers, optim, schedules
 from fnrun.checkpoint import Checkpoints
+from fnrun.testing import assert_resumable
 from tests.programs import train
 
 MODEL = torch.nn.Linear(2, 1)
@@ -53,6 +54,11 @@ OPTIONS: dict[str, tuple[Any, str, bool]] = {
     "swa": (lambda n: hooks.swa(n), "start", True),
     "every hook": (lambda n: hooks.every(n, hooks.ema(0.9)), "n", False),
     "between": (lambda n: hooks.between(n, None, hooks.ema(0.9)), "begin", True),
+    "between end": (lambda n: hooks.between(0, n, hooks.ema(0.9)), "end", False),
+    "at": (lambda n: hooks.at(n, hooks.ema(0.9)), "a step", False),
+    "one of at": (lambda n: hooks.at([5, n], hooks.ema(0.9)), "a step", False),
+    "stop_after epochs": (lambda n: hooks.stop_after(epochs=n), "epochs", False),
+    "window": (lambda n: observers.log(window=n), "a window", False),
     "log": (lambda n: observers.log(n), "every", False),
     "checkpoint": (lambda n: observers.checkpoint(NOTHING, every=n), "every", False),
     "keep": (lambda n: observers.checkpoint(NOTHING, keep=n), "keep", False),
@@ -68,6 +74,7 @@ OPTIONS: dict[str, tuple[Any, str, bool]] = {
     "k": (lambda n: metrics.accuracy(torch.eye(3), torch.arange(3), k=n), "k", False),
     "ks": (lambda n: metrics.top_k(torch.eye(3), torch.arange(3), ks=(n,)), "ks", False),
     "classes": (lambda n: metrics.confusion(torch.arange(1), torch.arange(1), n), "classes", False),
+    "permutation": (lambda n: data.permutation(fnrun.Key(0), n, np.arange(1)), "n", False),
     "split": (lambda n: fnrun.Key(0).split(n), "n", True),
 }
 
@@ -95,9 +102,27 @@ def test_numpys_integers_are_counts(option):
         lambda n: schedules.multistep(1.0, [1, n], 0.5),
         lambda n: schedules.epochs(n, 10),
         lambda n: schedules.inverse_sqrt(1.0, n),
+        lambda n: schedules.flat_cosine(1.0, 0, n),
+        lambda n: schedules.trapezoid(1.0, 0, 10, n),
+        lambda n: schedules.piecewise([1.0, 2.0], [n]),
+        lambda n: schedules.join([schedules.constant(1.0), schedules.constant(2.0)], [n]),
+        lambda n: schedules.cyclic(0.0, 1.0, n),
+        lambda n: schedules.cosine_restarts(1.0, [n]),
     ],
 )
 def test_a_schedule_has_a_length(make):
-    for bad in (math.nan, -1):
-        with pytest.raises(ValueError, match=r"nan|-1"):
+    for bad in (math.nan, -1, math.inf, True):
+        with pytest.raises(ValueError, match=r"nan|-1|inf|True"):
             make(bad)
+
+
+def test_numbers_that_would_never_act_are_refused():
+    for make in (
+        lambda: fnrun.deadline(hours=1, spent=math.nan),
+        lambda: hooks.ema(0.9, warmup=math.inf),
+        lambda: hooks.annealed_ema(0.9, gamma=math.inf),
+        lambda: metrics.iou(torch.arange(2), torch.arange(2), 2, ignore_index=0.5),  # pyright: ignore[reportArgumentType]
+        lambda: assert_resumable(train, None, None, limit=1),
+    ):
+        with pytest.raises(ValueError, match=r"spent|warmup|gamma|ignore_index|limit"):
+            make()

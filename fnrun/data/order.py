@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fnrun.counts import count
 from fnrun.rng import Key
 
 #: Half-rounds. Four make a sound network over many bits; small domains want more.
@@ -22,8 +23,9 @@ def permutation(key: Key, n: int, positions: np.ndarray) -> np.ndarray:
     >>> permutation(Key(0), 5, np.arange(5)).tolist()
     [4, 3, 1, 2, 0]
     """
-    if n < 1 or (len(positions) and (positions.min() < 0 or positions.max() >= n)):
-        raise ValueError(f"positions must lie in 0 .. {n - 1}, and n be at least 1")
+    n = count("permutation: n", n)
+    if len(positions) and (positions.min() < 0 or positions.max() >= n):
+        raise ValueError(f"positions must lie in 0 .. {n - 1}")
     bits = (n - 1).bit_length()
     constants = np.frombuffer(b"".join(k.path for k in key.split(ROUNDS)), dtype="<u8").astype(np.uint64)
     values = _scramble(positions.astype(np.uint64), bits, constants)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -160,7 +161,7 @@ def ema(
     ExponentialMovingAverage, whose momentum is `1 - decay`; the warm-up is that of TensorFlow's `num_updates` and diffusers' `EMAModel`.
     """
     _check_decay("ema", decay)
-    if warmup is not None and not warmup >= 1:
+    if warmup is not None and not 1 <= warmup < math.inf:
         raise ValueError(f"ema: warmup is at least 1, not {warmup!r}")
     return _average("ema", _Exponential(decay, warmup), every, start, buffers, per, name)
 
@@ -182,7 +183,7 @@ def annealed_ema(
     Source: MMEngine's MomentumAnnealingEMA, whose momentum is `1 - decay`.
     """
     _check_decay("annealed_ema", decay)
-    if not gamma > 0:
+    if not 0 < gamma < math.inf:
         raise ValueError(f"annealed_ema: gamma is above 0, not {gamma!r}")
     return _average("annealed_ema", _Annealed(decay, gamma, every), every, start, buffers, per, name)
 

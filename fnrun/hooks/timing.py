@@ -77,9 +77,9 @@ def every(n: int, hook: AnyHook) -> AnyHook:
 
 def at(ticks: int | Iterable[int], hook: AnyHook) -> AnyHook:
     """`hook` after these steps (`at([100, 200], ...)`: after the 100th and the 200th), or rounds outside of a loop of steps; else as `every`."""
-    chosen = frozenset([ticks] if isinstance(ticks, int) else ticks)
-    if not chosen or any(isinstance(tick, bool) or not isinstance(tick, int) or tick < 1 for tick in chosen):
-        raise ValueError(f"at: the first step is 1, and whole numbers name the steps, not {ticks!r}")
+    chosen = frozenset(count("at: a step", tick) for tick in (ticks if isinstance(ticks, Iterable) else [ticks]))
+    if not chosen:
+        raise ValueError("at: name at least one step, the first is 1")
     return _conditional(lambda state: counted(state) in chosen, hook)
 
 
@@ -88,7 +88,7 @@ def between(begin: int, end: int | None, hook: AnyHook) -> AnyHook:
     `every`. Raises ValueError where nothing lies between.
     """
     begin = count("between: begin", begin, 0)
-    end = None if end is None else count("between: end", end, 0)
+    end = None if end is None else count("between: end", end)
     if end is not None and end <= begin:
         raise ValueError(f"between: no step is at least {begin!r} and less than {end!r}")
     return _conditional(lambda state: begin <= counted(state) and (end is None or counted(state) < end), hook)

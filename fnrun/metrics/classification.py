@@ -214,6 +214,7 @@ def class_counts(
     predictions, labels, classes = _decided(what, predictions, labels, classes)
     valid = _within(labels, classes)
     if ignore_index is not None:
+        check_labels(f"{what}: ignore_index", torch.as_tensor(ignore_index))
         valid = valid & (labels != ignore_index)
     hits = _counted(labels, valid & (predictions == labels), classes)
     predicted = _counted(predictions, valid & _within(predictions, classes), classes)

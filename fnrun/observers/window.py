@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from fnrun import metrics as folds
+from fnrun.counts import count
 from fnrun.metrics import Totals
 from fnrun.metrics.totals import rates_last
 
@@ -130,14 +131,12 @@ def windows(every: int, default: Size, statistics: Mapping[str, Statistic | Sequ
                 raise ValueError(f"log: statistics of {name!r}: {kind!r} is none; there are {', '.join(KINDS)}")
             label = name if i == 0 else f"{name}_{kind}" + (f"_{size}" if size != default else "")
             chosen.setdefault(size, {}).setdefault(name, []).append((kind, label))
-    for size in chosen:
-        _check(size, every)
     labels = [(name, label) for own in chosen.values() for name, statistics in own.items() for _, label in statistics]
     twice = sorted(label for label, times in Counter(label for _, label in labels).items() if times > 1)
     if twice:
         raise ValueError(f"log: two statistics are called {', '.join(twice)}: one of them would be lost; ask for each once")
     taken = frozenset(label for name, label in labels if label != name)
-    return tuple(Window(size, every, own, rest=size == default, taken=taken) for size, own in chosen.items())
+    return tuple(Window(_size(size, every), every, own, rest=size == default, taken=taken) for size, own in chosen.items())
 
 
 def _each(wanted: Statistic | Sequence[Statistic], default: Size) -> list[tuple[str, Size]]:
@@ -149,10 +148,12 @@ def _each(wanted: Statistic | Sequence[Statistic], default: Size) -> list[tuple[
     return [each for one in wanted for each in _each(one, default)]  # pyright: ignore[reportArgumentType]
 
 
-def _check(size: Any, every: int) -> None:
+def _size(size: Any, every: int) -> Size:
     if size in ("line", "epoch", "run"):
-        return
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"log: a window is a number of ticks, 'line', 'epoch' or 'run', not {size!r}")
+        return size
+    if isinstance(size, str):
+        raise ValueError(f"log: a window is at least 1 tick, 'line', 'epoch' or 'run', not {size!r}")
+    size = count("log: a window", size)
     if size > MAX_LINES * every:
         raise ValueError(f"log: a window of {size} ticks holds more than {MAX_LINES} lines of every={every}: log less often, or take 'run'")
+    return size

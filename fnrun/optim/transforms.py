@@ -116,7 +116,9 @@ def adaptive_clip(clipping: Hyper = 0.01, eps: Hyper = 1e-3) -> Transform:
 
 
 def _unit_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) if x.ndim > 1 else None, keepdim=True)
+    # in float32 at least: the norm of a float16 row is easily more than float16 can hold
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) if x.ndim > 1 else None, keepdim=True, dtype=dtype)
 
 
 def _share(factors: list[Tensor]) -> Tensor:

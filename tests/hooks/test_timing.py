@@ -66,7 +66,7 @@ def test_times_that_are_none():
         with pytest.raises(ValueError, match=r"every: n is .*at least 1"):
             hooks.every(bad, hook)
     for bad in (0, [], [1, 0], [True], [1.5]):
-        with pytest.raises(ValueError, match="at: the first step is 1"):
+        with pytest.raises(ValueError, match=r"at: .*at least"):
             hooks.at(bad, hook)
     with pytest.raises(ValueError, match="between: no step is at least 5 and less than 5"):
         hooks.between(5, 5, hook)

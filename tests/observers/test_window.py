@@ -101,7 +101,7 @@ def test_a_window_of_the_run_asks_for_its_memory():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"window": 0}, "a window is a number of ticks"),
+        ({"window": 0}, "a window is at least 1, not 0"),
         ({"window": "week"}, "'line', 'epoch' or 'run', not 'week'"),
         ({"window": 501}, "more than 100 lines of every=5"),
         ({"statistics": {"loss": "median"}}, "'median' is none; there are mean, min, max, last"),

@@ -151,6 +151,15 @@ def test_trace_before_sgd_is_momentum() -> None:
     assert cases.far(traced, cases.last(optim.sgd(0.01, momentum=0.9), PARAMS, 10)) < 1e-6
 
 
+def test_adaptive_clip_holds_the_norm_of_half_precision():
+    """The row's norm is beyond float16: clipped it is small, but there."""
+    grads, params = torch.full((2, 64), 60_000.0), torch.full((2, 64), 100.0)
+    half, _ = optim.adaptive_clip(0.1).update({"x": grads.half()}, (), {"x": params.half()})
+    whole, _ = optim.adaptive_clip(0.1).update({"x": grads}, (), {"x": params})
+    assert half["x"].dtype == torch.float16
+    torch.testing.assert_close(half["x"].float(), whole["x"], rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_norm_that_the_gradients_dtype_cannot_hold_clips_them_all_the_same(dtype):
     grads = {"x": torch.full((100,), 3e4, dtype=dtype), "y": torch.full((2, 2), 100.0, dtype=dtype)}
