@@ -140,3 +140,25 @@ def test_a_learning_rate_is_the_last_one_at_every_depth():
     _, result = loop(fnrun.TrainState.create(model, optimizer), {"train": [torch.ones(1, 1)] * 3})
     assert [r.metrics["train/decay/lr"] for r in kept.records] == [curve(5), curve(11)]  # of the newest update before the line
     assert result["train/decay/lr"] == curve(11)
+
+
+@pytest.mark.parametrize(("level", "lines"), [(logging.NOTSET, ["epoch 1   step 1     loss 1.0000"]), (logging.ERROR, [])])
+def test_console_prints_where_the_root_logger_shows_warnings_only_unless_our_level_was_chosen(level, lines, monkeypatch):
+    """As after `logging.basicConfig()`: a handler, and the level WARNING at the root."""
+    seen: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: seen.append(record.getMessage()))
+    root, ours = logging.getLogger(), logging.getLogger("fnrun")
+    monkeypatch.setattr(root, "handlers", [handler])
+    monkeypatch.setattr(ours, "handlers", [])
+    before = root.level, ours.level
+    try:
+        root.setLevel(logging.WARNING)
+        ours.setLevel(level)
+        sink = observers.console()
+        sink.open(fnrun.TrainState.create(torch.nn.Linear(1, 1)))
+        sink.write(Record((1,), 1, 1, {"loss": 1.0}, {}))
+    finally:
+        root.setLevel(before[0])
+        ours.setLevel(before[1])
+    assert seen == lines

@@ -74,6 +74,7 @@ class _Console:
     def open(self, state: LoopState) -> None:
         if not logger.hasHandlers():
             logger.addHandler(StdoutHandler())
+        if logger.level == logging.NOTSET:  # else the root's level counts, which hides lines after a plain `logging.basicConfig()`
             logger.setLevel(logging.INFO)
 
     def write(self, record: Record) -> None:
