@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,9 +100,17 @@ def tiny(*args: Any, code: int = 0, build: Any = build) -> str:
 def at(moment: str, event: Callable[[], Any]) -> contextlib.AbstractContextManager[None]:
     """Within it `event()` happens at that moment."""
 
+    def apart() -> Any:
+        """What waits for a lock draws how long: the step within which it happens does not."""
+        drawn = random.getstate()
+        try:
+            return event()
+        finally:
+            random.setstate(drawn)
+
     @contextlib.contextmanager
     def happening():
-        EVENTS[moment] = event
+        EVENTS[moment] = apart
         try:
             yield
         finally:
