@@ -457,8 +457,6 @@ def _go(
         if before is not None and len(run.history) > len(before.history):
             logger.info("nothing was trained with the config as it was changed: it stays what it was")
             before.write_config()
-    elif state.stop:
-        logger.info("stopped at step %d: %s", state.step, state.stop)
     with _unread():
         summary(run, evaluates=experiment.evaluate is not None)
     return 0

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+
 from fnrun.donation import Lease, given_lease
 from fnrun.loops.composed import Composed, donates, functions, loops_of
 from fnrun.optim.wrappers import waiting
@@ -38,9 +40,14 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
             program.unclaimed(result[0])
     except Unwind as unwound:
         program.close(program.latest, unwound.reason)
+        metrics = loop._result(unwound.state.position.frames[0].totals)
         if unwound.state.stop is not None:
+            # Where nobody listens to information, Python shows warnings: a run that ends early is never silent.
+            level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
+            logger.log(level, "stopped at step %d: %s", unwound.state.step, unwound.state.stop)
             _say_what_waits(program, unwound.state)
-        return unwound.state, loop._result(unwound.state.position.frames[0].totals)
+            _say_what_is_not_finite(program, unwound.state, metrics)
+        return unwound.state, metrics
     except BaseException as error:
         program.close(program.latest, error)
         raise
@@ -48,6 +55,7 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
         here.reset(token)
     program.close(program.latest, None)
     _say_what_waits(program, result[0])
+    _say_what_is_not_finite(program, *result)
     return result
 
 
@@ -60,6 +68,19 @@ def _say_what_waits(program: Program, state: Any) -> None:
             "with that; if this was the last call, make its number of steps a multiple of accumulate's n",
             "batch is" if left == 1 else f"{left} batches are",
         )
+
+
+def _say_what_is_not_finite(program: Program, state: Any, metrics: Any) -> None:
+    """A training that ends with a loss that is infinite or NaN is told of, whatever watched it."""
+    for name, value in metrics.items() if program.trained and isinstance(metrics, dict) else ():
+        if name.rpartition("/")[2] == "loss" and isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all():
+            logger.warning(
+                "%s is %s at the end, step %d: the weights may be lost. observers.debug_nonfinite finds the first step and where in the model; "
+                "fnrun.skip_nonfinite goes on without such steps, hooks.early_stopping and hooks.rollback act on them",
+                name,
+                float(value) if torch.as_tensor(value).numel() == 1 else "not finite",
+                state.step,
+            )
 
 
 def aside(loop: Any, state: Any, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[Any, Any]:

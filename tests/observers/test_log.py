@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -162,3 +164,24 @@ def test_console_prints_where_the_root_logger_shows_warnings_only_unless_our_lev
         root.setLevel(before[0])
         ours.setLevel(before[1])
     assert seen == lines
+
+
+def test_a_program_that_stops_early_says_so_though_nobody_listens(tmp_path):
+    """In a process of its own, as a script calls it: no logging, no observer; and with a log."""
+    script = """
+import sys, torch, fnrun
+from fnrun import hooks, observers, optim
+model = torch.nn.Linear(1, 1)
+step = fnrun.make_train_step(model, lambda model, x: model(x).mean() * float(sys.argv[1]), optim.sgd(0.1))
+logs = [observers.log()] if len(sys.argv) > 2 else []
+loop = fnrun.repeat(fnrun.epoch_loop(step), 3, hooks=[hooks.stop_after(steps=4)], observers=logs)
+loop(fnrun.TrainState.create(model, optim.sgd(0.1)), [torch.ones(1, 1)] * 2)
+"""
+    for args, said in (
+        (["1"], ["stopped at step 4: stop_after: 4 steps"]),
+        (["nan"], ["stopped at step 4", "loss is nan at the end, step 4"]),
+    ):
+        for more in ([], ["log"]):
+            done = subprocess.run([sys.executable, "-c", script, *args, *more], capture_output=True, text=True, check=True)
+            for words in said:
+                assert (done.stdout + done.stderr).count(words) == 1, (args, more, done)
