@@ -101,15 +101,19 @@ class _Clock(msgspec.Struct):
 
 
 def curves(lines: list[dict[str, Any]], by: By = "step") -> dict[str, tuple[list[Any], list[float]]]:
-    """Of each metric where its values lie, and the values; NaN and infinities included."""
-    found: dict[str, tuple[list[Any], list[float]]] = {}
+    """Of each metric where its values lie, and the values; NaN and infinities included.
+
+    Where the logs of several loops write a metric, over windows of different lengths, they are those of the one that wrote it most often.
+    """
+    found: dict[str, dict[int, tuple[list[Any], list[float]]]] = {}
     for line, x in zip(lines, _places(lines, by), strict=True):
+        depth = str(line.get("at", "")).count(".")
         for name, value in line.items():
             if name not in PLACE and (number := _number(value)) is not None:
-                places, values = found.setdefault(name, ([], []))
+                places, values = found.setdefault(name, {}).setdefault(depth, ([], []))
                 places.append(x)
                 values.append(number)
-    return found
+    return {name: max(sorted(logs.items()), key=lambda log: len(log[1][1]))[1] for name, logs in found.items()}
 
 
 def _number(value: Any) -> float | None:

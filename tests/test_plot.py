@@ -133,3 +133,11 @@ def test_a_gap_is_a_gap(tmp_path):
 def test_another_kind_of_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not supported"):
         draw([Curve("a", "loss", [1], [1.0])], tmp_path / "curves.txt")
+
+
+def test_a_metric_of_two_logs_is_one_curve_without_kinks():
+    """Means over an epoch and means over some steps, of a loss that falls, are two curves: one is drawn."""
+    inner = [{"step": step, "ticks": step, "at": f"0.0.{step}", "train/loss": 100.0 - step} for step in (50, 100)]
+    outer = [{"step": step, "ticks": step, "at": str(step // 23), "train/loss": 90.0 - step, "val/loss": 1.0} for step in (23, 46, 69)]
+    lines = sorted([*inner, *outer], key=lambda line: line["step"])
+    assert curves(lines) == {"train/loss": ([23, 46, 69], [67.0, 44.0, 21.0]), "val/loss": ([23, 46, 69], [1.0, 1.0, 1.0])}
