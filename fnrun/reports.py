@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-_collected: ContextVar[dict[str, Any] | None] = ContextVar("reports", default=None)
+_collected: ContextVar[_Reports | None] = ContextVar("reports", default=None)
 
 
 def report(name: str, value: Any) -> None:
@@ -30,13 +30,34 @@ def collecting() -> object | None:
     return _collected.get()
 
 
+class _Reports(dict[str, Any]):
+    """The values by name, and of those that several optimizers report, whose they are."""
+
+    __slots__ = ("owners",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owners: dict[str, object] = {}
+
+
+def name_of(name: str, owner: object) -> str:
+    """The name under which `owner` reports: `name`, or `name_2` and so on where another one in this step has it."""
+    collected = _collected.get()
+    if collected is None:
+        return name
+    own, n = name, 1
+    while collected.owners.setdefault(own, owner) != owner:
+        own, n = f"{name}_{n + 1}", n + 1
+    return own
+
+
 class collect:
     """`with collect() as reports:` collects into the dictionary `reports` what is reported within; a `collect` further in takes its own."""
 
     __slots__ = ("_token",)
 
     def __enter__(self) -> dict[str, Any]:
-        reports: dict[str, Any] = {}
+        reports = _Reports()
         self._token = _collected.set(reports)
         return reports
 

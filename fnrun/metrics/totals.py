@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -128,7 +129,10 @@ def rates_last(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def _rates(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if name == "lr" or name.endswith("/lr"))
+    return tuple(name for name in names if _RATE.search(name))
+
+
+_RATE = re.compile(r"(^|/)lr(_\d+)?$")  # of the second optimizer in a step `lr_2`
 
 
 def fold_each(totals: Totals | None, ticks: Sequence[tuple[Mapping[str, Any], int]]) -> Totals | None:

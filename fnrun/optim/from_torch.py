@@ -61,6 +61,8 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         copies = {path: p.detach().clone().requires_grad_() for path, p in params.items()}
         return cls(list(copies.values()), **fixed, **values), copies
 
+    me = object()
+
     def init(params: Any, /) -> TorchState:
         hyper = settings.init(lr_scale=1.0)
         named = _named(params)
@@ -114,14 +116,14 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         scale = scale.item() if isinstance(scale, Tensor) else scale
         own = [_copy(group["lr"]) for group in torch_optimizer.param_groups]
         if scale == 1.0:
-            for rate in own:
-                note("lr", rate)
+            for i, rate in enumerate(own):
+                note("lr", rate, (me, i))
             step_with(torch_optimizer, copies)
         else:
             scaled = [rate * scale for rate in own]
-            for group, rate in zip(torch_optimizer.param_groups, scaled, strict=True):
+            for i, (group, rate) in enumerate(zip(torch_optimizer.param_groups, scaled, strict=True)):
                 group["lr"] = _copy(rate)
-                note("lr", rate)
+                note("lr", rate, (me, i))
             alone = None
             if scale == 0.0 and any("lr" in fields for owner, fields in state.entries.items() if owner.startswith("group")):
                 # From a rate of 0 no ratio can be told: the rate goes where a step without the scale takes it, on copies.

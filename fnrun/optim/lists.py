@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as torch_pytree
 
-from fnrun.reports import report
+from fnrun.reports import name_of, report
 
 #: Where torch keeps the kernels that it does not export by name.
 kernels: Any = torch
@@ -230,10 +230,13 @@ def known(count: Any) -> Any:
     return read(count)
 
 
-def note(name: str, value: Any) -> None:
-    """`report`, but for code under the compiler, which cannot follow a report to where it is collected."""
+def note(name: str, value: Any, owner: object = None) -> None:
+    """`report`, but for code under the compiler, which cannot follow a report to where it is collected.
+
+    Where several owners report under one name in one step, each has a name of its own.
+    """
     if not torch.compiler.is_compiling():
-        report(name, value)
+        report(name if owner is None else name_of(name, owner), value)
 
 
 def is_zero(value: Any) -> bool:

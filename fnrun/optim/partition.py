@@ -91,9 +91,16 @@ def partition(labels: Labels, optimizers: Mapping[str, Optimizer]) -> Optimizer:
 
 
 def _partition(
-    grouped: _Groups, optimizer_of: Callable[[Any], Optimizer], labels: list[str] | None, like: Sequence[Optimizer]
+    grouped: _Groups,
+    optimizer_of: Callable[[Any], Optimizer],
+    labels: list[str] | None,
+    like: Sequence[Optimizer],
+    named: Callable[[Any, str], str | None] = "{}/{}".format,
 ) -> Optimizer:
-    """`labels` are those that are known; `like` the optimizers, or one that all will be like."""
+    """`labels` are those that are known; `like` the optimizers, or one that all will be like.
+
+    `named` says how the report of a group's optimizer is called; it is left out where it has no name.
+    """
 
     def order(groups: Mapping[Any, Any]) -> list[Any]:
         for label in groups:
@@ -110,7 +117,7 @@ def _partition(
         for label in order(groups):
             members = groups.get(label, ())
             chosen = ({paths[i]: flat[i] for i in members}, state[label], {paths[i]: leaves[i] for i in members})
-            new, states[label] = _apart(label, optimizer_of(label).update, chosen, key, step)
+            new, states[label] = _apart(label, optimizer_of(label).update, chosen, key, step, named)
             for i in members:
                 leaves[i] = new[paths[i]]
         return spec.unflatten(leaves), states
@@ -134,14 +141,17 @@ def _partition(
     )
 
 
-def _apart(label: Any, update: Any, arguments: tuple[Any, Any, Any], key: Any, step: int | None) -> Any:
+def _apart(
+    label: Any, update: Any, arguments: tuple[Any, Any, Any], key: Any, step: int | None, named: Callable[[Any, str], str | None]
+) -> Any:
     """One group's update: with a key of its own, and its reports under its label."""
     if torch.compiler.is_compiling():  # which can follow neither
         return update(*arguments, key=key, step=step)
     with collect() as reports:
         result = update(*arguments, key=None if key is None else key.fold_in("partition", label), step=step)
     for name, value in reports.items():
-        report(f"{label}/{name}", value)
+        if (called := named(label, name)) is not None:
+            report(called, value)
     return result
 
 
@@ -310,7 +320,8 @@ def _found(pattern: str, matching: Iterable[Any], leaves: Mapping[str, Tensor]) 
 def scaled_lr(make: Callable[[Hyper], Optimizer], lr: Any, multipliers: Multipliers) -> Optimizer:
     """`make(lr · factor)` for each group of leaves with the same factor: `lr` is a number or a schedule.
 
-    The groups are a partition labelled `x0.1`, `x1` and so on; the rules are `name_multipliers` and `layer_decay`.
+    The groups are a partition labelled `x0.1`, `x1` and so on; the rules are `name_multipliers` and `layer_decay`. What is reported as `lr` is the
+    rate of the group with the largest factor: the others are its fixed parts.
 
     >>> import torch
     >>> from fnrun import optim
@@ -331,7 +342,12 @@ def scaled_lr(make: Callable[[Hyper], Optimizer], lr: Any, multipliers: Multipli
                 made[label] = make(multiply(lr, factor) if callable(lr) else lr * factor)
         return [_times(factors[path]) for path in paths]
 
-    return _partition(_Groups(label_all), lambda label: made[label], None, [probe])
+    def named(label: str, name: str) -> str | None:
+        if name != "lr":
+            return f"{label}/{name}"
+        return name if float(label[1:]) == max(float(other[1:]) for other in made) else None
+
+    return _partition(_Groups(label_all), lambda label: made[label], None, [probe], named)
 
 
 def _times(factor: float) -> str:

@@ -124,7 +124,7 @@ _is_none = partial(operator.is_, None)
 def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], Any] | None = None) -> Optimizer:
     """The optimizer that follows `rule`, with `lr_scale` beside its hyperparameters."""
 
-    flatten, constants = Flat(), _Constants(settings)
+    flatten, constants, owner = Flat(), _Constants(settings), object()
 
     def init(params: Any, /) -> RuleState:
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
@@ -140,7 +140,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         slots.update(state.scalars)
         count = known(state.hyper.count)
         values = constants.at(state.hyper, count)
-        note("lr", values["lr"])
+        note("lr", values["lr"], owner)
         misses = state.misses
         missing = any(map(_is_none, flat))
         if missing or not is_zero(read(misses.total)):

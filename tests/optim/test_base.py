@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fnrun import optim, tree
+import fnrun
+from fnrun import optim, schedules, tree
 
 P = {"x": torch.ones(2)}
 
@@ -88,3 +89,30 @@ def test_no_parameters_are_no_trouble() -> None:
         optim.from_torch(torch.optim.SGD, lr=0.1),
     ):
         assert optimizer.update({}, optimizer.init({}), {})[0] == {}
+
+
+def test_two_optimizers_in_one_step_report_two_rates():
+    """Also where one is called several times, and where branches call one twice."""
+    one, other = optim.sgd(0.1), optim.freeze_until(3, optim.adamw(0.2))
+    params = {"x": torch.ones(2)}
+
+    @fnrun.step
+    def step(state, batch):
+        new, memory = one.update({"x": batch}, state.opt_state["one"], state.params)
+        new, memory = one.update({"x": batch}, memory, new)
+        new, more = other.update({"x": batch}, state.opt_state["other"], new)
+        return state.replace(params=new, opt_state={"one": memory, "other": more}), {}
+
+    state = fnrun.TrainState(params, {}, {"one": one.init(params), "other": other.init(params)}, fnrun.Key(0))
+    assert step(state, torch.ones(2))[1] == {"lr": 0.1, "lr_2": 0.2}
+
+
+def test_many_groups_of_one_rate_are_one_column():
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(5)])
+    rule = optim.name_multipliers({f"{i}.": 0.5**i for i in range(5)})
+    optimizer = optim.scaled_lr(lambda lr: optim.adamw(lr), schedules.cosine(0.1, 10), rule)
+    step = fnrun.make_train_step(model, lambda model, x: model(x).mean(), optimizer)
+    state, metrics = step(fnrun.TrainState.create(model, optimizer), torch.ones(1, 2))
+    assert set(metrics) == {"loss", "lr"}
+    assert metrics["lr"] == 0.1
+    assert step(state, torch.ones(1, 2))[1]["lr"] == schedules.cosine(0.1, 10)(1)
