@@ -53,7 +53,8 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
     flags. The commands are `train`, `resume` and `evaluate`; each has `--help`. What a user can get wrong is one line on the standard error
     and exit code 1 (2 for a wrong flag); an exception from the experiment's own code keeps its traceback.
 
-    Exit codes: 0 done; interrupted with a checkpoint saved, to be resumed: 130 by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1, 75 by `--deadline`.
+    Exit codes: 0 done; interrupted with a checkpoint saved, to be resumed: 75 by `--deadline`, 128 + n by signal n
+    (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP, 140 SIGUSR2, 152 SIGXCPU).
     """
     args = list(sys.argv[1:] if args is None else args)
     name, of_config = _name(build), config_type(build)
@@ -110,7 +111,7 @@ def _users_fault(error: Exception) -> bool:
 class _Train(Generic[C]):
     """Begin a run and train it to its end.
 
-    Exit codes: 0 done, 1 refused or failed; saved, to be resumed: 75 the deadline, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM.
+    Exit codes: 0 done, 1 refused or failed; saved, to be resumed: 75 the deadline, 130 Ctrl-C, 143 SIGTERM, or 128 + another signal.
     """
 
     config: Annotated[C, tyro.conf.arg(name="")]
@@ -128,7 +129,7 @@ class _Train(Generic[C]):
 class _Resume(Generic[C]):
     """Go on with a run from its newest checkpoint, to the same end; flags change its config (more epochs, other workers).
 
-    Exit codes: 0 done, 1 refused or failed; saved, to be resumed: 75 the deadline, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM.
+    Exit codes: 0 done, 1 refused or failed; saved, to be resumed: 75 the deadline, 130 Ctrl-C, 143 SIGTERM, or 128 + another signal.
     """
 
     run: tyro.conf.Positional[Path]

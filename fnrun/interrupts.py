@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import math
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from fnrun.program import Program
+from fnrun.waiting import asked
 
 Interrupt = Callable[[], str | None]
 
@@ -77,18 +82,29 @@ def any_of(*interrupts: Interrupt) -> Interrupt:
     return lambda: next((text for interrupt in interrupts if (text := interrupt()) is not None), None)
 
 
+#: So long after a signal a batch may still be waited for, where only another signal can end the wait, in seconds.
+GRACE = 3.0
+
+
 class Signals:
-    """SIGINT (Ctrl-C), SIGTERM and SIGUSR1 as an interrupt, while it is listening: the name of the first that came.
+    """SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU as an interrupt, while it is listening: the name of the first that came.
 
     Ctrl-C a second time ends the process at once. The others are a scheduler's, which repeats them and has SIGKILL for that: however many come,
-    the step under way and the save have the time that it gives. Only a main thread can listen.
+    the step under way and the save have the time that it gives. A batch that the main thread still waits for 3 seconds after the signal is
+    waited for no longer. Only a main thread can listen. What ignores SIGHUP (`nohup`), SIGUSR2 or SIGXCPU goes on ignoring it, and a handler
+    that is not Python's (`faulthandler.register`) stays.
     """
 
-    #: Where the platform has it: Slurm's early warning.
-    LISTENED = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__)
+    #: Where the platform has them.
+    LISTENED = tuple(
+        signal.Signals[name]
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+        if name in signal.Signals.__members__
+    )
 
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
+        self._listening = False
 
     def __call__(self) -> str | None:
         return self.first.name if self.first is not None else None
@@ -101,13 +117,41 @@ class Signals:
             again = "; Ctrl-C once more to stop at once" if number == signal.SIGINT else ""
             with contextlib.suppress(OSError):  # not through logging: a handler may hold its lock where the signal arrives
                 os.write(2, f"\n{self.first.name}: finishing what is under way and saving{again}\n".encode())
+            _thread.start_new_thread(self._watch, ())  # and not `threading`, which takes locks that the main thread may hold here
+
+    def _watch(self) -> None:
+        """In a thread of its own: a read that blocks the main thread goes on after a signal's handler, unless that raises. So there are more."""
+        while True:
+            time.sleep(GRACE)
+            if not self._listening:
+                return
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)  # which does nothing where nobody listens any more
+
+    def _overdue(self, number: int, frame: Any) -> None:
+        """In the main thread, long after the signal: where it waits for a batch, the wait ends."""
+        while frame is not None and frame.f_code is not Program.next_batch.__code__:
+            frame = frame.f_back
+        if self._listening and frame is not None and (interrupted := asked()) is not None:
+            self._listening = False  # once: what closes the data is not to be disturbed
+            raise interrupted
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Signals]:
         """Within it signals come here; then they go where they went before."""
-        before = {number: signal.signal(number, self._handle) for number in self.LISTENED}
+        handlers: dict[signal.Signals, Any] = {number: self._handle for number in self.LISTENED if not _stays(number)}
+        if signal.getsignal(signal.SIGURG) is not None:
+            handlers[signal.SIGURG] = self._overdue
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._listening = True
         try:
             yield self
         finally:
+            self._listening = False
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _stays(number: signal.Signals) -> bool:
+    """Whether what a signal does in this process stays: it is ignored on purpose, or Python could not put the handler back."""
+    handler = signal.getsignal(number)
+    return handler is None or (handler == signal.SIG_IGN and number.name in ("SIGHUP", "SIGUSR2", "SIGXCPU"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +16,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from fnrun.data import Batches, as_batches
 from fnrun.donation import Lease, fate
-from fnrun.inplace import Guard, looked_at
+from fnrun.inplace import Guard, InPlaceError, looked_at
 from fnrun.reports import collecting
 from fnrun.rng import Key
 from fnrun.state import Cursor, LoopState
+from fnrun.waiting import Interrupted, asked
+
+logger = logging.getLogger("fnrun")
 
 
 @runtime_checkable
@@ -142,6 +146,10 @@ class Program:
     def unspied(self) -> bool:
         return self._spy is None
 
+    def ended(self, interrupted: Interrupted, state: Any) -> BaseException:
+        """What an interrupt in the wait for a batch does where `state` stands: it ends this program, or goes on to the one that it is meant for."""
+        return Unwind(state, interrupted.text) if interrupted.by is self.interrupt else interrupted
+
     def seen(self, state: Any) -> None:
         """`state` is the finished state of a tick, and every observer has seen it."""
         self.latest = state
@@ -210,7 +218,7 @@ class Program:
                 observer.flush()
 
     def close(self, state: Any, reason: str | BaseException | None) -> None:
-        """Close streams and observers, those that save last; every one is closed, and what goes wrong there is raised (or noted on `reason`)."""
+        """Close observers, those that save last, and streams; every one is closed, and what goes wrong there is raised (or noted on `reason`)."""
         failures: list[BaseException] = []
 
         def attempt(action: Callable[[], Any]) -> None:
@@ -219,8 +227,6 @@ class Program:
             except BaseException as failure:
                 failures.append(failure)
 
-        for live in self._live.values():
-            attempt(getattr(live.iterator, "close", lambda: None))
         if not isinstance(reason, BaseException):
             attempt(self.open)  # a program with nothing left to do
         unopened = [observer for observer, _ in self._unopened]
@@ -230,6 +236,8 @@ class Program:
                 attempt(self.flush)
             if hasattr(observer, "close"):
                 attempt(functools.partial(self._close, observer, state, reason))
+        for live in self._live.values():  # when the state is saved: a worker that hangs may take its time
+            attempt(getattr(live.iterator, "close", lambda: None))
         if not failures:
             return
         if not isinstance(reason, BaseException):
@@ -287,6 +295,12 @@ class Program:
             raise ProgramError(
                 f"the stream {name!r} ended at epoch {cursor.epoch}, batch {cursor.batch}: `iterate` goes on for ever"
             ) from None
+        except Exception as error:
+            if isinstance(error, InPlaceError) or (interrupted := asked()) is None:
+                raise
+            # Who ends this process ends others too, on which the data may depend: its workers, for one.
+            logger.warning("%s, while a batch was waited for; so this is no error: %s: %s", interrupted, type(error).__name__, error)
+            raise interrupted from error
         self.data_seconds += time.perf_counter() - began
         live.epoch, live.batch = cursor.epoch if replay and after.batch == 0 else after.epoch, after.batch
         return batch, after

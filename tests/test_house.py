@@ -16,7 +16,7 @@ PACKAGE = Path(fnrun.__file__).parent
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
     ["tree", "files", "tables", "counts"],
-    ["rng", "reports", "donation", "environment", "inplace"],
+    ["rng", "reports", "donation", "environment", "inplace", "waiting"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
     ["watch", "shell", "compiled", "steps"],
@@ -35,6 +35,7 @@ BESIDE = {
     ("shell", "steps"),
     ("compiled", "steps"),
     ("program", "loops"),
+    ("program", "interrupts"),
     ("dry", "loops"),
     ("writer", "run"),
     ("run", "cli"),

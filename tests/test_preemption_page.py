@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fnrun.interrupts import Signals
 from tests import pages
 
 PAGE = (Path(__file__).parents[1] / "docs" / "preemption.md").read_text()
@@ -34,6 +35,12 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+
+
+def test_the_table_names_every_signal_that_is_heard_with_its_exit_code() -> None:
+    rows = re.findall(r"^\|.*\|$", PAGE, re.MULTILINE)
+    for number in Signals.LISTENED:
+        assert [row for row in rows if number.name in row and row.endswith(f"| {128 + number} |")], number
 
 
 def test_the_scripts_are_scripts() -> None:

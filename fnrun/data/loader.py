@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _error_if_any_worker_fails, _remove_worker_pids, _set_worker_pids
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from fnrun.counts import count
@@ -20,6 +23,7 @@ from fnrun.data.arrays import Order, cut, passes
 from fnrun.data.stream import Stream, walk
 from fnrun.rng import Key
 from fnrun.state import Cursor
+from fnrun.waiting import Interrupted, asked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +38,7 @@ class Loader(Stream):
     workers: int
     collate: Callable[[list[Any]], Any]
     name: str | None
+    timeout: float | None = None
 
     @cached_property
     def _source(self) -> str:
@@ -52,7 +57,7 @@ class Loader(Stream):
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
         fetch = _Fetch(self.dataset, self.collate, key)
         asks = _Asks(self, key, cursor, replay)
-        made = _in_workers(fetch, asks, self.workers) if self.workers else map(fetch.__getitem__, asks)
+        made = _in_workers(fetch, asks, self.workers, self.timeout) if self.workers else map(fetch.__getitem__, asks)
         try:
             for batch, (_, _, after) in zip(made, walk(cursor, len(self), replay), strict=True):
                 yield batch, Cursor(*after, self.source)
@@ -68,6 +73,7 @@ def loader(
     drop_last: bool = False,
     workers: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
+    timeout: float | None = None,
     name: str | None = None,
 ) -> Loader:
     """The stream of a map-style `torch.utils.data.Dataset`, or of anything with `len()` and `[index]`, fetched by `workers` processes.
@@ -78,12 +84,15 @@ def loader(
     batches, and seeded once for each. `dataset[index]` must not depend on what was fetched before: an example may be fetched twice.
 
     Workers live as long as the iteration, across passes. They leave Ctrl-C and signals to the process group to the parent. What is raised
-    in the data set arrives with its own traceback and a note that names the example.
+    in the data set arrives with its own traceback and a note that names the example. A worker that dies is a RuntimeError, and says how.
+    A batch that is not there after `timeout` seconds of waiting is a TimeoutError: so a disk that hangs ends a run, which can be resumed.
+    An interrupt ends the wait without one.
 
     `fingerprint`, an attribute or a method of the data set, tells the source of this stream from another of the same length. The short last batch
     comes as it is, unless `drop_last`; so a `batch_size` above the number of examples gives one short batch, and with `drop_last` is an error.
 
-    Raises ValueError for an empty data set, a batch size below 1 or a negative number of workers, TypeError for an iterable-style data set.
+    Raises ValueError for an empty data set, a batch size below 1, a negative number of workers, or a timeout that is no number of seconds
+    above 0 or has no workers to wait for; TypeError for an iterable-style data set.
 
     >>> stream = loader(torch.utils.data.TensorDataset(torch.arange(5)), 2)
     >>> next(stream.iterate(Key(0), Cursor(batch=1)))[0]
@@ -94,8 +103,13 @@ def loader(
             f"{type(dataset).__name__} has no len() or no [index]; if it has state_dict() and load_state_dict(), use data.stateful"
         )
     batch_size, workers = count("batch_size", batch_size), count("workers", workers, 0)
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}; None waits for ever")
+        if not workers:
+            raise ValueError("timeout= is for workers: a data set that hangs in this process cannot be left alone; give workers=1 or more")
     passes(len(dataset), batch_size, drop_last)
-    return Loader(dataset, len(dataset), batch_size, shuffle, drop_last, workers, collate or default_collate, name)
+    return Loader(dataset, len(dataset), batch_size, shuffle, drop_last, workers, collate or default_collate, name, timeout)
 
 
 class _Ask(NamedTuple):
@@ -236,16 +250,125 @@ def _fetches_batches(dataset: Any) -> bool:
 
 # --- workers -----------------------------------------------------------------------------------------------------------
 
-#: Signals that are for the parent alone. SIGUSR1 is what a scheduler warns all processes of a job with.
-PARENTS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+#: Signals that are for the parent alone: what a terminal or a scheduler sends to all processes of a job.
+PARENTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU}
+#: So often a wait for a batch asks for interrupts and looks whether workers live, in seconds.
+SLICE = 0.2
+#: So long it may take until a worker ends, its death shows, or the signal that ended it has come here too, in seconds.
+SETTLES = 1.0
 
 
-def _in_workers(fetch: _Fetch, asks: _Asks, workers: int) -> Iterator[Any]:
+class WorkerDied(RuntimeError):
+    """A data worker ended before its time."""
+
+
+def _in_workers(fetch: _Fetch, asks: _Asks, workers: int, timeout: float | None) -> Iterator[Any]:
     live = _started(fetch, asks, workers)
+    waiting = live._get_data = _Waiting(live, timeout)
     try:
-        yield from live
+        while True:
+            waiting.begin()
+            yield next(live)
+    except (WorkerDied, TimeoutError, Interrupted):
+        _kill(live._workers)
+        raise
     finally:
+        _ask_to_end(live)
         live._shutdown_workers()
+
+
+def _ask_to_end(live: Any) -> None:
+    """Give the workers a moment for what they fetch; torch would wait 5 seconds for each that hangs, one after the other."""
+    live._workers_done_event.set()
+    for queue in live._index_queues:
+        queue.put(None)
+    end = time.monotonic() + SETTLES
+    for worker in live._workers:
+        worker.join(max(0.0, end - time.monotonic()))
+    _kill(live._workers)
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+class _Waiting:
+    """The wait of a loader's iterator for what its workers send.
+
+    torch watches workers by a handler of SIGCHLD, which raises wherever the main thread is: in a hook, in a save, with a lock held for ever
+    where a process is forked. Here it watches only during a wait, where the error belongs.
+    """
+
+    def __init__(self, live: Any, timeout: float | None) -> None:
+        self.live, self.timeout = live, timeout
+        self.pids = tuple(worker.pid for worker in live._workers) if threading.current_thread() is threading.main_thread() else ()
+        self.begin()
+
+    def begin(self) -> None:
+        """A batch is waited for from now."""
+        self.began = time.monotonic()
+
+    def __call__(self) -> Any:
+        while True:
+            try:
+                arrived, data = self._arrived()
+            except Exception as error:
+                if (judged := self._judged(error)) is error:
+                    raise
+                raise judged from error
+            if arrived:
+                return data
+            self._look()
+
+    def _arrived(self) -> tuple[bool, Any]:
+        if not self.pids:
+            return self.live._try_get_data(SLICE)
+        try:
+            _set_worker_pids(id(self.live), self.pids)
+            _error_if_any_worker_fails()
+            return self.live._try_get_data(SLICE)
+        finally:
+            _remove_worker_pids(id(self.live))
+
+    def _look(self) -> None:
+        if (interrupted := asked()) is not None:
+            raise interrupted
+        waited = time.monotonic() - self.began
+        if self.timeout is not None and waited > self.timeout:
+            raise TimeoutError(
+                f"data.loader: no batch has come from {len(self.live._workers)} workers in {self.timeout:g} seconds (timeout=): a data set "
+                "that hangs, on a disk or a network that does not answer, or one that needs longer for a batch"
+            )
+        thread = getattr(self.live, "_pin_memory_thread", None)
+        if thread is not None and not thread.is_alive():
+            raise RuntimeError("torch's thread that copies batches to pinned memory has ended")
+
+    def _judged(self, error: Exception) -> BaseException:
+        """What a failure of the channel to the workers is: an interrupt, which ended them too, a worker's death, or an error of its own."""
+        with contextlib.suppress(ValueError):  # where torch's handler has raised before it was done
+            _remove_worker_pids(id(self.live))
+        end = time.monotonic() + SETTLES
+        while True:
+            if (interrupted := asked()) is not None:
+                return interrupted
+            dead = [worker for worker in self.live._workers if not worker.is_alive()]
+            meant = [worker for worker in dead if -(worker.exitcode or 0) in PARENTS]
+            if (dead and not meant) or time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        if not dead:
+            return error
+        told = ", ".join(f"worker {worker.pid} {_ended(worker.exitcode)}" for worker in dead)
+        return WorkerDied(f"data.loader: {told}, while a batch was waited for")
+
+
+def _ended(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exited with code {code}"
+    hints = {signal.SIGKILL: " (by a person, or for its memory)", signal.SIGBUS: " (is /dev/shm full?)"}
+    return f"was killed by {signal.Signals(-code).name}{hints.get(signal.Signals(-code), '')}"
 
 
 def _started(fetch: _Fetch, asks: _Asks, workers: int) -> Any:
@@ -262,28 +385,26 @@ def _started(fetch: _Fetch, asks: _Asks, workers: int) -> Any:
             worker_init_fn=_leave_signals,
             generator=torch.Generator(),
         )
-        with _blocked(PARENTS):
-            return iter(loader)
+        # What arrives within waits until the end: a worker must not run the parent's handlers before it has its own, nor the parent torch's
+        # handler of SIGCHLD, which raises, while it forks.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {*PARENTS, signal.SIGCHLD})
+        try:
+            live: Any = iter(loader)
+            _remove_worker_pids(id(live))
+            live._worker_pids_set = False
+            return live
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-@contextlib.contextmanager
-def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
-    """Signals that arrive within wait until the end: a worker must not run the parent's handlers before it has its own."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _leave_signals(worker: int) -> None:
     """In a worker: Ctrl-C and what is sent to the process group are for the parent, which ends its workers itself, with SIGTERM if it must."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in PARENTS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler is about other loaders' workers, which are no children of this process
     os.setpgid(0, 0)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*PARENTS, signal.SIGCHLD})

@@ -21,6 +21,7 @@ from fnrun.program import ASIDE, Here, Hook, Observer, Unwind, here
 from fnrun.reports import collecting
 from fnrun.state import Cursor, Frame, Position, S
 from fnrun.steps import is_step
+from fnrun.waiting import Interrupted
 
 Metrics = dict[str, Any]
 AnyHook = Hook | Callable[[Any, Metrics], Any]
@@ -150,7 +151,10 @@ class Loop(Composed):
                     state = self._straight(state, frame, at, ahead, gatherers)
                     continue
                 begun = True
-                x, streams, member = self._take(state, frame, data, at)
+                try:
+                    x, streams, member = self._take(state, frame, data, at)
+                except Interrupted as interrupted:
+                    raise program.ended(interrupted, state) from interrupted.__cause__
                 if member != frame.member:
                     frame = dataclasses.replace(frame, member=member)
                     state = framed(state, (*state.position.frames[:depth], frame, *state.position.frames[depth + 1 :]))

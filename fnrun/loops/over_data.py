@@ -18,6 +18,7 @@ from fnrun.metrics.totals import rates_last
 from fnrun.program import Here, Unwind
 from fnrun.state import Cursor, Frame, Position
 from fnrun.steps import is_step, traits
+from fnrun.waiting import Interrupted
 
 #: So many ticks at most go straight on.
 STRAIGHT = 64
@@ -162,6 +163,8 @@ class Training(OverData):
                 cursor = after
         except Unwind:
             raise
+        except Interrupted as interrupted:
+            raise program.ended(interrupted, finished(state) if done and fate(state) is None else state) from interrupted.__cause__
         except BaseException:
             if done and fate(state) is None:
                 finished(state)

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from fnrun.donation import Lease, given_lease
+from fnrun.donation import Lease, fate, given_lease
 from fnrun.loops.composed import Composed, donates, functions, loops_of
 from fnrun.optim.wrappers import waiting
 from fnrun.program import ASIDE, Here, Program, ProgramError, Unwind, here, spy
 from fnrun.state import Position, S
 from fnrun.steps import is_step
+from fnrun.waiting import Interrupted, interrupts
 
 logger = logging.getLogger("fnrun")
 
@@ -30,6 +31,7 @@ def outermost(loop: Any, state: S, data: Any, interrupt: Callable[[], str | None
 
 def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: Any, lease: Lease | None) -> tuple[Any, Any]:
     token = here.set(ASIDE)
+    asking = interrupts.set((*interrupts.get(), program.interrupt) if program.interrupt is not None else interrupts.get())
     try:
         program.latest = state = program.begin(loops, state)
         unknown = {id(each) for each in functions(loop) if not is_step(each)}  # which hooks these bring shows when they are called
@@ -48,11 +50,19 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
             _say_what_waits(program, unwound.state)
             _say_what_is_not_finite(program, unwound.state, metrics)
         return unwound.state, metrics
+    except Interrupted as interrupted:  # while a program that a hook, an observer or a step of this one calls waited for a batch
+        if interrupted.by is not program.interrupt or fate(program.latest) is not None:
+            program.close(program.latest, interrupted)
+            raise
+        program.close(program.latest, interrupted.text)
+        frames = program.latest.position.frames
+        return program.latest, loop._result(frames[0].totals if frames else None)
     except BaseException as error:
         program.close(program.latest, error)
         raise
     finally:
         here.reset(token)
+        interrupts.reset(asking)
     program.close(program.latest, None)
     _say_what_waits(program, result[0])
     _say_what_is_not_finite(program, *result)

@@ -1,3 +1,5 @@
+import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -8,10 +10,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from fnrun import data
+import fnrun
+from fnrun import data, waiting
 from fnrun.rng import Key
 from fnrun.state import Cursor
 from tests.data.streams import KEY, same, take, unhurried, untouched
+from tests.programs import fresh
 
 
 class Augmented(Dataset):
@@ -34,6 +38,11 @@ class Augmented(Dataset):
             if "python" in self.draws:
                 example["python"] = random.gauss(0, 1)
         return example
+
+
+class Pid(Augmented):
+    def __getitem__(self, index):
+        return os.getpid()
 
 
 class Whole(Augmented):
@@ -141,10 +150,6 @@ def test_a_pass_has_every_example_once_and_replays():
 
 
 def test_workers_live_across_passes():
-    class Pid(Augmented):
-        def __getitem__(self, index):
-            return os.getpid()
-
     stream = data.loader(Pid(2), 2, workers=1)
     pids = {int(pid) for batch, _ in take(stream, 5, replay=True) for pid in batch}
     assert len(pids) == 1
@@ -203,6 +208,67 @@ def test_a_killed_worker_is_an_error():
         take(data.loader(Deadly(4), 2, workers=1), 1)
 
 
+def counted(state, batch):
+    return state.replace(step=state.step + 1), {}
+
+
+def dead(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_workers_death_is_told_where_a_batch_is_waited_for_and_nowhere_else():
+    """An exception that a signal's handler raises comes anywhere: in a save, or with a lock held where another loader forks."""
+    iterator = data.loader(Pid(50), 2, workers=1).iterate(KEY, Cursor())
+    pid = int(next(iterator)[0][0])
+    dead(pid)
+    take(data.loader(Augmented(4), 2, workers=1), 2)
+    with pytest.raises(RuntimeError, match=rf"worker {pid} was killed by SIGKILL"):
+        next(iterator)
+
+
+@pytest.mark.parametrize("text", ["SIGTERM", None])
+def test_a_worker_that_an_interrupt_ended_is_no_error(text):
+    """It is asked before a death is told, and a while after."""
+    iterator = data.loader(Pid(50), 2, workers=1).iterate(KEY, Cursor())
+    pid = int(next(iterator)[0][0])
+    os.kill(pid, signal.SIGTERM)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    token = waiting.interrupts.set((lambda: text,))
+    try:
+        with pytest.raises(waiting.Interrupted if text else RuntimeError, match="SIGTERM"):
+            next(iterator)
+    finally:
+        waiting.interrupts.reset(token)
+
+
+class Hanging(Augmented):
+    """Reads from something that never answers, from an example on."""
+
+    def __init__(self, at):
+        super().__init__(10)
+        self.at, (self.end, _) = at, os.pipe()
+
+    def __getitem__(self, index):
+        return index if index < self.at else os.read(self.end, 1)
+
+
+def test_a_batch_that_does_not_come_in_time_is_an_error():
+    iterator = data.loader(Hanging(4), 2, workers=2, timeout=0.5).iterate(KEY, Cursor())
+    assert [next(iterator)[0].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(TimeoutError, match=r"no batch has come from 2 workers in 0\.5 seconds"):
+        next(iterator)
+    assert multiprocessing.active_children() == []
+
+
+def test_an_interrupt_ends_the_wait_for_a_batch_and_the_state_goes_on():
+    """Also of one that is asked only there: a deadline."""
+    stream, program = data.loader(Hanging(6), 2, workers=1), fnrun.epoch_loop(counted)
+    asked = itertools.count()
+    state, _ = program(fresh(), stream, interrupt=lambda: "enough" if next(asked) > 10 else None)
+    assert (state.step, state.position.streams["data"].batch) == (3, 3)
+
+
 class Signals(Dataset):
     """Sends itself what a terminal sends, and tells how it stands."""
 
@@ -230,10 +296,6 @@ def test_workers_leave_signals_to_the_parent():
 
 
 def test_closing_ends_the_workers():
-    class Pid(Augmented):
-        def __getitem__(self, index):
-            return os.getpid()
-
     iterator = data.loader(Pid(50), 2, workers=2).iterate(KEY, Cursor())
     pids = {int(next(iterator)[0][0]) for _ in range(4)}
     iterator.close()
@@ -254,6 +316,10 @@ class Endless(IterableDataset):
         (Augmented(3), {"batch_size": 0}, ValueError, "at least 1, not 0"),
         (Augmented(3), {"batch_size": 4, "drop_last": True}, ValueError, "3 rows are fewer than batch_size=4"),
         (Augmented(3), {"workers": -1}, ValueError, "workers is at least 0, not -1"),
+        (Augmented(3), {"workers": 1, "timeout": 0}, ValueError, "timeout is a number of seconds above 0, not 0"),
+        (Augmented(3), {"workers": 1, "timeout": float("nan")}, ValueError, "timeout is a number of seconds above 0, not nan"),
+        (Augmented(3), {"workers": 1, "timeout": "60"}, ValueError, "timeout is a number of seconds above 0, not '60'"),
+        (Augmented(3), {"timeout": 60}, ValueError, "timeout= is for workers"),
         (Endless(), {}, TypeError, r"use data\.stateful"),
         (iter([]), {}, TypeError, r"no len\(\)"),
     ],

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import threading
 
 import pytest
 import yaml
 
 import fnrun
-from fnrun import cli, writer
+from fnrun import cli, interrupts, writer
 from fnrun.checkpoint import Checkpoints
+from fnrun.program import Program
 from fnrun.run import Run
 from tests.experiments.commands import outcome
 from tests.experiments.tiny import Config, at, build, flip, tiny, until
@@ -40,7 +44,42 @@ def history(path):
     return Run.open(path).history
 
 
-SIGNALS = [(signal.SIGUSR1, 138), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+SIGNALS = [
+    (signal.SIGUSR1, 138),
+    (signal.SIGTERM, 143),
+    (signal.SIGINT, 130),
+    (signal.SIGHUP, 129),
+    (signal.SIGUSR2, 140),
+    (signal.SIGXCPU, 152),
+]
+
+
+def when_it_waits(action):
+    """A thread calls `action()` when the main thread has been waiting for a batch for a while."""
+    main, seen = threading.main_thread().ident, 0
+
+    def waits():
+        frame = sys._current_frames()[main]
+        while frame is not None and frame.f_code is not Program.next_batch.__code__:
+            frame = frame.f_back
+        return frame is not None
+
+    def watch():
+        until(long_enough)
+        action()
+
+    def long_enough():
+        nonlocal seen
+        seen = seen + 1 if waits() else 0
+        return seen > 30
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def hangs_from(row):
+    """Reads from something that never answers, at this row of all that are loaded in a process."""
+    rows, (end, _) = itertools.count(), os.pipe()
+    return lambda: next(rows) >= row and os.read(end, 1)
 
 
 class TestSignals:
@@ -88,6 +127,50 @@ class TestSignals:
         assert Run.open(path).status().state == "stopped"
         tiny("resume", path, "--workers", 0)
         assert outcome(path) == outcome(left_alone)
+
+    @pytest.mark.parametrize(("workers", "row"), [(0, 19), (1, 13), (2, 5)])
+    def test_while_the_data_set_hangs(self, workers, row, tmp_path, left_alone, monkeypatch):
+        monkeypatch.setattr(interrupts, "GRACE", 0.1)
+        path = tmp_path / "run"
+        with at("row", hangs_from(row)), at("step 3", lambda: when_it_waits(send(signal.SIGTERM))):
+            output = tiny("train", "--workers", workers, "--out", path, code=143)
+        assert "SIGTERM: interrupted at step" in output
+        status = Run.open(path).status()
+        assert (status.state, status.reason) == ("stopped", "SIGTERM")
+        assert status.step == Checkpoints(path / "checkpoints").latest() >= 4
+        assert multiprocessing.active_children() == []
+        tiny("resume", path)
+        assert outcome(path) == outcome(left_alone)
+
+    @pytest.mark.parametrize(
+        "error", [KeyError("fd"), ConnectionResetError(), FileNotFoundError(), EOFError(), BrokenPipeError()], ids=repr
+    )
+    def test_what_it_ends_besides_is_no_error(self, error, tmp_path, left_alone):
+        """The data may depend on other processes that the signal was sent to as well."""
+        path, rows = tmp_path / "run", itertools.count()
+
+        def fails():
+            if next(rows) == 19:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise error
+
+        with at("row", fails):
+            output = tiny("train", "--out", path, code=143)
+        assert f"SIGTERM, while a batch was waited for; so this is no error: {type(error).__name__}" in output
+        assert Run.open(path).status().step == Checkpoints(path / "checkpoints").latest() == 5
+        tiny("resume", path)
+        assert outcome(path) == outcome(left_alone)
+
+    def test_what_is_ignored_from_the_start_stays_so(self, tmp_path):
+        """`nohup`, which is for going on without a terminal."""
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with at("step 5", send(signal.SIGHUP)):
+                tiny("train", "--out", tmp_path / "run")
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        assert Run.open(tmp_path / "run").status().state == "finished"
 
     def test_handlers_are_put_back(self, left_alone):
         before = [signal.getsignal(sent) for sent, _ in SIGNALS]

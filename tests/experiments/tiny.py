@@ -17,7 +17,7 @@ import fnrun
 from fnrun import data, observers, optim
 from tests.experiments.commands import call
 
-#: What happens at a moment: "build", "state", "open" (of the observers), "data", "step 5".
+#: What happens at a moment: "build", "state", "open" (of the observers), "data", "step 5", "row" (where it is loaded).
 EVENTS: dict[str, Callable[[], Any]] = {}
 
 
@@ -44,6 +44,7 @@ class Rows(torch.utils.data.Dataset):
         return 8
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        happens("row")
         return {"x": torch.tensor([float(index), 1.0]) + 0.1 * torch.randn(2)}
 
 
