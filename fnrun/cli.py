@@ -28,7 +28,7 @@ from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.loops import Loop
 from fnrun.loops.composed import Composed, loops_of
 from fnrun.program import OtherData, ProgramError
-from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, changes, config_type
+from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, built, changes, config_type
 from fnrun.state import Cursor
 from fnrun.steps import is_step
 from fnrun.summary import command_line, summary
@@ -287,7 +287,7 @@ def _train(build: Build, name: str, path: Path | None, command: Any, asked: _Ask
     with run.writing(asked) as writing, contextlib.ExitStack() as stack:
         try:
             experiment = _built(build, run)
-            state = experiment.state()
+            state = experiment.fresh()
             if not made and not run.untouched():
                 raise RunError(f"{run.path} was trained meanwhile. To go on with it: resume {run.path}")
             if not made:
@@ -321,7 +321,7 @@ def _resume(build: Build, name: str, command: Any, asked: _Asked) -> int:
             run = dataclasses.replace(before, config=command.config, history=list(before.history))
             stack.enter_context(run.written_by(writing))
             experiment = _built(build, run)
-            state = fresh = experiment.state()
+            state = fresh = experiment.fresh()
             stack.enter_context(_logging(run, command.log_level))
             if asked() is None:
                 state = _restored(run, fresh, command.fall_back)
@@ -418,7 +418,9 @@ def _moved(state: Any, name: str, source: str) -> Any:
 def _built(build: Build, run: Run) -> Experiment:
     """The experiment; a value that the config's type allows and something in `build` does not is the user's to correct."""
     try:
-        return build(run.config, run)
+        return built(build, run.config, run)
+    except RunError:
+        raise
     except ValueError as error:
         raise RunError(f"the experiment cannot be built with this config: {error} (--debug shows where)") from error
 

@@ -31,6 +31,7 @@ from fnrun import tree
 from fnrun.donation import storage
 from fnrun.optim.lists import capturing
 from fnrun.rng import Key, ambient
+from fnrun.words import a
 
 logger = logging.getLogger("fnrun")
 
@@ -226,7 +227,7 @@ def _made(kind: str, what: Any, leaves: list[Any], outputs: Any) -> Any:
 def _number(value: Any) -> Tensor:
     """A number of the state as an input of a graph."""
     if type(value) not in _NUMBERS:
-        raise Uncapturable(f"a {type(value).__name__} in the state changes from step to step, and no tensor can stand for it")
+        raise Uncapturable(f"{a(type(value).__name__)} in the state changes from step to step, and no tensor can stand for it")
     return torch.full((), value, dtype=_NUMBERS[type(value)])
 
 

@@ -29,6 +29,21 @@ class DonatedStateError(RuntimeError):
     """A state was used after a loop with `donate=True` had written the next one over it."""
 
 
+#: What is meant by attributes that a state has not.
+_INSTEAD = {
+    "to cuda cpu half float double bfloat16 type": "a state is immutable. Create it of a model that is there already: "
+    "TrainState.create(model.to(device), optimizer). To move this one, fnrun.tree.map(lambda leaf: leaf.to(device) "
+    "if isinstance(leaf, torch.Tensor) else leaf, state)",
+    "state_dict named_parameters parameters weights": "its tensors are in state.params and state.buffers, dictionaries by name",
+    "load_state_dict": "fnrun.checkpoint.load_from(path, state) and state.replace(params=...) give another state",
+    "train eval model module forward": "it holds tensors and no module: steps have the model, and fnrun.call(model, state.params, state.buffers, ...) calls it",
+    "optimizer lr": "what the optimizer remembers is in state.opt_state; fnrun.optim.hyperparams(state.opt_state) reads numbers of it",
+    "epoch epochs batch": "where each stream of data stands is in state.position.streams[name].epoch",
+    "steps global_step": "it is state.step",
+    "seed key": "its randomness is state.rng",
+}
+
+
 class Donatable:
     """The base of states that may be donated: its fields are gone when it is dead."""
 
@@ -45,7 +60,8 @@ class Donatable:
 
     def __getattr__(self, name: str) -> Any:
         if name not in fields(type(self)):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            hint = next((hint for names, hint in _INSTEAD.items() if name in names.split()), f"it has {', '.join(fields(type(self)))}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}: {hint}", name=name, obj=self)
         raise DonatedStateError(
             f"state.{name}: {fate(self)}. Use the state that came out of it; in a hook or an observer that keeps states, keep "
             "fnrun.snapshot(state); after an exception, restore the last checkpoint"

@@ -36,6 +36,7 @@ import yaml
 
 from fnrun import files, writer
 from fnrun.environment import environment
+from fnrun.words import kind
 from fnrun.writer import RunError, Status, WaitingInterrupted, Writing
 
 if TYPE_CHECKING:
@@ -71,6 +72,33 @@ class Experiment:
     program: Callable[..., tuple[Any, dict[str, Any]]]
     data: Mapping[str, Any]
     evaluate: Callable[..., tuple[Any, dict[str, Any]]] | None = None
+
+    def __post_init__(self) -> None:
+        from fnrun.state import is_state
+        from fnrun.steps import is_step
+
+        if isinstance(self.state, type) or not callable(self.state):
+            raise TypeError(
+                f"Experiment: state= takes a function that makes the fresh state, and not {kind(self.state)}: "
+                "state=lambda: TrainState.create(model, optimizer)"
+            )
+        for name, loop in (("program", self.program), ("evaluate", self.evaluate)):
+            if (isinstance(loop, type) or not callable(loop) or is_step(loop)) and not (name == "evaluate" and loop is None):
+                hint = "epoch_loop(step) or eval_loop(step)" if is_step(loop) else "such as fnrun.repeat(...), or a function of its type"
+                raise TypeError(f"Experiment: {name}= takes a loop, and not {kind(loop)}: {hint}")
+        if self.data is None or isinstance(self.data, type) or is_state(self.data):
+            raise TypeError(
+                f"Experiment: data= takes a mapping of streams, such as {{'train': data.arrays(...)}}, and not {kind(self.data)}"
+            )
+
+    def fresh(self) -> Any:
+        """What `state()` makes. Raises TypeError where it is no state."""
+        from fnrun.state import is_state
+
+        state = self.state()
+        if not is_state(state):
+            raise TypeError(f"Experiment: state() returned {kind(state)}: it returns a state, such as TrainState.create(model, optimizer)")
+        return state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +402,16 @@ def _changes(old: Any, new: Any, name: str) -> Iterator[tuple[str, list[Any]]]:
             yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield name, [old, new]
+
+
+def built(build: Callable[[Any, Run], Experiment], config: Any, run: Run) -> Experiment:
+    """What `build` returns. Raises RunError where it is no experiment."""
+    experiment: Any = build(config, run)
+    if not isinstance(experiment, Experiment):
+        name = getattr(build, "__qualname__", "build")
+        hint = "is its last line a return?" if experiment is None else "Experiment(state=..., program=..., data=...)"
+        raise RunError(f"{name}(config, run) returned {kind(experiment)}: it returns an fnrun.Experiment; {hint}")
+    return experiment
 
 
 # --- whose code it is --------------------------------------------------------------------------------------------------

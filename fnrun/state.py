@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import operator
 import re
 import sys
@@ -17,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from fnrun.donation import Donatable, fields
 from fnrun.rng import Key
 from fnrun.tree import struct
+from fnrun.words import kind, uncalled
 
 #: What a stream says of its rows and its batch size.
 _BATCH, _ROWS = re.compile(r"\b(\d+) a batch\b"), re.compile(r"\bof (\d+) (?:rows|examples)\b")
@@ -140,6 +142,9 @@ class TrainState(Donatable):
         >>> list(state.params), state.step
         (['weight', 'bias'], 0)
         """
+        check_model("TrainState.create", model)
+        if optimizer is not None:
+            check_optimizer("TrainState.create", optimizer, needs=("init",))
         named = dict(model.named_parameters())
         for name, tensor in [*named.items(), *model.named_buffers()]:
             if is_lazy(tensor):
@@ -162,6 +167,66 @@ class TrainState(Donatable):
     def rewind(self) -> Self:
         """The state with its open frames given up and its stop cleared: a program called on it begins anew. Streams stay where they are."""
         return self.replace(position=dataclasses.replace(self.position, frames=()), stop=None)
+
+
+def check_model(who: str, model: Any) -> None:
+    """Raise TypeError where `model` is no module that a state can be put into."""
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)) or (
+        isinstance(model, nn.Module) and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    ):
+        raise TypeError(
+            f"{who}: {kind(model)} is, or holds, a TorchScript module, which cannot be called with the tensors of a state: give the module that "
+            "it was made of (make_train_step(..., compile=True) compiles the step)"
+        )
+    if isinstance(model, nn.Module):
+        return
+    called = f": call it, {model.__name__}(...)" if isinstance(model, type) and issubclass(model, nn.Module) else ""
+    hint = called or " (is the order of the arguments right? the model comes first)"
+    raise TypeError(f"{who} takes a model, an nn.Module, and not {kind(model)}{hint}")
+
+
+def check_optimizer(who: str, optimizer: Any, needs: tuple[str, ...] = ("init", "update")) -> None:
+    """Raise TypeError, with what to write, where `optimizer` is no pair of `init` and `update` that makes parameters."""
+    of_torch = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
+    if isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
+        hint = "a learning rate that changes is a schedule, an argument of the optimizer: optim.adamw(fnrun.schedules.warmup_cosine(...))"
+    elif of_torch or isinstance(optimizer, torch.optim.Optimizer):
+        name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        ours = f"optim.{name.lower()}(...) or " if hasattr(sys.modules.get("fnrun.optim"), name.lower()) else ""
+        hint = f"{ours}optim.from_torch(torch.optim.{name}, ...), for torch's own changes its parameters in place"
+    elif (name := uncalled(optimizer)) is not None:
+        hint = f"call it, {name}(...)"
+    elif type(optimizer).__name__ == "Wrapper":
+        hint = "it wraps an optimizer: optim.chain(it, optim.adamw(...))"
+    elif type(optimizer).__name__ == "Transform":
+        hint = "it changes gradients on their way to an optimizer: optim.chain(it, optim.adamw(...))"
+    elif isinstance(optimizer, type) or not all(hasattr(optimizer, name) for name in needs):
+        hint = "take one of fnrun.optim, such as optim.adamw(1e-3)"
+    else:
+        return
+    raise TypeError(f"{who} takes an optimizer, a pair of pure functions (init and update), and not {kind(optimizer)}: {hint}")
+
+
+def is_state(state: Any) -> bool:
+    """Whether loops can work on it, as far as its fields tell."""
+    return hasattr(state, "position") and not isinstance(state, type)
+
+
+def no_state(who: str, state: Any, data: Any = None, what: str = "data") -> TypeError:
+    """The error for what was given to `who` in place of a state."""
+    if is_state(data):
+        hint = f"state and {what} are swapped: the state comes first"
+    elif isinstance(state, nn.Module):
+        hint = "a module is no state, TrainState.create(model, optimizer) makes one of it"
+    elif isinstance(state, type) and hasattr(state, "position"):
+        hint = f"call it, {state.__name__}.create(model, optimizer)"
+    elif isinstance(state, tuple) and state and is_state(state[0]):
+        hint = "a loop and a step return (state, metrics): state, metrics = ..."
+    elif inspect.isroutine(state):
+        hint = "call it: what it returns may be the state"
+    else:
+        hint = "TrainState.create(model, optimizer) makes a state, and so does a struct of your own with step, memory, position and stop"
+    return TypeError(f"{who} takes (state, {what}), and its state is {kind(state)}: {hint}")
 
 
 @functools.cache

@@ -25,8 +25,9 @@ from fnrun.metrics.base import wide
 from fnrun.reports import collect
 from fnrun.rng import Key, Scope
 from fnrun.shell import Shell
-from fnrun.state import S, TrainState, weights_of
+from fnrun.state import S, TrainState, check_model, check_optimizer, is_state, no_state, weights_of
 from fnrun.watch import described, leaves as leaves_of
+from fnrun.words import a, bindable, kind, uncalled
 
 if TYPE_CHECKING:
     from fnrun.optim import Optimizer
@@ -149,6 +150,7 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
     """
     if fn is None:
         return lambda fn: step(fn, host_random=host_random)
+    _check_function("step", fn, 2, "(state, batch)", "(state, metrics)")
     inner = fn
 
     name = getattr(fn, "__qualname__", repr(fn))
@@ -157,15 +159,24 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
     @functools.wraps(fn)
     def lawful(state: Any, batch: Any) -> tuple[Any, Metrics]:
         marks = guard.look(state)
-        with within(state.rng, "train", state.step) as reports:
+        try:
+            count = state.step
+            surroundings = within(state.rng, "train", count)
+        except AttributeError:
+            raise no_state(name, state, batch, "batch") from None
+        with surroundings as reports:
             result: Any = inner(state, batch)
         guard.check(marks)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(f"{name} returned {type(result).__name__}: a step returns (state, metrics), metrics a dict")
         new, metrics = result
+        if not hasattr(new, "position") or isinstance(new, type):
+            raise TypeError(
+                f"{name} returned {kind(new)} in place of a state: a step returns (state, metrics), such as state.replace(...), {{}}"
+            )
         metrics = {name: _detach_all(value) for name, value in _with(metrics, reports).items()}
         new = tree.map(_detach, new).replace(position=new.position)  # the same object: whether a loop ran is told by it
-        return new.replace(step=state.step + 1), metrics
+        return new.replace(step=count + 1), metrics
 
     _steps[lawful] = Traits()
     return lawful
@@ -197,6 +208,8 @@ def value_and_grad(fn: Callable[[Any], Any], *, has_aux: bool = False) -> Callab
     (tensor(10.), {'x': tensor([2., 6.])})
     """
 
+    _check_function("value_and_grad", fn, 1, "fn(params)", "a scalar")
+
     def wrapped(params: Any) -> tuple[Any, Any]:
         leaves, spec = optree.tree_flatten(params)
         leaves = [p.detach().requires_grad_() for p in leaves]
@@ -216,8 +229,15 @@ def _grad(loss: Any, leaves: list[torch.Tensor], scaled: Any, *, accumulate: boo
     if isinstance(loss, torch.Tensor) and loss.is_complex():
         raise ValueError("a loss is a real number, this one is complex: take loss.abs().square(), or its real part")
     if not isinstance(loss, torch.Tensor) or loss.ndim:
-        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"a loss is a scalar tensor, this one is {what}: take its mean or sum")
+        what = (
+            f"a tensor of shape {tuple(loss.shape)}"
+            if isinstance(loss, torch.Tensor)
+            else a(type(loss).__name__)
+            if loss is not None
+            else "None"
+        )
+        hint = "take its mean or sum" if isinstance(loss, torch.Tensor) else "loss_fn returns it, or (loss, metrics), as it was computed"
+        raise ValueError(f"a loss is a scalar tensor, this one is {what}: {hint}")
     if not loss.requires_grad:
         raise ValueError("the loss depends on no trained parameter: was it detached, or made under torch.no_grad() or inference_mode()?")
     if accumulate:
@@ -274,9 +294,9 @@ def make_train_step(
     >>> state.step, sorted(metrics)
     (1, ['loss', 'lr'])
     """
-    if not hasattr(optimizer, "update"):
-        kind = type(optimizer).__name__
-        raise TypeError(f"an optimizer here is a pair of pure functions, not a {kind}: optim.{kind.lower()}(...) or optim.from_torch(...)")
+    check_model("make_train_step", model)
+    _check_function("make_train_step", loss_fn, 2, "loss_fn(model, batch)", "a scalar loss, or (loss, metrics)")
+    check_optimizer("make_train_step", optimizer)
     name = f"train_step({type(model).__name__})"
     shell = Shell(model, name, watched=_Surroundings.WATCHED)
     if not shell.trained:
@@ -288,7 +308,8 @@ def make_train_step(
     shell.check_hooks()
     _warn_of_eval_mode(model, name)
     within = _Surroundings(name, host_random)
-    expected: list[str] = []
+    known: list[Any] = []  # structures of optimizer states that this step can go on with
+    given = 0  # the id of the one that it made last, which needs no look
     guard, culprit = Guard(name), functools.partial(_culprit, optimizer, name)
 
     def gradients_of(memory: Any, params: Any, buffers: Any, batch: Any) -> tuple[Any, Any, dict[str, torch.Tensor], Metrics]:
@@ -318,6 +339,8 @@ def make_train_step(
                     f"{name}: the loss reaches no trained parameter of {shell.name}: does it call the model that it is given? "
                     f"It has a gradient to {', '.join(map(described, leaves_of(loss)))}"
                 )
+            if shell.first.watching:
+                _check_dense(name, dict(zip(trained, grads, strict=True)))
             return grads, {"loss": loss, **metrics}
 
         (grads, metrics), buffers, written = shell.run(forward_and_backward, tensors, buffers, train=True)
@@ -396,9 +419,25 @@ def make_train_step(
             with within(state.rng, "train", state.step):
                 gradients(state.params, state.opt_state, batch, state.buffers)
 
+    def check(state: Any, batch: Any) -> None:
+        """Raise where this is no state, or one whose optimizer state is another optimizer's."""
+        if not is_state(state) or not hasattr(state, "opt_state"):
+            raise no_state(name, state, batch, "batch")
+        params, memory = state.params, state.opt_state
+        structure = optree.tree_structure(memory)
+        if structure not in known:
+            _remembered(name, optimizer, {name: params[name] for name in trained if name in params}, memory)
+            known.append(structure)
+
     def steps_over(state: TrainState, batches: list[Any], lease: Lease | None) -> tuple[TrainState, Metrics]:
-        if not expected:  # once: afterwards the state comes from this step
-            expected.extend(_remembered(optimizer, {name: state.params[name] for name in trained if name in state.params}, state.opt_state))
+        nonlocal given
+        if id(getattr(state, "opt_state", None)) != given:
+            check(state, batches[0])
+        result = stepped(state, batches, lease)
+        given = id(result[0].opt_state)
+        return result
+
+    def stepped(state: TrainState, batches: list[Any], lease: Lease | None) -> tuple[TrainState, Metrics]:
         if graphs is not None:
             rehearse(state, batches[0])
         if graphs is None or graphs.reason is not None:
@@ -413,10 +452,14 @@ def make_train_step(
         return steps_over(state, [batch], lease)
 
     def fused_steps(state: TrainState, batches: list[Any], *, lease: Lease | None = None) -> tuple[TrainState, Metrics]:
+        nonlocal given
         if len(batches) > 1 and graphs is not None and graphs.reason is None and _alike(batches):
+            if id(getattr(state, "opt_state", None)) != given:
+                check(state, batches[0])
             rehearse(state, batches[0])
             result = compiled(state, batches, lease)
             if result is not None:
+                given = id(result[0].opt_state)
                 return result
             warnings.warn(f"{name} is not compiled and goes on without: {graphs.reason}", stacklevel=3)
         seen: list[Metrics] = []
@@ -480,16 +523,44 @@ def _alike(batches: list[Any]) -> bool:
     return len({(spec, *(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)) for leaves, spec in map(optree.tree_flatten, batches)}) == 1  # fmt: skip
 
 
-def _remembered(optimizer: Optimizer, params: dict[str, torch.Tensor], opt_state: Any) -> list[str]:
-    """The paths of what `optimizer` remembers of `params`. Raises ValueError where that is not what the state holds."""
-    wanted, held = tree.paths({"opt_state": optimizer.init(params)}), tree.paths({"opt_state": opt_state})
+def _check_dense(who: str, grads: Mapping[str, Any]) -> None:
+    """Raise ValueError for gradients that are sparse."""
+    sparse = [name for name, grad in grads.items() if grad is not None and grad.layout != torch.strided]
+    if sparse:
+        raise ValueError(
+            f"{who}: the gradient of {', '.join(sparse)} is sparse, and optimizers here take dense ones: make the layer with sparse=False "
+            "(nn.Embedding, nn.EmbeddingBag, functional.embedding)"
+        )
+
+
+def _check_function(who: str, function: Any, arguments: int, call: str, returns: str) -> None:
+    """Raise TypeError where this is no function of the user's that can be called so."""
+    if isinstance(function, type):
+        hint = ": a class is not called by it"
+    elif uncalled(function) is not None:
+        hint = ", which is of another kind"
+    elif type(function).__module__ == "torch.nn.modules.loss" or getattr(function, "__module__", "") == "torch.nn.functional":
+        hint = ", which takes outputs and targets: lambda model, batch: criterion(model(batch[0]), batch[1])"
+    elif not callable(function):
+        hint = ""
+    elif not bindable(function, *range(arguments)):
+        hint = ", which takes other arguments"
+    else:
+        return
+    raise TypeError(f"{who} takes a function, {call} -> {returns}, and not {kind(function)}{hint}")
+
+
+def _remembered(who: str, optimizer: Optimizer, params: dict[str, torch.Tensor], opt_state: Any) -> None:
+    """Raise ValueError where the state does not hold what `optimizer` remembers of `params`."""
+    fresh = optimizer.init(params)
+    wanted, held = tree.paths({"opt_state": fresh}), tree.paths({"opt_state": opt_state})
     if wanted != held:
         missing, extra = [p for p in wanted if p not in held][:5], [p for p in held if p not in wanted][:5]
         raise ValueError(
-            f"the state's opt_state is not that of this optimizer and these trained parameters: missing {missing}, unexpected {extra}. "
-            "Create the state with the same optimizer, and freeze parameters before both"
+            f"{who}: the state's opt_state is not that of this optimizer and these trained parameters: missing {missing}, unexpected {extra}. "
+            f"{'It was created without an optimizer. ' if opt_state is None else ''}Create the state with the same optimizer, and freeze parameters before both; to go on with another optimizer, "
+            "state.replace(opt_state=optimizer.init(state.params))"
         )
-    return wanted or ["nothing"]
 
 
 def _loss_and_metrics(result: Any) -> tuple[Any, Metrics]:
@@ -561,6 +632,8 @@ def make_eval_step(
     that a hook remembers (its name, as `"ema"`), or a function of the state that returns `params` or `(params, buffers)`.
     Randomness within is keyed by the training step and the batch's place in the pass; `host_random` as in `make_train_step`.
     """
+    check_model("make_eval_step", model)
+    _check_function("make_eval_step", metric_fn, 2, "metric_fn(model, batch)", "a dict of metrics, or a loss")
     run = _evaluation(model, metric_fn, weights, precision, host_random)
 
     def eval_step(state: Any, batch: Any) -> Metrics:
@@ -584,6 +657,8 @@ def make_predict_step(
     host_random: bool = False,
 ) -> Callable[[Any, Any], Any]:
     """The prediction step `(state, batch) -> outputs`: any pytree that `predict_fn(model, batch)` returns; else as `make_eval_step`."""
+    check_model("make_predict_step", model)
+    _check_function("make_predict_step", predict_fn, 2, "predict_fn(model, batch)", "outputs")
     run = _evaluation(model, predict_fn, weights, precision, host_random)
 
     def predict_step(state: Any, batch: Any) -> Any:
@@ -597,14 +672,21 @@ def make_predict_step(
 def _evaluation(
     model: nn.Module, fn: Callable[[nn.Module, Any], Any], weights: str | Callable[[Any], Any], precision: str | None, host: bool
 ) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
+    if not isinstance(weights, str) and not callable(weights):
+        named = getattr(weights, "name", None)
+        hint = f": the name of the hook, weights={named!r}" if isinstance(named, str) else ""
+        raise TypeError(f"weights= takes 'params', a hook's name or a function of the state, and not {kind(weights)}{hint}")
     name = f"the evaluation of {type(model).__name__}"
     shell = Shell(model, name, watched=_Surroundings.WATCHED)
     within = _Surroundings(name, host)
     autocast = _autocast(precision, shell.device_type) or nullcontext
 
     def run(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            frames, _ = state.position.frames, state.rng
+        except AttributeError:
+            raise no_state(name, state, batch, "batch") from None
         params, buffers = weights_of(state, weights)
-        frames = state.position.frames
         place = frames[-1].ticks if frames else 0
         with within(state.rng, "eval", state.step, place) as reports, torch.no_grad(), autocast():
             outputs, _, _ = shell.run(lambda: fn(model, batch), shell.tensors("params", params), buffers, train=False)
@@ -622,6 +704,8 @@ def skip_nonfinite(step: Step) -> Step:
     The step's metrics are then `{"skipped": 1.0}` alone, so that no NaN reaches a mean. It waits for the device at each step.
     It goes around a step and inside a loop; around a loop it is refused (TypeError), for what loops keep cannot be taken back.
     """
+
+    _check_function("skip_nonfinite", step, 2, "step(state, batch)", "(state, metrics)")
 
     @functools.wraps(step)
     def wrapped(state: Any, batch: Any) -> tuple[Any, Metrics]:

@@ -22,6 +22,8 @@ import torch
 from optree.registry import __GLOBAL_NAMESPACE as EVERYWHERE  # pyright: ignore[reportPrivateUsage]
 from torch.utils import _pytree as torch_pytree
 
+from fnrun.words import a
+
 T = TypeVar("T")
 
 #: Types of leaves besides tensors and arrays. Matched exactly: a subclass (an `IntEnum`, a `np.float64`) would not come back as it was.
@@ -56,7 +58,8 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
     """
     if cls is None:
         return lambda cls: struct(cls, eq=eq)  # pyright: ignore[reportCallIssue]
-    cls = dataclasses.dataclass(frozen=True, slots=True, eq=eq)(cls)
+    cls = dataclasses.dataclass(frozen=True, slots=True, eq=eq, repr=cls.__repr__ is object.__repr__)(cls)
+    cls.__setattr__, cls.__delattr__ = _refusing(cls), _refusing(cls)
     names = tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("pytree_node", True))
     statics = tuple(f.name for f in dataclasses.fields(cls) if f.name not in names)
 
@@ -87,6 +90,24 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
     )
     _structs[class_name(cls)] = cls
     return cls
+
+
+def _refusing(cls: Any) -> Callable[..., None]:
+    """What sets or deletes a field of a struct: it says how one gets another value instead. A subclass that is no struct keeps its own."""
+    fields = tuple(field.name for field in dataclasses.fields(cls))
+
+    def refuse(self: Any, name: str, *value: Any) -> None:
+        if type(self) is not cls and name not in fields:
+            object.__setattr__(self, name, *value) if value else object.__delattr__(self, name)
+            return
+        if name in fields:
+            change = f"{name}={value[0]!r}" if value and type(value[0]) in (bool, int, float) else f"{name}=..."
+            hint = f"make another one, {f'state.replace({change})' if hasattr(cls, 'replace') else f'dataclasses.replace(it, {change})'}"
+        else:
+            hint = f"it has the fields {', '.join(fields)}, and a subclass under @fnrun.struct adds some"
+        raise dataclasses.FrozenInstanceError(f"{name!r} cannot be changed, for {a(cls.__name__)} is immutable: {hint}")
+
+    return refuse
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
@@ -337,7 +358,7 @@ def _leaf_bytes(value: Any, path: tuple[Any, ...]) -> bytes:
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return f"ndarray {value.dtype.str} {value.shape} ".encode() + value.tobytes()
     if type(value) not in SCALARS:
-        raise TypeError(f"leaf {join(path) or '(root)'} is a {type(value).__name__}: a state holds tensors, arrays and plain scalars only")
+        raise TypeError(f"leaf {join(path) or '(root)'} is {a(type(value).__name__)}: a state holds tensors, arrays and plain scalars only")
     if isinstance(value, float):
         return f"float {np.float64(value).tobytes().hex()}".encode()
     if isinstance(value, complex):

@@ -23,7 +23,7 @@ from fnrun.donation import secured
 from fnrun.environment import environment
 from fnrun.loops.whole import with_observers
 from fnrun.program import ProgramError, spy
-from fnrun.run import Experiment, Run, RunError, config_type, decode, load_build
+from fnrun.run import Experiment, Run, RunError, built, config_type, decode, load_build
 from fnrun.state import Frame, Position
 
 __all__ = ["Pair", "order", "verify"]
@@ -197,7 +197,7 @@ def _proof(run: Run, task: _Task, rebuilt: _Rebuilt) -> Pair:
     with _as_then(task.manifest.environment) as notes:
         try:
             experiment = rebuilt(task.manifest.config)
-            fresh = experiment.state()
+            fresh = experiment.fresh()
             expected = checkpoints.restore(fresh, task.end)
             state = fresh if task.begin is None else checkpoints.restore(fresh, task.begin)
             reached = _replay(experiment, state.replace(stop=None), expected.position)  # a stopped run went on because its stop was cleared
@@ -266,7 +266,9 @@ class _Rebuilt:
             scratch = Run.create(self.run.experiment, config, place)
             self.environment = scratch.checkpoints.environment
             try:
-                experiment = self.build(config, scratch)
+                experiment = built(self.build, config, scratch)
+            except RunError:
+                raise
             except ValueError as error:
                 raise RunError(f"the experiment cannot be built with the config of the checkpoint: {error}") from error
             with warnings.catch_warnings(action="ignore"):  # what is to be said of a loop was said when it was made

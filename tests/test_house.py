@@ -15,7 +15,7 @@ PACKAGE = Path(fnrun.__file__).parent
 
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
-    ["tree", "files", "tables", "counts"],
+    ["tree", "files", "tables", "counts", "words"],
     ["rng", "reports", "donation", "environment", "inplace", "waiting"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
@@ -34,6 +34,7 @@ BESIDE = {
     ("watch", "steps"),
     ("shell", "steps"),
     ("compiled", "steps"),
+    ("words", "tree"),
     ("program", "loops"),
     ("program", "interrupts"),
     ("dry", "loops"),

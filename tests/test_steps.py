@@ -257,7 +257,7 @@ class TestErrors:
             fnrun.make_train_step(nn.Linear(1, 1).requires_grad_(False), lambda model, x: 0, optim.sgd(0.1))
 
     def test_an_optimizer_that_is_none(self):
-        with pytest.raises(TypeError, match=r"not a SGD: optim.sgd.* or optim.from_torch"):
+        with pytest.raises(TypeError, match=r"not an SGD: optim.sgd.* or optim.from_torch"):
             fnrun.make_train_step(nn.Linear(1, 1), lambda model, x: 0, torch.optim.SGD([torch.zeros(1)], 0.1))
 
     @pytest.mark.parametrize("other", [None, optim.adamw(0.1), optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1))])

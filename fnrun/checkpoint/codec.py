@@ -22,6 +22,7 @@ import torch
 
 from fnrun import tree
 from fnrun.checkpoint.manifest import ARRAY_KINDS, SEQUENCES, CheckpointError, Leaf, Node, constant, dense, encode_constant, text
+from fnrun.words import a
 
 #: Fields of a state that a fresh one cannot know: always rebuilt from the manifest, whatever `like` holds there.
 FREE = ("position", "memory")
@@ -141,7 +142,7 @@ def leaf_of(value: Any, path: tuple[Any, ...]) -> Leaf:
 
 def _odd_tensor(value: torch.Tensor) -> str:
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        return f"a {type(value).__name__}"
+        return f"{a(type(value).__name__)}"
     if value.is_nested:
         return "a nested tensor"
     return "a quantized tensor" if value.is_quantized else f"a {value.layout} tensor"

@@ -25,6 +25,7 @@ from fnrun import files, tree
 from fnrun.checkpoint import codec
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError
 from fnrun.checkpoint.match import check_cast, shortened
+from fnrun.words import a
 
 #: Where a state dict stands in a file that holds more: MMEngine's and Lightning's, and that of many others.
 KEYS = ("state_dict", "model")
@@ -288,7 +289,7 @@ def _plain(value: Any) -> bool:
 
 def _words(value: Any) -> str:
     if isinstance(value, Tensor):
-        return "a tensor" if _plain(value) else f"a {type(value).__name__} of {value.layout}, {value.dtype}, on {value.device}"
+        return "a tensor" if _plain(value) else f"{a(type(value).__name__)} of {value.layout}, {value.dtype}, on {value.device}"
     article = "an" if type(value).__name__[0] in "aeiouAEIOU" else "a"
     return f"{article} {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, Mapping) else "")
 

@@ -20,6 +20,7 @@ from fnrun.checkpoint.directory import Checkpoints
 from fnrun.checkpoint.manifest import CheckpointError, text
 from fnrun.checkpoint.retention import Entry, Which
 from fnrun.state import buffers_of, weights_of
+from fnrun.words import a
 
 Weights = str | Callable[[Any], Any]
 S = TypeVar("S")
@@ -62,7 +63,7 @@ def load_from(
     match.check_cast("load_from", dtype)
     if not all(isinstance(getattr(like, field, None), Mapping) for field in FIELDS):
         raise CheckpointError(
-            f"load_from: `like` is a state with params and buffers, not a {type(like).__name__}: TrainState.create(model, optimizer)"
+            f"load_from: `like` is a state with params and buffers, not {a(type(like).__name__)}: TrainState.create(model, optimizer)"
         )
     checkpoints = None if isinstance(source, Mapping) or hasattr(source, "params") else _checkpoints(source)
     if hasattr(source, "params"):
@@ -297,7 +298,7 @@ def _checkpoints(source: Any) -> tuple[Checkpoints, Entry | None] | None:
         return source, None
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(
-            f"a {type(source).__name__} holds no weights that are known: give a state, a run, a checkpoint, a file or a state dict"
+            f"{a(type(source).__name__)} holds no weights that are known: give a state, a run, a checkpoint, a file or a state dict"
         )
     path = files.place(source)
     if not path.is_dir():

@@ -20,6 +20,7 @@ from fnrun.data.order import permutation
 from fnrun.data.stream import Stream, walk
 from fnrun.rng import Key
 from fnrun.state import Cursor
+from fnrun.words import a
 
 #: So many rows of the order are computed at once: a NumPy call on 32 numbers costs nearly as much as one on thousands.
 BLOCK = 65_536
@@ -177,7 +178,7 @@ def _tensor(path: str, leaf: Any) -> torch.Tensor:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path or '(root)'}: {error}") from None
     if not isinstance(leaf, torch.Tensor):
-        raise ValueError(f"{path or '(root)'} is a {type(leaf).__name__}, not a tensor or an array")
+        raise ValueError(f"{path or '(root)'} is {a(type(leaf).__name__)}, not a tensor or an array")
     if not leaf.ndim:
         raise ValueError(f"{path or '(root)'} is a single number: its leading dimension must be the rows")
     return leaf.detach()

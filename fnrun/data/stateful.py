@@ -10,6 +10,7 @@ from fnrun import tree
 from fnrun.data.stream import Stream
 from fnrun.rng import Key
 from fnrun.state import Cursor
+from fnrun.words import a
 
 
 class SaysWhere(Protocol):
@@ -131,5 +132,5 @@ def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
     (1, {'at': 1}, 2)
     """
     if not (hasattr(iterable, "state_dict") and hasattr(iterable, "load_state_dict")):
-        raise TypeError(f"a {type(iterable).__name__} has no state_dict() and load_state_dict(): it cannot say where it is")
+        raise TypeError(f"{a(type(iterable).__name__)} has no state_dict() and load_state_dict(): it cannot say where it is")
     return Stateful(iterable, name)

@@ -14,6 +14,7 @@ from fnrun.data.content import digest
 from fnrun.inplace import Guard
 from fnrun.rng import Key
 from fnrun.state import Cursor
+from fnrun.words import a, kind
 
 
 @runtime_checkable
@@ -51,13 +52,13 @@ def as_batches(value: Any) -> Batches:
         return batches(value)
     kind = type(value).__name__
     if isinstance(value, torch.utils.data.DataLoader):
-        raise TypeError(f"a {kind} does not know where it stands: use data.loader(dataset, batch_size, ...), which runs the same workers")
+        raise TypeError(f"{a(kind)} does not know where it stands: use data.loader(dataset, batch_size, ...), which runs the same workers")
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        raise TypeError(f"a {kind} can say where it is: use data.stateful(it)")
+        raise TypeError(f"{a(kind)} can say where it is: use data.stateful(it)")
     if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, (dict, str, torch.Tensor)):
-        raise TypeError(f"a {kind} has examples, not batches: use data.loader(it, batch_size)")
+        raise TypeError(f"{a(kind)} has examples, not batches: use data.loader(it, batch_size)")
     raise TypeError(
-        f"a {kind} is not a stream of batches: use data.arrays(tensors, batch_size), data.loader(dataset, batch_size), "
+        f"{a(kind)} is not a stream of batches: use data.arrays(tensors, batch_size), data.loader(dataset, batch_size), "
         "data.stateful(iterable), or a list of batches"
     )
 
@@ -81,7 +82,20 @@ class Stream:
 
     def to(self: Batches, device: torch.device | str) -> OnDevice:
         """The same stream, name, source and positions, with each batch copied to `device` one batch ahead."""
-        return OnDevice(self, torch.device(device))
+        return OnDevice(self, _there(device))
+
+
+def _there(device: Any) -> torch.device:
+    """The device. Raises ValueError, with those that there are, where it is none of this machine."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(cards))])
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"to(device): {kind(device)} is no device here; there are: {there}") from None
+    if found.type == "cuda" and not (found.index or 0) < cards:
+        raise ValueError(f"to(device): there is no {found} on this machine, or torch does not see it; there are: {there}")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,12 @@ from typing import Any
 
 from fnrun.counts import count
 from fnrun.loops.base import AnyHook, Loop
-from fnrun.loops.composed import AnyStep, Composed, Wrapper, title
+from fnrun.loops.composed import AnyStep, Composed, Wrapper, check_step, title
 from fnrun.loops.over_data import EpochLoop, EvalLoop, PredictLoop, StepLoop
 from fnrun.loops.over_loops import Every, InOrder, Repeat, Workflow
+from fnrun.loops.parts import check_watching
 from fnrun.program import Observer
+from fnrun.words import kind
 
 
 def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), donate: bool = False) -> Loop:
@@ -38,7 +40,7 @@ def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Seque
     >>> state.step, metrics["mean"].item()
     (2, 3.0)
     """
-    return EpochLoop(step=step, hooks=hooks, observers=observers, donate=donate)
+    return check_watching(EpochLoop(step=step, hooks=hooks, observers=observers, donate=donate))
 
 
 def step_loop(
@@ -57,7 +59,7 @@ def step_loop(
     observers and interrupts act between the calls. Their randomness is keyed by the first of the k, so with dropout the bits are not those of
     single steps. Raises TypeError for another step, ValueError for a hook or an observer that would act in between.
     """
-    return StepLoop(
+    loop = StepLoop(
         step=step,
         steps=count("steps", steps, 0),
         until_step=None if until_step is None else count("until_step", until_step, 0),
@@ -66,6 +68,7 @@ def step_loop(
         donate=donate,
         fused_steps=count("fused_steps", fused_steps),
     )
+    return check_watching(loop)
 
 
 def eval_loop(eval_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = ()) -> Loop:
@@ -96,14 +99,19 @@ def repeat(
 
     `repeat(step, 1)` is `step`. A state saved at the end of a `repeat(step, 10)` and given to `repeat(step, 15)` does five more.
     """
+    check_step("repeat", step, "repeat(step, times): what is repeated comes first")
+    if until is not None and not callable(until):
+        raise TypeError(f"repeat: until is a function of the state, until=lambda state: state.step >= 100, and not {kind(until)}")
     if times is None and until is None:
         raise ValueError("repeat: say how often (times=) or how long (until=)")
-    return Repeat(step=step, times=None if times is None else count("times", times, 0), until=until, hooks=hooks, observers=observers)
+    return check_watching(
+        Repeat(step=step, times=None if times is None else count("times", times, 0), until=until, hooks=hooks, observers=observers)
+    )
 
 
 def sequence(*, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), **steps: AnyStep) -> Loop:
     """`steps` one after the other: their names pick the data (`data["train"]`) and prefix the metrics (`train/loss`)."""
-    return InOrder(steps=_members(steps), hooks=hooks, observers=observers)
+    return check_watching(InOrder(steps=_members(steps), hooks=hooks, observers=observers))
 
 
 def workflow(
@@ -113,11 +121,14 @@ def workflow(
 
     `workflow([("train", 2), ("val", 1)], times=3, train=..., val=...)` runs train, train, val, train, val.
     """
+    for phase in phases if isinstance(phases, (list, tuple)) else [phases]:
+        if not isinstance(phase, (list, tuple)) or len(phase) != 2:
+            raise TypeError(f"workflow: phases are pairs of a member's name and a count, [('train', 2), ('val', 1)]; here is {kind(phase)}")
     unknown = [name for name, _ in phases if name not in steps]
     if not phases or unknown:
         raise ValueError(f"workflow: phases {unknown or 'are missing'}; there are steps for {list(steps)}")
     phases = tuple((name, count(f"the count of {name!r}", n)) for name, n in phases)
-    return Workflow(steps=_members(steps), phases=phases, times=count("times", times, 0), hooks=hooks, observers=observers)
+    return check_watching(Workflow(steps=_members(steps), phases=phases, times=count("times", times, 0), hooks=hooks, observers=observers))
 
 
 def every(n: int | Sequence[tuple[int, int]], step: AnyStep, *, begin: int = 1, last: bool = True) -> AnyStep:
@@ -126,6 +137,7 @@ def every(n: int | Sequence[tuple[int, int]], step: AnyStep, *, begin: int = 1, 
     `n` may change: `[(0, 5), (20, 1)]` is each 5th, and from round 20 each. Outside a repeat it always works; where the repeat's end is not
     known (`until`) there is no last round.
     """
+    check_step("every", step, "every(n, step): the interval comes first")
     pairs = n if isinstance(n, (list, tuple)) else [(0, n)]
     if not pairs or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"every: an interval is at least 1 round, or pairs (round, interval), not {n!r}")
@@ -167,7 +179,7 @@ def wraps(*loops: Any) -> Callable[[AnyStep], AnyStep]:
 
     def says(fn: AnyStep) -> AnyStep:
         if not callable(fn):
-            raise TypeError(f"wraps: {fn!r} is not callable")
+            raise TypeError(f"wraps: it goes above a function of (state, data), and {kind(fn)} is not callable")
         return Wrapper(fn, loops)
 
     return says
@@ -179,6 +191,5 @@ def _members(steps: Mapping[str, AnyStep]) -> dict[str, AnyStep]:
     for name, step in steps.items():
         if "/" in name or not name:
             raise ValueError(f"{name!r} is no name for a step: its metrics are named NAME/METRIC, so it has no '/' and is not empty")
-        if not callable(step):
-            raise TypeError(f"{name} is no step: {step!r} is not callable")
+        check_step(f"{name}=", step)
     return dict(steps)

@@ -11,17 +11,22 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
+from torch.utils.data import DataLoader, Dataset
+
 from fnrun import metrics as folds
+from fnrun.data import Batches
 from fnrun.donation import Lease, husk
 from fnrun.dry import DryRun, dry_run
 from fnrun.loops import parts
-from fnrun.loops.composed import AnyStep, Composed, donates, loops_of, stands_openly
+from fnrun.loops.composed import AnyStep, Composed, check_step, donates, loops_of, stands_openly, title
+from fnrun.loops.parts import check_part
 from fnrun.loops.whole import aside, elsewhere, outermost
 from fnrun.program import ASIDE, Here, Hook, Observer, Unwind, here
 from fnrun.reports import collecting
-from fnrun.state import Cursor, Frame, Position, S
+from fnrun.state import Cursor, Frame, Position, S, is_state, no_state
 from fnrun.steps import is_step
 from fnrun.waiting import Interrupted
+from fnrun.words import kind
 
 Metrics = dict[str, Any]
 AnyHook = Hook | Callable[[Any, Metrics], Any]
@@ -46,13 +51,14 @@ class Loop(Composed):
     def __post_init__(self) -> None:
         for what, given in (("hooks", self.hooks), ("observers", self.observers)):
             if not isinstance(given, (list, tuple)):
-                raise TypeError(f"{what}= takes a list, not {given!r}")
+                raise TypeError(f"{what}= takes a list, {what}=[...], and not {kind(given)}")
+        for name, step in self.inner():
+            check_step(f"{self.kind}: {name}=" if name else self.kind, step)
         hooks = tuple(flattened(self.hooks))
-        for part, what in [*((hook, "hook") for hook in hooks), *((observer, "observer") for observer in self.observers)]:
-            if isinstance(part, Loop) or (not callable(part) and not isinstance(part, Hook)):
-                raise TypeError(
-                    f"{part!r} is no {what}: a {what} is a function of (state, metrics), or has the methods of fnrun.{what.title()}"
-                )
+        for hook in hooks:
+            check_part(hook, "hook")
+        for observer in self.observers:
+            check_part(observer, "observer")
         names = [getattr(observer, "name", None) for observer in self.observers if hasattr(observer, "fold")]
         if None in names or len(set(names)) < len(names):
             raise ValueError(f"observers of one loop that fold need names of their own, to keep what they gather: {names}")
@@ -65,6 +71,8 @@ class Loop(Composed):
         object.__setattr__(self, "observers", tuple(sorted(self.observers, key=saves_last)))
 
     def __call__(self, state: S, data: Any, *, interrupt: Callable[[], str | None] | None = None) -> tuple[S, Metrics]:
+        if not is_state(state):
+            raise no_state(self.kind, state, data)
         at = here.get()
         if at is None:
             return outermost(self, state, data, interrupt)
@@ -159,7 +167,9 @@ class Loop(Composed):
                     frame = dataclasses.replace(frame, member=member)
                     state = framed(state, (*state.position.frames[:depth], frame, *state.position.frames[depth + 1 :]))
                 for hook in befores if between else ():
-                    state = hook(state, x)
+                    given, state = state, hook(state, x)
+                    if type(state) is not type(given):
+                        parts.check_returned(hook, state)
                 if self.over_data:
                     program.open()
                 if gatherers and not between:  # a fold reads its own loop's frame, whatever was open within when the state was saved
@@ -189,7 +199,9 @@ class Loop(Composed):
                     values = self._values(plain, metrics)
                     probe = parts.Probe(state) if theirs else None
                     for hook in afters:
-                        state = hook(state, values)
+                        given, state = state, hook(state, values)
+                        if type(state) is not type(given):
+                            parts.check_returned(hook, state)
                     for observer, saves in watching:
                         if saves:
                             program.flush()
@@ -231,6 +243,8 @@ class Loop(Composed):
         `place` tells ticks apart besides the ticks of the open loops; it stays the same while a loop within is open.
         """
         at.program.asked.add(id(step))
+        if not self.over_data and is_step(step):
+            return self._at_once(step, state, x, at)
         openly = stands_openly(step)
         token = here.set(at._replace(opened=[], lease=at.lease if openly else None))
         try:
@@ -239,6 +253,24 @@ class Loop(Composed):
             frames = state.position.frames[: at.depth]
             place = (frames[-1].loop, *(frame.ticks for frame in frames), *place)
             return parts.function(at.program, step, state, x, place, alone=self.over_data)
+        finally:
+            here.reset(token)
+
+    def _at_once(self, step: AnyStep, state: Any, x: Any, at: Here) -> Any:
+        """A step where a loop is usual: it is given the data as they are, which must be one batch."""
+        where = f"{self.kind}{f': {at.path}' if at.path else ''}: {title(step)} is a step and takes one batch"
+        hint = "a loop over them takes the stream, epoch_loop(step) or eval_loop(step)"
+        if isinstance(x, (Batches, DataLoader, Dataset, Iterator)) or callable(x):
+            raise TypeError(f"{where}; its data is {kind(x)}: {hint}")
+        token = here.set(ASIDE)
+        try:
+            return step(state, x)
+        except (TypeError, AttributeError, IndexError, KeyError) as error:
+            if not isinstance(x, (list, tuple)):
+                raise
+            raise TypeError(
+                f"{where}; it was given {kind(x)}. If that is a list of batches, {hint}. It raised {type(error).__name__}: {error}"
+            ) from error
         finally:
             here.reset(token)
 

@@ -7,7 +7,30 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from torch import nn
+
+from fnrun.words import bindable, kind, uncalled
+
 AnyStep = Callable[[Any, Any], Any]
+
+
+def check_step(who: str, step: Any, example: str = "") -> None:
+    """Raise TypeError, with what to write, where `step` is no function of the type of a step."""
+    if isinstance(step, (list, tuple)):
+        hint = "of several, one after the other, fnrun.sequence(first=..., second=...)"
+    elif isinstance(step, nn.Module):
+        hint = "make_train_step(model, loss_fn, optimizer) makes a step of a model"
+    elif isinstance(step, type):
+        hint = "a class is called first"
+    elif uncalled(step) is not None:
+        hint = f"call it, {uncalled(step)}(...)"
+    elif not callable(step):
+        hint = example or "make_train_step makes a step, epoch_loop(step) a loop"
+    elif not bindable(step, None, None):
+        hint = "it takes other arguments"
+    else:
+        return
+    raise TypeError(f"{who}: {kind(step)} is no step and no loop, a function of (state, data): {hint}")
 
 
 class Composed:

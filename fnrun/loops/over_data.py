@@ -301,7 +301,10 @@ class EvalLoop(OverData):
     def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
         metrics = self._stepped(state, x, at)
         if not isinstance(metrics, Mapping):
-            raise TypeError(f"{title(self.step)} returned {type(metrics).__name__}, and a step in eval_loop returns metrics, a dict")
+            raise TypeError(
+                f"{title(self.step)} returned {type(metrics).__name__}, and a step in eval_loop returns metrics, a dict. "
+                "Is it a training step? Those belong in epoch_loop or step_loop; make_eval_step(model, metric_fn) makes one for here"
+            )
         return state, dict(metrics)
 
 

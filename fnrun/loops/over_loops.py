@@ -12,6 +12,7 @@ from fnrun.loops.composed import AnyStep, Composed, added, prefixes, total_steps
 from fnrun.loops.whole import elsewhere
 from fnrun.program import Here, ProgramError, here
 from fnrun.state import Cursor, Frame
+from fnrun.words import a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +76,7 @@ class Members(Loop):
     def _length(self, state: Any, data: Any, at: Here) -> int | None:
         place = f"data at {at.path}" if at.path else "the data"
         if not isinstance(data, Mapping):
-            raise TypeError(f"{place} mirrors the {self.kind}: a mapping with the keys {list(self.steps)}, not a {type(data).__name__}")
+            raise TypeError(f"{place} mirrors the {self.kind}: a mapping with the keys {list(self.steps)}, not {a(type(data).__name__)}")
         if missing := [name for name in self.steps if name not in data]:
             raise ProgramError(f"{place} has nothing for {missing}; the {self.kind} has {list(self.steps)}, the data {list(data)}")
         return self._count()

@@ -7,20 +7,91 @@ the same in a resumed run, and move nobody else's. They may not write to what th
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from fnrun import inplace
 from fnrun.data import ambient
 from fnrun.inplace import Guard, InPlaceError
-from fnrun.loops.composed import named, title
+from fnrun.loops.composed import Composed, named, title
 from fnrun.program import Hook, Program
 from fnrun.rng import Key, Scope
-from fnrun.state import due
+from fnrun.state import due, is_state
+from fnrun.words import a, bindable, kind, uncalled
+
+
+def check_watching(loop: Any) -> Any:
+    """`loop`, whose hooks are none of the library's observers. Raises TypeError; a log may be a hook too where it is an observer beside."""
+    for hook in loop.hooks:
+        held = innermost(hook)
+        if ours(held) and type(held).__module__.startswith("fnrun.observers") and not any(held is other for other in loop.observers):
+            name = str(getattr(held, "name", None) or named(held))
+            raise TypeError(
+                f"{name} is no hook: it is an observer, observers=[{name}]"
+                + (f"; for a window over the whole run it is both, hooks=[{name}], observers=[{name}]" if hasattr(held, "after") else "")
+            )
+    return loop
+
+
+def check_part(part: Any, what: str) -> None:
+    """Raise TypeError, with where it belongs, for what is no hook or no observer."""
+    held = innermost(part)
+    home = (getattr(held, "__module__", None) or type(held).__module__) if ours(held) else ""
+    elsewhere = next((where for package, where in _HOMES.items() if home.startswith(package)), None)
+    if isinstance(held, type) or isinstance(part, type):
+        hint = "a class is called first"
+    elif (name := uncalled(held)) is not None and next(iter(inspect.signature(held).parameters), "") != "state":
+        hint = f"call it, {name}(...)"
+    elif isinstance(held, Composed):
+        hint = "a loop stands in another one: fnrun.sequence(first=..., second=...)"
+    elif isinstance(held, LRScheduler):
+        hint = "a learning rate that changes is an argument of the optimizer: optim.adamw(fnrun.schedules.warmup_cosine(...))"
+    elif what == "observer" and (home.startswith("fnrun.hooks") or (isinstance(held, Hook) and not callable(held))):
+        hint = "it is a hook: hooks=[...]"
+    elif elsewhere is not None:
+        hint = elsewhere
+    elif isinstance(held, (list, tuple)):
+        hint = f"{what}s= takes them one beside the other, {what}s=[one, another]"
+    elif not callable(held) and not isinstance(held, Hook):
+        hint = f"{a(what)} is a function of (state, metrics), or has the methods of fnrun.{what.title()}"
+    elif not bindable(_called(held) if what == "hook" else held, None, None):
+        hint = f"{a(what)} is called with (state, metrics)"
+    else:
+        return
+    plainly = held is None or isinstance(held, (type, str, list, tuple)) or inspect.isroutine(held)
+    raise TypeError(f"{kind(held) if plainly else named(held)} is no {what}: {hint}")
+
+
+#: Where else in a program the library's own belong.
+_HOMES = {
+    "fnrun.observers.sinks": "it is a sink, to which a log writes: observers=[observers.log(to=[...])]",
+    "fnrun.checkpoint": "observers=[observers.checkpoint(it)] saves there",
+    "fnrun.optim": "it belongs to the optimizer: optim.chain(it, optim.adamw(...))",
+    "fnrun.schedules": "a schedule is an argument of the optimizer: optim.adamw(schedule)",
+    "fnrun.data": "a stream is the data that the program is called with",
+    "fnrun.metrics": "metrics are what a step returns",
+    "fnrun.interrupts": "it is asked between ticks: fit(state, data, interrupt=it)",
+}
+
+
+def check_returned(part: Any, state: Any) -> None:
+    """Raise TypeError, with whose it is, where a hook returned no state."""
+    if is_state(state):
+        return
+    held = part
+    while not isinstance(held, Part) and (
+        inner := getattr(held, "__self__", None) or getattr(held, "hook", None) or getattr(held, "after", None)
+    ):
+        held = inner  # a bound method, one that acts now and then
+    who = held.guard.who if isinstance(held, Part) else f"the hook {named(held)}"
+    hint = "an observer is what only looks: observers=[...]" if state is None else "and no metrics"
+    raise TypeError(f"{who} returned {kind(state)}: a hook returns the state, changed by state.replace(...) or as it came; {hint}")
 
 
 class Part:

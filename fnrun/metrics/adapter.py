@@ -15,6 +15,7 @@ from fnrun.metrics.collect import Chunks, collect
 from fnrun.metrics.naming import name_of
 from fnrun.rng import Key
 from fnrun.tree import static, struct
+from fnrun.words import a
 
 #: What this process has adapted, by name: a fold holds data alone, and one that comes from a checkpoint finds its metric here.
 _adapted: dict[str, Any] = {}
@@ -124,7 +125,7 @@ class _Function:
         for key, value in inputs.items():
             if not isinstance(value, Tensor):
                 raise TypeError(
-                    f"{self.name}: argument {key} is a {type(value).__name__}: only tensors are collected, "
+                    f"{self.name}: argument {key} is {a(type(value).__name__)}: only tensors are collected, "
                     "options go into functools.partial"
                 )
         return TorchmetricsInputs(collect(inputs), self.name)

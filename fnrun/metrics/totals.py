@@ -17,6 +17,7 @@ from fnrun import tree
 from fnrun.metrics.base import wide
 from fnrun.metrics.basic import Last, Max, Mean, Min, Sum
 from fnrun.tree import struct
+from fnrun.words import a
 
 
 @struct
@@ -235,14 +236,14 @@ def _fold(old: Totals, metrics: Mapping[str, Any], examples: int) -> Totals:
         elif hasattr(value, "merge") and hasattr(value, "compute"):
             folds = {**folds, name: _merge(name, folds[name], value) if name in folds else value}
         else:
-            raise TypeError(f"metric {name!r} is a {type(value).__name__}: a metric is a tensor, a number or a fold (see fnrun.metrics)")
+            raise TypeError(f"metric {name!r} is {a(type(value).__name__)}: a metric is a tensor, a number or a fold (see fnrun.metrics)")
     means = _add(old.means, tensors, examples)
     fresh = [name for name in metrics if name not in old.names]
     if folds:
         plain = {*numbers, *(name for stack in means for name in stack.names)}
         for name in folds:
             if name in plain:
-                raise TypeError(f"metric {name!r} is a {type(folds[name]).__name__} in one tick and a plain value in another")
+                raise TypeError(f"metric {name!r} is {a(type(folds[name]).__name__)} in one tick and a plain value in another")
     return Totals((*old.names, *fresh) if fresh else old.names, means, numbers, folds)
 
 
@@ -280,7 +281,7 @@ def _stacked(names: Sequence[str], values: list[Tensor], shape: torch.Size) -> T
 
 def _merge(name: str, old: Any, new: Any) -> Any:
     if type(old) is not type(new):
-        raise TypeError(f"metric {name!r} is a {type(old).__name__} in one tick and a {type(new).__name__} in another")
+        raise TypeError(f"metric {name!r} is {a(type(old).__name__)} in one tick and {a(type(new).__name__)} in another")
     return old.merge(new)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from fnrun.rng import Key
+from fnrun.words import a
 
 
 class Init(Protocol):
@@ -70,7 +71,7 @@ class Wrapper:
 
     def __call__(self, optimizer: Optimizer) -> Optimizer:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"expected an Optimizer to wrap, not a {type(optimizer).__name__}: put transforms into a chain with it")
+            raise TypeError(f"expected an Optimizer to wrap, not {a(type(optimizer).__name__)}: put transforms into a chain with it")
         return self.wrap(optimizer)
 
 
@@ -96,7 +97,7 @@ def chain(*parts: Any) -> Any:
     for i, member in enumerate(flat):
         if not isinstance(member, (Transform, Optimizer, Wrapper)):
             raise TypeError(
-                f"chain takes transforms and at the end an optimizer; argument {i + 1} is a {type(member).__name__}: {member!r}"
+                f"chain takes transforms and at the end an optimizer; argument {i + 1} is {a(type(member).__name__)}: {member!r}"
             )
         if isinstance(member, Optimizer) and i + 1 < len(flat):
             raise TypeError(

@@ -15,6 +15,7 @@ from fnrun.optim.hyper import Hyperparams, Leaf, Settings
 from fnrun.optim.lists import eager, known, note
 from fnrun.rng import Key
 from fnrun.tree import join, struct
+from fnrun.words import a
 
 # How an entry of torch's memory stands in ours, whose structure never changes: not there (yet), there, there and None.
 ABSENT, PRESENT, NOTHING = 0, 1, 2
@@ -227,7 +228,7 @@ def _blank(value: Any, where: str) -> Any:
         return ""
     if (number := _number(value)) is not None:
         return torch.zeros((), dtype=number[1])
-    raise TypeError(f"{where} is a {type(value).__name__}, which is no data that a state can hold")
+    raise TypeError(f"{where} is {a(type(value).__name__)}, which is no data that a state can hold")
 
 
 def _holdable(value: Any) -> bool:

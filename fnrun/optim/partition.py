@@ -17,6 +17,7 @@ from fnrun.optim.hyper import Hyper
 from fnrun.reports import collect, report
 from fnrun.schedules import multiply
 from fnrun.tree import join
+from fnrun.words import a
 
 #: A pytree of labels with the structure of the parameters, or a function of a leaf's path and the leaf (of its name, shape and dtype).
 Labels = Any
@@ -78,7 +79,9 @@ def partition(labels: Labels, optimizers: Mapping[str, Optimizer]) -> Optimizer:
     """
     for label, optimizer in optimizers.items():
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"partition: {label!r} is a {type(optimizer).__name__}, not an Optimizer: put transforms into a chain with one")
+            raise TypeError(
+                f"partition: {label!r} is {a(type(optimizer).__name__)}, not an Optimizer: put transforms into a chain with one"
+            )
         if optimizer.scale_loss is not None:
             raise ValueError(f"partition: {label!r} scales the loss, which is one for all: put dynamic_loss_scale around the partition")
 

@@ -1,0 +1,367 @@
+"""What a user is told who made a mistake: what is wrong, where, and what to write instead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fnrun
+from fnrun import data, hooks, observers, optim, schedules
+from fnrun.checkpoint import Checkpoints
+
+MODEL = nn.Linear(2, 1)
+OPTIMIZER = optim.sgd(0.1)
+STATE = fnrun.TrainState.create(MODEL, OPTIMIZER)
+BATCHES = [torch.ones(4, 2), torch.zeros(4, 2)]
+
+
+def loss_fn(model, batch):
+    return model(batch).square().mean()
+
+
+STEP = fnrun.make_train_step(MODEL, loss_fn, OPTIMIZER)
+LOOP = fnrun.epoch_loop(STEP)
+
+
+def told(*words: str) -> str:
+    """A pattern: these words, in this order."""
+    return "(?s)" + ".*".join(words)
+
+
+# --- hooks and observers ------------------------------------------------------------------------------------------------
+
+
+class Remembering:
+    name = "mine"
+
+    def init(self, state):
+        return 0
+
+    def after(self, state, metrics):
+        return state
+
+
+class Forgetful(Remembering):
+    def after(self, state, metrics):
+        state.replace(step=0)
+
+
+class ForgetfulBefore(Remembering):
+    def before(self, state, batch):
+        state.replace(step=0)
+
+
+def forgetful(state, metrics):
+    state.replace(step=0)
+
+
+def with_metrics(state, metrics):
+    return state, metrics
+
+
+@pytest.mark.parametrize(
+    ("hook", "words"),
+    [
+        (forgetful, ["the hook forgetful returned None", "returns the state", "observers="]),
+        (with_metrics, ["the hook with_metrics returned a tuple", "no metrics"]),
+        (hooks.every(1, forgetful), ["the hook forgetful returned None"]),
+        (hooks.compose(hooks.ema(0.9), hooks.when(lambda state: True, Forgetful())), ["the hook mine returned None"]),
+        (Forgetful(), ["the hook mine returned None"]),
+        (ForgetfulBefore(), ["`before` of the hook mine returned None"]),
+    ],
+)
+def test_a_hook_that_returns_no_state_is_named(hook, words):
+    with pytest.raises(TypeError, match=told(*words)):
+        fnrun.epoch_loop(STEP, hooks=[hook])(STATE, BATCHES)
+
+
+LOG = observers.log(2, to=[])
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"observers": [hooks.ema(0.9)]}, ["ema 0.9 is no observer", "hooks="]),
+        ({"observers": [hooks.stop_after(steps=3)]}, ["stop_after 3 steps is no observer", "hooks="]),
+        ({"observers": [Remembering()]}, ["mine is no observer", "hooks="]),
+        ({"hooks": [LOG]}, ["log is no hook", r"observers=\[log\]"]),
+        ({"hooks": [hooks.every(2, LOG)]}, ["log is no hook", r"observers=\[log\]"]),
+        ({"hooks": [hooks.compose(hooks.ema(0.9), LOG)]}, ["log is no hook"]),
+        ({"hooks": [LOG], "observers": [observers.log(2, to=[], name="other")]}, ["log is no hook"]),
+        ({"hooks": [observers.progress()]}, ["progress is no hook", "observers="]),
+        ({"hooks": [hooks.ema]}, ["the function ema is no hook", r"call it, hooks.ema\("]),
+        ({"hooks": [hooks.every]}, ["the function every is no hook", r"call it, hooks.every\("]),
+        ({"observers": [observers.log]}, ["the function log is no observer", r"call it, observers.log\("]),
+        ({"hooks": [Remembering]}, ["the class Remembering is no hook"]),
+        ({"hooks": [lambda state: state]}, ["is no hook", r"called with \(state, metrics\)"]),
+        ({"observers": [lambda state: None]}, ["is no observer: an observer is called with"]),
+        ({"observers": [observers.console()]}, ["console is no observer", "observers.log"]),
+        ({"observers": ["log"]}, ["'log' is no observer: an observer is"]),
+        ({"hooks": [None]}, ["None is no hook: a hook is"]),
+        ({"hooks": [[hooks.ema(0.9)]]}, ["a list is no hook"]),
+        ({"hooks": hooks.ema(0.9)}, ["hooks= takes a list"]),
+        ({"hooks": [schedules.cosine(0.1, 10)]}, ["is no hook", r"optim.adamw\(schedule\)"]),
+        ({"hooks": [optim.clip_by_global_norm(1.0)]}, ["is no hook", "optim.chain"]),
+        ({"hooks": [optim.accumulate(2)]}, ["is no hook", "optim.chain"]),
+        ({"hooks": [LOOP]}, ["is no hook: a loop stands in another one"]),
+    ],
+)
+@pytest.mark.parametrize("around", [False, True])
+def test_what_is_no_hook_and_no_observer_is_told_where_it_belongs(parts, words, around):
+    with pytest.raises(TypeError, match=told(*words)):
+        fnrun.repeat(LOOP, 2, **parts) if around else fnrun.epoch_loop(STEP, **parts)
+
+
+def test_checkpoints_are_no_observer(tmp_path):
+    with (
+        Checkpoints(tmp_path / "c") as checkpoints,
+        pytest.raises(TypeError, match=told("Checkpoints is no observer", "observers.checkpoint")),
+    ):
+        fnrun.repeat(LOOP, 2, observers=[checkpoints])
+
+
+def test_torchs_schedulers_are_no_hook():
+    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(MODEL.parameters(), 0.1), 1)
+    with pytest.raises(TypeError, match=told("StepLR is no hook", r"optim.adamw\(fnrun.schedules")):
+        fnrun.epoch_loop(STEP, hooks=[scheduler])
+    with pytest.raises(TypeError, match=told("and not a StepLR", "schedule")):
+        fnrun.make_train_step(MODEL, loss_fn, scheduler)
+
+
+def test_a_log_may_be_both_also_in_a_dry_run():
+    log = observers.log(1, to=[], window="run")
+    fit = fnrun.repeat(fnrun.epoch_loop(STEP, hooks=[log], observers=[log]), 2)
+    assert fit(STATE, BATCHES)[0].step == 4
+    assert fit.dry_run(STATE, BATCHES).inner
+
+
+# --- steps and loops ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: fnrun.repeat([LOOP], 3), ["repeat", "a list is no step", "fnrun.sequence"]),
+        (lambda: fnrun.repeat(3, LOOP), ["repeat", "3 is no step", r"repeat\(step, times\)"]),
+        (lambda: fnrun.repeat(LOOP, until=3), ["until is a function of the state"]),
+        (lambda: fnrun.every(LOOP, 2), ["every", "2 is no step", "interval comes first"]),
+        (lambda: fnrun.epoch_loop(MODEL), ["epoch_loop: a Linear is no step", "make_train_step"]),
+        (lambda: fnrun.epoch_loop(None), ["epoch_loop: None is no step"]),
+        (lambda: fnrun.eval_loop(nn.Linear), ["eval_loop: the class Linear is no step"]),
+        (lambda: fnrun.epoch_loop(fnrun.make_train_step), ["epoch_loop: the function make_train_step is no step", "call it"]),
+        (lambda: fnrun.sequence(train=[LOOP]), ["train=: a list is no step"]),
+        (lambda: fnrun.sequence(train=STATE), ["train=: a TrainState is no step"]),
+        (lambda: fnrun.workflow(["train"], times=2, train=LOOP), ["workflow: phases are pairs", "here is 'train'"]),
+        (lambda: fnrun.step(None or nn.Linear), ["step takes a function", "the class Linear"]),
+        (lambda: fnrun.step(lambda state: state), ["step takes a function", r"\(state, batch\)"]),
+        (lambda: fnrun.skip_nonfinite(MODEL.weight), ["skip_nonfinite takes a function", "a Parameter"]),
+        (lambda: fnrun.value_and_grad(3), ["value_and_grad takes a function", "and not 3"]),
+    ],
+)
+def test_what_is_no_step(make, words):
+    with pytest.raises(TypeError, match=told(*words)):
+        make()
+
+
+@pytest.mark.parametrize("stream", [BATCHES, data.arrays(torch.ones(4, 2), 2), iter(BATCHES), lambda: BATCHES])
+def test_a_step_where_a_loop_over_the_data_is_meant(stream):
+    with pytest.raises(TypeError, match=told(r"sequence: /train: train_step\(Linear\) is a step", r"epoch_loop\(step\)")):
+        fnrun.sequence(train=STEP)(STATE, {"train": stream})
+    with pytest.raises(TypeError, match=told(r"repeat: train_step\(Linear\) is a step", r"epoch_loop\(step\)")):
+        fnrun.repeat(STEP, 2)(STATE, stream)
+
+
+def test_a_step_over_one_batch_is_no_mistake():
+    assert fnrun.repeat(STEP, 2)(STATE, BATCHES[0])[0].step == 2
+
+
+def test_a_training_step_in_eval_loop():
+    with pytest.raises(TypeError, match=told("Is it a training step", "epoch_loop")):
+        fnrun.eval_loop(STEP)(STATE, BATCHES)
+
+
+# --- states -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "given", "words"),
+    [
+        (BATCHES, STATE, ["its state is a list", "swapped"]),
+        (data.arrays(torch.ones(4, 2), 2), STATE, ["its state is an Arrays", "swapped"]),
+        (MODEL, BATCHES, ["its state is a Linear", r"TrainState.create\(model, optimizer\)"]),
+        (fnrun.TrainState, BATCHES, ["its state is the class TrainState", r"TrainState.create\("]),
+        (None, BATCHES, ["its state is None", "TrainState.create"]),
+        (MODEL.state_dict(), BATCHES, ["its state is an OrderedDict", "TrainState.create"]),
+        ((STATE, {}), BATCHES, ["its state is a tuple", "state, metrics = "]),
+    ],
+)
+def test_what_is_no_state(state, given, words):
+    hand_written = fnrun.step(lambda state, batch: (state, {}))
+    for call in (LOOP, fnrun.repeat(LOOP, 2), STEP, fnrun.make_eval_step(MODEL, loss_fn), hand_written):
+        with pytest.raises(TypeError, match=told(*words)):
+            call(state, given)
+
+
+def test_a_state_is_immutable_and_says_how_one_gets_another():
+    with pytest.raises(AttributeError, match=told("'step'", "immutable", r"state.replace\(step=3\)")):
+        STATE.step = 3
+    with pytest.raises(AttributeError, match=told("'other'", "immutable", "has the fields params", "struct")):
+        STATE.other = 3
+    with pytest.raises(AttributeError, match=told("'step'", "immutable")):
+        del STATE.step
+    with pytest.raises(AttributeError, match=told("'ticks'", "a Position is immutable", "dataclasses.replace")):
+        STATE.position.ticks = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("to", [r"model.to\(device\)", "fnrun.tree.map"]),
+        ("cuda", [r"model.to\(device\)"]),
+        ("state_dict", ["state.params"]),
+        ("load_state_dict", ["load_from"]),
+        ("optimizer", ["state.opt_state"]),
+        ("epoch", ["state.position.streams"]),
+        ("nonsense", ["it has params, buffers, opt_state"]),
+    ],
+)
+def test_what_a_state_has_not(name, words):
+    with pytest.raises(AttributeError, match=told(f"no attribute '{name}'", *words)):
+        getattr(STATE, name)
+
+
+# --- makers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((loss_fn, MODEL, OPTIMIZER), ["make_train_step takes a model", "not the function loss_fn", "the model comes first"]),
+        ((nn.Linear, loss_fn, OPTIMIZER), ["make_train_step takes a model", "not the class Linear", "call it"]),
+        ((None, loss_fn, OPTIMIZER), ["make_train_step takes a model", "not None"]),
+        ((MODEL, OPTIMIZER, loss_fn), ["make_train_step takes a function", "not an Optimizer"]),
+        ((MODEL, None, OPTIMIZER), ["make_train_step takes a function", "not None"]),
+        ((MODEL, nn.MSELoss, OPTIMIZER), ["make_train_step takes a function", "not the class MSELoss"]),
+        ((MODEL, nn.MSELoss(), OPTIMIZER), ["not an MSELoss", "lambda model, batch"]),
+        ((MODEL, nn.functional.mse_loss, OPTIMIZER), ["not the function mse_loss", "lambda model, batch"]),
+        ((MODEL, lambda batch: 0.0, OPTIMIZER), ["make_train_step takes a function", "other arguments"]),
+        ((MODEL, loss_fn, torch.optim.AdamW), ["not the class AdamW", r"optim.adamw\(...\) or optim.from_torch"]),
+        ((MODEL, loss_fn, torch.optim.AdamW(MODEL.parameters())), ["not an AdamW", r"optim.adamw\("]),
+        ((MODEL, loss_fn, torch.optim.LBFGS(MODEL.parameters())), ["not an LBFGS: optim.from_torch"]),
+        ((MODEL, loss_fn, optim.adamw), ["not the function adamw", r"call it, optim.adamw\("]),
+        ((MODEL, loss_fn, optim.clip_by_global_norm(1.0)), ["not a Transform", "optim.chain"]),
+        ((MODEL, loss_fn, optim.accumulate(2)), ["not a Wrapper", "optim.chain"]),
+        ((MODEL, loss_fn, "adamw"), ["not 'adamw'", r"optim.adamw\(1e-3\)"]),
+        ((MODEL, loss_fn, None), ["not None", r"optim.adamw\(1e-3\)"]),
+    ],
+)
+def test_make_train_step(arguments, words):
+    with pytest.raises(TypeError, match=told(*words)):
+        fnrun.make_train_step(*arguments)
+    model, _, optimizer = arguments
+    if model is not MODEL or (optimizer is not OPTIMIZER and optimizer is not None):
+        with pytest.raises(TypeError, match=r"TrainState.create takes"):
+            fnrun.TrainState.create(model, optimizer)
+
+
+def test_make_eval_step():
+    with pytest.raises(TypeError, match=told("make_eval_step takes a model", "the model comes first")):
+        fnrun.make_eval_step(loss_fn, MODEL)
+    with pytest.raises(TypeError, match=told("make_predict_step takes a function", "not None")):
+        fnrun.make_predict_step(MODEL, None)
+    with pytest.raises(TypeError, match=told("weights= takes", "weights='ema'")):
+        fnrun.make_eval_step(MODEL, loss_fn, weights=hooks.ema(0.9))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_modules():
+    scripted = torch.jit.script(nn.Linear(2, 1))
+    for model in (scripted, nn.Sequential(scripted), torch.jit.trace(nn.Linear(2, 1), BATCHES[0])):
+        for make in (
+            lambda model: fnrun.make_train_step(model, loss_fn, OPTIMIZER),
+            lambda model: fnrun.make_eval_step(model, loss_fn),
+            lambda model: fnrun.TrainState.create(model, OPTIMIZER),
+        ):
+            with pytest.raises(TypeError, match=told("TorchScript", "the module that it was made of")):
+                make(model)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(4, 2, sparse=True), nn.EmbeddingBag(4, 2, sparse=True)])
+@pytest.mark.parametrize("optimizer", [optim.sgd(0.1), optim.adamw(1e-3)])
+def test_sparse_gradients(layer, optimizer):
+    model = nn.Sequential(layer, nn.Linear(2, 1))
+    step = fnrun.make_train_step(model, lambda model, x: model(x).sum(), optimizer)
+    with pytest.raises(ValueError, match=told("gradient of 0.weight is sparse", "sparse=False")):
+        step(fnrun.TrainState.create(model, optimizer), torch.tensor([[1, 2]]))
+
+
+OPTIMIZERS = {
+    "sgd": optim.sgd(0.1),
+    "momentum": optim.sgd(0.1, momentum=0.9),
+    "adamw": optim.adamw(1e-3),
+    "chain": optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-3)),
+    "accumulate": optim.accumulate(2, optim.adamw(1e-3)),
+    "partition": optim.partition(optim.decay_labels, {"decay": optim.adamw(1e-3), "no_decay": optim.sgd(0.1)}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("other", OPTIMIZERS)
+def test_the_optimizer_state_of_another_optimizer_also_after_good_calls(name, other):
+    """Each structure is looked at once; what the step made itself, and its like, goes on."""
+    step = fnrun.make_train_step(MODEL, loss_fn, OPTIMIZERS[name])
+    state = fnrun.TrainState.create(MODEL, OPTIMIZERS[name])
+    for _ in range(2):
+        state, _ = step(state, BATCHES[0])
+    swapped = state.replace(opt_state=OPTIMIZERS[other].init(state.params))
+    if name == other:
+        assert step(swapped, BATCHES[0])[0].step == 3
+    else:
+        with pytest.raises(ValueError, match=told(r"train_step\(Linear\)", "opt_state is not that of this optimizer", "optimizer.init")):
+            step(swapped, BATCHES[0])
+        with pytest.raises(ValueError, match="opt_state is not that of this optimizer"):
+            fnrun.epoch_loop(step)(swapped, BATCHES)
+    with pytest.raises(ValueError, match="created without an optimizer"):
+        step(state.replace(opt_state=None), BATCHES[0])
+    assert step(fnrun.tree.snapshot(state), BATCHES[0])[0].step == 3
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stream = data.arrays(torch.ones(4, 2), 2)
+    for device in ("cuda", "cuda:1", torch.device("cuda", 0)):
+        with pytest.raises(ValueError, match=told("there is no cuda", "there are: cpu")):
+            stream.to(device)
+    for device in ("gpu", None, nn.Linear):
+        with pytest.raises(ValueError, match=told("is no device", "there are: cpu")):
+            data.batches(BATCHES).to(device)
+
+
+# --- experiments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"state": fnrun.TrainState}, ["state= takes a function", "the class TrainState", "lambda: TrainState.create"]),
+        ({"state": STATE}, ["state= takes a function", "a TrainState", "lambda: TrainState.create"]),
+        ({"state": None}, ["state= takes a function", "None"]),
+        ({"program": STEP}, ["program= takes a loop", "train_step", r"epoch_loop\(step\)"]),
+        ({"program": None}, ["program= takes a loop", "None"]),
+        ({"program": [LOOP]}, ["program= takes a loop", "a list"]),
+        ({"data": None}, ["data= takes a mapping", "None"]),
+        ({"evaluate": True}, ["evaluate= takes a loop", "True"]),
+        ({"evaluate": fnrun.make_eval_step(MODEL, loss_fn)}, ["evaluate= takes a loop", r"eval_loop\(step\)"]),
+    ],
+)
+def test_the_fields_of_an_experiment(fields, words):
+    good = {"state": lambda: STATE, "program": LOOP, "data": {"train": BATCHES}}
+    with pytest.raises(TypeError, match=told("Experiment: ", *words)):
+        fnrun.Experiment(**{**good, **fields})
+
+
+def test_an_experiment_whose_state_is_none():
+    experiment = fnrun.Experiment(lambda: None, LOOP, BATCHES)
+    with pytest.raises(TypeError, match=told("returned None", "TrainState.create")):
+        experiment.fresh()
