@@ -126,7 +126,7 @@ def build(config: Config, run: fnrun.Run) -> fnrun.Experiment:
         sinks.append(observers.wandb(run.path, project="digits", mode=config.wandb, config=config, summary={"val/accuracy": "max"}))
     train_step = fnrun.make_train_step(model, loss_fn, optimizer)
     eval_step = fnrun.make_eval_step(model, loss_fn, weights="ema")
-    train = fnrun.epoch_loop(train_step, hooks=[hooks.ema(config.ema)], observers=[progress])
+    train = fnrun.epoch_loop(train_step, hooks=[hooks.ema(config.ema)], observers=[observers.log(50, window=10), progress])
     val = fnrun.eval_loop(eval_step, observers=[progress])
     saving = observers.checkpoint(run.checkpoints, monitor="val/accuracy", mode="max", keep=3)
     return fnrun.Experiment(

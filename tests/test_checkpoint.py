@@ -1201,9 +1201,10 @@ def fresh_like(state: TrainState) -> TrainState:
 def test_a_forked_process_reads_and_says_that_it_cannot_save(tmp_path: Path) -> None:
     """tensorstore aborts a process that was forked after its first use."""
     code = """
-        import os, sys
+        import os, sys, warnings
         from fnrun.checkpoint import Checkpoints, CheckpointError
         from tests.test_checkpoint import at
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of the fork itself
         checkpoints = Checkpoints(sys.argv[1])
         checkpoints.save(at(1))
         checkpoints.wait()
