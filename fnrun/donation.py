@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 
 from fnrun import tree
+from fnrun.undisturbed import undisturbed
 
 #: What donation writes over; other fields of a dead state's last moment are still readable by the observers that fold over its tick.
 DONATED = ("params", "opt_state")
@@ -151,10 +152,12 @@ class Lease:
         lease._seen = {name: getattr(state, name) for name in fields(type(state))}
         return lease
 
+    @undisturbed
     def __enter__(self) -> Lease:
         _active.append(self)
         return self
 
+    @undisturbed
     def __exit__(self, *exc: object) -> None:
         _active.remove(self)
 
@@ -265,9 +268,11 @@ class keeping:
 
     __slots__ = ("_token",)
 
+    @undisturbed
     def __enter__(self) -> None:
         self._token = _writing.set(None)
 
+    @undisturbed
     def __exit__(self, *exc: object) -> None:
         _writing.reset(self._token)
 

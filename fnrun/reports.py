@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
+from fnrun.undisturbed import undisturbed
+
 _collected: ContextVar[_Reports | None] = ContextVar("reports", default=None)
 
 
@@ -56,10 +58,12 @@ class collect:
 
     __slots__ = ("_token",)
 
+    @undisturbed
     def __enter__(self) -> dict[str, Any]:
         reports = _Reports()
         self._token = _collected.set(reports)
         return reports
 
+    @undisturbed
     def __exit__(self, *exc: object) -> None:
         _collected.reset(self._token)

@@ -19,6 +19,7 @@ import torch
 
 from fnrun.counts import count
 from fnrun.tree import struct
+from fnrun.undisturbed import undisturbed
 
 #: The ambient generators are one for the process, and so is the module that a step borrows: who uses them holds this lock.
 ambient_lock = threading.RLock()
@@ -92,29 +93,47 @@ class Key:
 class Scope:
     """What `Key.scope` returns; a class and not a generator function, for each training step opens one."""
 
-    __slots__ = ("_generators", "_host", "_lock", "_path", "_saved")
+    __slots__ = ("_generators", "_held", "_host", "_hosts", "_lock", "_path", "_saved")
 
     def __init__(self, path: bytes, host: bool) -> None:
         self._path, self._host = path, host
 
+    @undisturbed
     def __enter__(self) -> Any:
         self._lock = ambient_lock
-        self._lock.acquire()
-        self._generators = ambient()
-        self._saved: list[Any] = [generator.get_state() for generator in self._generators]
-        if self._host:
-            self._saved += [random.getstate(), np.random.get_state()]
-        _seed(self._generators, self._path, self._host)
+        self._saved: list[Any] = []
+        self._held: Any = None
+        self._hosts: Any = None
+        try:
+            self._held = self._lock.acquire()
+            self._generators = ambient()
+            self._saved = [generator.get_state() for generator in self._generators]
+            if self._host:
+                self._hosts = random.getstate(), np.random.get_state()
+            _seed(self._generators, self._path, self._host)
+        except BaseException:
+            self._put_back()
+            raise
 
+    @undisturbed
     def __exit__(self, *exc: object) -> None:
         try:
-            for generator, state in zip(self._generators, self._saved, strict=False):
-                generator.set_state(state)
-            if self._host:
-                random.setstate(self._saved[-2])
-                np.random.set_state(self._saved[-1])
+            self._put_back()
+        except BaseException:  # KeyboardInterrupt, outside of a program: once more, which does what was left
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
+        try:
+            if self._saved:
+                for generator, state in zip(self._generators, self._saved, strict=True):
+                    generator.set_state(state)
+            if self._hosts is not None:
+                random.setstate(self._hosts[0])
+                np.random.set_state(self._hosts[1])
         finally:
-            self._lock.release()
+            if self._held:
+                self._held = self._lock.release()
 
 
 def _seed(generators: tuple[torch.Generator, ...], path: bytes, host: bool) -> None:

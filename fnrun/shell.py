@@ -17,6 +17,7 @@ from torch import nn
 
 from fnrun import rng
 from fnrun.state import buffers_of
+from fnrun.undisturbed import undisturbed
 from fnrun.watch import FirstCalls, versions
 
 #: The shells whose modules hold other tensors at this moment, under the ambient lock: a loss may call a step of its own.
@@ -113,33 +114,23 @@ class Shell:
         changed = [(module, module.training) for module, mode in modes if module.training != mode]
         if self._overrides and (changed or not train):  # their own `train` sets the modes of all their parts
             changed = [(module, module.training) for module, _ in modes]
-        _at_work.append(self)
+        depth = len(_at_work)
         try:
-            for container, key, i in self._slots:
-                container[key] = tensors[i]
-            if changed:
-                self._switch(modes)
-            result = fn()
-            values = [container.get(key) for container, key in self._places]
-            written = {name: self._now(i) for i, name in enumerate(self.params) if name in self.written} if self.written else _NONE
-            strays = self._strays(values)
-        finally:
             try:
+                _at_work.append(self)
+                for container, key, i in self._slots:
+                    container[key] = tensors[i]
                 if changed:
-                    self._switch(changed)
+                    self._switch(modes)
+                result = fn()
+                values = [container.get(key) for container, key in self._places]
+                written = {name: self._now(i) for i, name in enumerate(self.params) if name in self.written} if self.written else _NONE
+                strays = self._strays(values)
             finally:
-                _at_work.pop()
-                for attributes in self._changing:
-                    attributes.put_back()
-                for attributes, entries, size, held, count in self._borrowed:
-                    if len(entries) != size or len(held) != count:
-                        attributes.put_back()
-                for entries, key, value in self._keys:
-                    entries[key] = value
-                for (container, key, _), tensor in zip(self._slots, saved, strict=True):
-                    container[key] = tensor
-                for container, key, _ in self._empty:
-                    container[key] = None
+                self._put_back(saved, changed, depth)
+        except KeyboardInterrupt:  # outside of a program it may have come in the middle of that
+            self._put_back(saved, changed, depth)
+            raise
         if strays:
             raise ValueError(
                 f"{self.name}: the call made or took away the buffers {strays}, and the state cannot follow: give them a tensor in "
@@ -147,6 +138,25 @@ class Shell:
             )
         # All are new, also those that nobody wrote to: batch norm's kernels write without counting up `_version`, so one cannot tell.
         return result, {name: b.detach() if b.requires_grad else b for name, b in zip(self.buffers, values, strict=True)}, written  # pyright: ignore[reportOptionalMemberAccess,reportReturnType]  # fmt: skip
+
+    @undisturbed
+    def _put_back(self, saved: list[Any], changed: list[tuple[nn.Module, bool]], depth: int) -> None:
+        try:
+            if changed:
+                self._switch(changed)
+        finally:
+            del _at_work[depth:]
+            for attributes in self._changing:
+                attributes.put_back()
+            for attributes, entries, size, held, count in self._borrowed:
+                if len(entries) != size or len(held) != count:
+                    attributes.put_back()
+            for entries, key, value in self._keys:
+                entries[key] = value
+            for (container, key, _), tensor in zip(self._slots, saved, strict=True):
+                container[key] = tensor
+            for container, key, _ in self._empty:
+                container[key] = None
 
     def _strays(self, values: list[Any]) -> list[str]:
         strays = [name for name, value in zip(self.buffers, values, strict=True) if value is None]

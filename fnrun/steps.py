@@ -26,6 +26,7 @@ from fnrun.reports import collect
 from fnrun.rng import Key, Scope
 from fnrun.shell import Shell
 from fnrun.state import S, TrainState, check_model, check_optimizer, is_state, no_state, weights_of
+from fnrun.undisturbed import undisturbed
 from fnrun.watch import described, leaves as leaves_of
 from fnrun.words import a, bindable, kind, uncalled
 
@@ -89,12 +90,18 @@ class _Within(Scope):
         super().__init__(path, surroundings.host)
         self._surroundings = surroundings
 
+    @undisturbed
     def __enter__(self) -> dict[str, Any]:
         super().__enter__()
-        self._before = self._surroundings.look() if self._surroundings.left else None  # under the scope's lock, which keeps others out
-        self._collect = collect()
-        return self._collect.__enter__()
+        try:
+            self._before = self._surroundings.look() if self._surroundings.left else None  # under the scope's lock, which keeps others out
+            self._collect = collect()
+            return self._collect.__enter__()
+        except BaseException:
+            self._put_back()
+            raise
 
+    @undisturbed
     def __exit__(self, *exc: object) -> None:
         try:
             self._collect.__exit__()

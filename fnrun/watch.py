@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fnrun.reports import collect
+from fnrun.undisturbed import undisturbed
 
 
 def memory(tensor: Tensor) -> int | None:
@@ -306,6 +307,7 @@ class FirstCalls:
         new: dict[str, Tensor] = {}
         carried: set[Place] = set()
 
+        @undisturbed
         def undo() -> None:
             for tensor, alias, place in zip(params, aliases, places, strict=True):
                 if memory(tensor) != place:  # somebody wrote `weight.data = ...`
@@ -334,11 +336,16 @@ class FirstCalls:
 
         seen = self._seen = Operations(params)
         try:
-            with seen:
-                result, after, written = run(looked, tensors, train)
+            try:
+                with seen:
+                    result, after, written = run(looked, tensors, train)
+            finally:
+                undo()
+        except KeyboardInterrupt:  # outside of a program it may have come in the middle of that
+            undo()
+            raise
         finally:
             self._seen = None
-            undo()
             self.written.update(name for name, place in zip(names, places, strict=False) if place in seen.written)
         self._check_originals(seen, {**dict(zip(names, tensors, strict=True)), **after}, set(map(memory, tensors)))
         self._tell(carried, seen.moved)
@@ -428,16 +435,9 @@ class _Again:
         ]
         contents = [(v, copy.copy(v)) for m in self.modules.values() for v in m.__dict__.values() if type(v) in (list, dict, deque, set)]
         modes, after = [(m, m.training) for m in self.modules.values()], _random()
-        try:
-            _set_random(self.drawn)
-            for container, key, i in self.slots:
-                container[key] = self.tensors[i]
-            with collect(), warnings.catch_warnings(action="ignore"), seen:
-                second = fn()
-            later = Attributes(self.modules, self.state, own)
-        except Exception:  # the first call did not raise: what does now is no reason to stop
-            return set()
-        finally:
+
+        @undisturbed
+        def put_back() -> None:
             seen.undo()
             for value, content in contents:
                 _refill(value, content)
@@ -448,6 +448,18 @@ class _Again:
             for module, mode in modes:
                 module.training = mode
             _set_random(after)
+
+        try:
+            _set_random(self.drawn)
+            for container, key, i in self.slots:
+                container[key] = self.tensors[i]
+            with collect(), warnings.catch_warnings(action="ignore"), seen:
+                second = fn()
+            later = Attributes(self.modules, self.state, own)
+        except Exception:  # the first call did not raise: what does now is no reason to stop
+            return set()
+        finally:
+            put_back()
         found = self.first.carried(later, seen) | self.first.changed(later)
         return found if may_differ or seen.moved or found or _same(result, second) else changed
 

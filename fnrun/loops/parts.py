@@ -23,6 +23,7 @@ from fnrun.loops.composed import Composed, named, title
 from fnrun.program import Hook, Program
 from fnrun.rng import Key, Scope
 from fnrun.state import due, is_state
+from fnrun.undisturbed import undisturbed
 from fnrun.words import a, bindable, kind, uncalled
 
 
@@ -140,13 +141,21 @@ class Unlocked(Scope):
 
     __slots__ = ()
 
+    @undisturbed
     def __enter__(self) -> Any:
         super().__enter__()
-        self._lock.release()
+        try:
+            self._held = self._lock.release()
+        except BaseException:
+            self._put_back()
+            raise
 
+    @undisturbed
     def __exit__(self, *exc: object) -> None:
-        self._lock.acquire()
-        super().__exit__(*exc)
+        try:
+            self._held = self._lock.acquire()
+        finally:
+            super().__exit__(*exc)
 
 
 class Hosts:

@@ -16,6 +16,7 @@ from fnrun.optim.wrappers import waiting
 from fnrun.program import ASIDE, Here, Program, ProgramError, Unwind, here, spy
 from fnrun.state import Position, S
 from fnrun.steps import is_step
+from fnrun.undisturbed import restoring
 from fnrun.waiting import Interrupted, interrupts
 
 logger = logging.getLogger("fnrun")
@@ -25,7 +26,7 @@ def outermost(loop: Any, state: S, data: Any, interrupt: Callable[[], str | None
     program = Program(loop, state, interrupt)
     loops = loops_of(loop)
     given = given_lease(state) if donates(loop) else None
-    with given or nullcontext():
+    with restoring(), given or nullcontext():
         return _through(loop, loops, program, state, data, given)
 
 
