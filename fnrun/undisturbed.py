@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, TypeVar
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,7 +31,13 @@ def undisturbed(fn: F) -> F:
     return fn
 
 
-for _around in (contextlib._GeneratorContextManager, TorchDispatchMode):  # between a `with` and what is put back at its end
+for _around in (
+    contextlib._GeneratorContextManager,
+    TorchDispatchMode,
+    torch.no_grad,
+    torch.enable_grad,
+    torch.set_grad_enabled,
+):  # between a `with` and what is put back at its end
     for _method in (_around.__enter__, _around.__exit__):
         undisturbed(_method)
 

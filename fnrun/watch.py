@@ -97,11 +97,10 @@ class Operations(TorchDispatchMode):
 
     def undo(self) -> None:
         """Give the guarded tensors the values that they had."""
-        with torch.no_grad():
-            for tensor, value, version in self.kept:
-                tensor.detach().copy_(value)
-                if version is not None:
-                    torch._C._autograd._unsafe_set_version_counter((tensor,), tuple(version))  # pyright: ignore[reportAttributeAccessIssue]
+        for tensor, value, version in self.kept:
+            tensor.detach().copy_(value)
+            if version is not None:
+                torch._C._autograd._unsafe_set_version_counter((tensor,), tuple(version))  # pyright: ignore[reportAttributeAccessIssue]
 
     def _read(self, place: int | None) -> None:
         if place is not None and place not in self._overwritten:

@@ -74,6 +74,8 @@ def looks(model):
         random.getstate(),
         reports.collecting(),
         list(shell._at_work),
+        torch.is_grad_enabled(),
+        torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
     )
 
 
