@@ -21,6 +21,7 @@ import torch
 
 from fnrun import tree
 from fnrun.undisturbed import undisturbed
+from fnrun.words import kind
 
 #: What donation writes over; other fields of a dead state's last moment are still readable by the observers that fold over its tick.
 DONATED = ("params", "opt_state")
@@ -68,6 +69,12 @@ class Donatable:
             "fnrun.snapshot(state); after an exception, restore the last checkpoint"
         )
 
+    def __repr__(self) -> str:
+        """In one line, whatever its leaves are."""
+        if (by := fate(self)) is not None:
+            return f"{type(self).__name__}({by})"
+        return f"{type(self).__name__}({', '.join(f'{name}={_brief(getattr(self, name))}' for name in fields(type(self)))})"
+
     def donate(self) -> Self:
         """This state, to be written over: `fit(state.donate(), data)` spares the copy that a loop with `donate=True` begins with.
 
@@ -79,6 +86,30 @@ class Donatable:
         object.__setattr__(given, "_lease", lease)
         bury(self, "this state was given away by state.donate()")
         return given
+
+
+def _brief(value: Any) -> str:
+    """A field of a state in few words."""
+    leaves = tree.leaves(value)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if hasattr(value, "brief"):
+        return f"<{value.brief()}>"
+    if isinstance(value, torch.Tensor):
+        return f"<{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}>"
+    if value is None or (len(leaves) == 1 and leaves[0] is value):
+        text = kind(value)
+        return text if len(text) < 60 else f"{text[:57]}..."
+    if isinstance(value, dict) and value and all(isinstance(each, (dict, list, tuple)) for each in value.values()):
+        return f"<{', '.join(map(str, value))}>"
+    if not isinstance(value, (dict, list, tuple)) and len(leaves) < 2:
+        text = repr(value)
+        return text if len(text) < 60 else type(value).__name__
+    name = "" if isinstance(value, (dict, list, tuple)) else f"{type(value).__name__} of "
+    if not tensors:
+        return f"<{name}{f'{len(leaves)} leaves' if leaves else 'nothing'}>"
+    kinds = sorted({f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors})
+    size = sum(t.numel() for t in tensors)
+    return f"<{name}{len(tensors)} tensor{'s' * (len(tensors) > 1)}, {size:,} elements, {', '.join(kinds)}>"
 
 
 @functools.cache

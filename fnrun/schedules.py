@@ -17,9 +17,26 @@ import torch
 from torch import Tensor
 
 from fnrun.counts import count
+from fnrun.words import called
 
 Schedule = Callable[[Any], Any]
 Value = float | Schedule
+
+
+class Curve:
+    """A schedule that prints as the call that made it: `cosine(0.1, steps=100)`."""
+
+    __slots__ = ("_text", "_value")
+
+    def __init__(self, value: Schedule) -> None:
+        self._value, self._text = value, called("fnrun.schedules")
+
+    def __call__(self, step: Any) -> Any:
+        return self._value(step)
+
+    def __repr__(self) -> str:
+        return self._text
+
 
 _NUMBERS = SimpleNamespace(
     cos=math.cos,
@@ -62,7 +79,7 @@ def _schedule(value: Callable[[Any, SimpleNamespace], Any]) -> Schedule:
         except OverflowError:  # a power beyond all floats: tensors say infinity, and so do we
             return value(torch.tensor(step, dtype=torch.float64), _TENSORS).item()
 
-    return schedule
+    return Curve(schedule)
 
 
 def _values(value: Any, t: Tensor) -> Tensor:
@@ -298,7 +315,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
             value = torch.where(t >= start, _values(member((t - start).clamp(min=0)), t), value)
         return value
 
-    return schedule
+    return Curve(schedule)
 
 
 def multiply(*schedules: Value) -> Schedule:
@@ -314,7 +331,7 @@ def multiply(*schedules: Value) -> Schedule:
         product = math.prod(s(t) if callable(s) else s for s in schedules)
         return _values(product, t) if isinstance(t, Tensor) else product
 
-    return schedule
+    return Curve(schedule)
 
 
 def warmup(schedule: Value, steps: int, kind: str = "linear", ratio: float = 0.1) -> Schedule:

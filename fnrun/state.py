@@ -86,6 +86,12 @@ class Position:
     streams: dict[str, Cursor] = dataclasses.field(default_factory=dict)
     ticks: int = 0
 
+    def brief(self) -> str:
+        """In one line: the open loops with their ticks, and the streams with epoch and batch."""
+        frames = [f"{frame.loop} at tick {frame.ticks}" for frame in self.frames]
+        streams = [f"{name} at epoch {cursor.epoch}, batch {cursor.batch}" for name, cursor in self.streams.items()]
+        return "; ".join([*frames, *streams]) or "at the beginning"
+
     @property
     def order(self) -> tuple[int, ...]:
         """What checkpoints and log lines are ordered by: the ticks, then each open loop's own. Of two states of a run, the later has the higher.

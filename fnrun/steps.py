@@ -120,6 +120,8 @@ class Traits(NamedTuple):
     looks_at_step_only: bool = False
     #: The function `(state, batches, lease=lease)` that does several of these steps in one compiled call.
     fused: Callable[..., tuple[Any, Metrics]] | None = None
+    #: In words, with its schedules; '' where a step has none that is known.
+    optimizer: str = ""
 
 
 #: Functions that are known to be steps, and to hold no loops that belong to the program around them. A registry and not an attribute, which
@@ -476,7 +478,9 @@ def make_train_step(
         return state, _together(seen, batches)
 
     train_step.__qualname__ = train_step.__name__ = name
-    _steps[train_step] = Traits(optimizer.donatable, looks_at_step_only=True, fused=fused_steps if compile else None)
+    _steps[train_step] = Traits(
+        optimizer.donatable, looks_at_step_only=True, fused=fused_steps if compile else None, optimizer=repr(optimizer)
+    )
     return train_step
 
 
@@ -725,5 +729,5 @@ def skip_nonfinite(step: Step) -> Step:
         return state.replace(step=new.step), {"skipped": 1.0}
 
     if is_step(step):
-        _steps[wrapped] = Traits()
+        _steps[wrapped] = Traits(optimizer=traits(step).optimizer)
     return wrapped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 _AN = re.compile(r"[aeio]|u(?!ni(?!n)|net|se|t|int)", re.IGNORECASE)
@@ -42,6 +43,51 @@ def uncalled(value: Any) -> str | None:
     if not inspect.isfunction(value) or not module.startswith("fnrun.") or vars(sys.modules[module]).get(value.__name__) is not value:
         return None
     return f"{module.split('.')[1]}.{value.__name__}"
+
+
+def called(module: str) -> str:
+    """The call of the public function of `module` that is at work, in words: with the arguments that are not its defaults; '' outside of any.
+
+    Optimizers and schedules are closures, and this is what is printed of them.
+    """
+    frame, found = sys._getframe(1), None
+    while frame is not None and ((at := frame.f_globals.get("__name__", "")).startswith(module) or at == "dataclasses"):
+        function = frame.f_globals.get(frame.f_code.co_name)
+        if (
+            inspect.isfunction(function)
+            and function.__code__ is frame.f_code
+            and at != "dataclasses"
+            and not function.__name__.startswith("_")
+        ):
+            found = frame, function
+        frame = frame.f_back
+    if found is None:
+        return ""
+    frame, function = found
+    parts = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = frame.f_locals.get(name)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            parts += map(brief, value or ())
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            parts += [f"{key}={brief(each)}" for key, each in (value or {}).items()]
+        elif parameter.default is parameter.empty or name == "lr" or brief(value) != brief(parameter.default):
+            parts.append(brief(value) if parameter.default is parameter.empty and not parts else f"{name}={brief(value)}")
+    return f"{function.__name__}({', '.join(parts)})"
+
+
+def brief(value: Any) -> str:
+    """An argument in few words."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {brief(each)}" for key, each in [*value.items()][:6]) + (", ..." if len(value) > 6 else "") + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(brief, value[:6])) + (", ..." if len(value) > 6 else "") + "]"
+    if isinstance(value, type) or inspect.isroutine(value):
+        return value.__name__
+    if value is None or isinstance(value, (bool, int, float, str)) or type(value).__module__.startswith("fnrun."):
+        text = repr(value)
+        return text if len(text) < 400 else type(value).__name__
+    return type(value).__name__
 
 
 def bindable(function: Any, *arguments: Any) -> bool:

@@ -365,3 +365,54 @@ def test_an_experiment_whose_state_is_none():
     experiment = fnrun.Experiment(lambda: None, LOOP, BATCHES)
     with pytest.raises(TypeError, match=told("returned None", "TrainState.create")):
         experiment.fresh()
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------------
+
+SCHEDULE = schedules.warmup_cosine(0.1, warmup=10, total=100)
+CHAIN = optim.chain(optim.accumulate(2), optim.clip_by_global_norm(1.0), optim.adamw(SCHEDULE, weight_decay=0.1))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (SCHEDULE, "warmup_cosine(0.1, warmup=10, total=100)"),
+        (
+            schedules.join([schedules.linear(0.0, 1.0, 10), SCHEDULE], [10]),
+            f"join([linear(0.0, end=1.0, steps=10), {SCHEDULE}], boundaries=[10])",
+        ),
+        (schedules.warmup(0.1, 5), "warmup(0.1, steps=5)"),
+        (optim.sgd(0.1, momentum=0.9), "sgd(lr=0.1, momentum=0.9)"),
+        (optim.adamw(optim.leaf(0.5)), "adamw(lr=leaf(0.5))"),
+        (CHAIN, f"chain(accumulate(2), clip_by_global_norm(1.0), adamw(lr={SCHEDULE}, weight_decay=0.1))"),
+        (optim.clip_by_norm(2.0), "clip_by_norm(2.0)"),
+        (optim.from_torch(torch.optim.AdamW, lr=0.1), "from_torch(AdamW, lr=0.1)"),
+        (OPTIMIZERS["partition"], "partition(decay_labels, optimizers={decay: adamw(lr=0.001), no_decay: sgd(lr=0.1)})"),
+        (data.arrays(torch.ones(4, 2), 2, name="train"), "<stream train: arrays of 4 rows, 2 a batch, in order>"),
+        (data.batches(BATCHES).to("cpu"), "<stream: 2 batches in a list, on cpu>"),
+        (data.loader(torch.utils.data.TensorDataset(torch.ones(4, 2)), 2), "<stream: TensorDataset of 4 examples, 2 a batch, in order>"),
+    ],
+)
+def test_schedules_optimizers_and_streams_print_in_one_line(value, expected):
+    assert repr(value) == str(value) == expected
+
+
+def test_a_program_prints_optimizers_and_schedules():
+    step = fnrun.make_train_step(MODEL, loss_fn, CHAIN)
+    fit = fnrun.repeat(fnrun.sequence(train=fnrun.epoch_loop(fnrun.skip_nonfinite(step))), 3)
+    assert f"      train_step(Linear)\n        optimizer {CHAIN}" in str(fit)
+
+
+def test_a_state_prints_in_one_line():
+    state, _ = fnrun.epoch_loop(STEP, hooks=[hooks.ema(0.9)])(STATE, BATCHES)
+    for shown in (state, fnrun.tree.map(str, state), state.replace(params={"w": torch.zeros(1000, 1000)}, stop="enough")):
+        assert repr(shown) == str(shown)
+        assert "\n" not in str(shown)
+        assert len(str(shown)) < 500
+        assert "step=2" in str(shown).replace("'", "")
+        assert "<ema>" in str(shown)
+    assert "params=<2 tensors, 3 elements, float32 on cpu>" in str(state)
+    assert "data at epoch 1, batch 0" in str(state)
+    given = STATE.replace()
+    given.donate()
+    assert "given away" in str(given)

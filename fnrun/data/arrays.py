@@ -71,7 +71,7 @@ class Order:
 TOGETHER = 2**18
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Arrays(Stream):
     """See `arrays`."""
 
@@ -83,9 +83,12 @@ class Arrays(Stream):
     transform: Callable[[Any, Key], Any] | None
     name: str | None
 
+    def brief(self) -> str:
+        return f"arrays of {self.rows} rows, {cut(self.batch_size, self.shuffle, self.drop_last)}"
+
     @cached_property
     def _source(self) -> str:
-        return f"arrays of {self.rows} rows, {cut(self.batch_size, self.shuffle, self.drop_last)}, content {digest(self.tensors)}"
+        return f"{self.brief()}, content {digest(self.tensors)}"
 
     @property
     def source(self) -> str:

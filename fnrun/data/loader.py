@@ -26,7 +26,7 @@ from fnrun.state import Cursor
 from fnrun.waiting import Interrupted, asked
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Loader(Stream):
     """See `loader`."""
 
@@ -40,12 +40,15 @@ class Loader(Stream):
     name: str | None
     timeout: float | None = None
 
+    def brief(self) -> str:
+        return f"{type(self.dataset).__name__} of {self.rows} examples, {cut(self.batch_size, self.shuffle, self.drop_last)}"
+
     @cached_property
     def _source(self) -> str:
         mark = getattr(self.dataset, "fingerprint", None)
         mark = mark() if callable(mark) else mark
         content = f", content {mark}" if mark is not None else ""
-        return f"{type(self.dataset).__name__} of {self.rows} examples, {cut(self.batch_size, self.shuffle, self.drop_last)}{content}"
+        return f"{self.brief()}{content}"
 
     @property
     def source(self) -> str:

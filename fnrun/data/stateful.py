@@ -21,7 +21,7 @@ class SaysWhere(Protocol):
     def load_state_dict(self, state: Any, /) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Stateful(Stream):
     """See `stateful`."""
 
@@ -29,11 +29,14 @@ class Stateful(Stream):
     name: str | None
     first: list[Any] = dataclasses.field(default_factory=list, repr=False)  # the iterable's state before its first use
 
+    def brief(self) -> str:
+        return f"stateful {type(self.iterable).__name__}"
+
     @property
     def source(self) -> str:
         mark = getattr(self.iterable, "fingerprint", None)
         mark = mark() if callable(mark) else mark
-        return f"stateful {type(self.iterable).__name__}" + (f", content {mark}" if mark is not None else "")
+        return self.brief() + (f", content {mark}" if mark is not None else "")
 
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
         with key.fold_in("enter").scope(host=True):

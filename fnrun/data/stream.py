@@ -80,6 +80,15 @@ def walk(cursor: Cursor, length: int, replay: bool) -> Iterator[tuple[int, int, 
 class Stream:
     """What the streams of this package share."""
 
+    name: str | None
+
+    def __repr__(self) -> str:
+        return f"<stream{f' {self.name}' if self.name else ''}: {self.brief()}>"
+
+    def brief(self) -> str:
+        """What it is made of, without its content."""
+        raise NotImplementedError
+
     def to(self: Batches, device: torch.device | str) -> OnDevice:
         """The same stream, name, source and positions, with each batch copied to `device` one batch ahead."""
         return OnDevice(self, _there(device))
@@ -98,16 +107,19 @@ def _there(device: Any) -> torch.device:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Listed(Stream):
     """See `batches`."""
 
     items: tuple[Any, ...]
     name: str | None = None
 
+    def brief(self) -> str:
+        return f"{len(self)} batches in a list"
+
     @cached_property
     def _source(self) -> str:
-        return f"{len(self)} batches in a list, content {digest(self.items)}"
+        return f"{self.brief()}, content {digest(self.items)}"
 
     @property
     def source(self) -> str:
@@ -140,7 +152,7 @@ def batches(items: Sequence[Any], *, name: str | None = None) -> Listed:
     return Listed(tuple(items), name)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class OnDevice(Stream):
     """`inner` with its batches on `device`, copied one batch ahead."""
 
@@ -148,8 +160,12 @@ class OnDevice(Stream):
     device: torch.device
 
     @property
-    def name(self) -> str | None:
+    def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.name
+
+    def brief(self) -> str:
+        inner = self.inner
+        return f"{inner.brief() if isinstance(inner, Stream) else inner}, on {self.device}"
 
     @property
     def source(self) -> str:

@@ -167,8 +167,8 @@ class Loop(Composed):
                     frame = dataclasses.replace(frame, member=member)
                     state = framed(state, (*state.position.frames[:depth], frame, *state.position.frames[depth + 1 :]))
                 for hook in befores if between else ():
-                    given, state = state, hook(state, x)
-                    if type(state) is not type(given):
+                    kept, state = type(state), hook(state, x)
+                    if type(state) is not kept:
                         parts.check_returned(hook, state)
                 if self.over_data:
                     program.open()
@@ -199,8 +199,8 @@ class Loop(Composed):
                     values = self._values(plain, metrics)
                     probe = parts.Probe(state) if theirs else None
                     for hook in afters:
-                        given, state = state, hook(state, values)
-                        if type(state) is not type(given):
+                        kept, state = type(state), hook(state, values)
+                        if type(state) is not kept:
                             parts.check_returned(hook, state)
                     for observer, saves in watching:
                         if saves:

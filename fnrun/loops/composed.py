@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fnrun.steps import traits
 from fnrun.words import bindable, kind, uncalled
 
 AnyStep = Callable[[Any, Any], Any]
@@ -159,6 +160,8 @@ def drawn(name: str, step: Any, depth: int) -> Iterator[str]:
         for what, parts in (("hook", step.hooks), ("observer", step.observers)):
             for part in parts:
                 yield f"{indent}  {what} {named(part)}"
+    elif optimizer := traits(step).optimizer:
+        yield f"{indent}  optimizer {optimizer}"
 
 
 def named(part: Any) -> str:

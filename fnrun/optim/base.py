@@ -7,7 +7,18 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from fnrun.rng import Key
-from fnrun.words import a
+from fnrun.words import a, brief, called
+
+
+class _Made:
+    """What prints as the call that made it: `adamw(lr=0.001)`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", called("fnrun.optim"))
+
+    def __repr__(self) -> str:
+        function = getattr(self, "update", None) or getattr(self, "wrap", None)
+        return self.text or f"{type(self).__name__}({brief(function)})"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Init(Protocol):
@@ -26,8 +37,8 @@ class Update(Protocol):
     def __call__(self, grads: Any, state: Any, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, Any]: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Transform:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Transform(_Made):
     """Changes gradients on their way to an optimizer: `update(grads, state, params, *, key, step) -> (grads, state)`.
 
     `parts` are the members of a chain; `keyed` says that the transform draws random numbers, so that a chain gives it a key of its own.
@@ -39,10 +50,11 @@ class Transform:
     parts: tuple[Any, ...] = ()
     keyed: bool = False
     donatable: bool = False
+    text: str = dataclasses.field(init=False, default="", compare=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Optimizer(_Made):
     """`init(params) -> opt_state`, `update(grads, opt_state, params, *, key=None, step=None) -> (params, opt_state)`: pure functions.
 
     It may offer `scale_loss(opt_state, loss) -> loss`, applied before the gradient is taken (loss scaling), and
@@ -59,15 +71,17 @@ class Optimizer:
     parts: tuple[Any, ...] = ()
     donatable: bool = False
     keyed: bool = True
+    text: str = dataclasses.field(init=False, default="", compare=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Wrapper:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Wrapper(_Made):
     """A function from optimizer to optimizer that may stand in a chain: there it wraps all that comes after it."""
 
     wrap: Callable[[Optimizer], Optimizer]
     parts: tuple[Any, ...] = ()
     scales_loss: bool = False
+    text: str = dataclasses.field(init=False, default="", compare=False)
 
     def __call__(self, optimizer: Optimizer) -> Optimizer:
         if not isinstance(optimizer, Optimizer):

@@ -23,6 +23,9 @@ class Leaf:
 
     value: Tensor
 
+    def __repr__(self) -> str:
+        return f"leaf({self.value.item() if self.value.numel() == 1 else tuple(self.value.shape)})"
+
 
 def leaf(value: Number) -> Leaf:
     """Make a hyperparameter a tensor in the optimizer state instead of configuration: saved, swept over (one value a member), differentiated.
