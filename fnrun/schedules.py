@@ -10,6 +10,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fnrun.counts import count
-from fnrun.words import called
+from fnrun.words import called, kind, uncalled
 
 Schedule = Callable[[Any], Any]
 Value = float | Schedule
@@ -97,7 +98,7 @@ def _cosine(t: Any, x: SimpleNamespace, start: float, end: float, steps: float) 
 
 
 def _length(name: str, value: float, least: float = 0) -> None:
-    if isinstance(value, bool) or not least <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value < math.inf:
         raise ValueError(f"{name} is a number of steps, at least {least:g}, not {value!r}")
 
 
@@ -303,6 +304,8 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     >>> schedule(5), schedule(50)
     (0.5, 1.0)
     """
+    for member in schedules if isinstance(schedules, (list, tuple)) else [None]:
+        _member("join", member, "a list of schedules, [linear(...), cosine(...)]", callable(member))
     _boundaries("join", schedules, boundaries)
     members, starts = list(schedules), [0, *boundaries]
 
@@ -326,6 +329,8 @@ def multiply(*schedules: Value) -> Schedule:
     """
     if not schedules:
         raise ValueError("multiply: at least one schedule")
+    for member in schedules:
+        _member("multiply", member, "schedules and numbers", callable(member) or isinstance(member, (Real, Tensor)))
 
     def schedule(t: Any) -> Any:
         product = math.prod(s(t) if callable(s) else s for s in schedules)
@@ -377,6 +382,12 @@ def scale_by_batch_size(lr: Value, batch: int, base: int = 256) -> Any:
     """
     factor = count("scale_by_batch_size: batch", batch) / count("scale_by_batch_size: base", base)
     return multiply(lr, factor) if callable(lr) else lr * factor
+
+
+def _member(name: str, member: Any, takes: str, good: bool) -> None:
+    if not good or isinstance(member, type) or uncalled(member):
+        hint = f": call it, {uncalled(member)}(...)" if uncalled(member) else ""
+        raise TypeError(f"{name} takes {takes}, and not {kind(member)}{hint}")
 
 
 def _ordered(name: str, **marks: float) -> None:

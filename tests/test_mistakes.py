@@ -416,3 +416,35 @@ def test_a_state_prints_in_one_line():
     given = STATE.replace()
     given.donate()
     assert "given away" in str(given)
+
+
+# --- other makers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: observers.checkpoint("runs/c"), ["checkpoint", r"Checkpoints\(directory\)", "'runs/c'"]),
+        (lambda: observers.log(to=observers.console()), ["log: to= takes a list of sinks"]),
+        (lambda: observers.log(to=[observers.console]), ["log: to=", "call it, observers.console"]),
+        (lambda: observers.log(to="x.csv"), ["log: to=", "'x.csv'"]),
+        (lambda: observers.log(statistics=["mean"]), ["log: statistics= takes a dict"]),
+        (lambda: optim.sgd(schedules.cosine), ["lr is a number, a schedule", "call it, schedules.cosine"]),
+        (lambda: optim.sgd(torch.optim.lr_scheduler.StepLR), ["lr is a number, a schedule", "the class StepLR"]),
+        (lambda: optim.sgd(lambda a, b: 0.1), ["lr is a number, a schedule", "one number, the step"]),
+        (lambda: optim.partition({"decay": OPTIMIZER}, optim.decay_labels), ["partition takes labels and then a dict"]),
+        (lambda: schedules.join([schedules.constant, schedules.constant(1.0)], [10]), ["join takes", "call it, schedules.constant"]),
+        (lambda: schedules.join(schedules.constant(1.0), [10]), ["join takes a list of schedules"]),
+        (lambda: schedules.multiply(None), ["multiply takes schedules and numbers, and not None"]),
+        (lambda: hooks.when(None, hooks.ema(0.9)), ["condition is a function of the state, and not None"]),
+        (lambda: LOOP(STATE, BATCHES, interrupt="1h"), ["interrupt= takes a function", "'1h'"]),
+    ],
+)
+def test_other_makers(make, words):
+    with pytest.raises(TypeError, match=told(*words)):
+        make()
+
+
+def test_a_length_that_is_text():
+    with pytest.raises(ValueError, match="steps is a number of steps, at least 0, not '10'"):
+        schedules.cosine(0.1, "10")

@@ -9,6 +9,7 @@ from typing import Any
 from fnrun.counts import count
 from fnrun.hooks.monitor import reported
 from fnrun.state import counted, due, in_training
+from fnrun.words import kind
 
 AnyHook = Any  # a Hook or a function (state, metrics) -> state
 
@@ -102,6 +103,8 @@ def when(condition: Callable[[Any], bool], hook: AnyHook) -> AnyHook:
     >>> frozen.name
     'ema'
     """
+    if not callable(condition) or isinstance(condition, type):
+        raise TypeError(f"when(condition, hook): condition is a function of the state, and not {kind(condition)}")
     return _conditional(condition, hook)
 
 

@@ -18,11 +18,16 @@ from fnrun.state import Position, S
 from fnrun.steps import is_step
 from fnrun.undisturbed import restoring
 from fnrun.waiting import Interrupted, interrupts
+from fnrun.words import kind
 
 logger = logging.getLogger("fnrun")
 
 
 def outermost(loop: Any, state: S, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[S, Any]:
+    if interrupt is not None and not callable(interrupt):
+        raise TypeError(
+            f"interrupt= takes a function that returns None or a text, such as fnrun.deadline(hours=1), and not {kind(interrupt)}"
+        )
     program = Program(loop, state, interrupt)
     loops = loops_of(loop)
     given = given_lease(state) if donates(loop) else None

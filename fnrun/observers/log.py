@@ -17,6 +17,7 @@ from fnrun.observers.ranks import rank
 from fnrun.observers.sinks import Record, Sink, console, record
 from fnrun.observers.window import Size, Statistic, Window, compute, windows
 from fnrun.state import LoopState, counted, due, in_training
+from fnrun.words import kind, uncalled
 
 logger = logging.getLogger("fnrun")
 
@@ -169,6 +170,12 @@ def log(
     ValueError: log: statistics of 'loss': 'median' is none; there are mean, min, max, last
     """
     every = count("log: every", every)
+    for sink in to if isinstance(to, (list, tuple)) else [] if to is None else [to]:
+        if not isinstance(to, (list, tuple)) or isinstance(sink, type) or not hasattr(sink, "write"):
+            hint = f": call it, {uncalled(sink)}(...)" if uncalled(sink) else ""
+            raise TypeError(f"log: to= takes a list of sinks, to=[observers.console(), observers.csv(path)], and not {kind(sink)}{hint}")
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise TypeError(f"log: statistics= takes a dict by the metric's name, {{'loss': ['mean', 'max']}}, and not {kind(statistics)}")
     asked = frozenset(statistics or ())
     named = windows(every, window, statistics or {})
     return _Log(every, [console()] if to is None else to, named, asked, name)

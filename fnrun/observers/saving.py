@@ -17,6 +17,7 @@ from fnrun.environment import ranks
 from fnrun.hooks.monitor import reported
 from fnrun.inplace import InPlaceError
 from fnrun.state import LoopState, Position, due, in_training
+from fnrun.words import kind
 
 logger = logging.getLogger("fnrun")
 
@@ -146,6 +147,10 @@ def checkpoint(
     the `max_failures`-th in a row ends the run with a CheckpointError, whose `state` is that of the tick. Raises ValueError where no step
     reports a monitored metric.
     """
+    if not isinstance(checkpoints, Checkpoints):
+        raise TypeError(
+            f"checkpoint: it saves to fnrun.checkpoint.Checkpoints(directory), or run.checkpoints, and not to {kind(checkpoints)}"
+        )
     check_keep("checkpoint", keep, keep_every)
     if keep_every is not None and keep is None:
         raise ValueError("checkpoint: keep_every says what stays besides the `keep` newest: give keep too (without it everything stays)")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fnrun.optim.lists import read
 from fnrun.tree import join, node, struct
+from fnrun.words import bindable, kind, uncalled
 
 Number = float | Tensor
 Hyper = Any  # a number, a schedule `step -> number`, or a leaf
@@ -55,6 +56,10 @@ class Settings:
         self.constants = {name: value for name, value in values.items() if not callable(value) and not isinstance(value, Leaf)}
         self.schedules = [(name, value) for name, value in values.items() if callable(value)]
         self.leaves = {name: value.value for name, value in values.items() if isinstance(value, Leaf)}
+        for name, schedule in self.schedules:
+            if isinstance(schedule, type) or uncalled(schedule) or not bindable(schedule, 0):
+                hint = f"call it, {uncalled(schedule)}(...)" if uncalled(schedule) else "a schedule is a function of one number, the step"
+                raise TypeError(f"{name} is a number, a schedule or optim.leaf(number), not {kind(schedule)}: {hint}")
         for name, value in self.constants.items():
             if not isinstance(value, (int, float, Tensor)):
                 raise TypeError(f"{name} is a number, a schedule or optim.leaf(number), not {value!r} ({type(value).__name__})")

@@ -17,7 +17,7 @@ from fnrun.optim.hyper import Hyper
 from fnrun.reports import collect, report
 from fnrun.schedules import multiply
 from fnrun.tree import join
-from fnrun.words import a
+from fnrun.words import a, kind
 
 #: A pytree of labels with the structure of the parameters, or a function of a leaf's path and the leaf (of its name, shape and dtype).
 Labels = Any
@@ -77,6 +77,10 @@ def partition(labels: Labels, optimizers: Mapping[str, Optimizer]) -> Optimizer:
     >>> sorted(optim.hyperparams(state))
     ['decay/lr_scale', 'no_decay/lr_scale']
     """
+    if not isinstance(optimizers, Mapping):
+        raise TypeError(
+            f"partition takes labels and then a dict of optimizers by label, {{'decay': optim.adamw(1e-3)}}, and not {kind(optimizers)}"
+        )
     for label, optimizer in optimizers.items():
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
