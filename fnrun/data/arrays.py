@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -177,7 +178,8 @@ def arrays(
 def _tensor(path: str, leaf: Any) -> torch.Tensor:
     if isinstance(leaf, np.ndarray):
         try:
-            leaf = torch.from_numpy(leaf if leaf.flags.writeable else leaf.copy())
+            with warnings.catch_warnings(action="ignore"):  # of an array that must not be written to: a batch is a copy
+                leaf = torch.from_numpy(leaf)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path or '(root)'}: {error}") from None
     if not isinstance(leaf, torch.Tensor):

@@ -86,6 +86,7 @@ def loader(
     workers and after a resume; in this process the generators are left as they were. A data set with `__getitems__` is given whole
     batches, and seeded once for each. `dataset[index]` must not depend on what was fetched before: an example may be fetched twice.
 
+    A batch of a worker lies in shared memory, and keeps a file open as long as it, or a view of it, is held: keep `tensor.clone()`.
     Workers live as long as the iteration, across passes. They leave Ctrl-C and signals to the process group to the parent. What is raised
     in the data set arrives with its own traceback and a note that names the example. A worker that dies is a RuntimeError, and says how.
     A batch that is not there after `timeout` seconds of waiting is a TimeoutError: so a disk that hangs ends a run, which can be resumed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
@@ -107,6 +108,11 @@ class Stateful(Stream):
                 getattr(live, end, lambda: None)()
 
 
+def _own_state(sampler: Any) -> bool:
+    """Whether a sampler has a state, and is not one of torchdata's, which its loader knows how to resume."""
+    return hasattr(sampler, "state_dict") and type(sampler).__module__.partition(".")[0] != "torchdata"
+
+
 def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
     """The stream of an iterable with `state_dict` and `load_state_dict`, such as torchdata's `StatefulDataLoader`: an iteration is a pass.
 
@@ -114,7 +120,8 @@ def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
     batch is fetched before one is given, since only then it is known whether the pass has ended. The iterable itself is live:
     one iteration at a time. A run is as exact as what the iterable says: torchdata's loader says all of it where its order comes from a sampler
     with a generator of its own and nothing is drawn in its workers. With `shuffle=True` the passes after a resume are others, with workers or
-    a data set without state its own counts are; for map-style data `data.loader` has no such gaps. In this process the ambient generators are seeded for each batch from the key, and left as they were; what
+    a data set without state its own counts are; with workers and a sampler that has a `state_dict` of its own the pass after a resume at the end
+    of one is another, which is warned of. For map-style data `data.loader` has no such gaps. In this process the ambient generators are seeded for each batch from the key, and left as they were; what
     the iterable's own workers draw is its own affair, as is how many batches a pass has.
 
     A `fingerprint`, an attribute or a method of the iterable, tells it from others.
@@ -136,4 +143,13 @@ def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
     """
     if not (hasattr(iterable, "state_dict") and hasattr(iterable, "load_state_dict")):
         raise TypeError(f"{a(type(iterable).__name__)} has no state_dict() and load_state_dict(): it cannot say where it is")
+    if getattr(iterable, "num_workers", 0) and any(
+        map(_own_state, (getattr(iterable, name, None) for name in ("sampler", "batch_sampler")))
+    ):
+        warnings.warn(
+            f"{type(iterable).__name__} with workers starts a sampler that has a state of its own once too often where it is resumed at the end of a "
+            "pass: the next pass is then another one. Give it num_workers=0, a sampler without state_dict() that draws from a generator, or take "
+            "data.loader",
+            stacklevel=2,
+        )
     return Stateful(iterable, name)

@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from fnrun import metrics as folds
+import torch
+
+from fnrun import metrics as folds, tree
 from fnrun.data import Batches
 from fnrun.donation import fate
 from fnrun.loops.base import Loop
@@ -324,7 +326,12 @@ class PredictLoop(EvalLoop):
         return {"outputs": metrics}
 
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
-        return (*(totals or ()), metrics) if self.keep else None
+        return (*(totals or ()), tree.map(_unshared, metrics)) if self.keep else None
 
     def _result(self, totals: Any) -> Any:
         return list(totals or ())
+
+
+def _unshared(leaf: Any) -> Any:
+    """What is kept of a worker's batch is a copy: each tensor in shared memory holds a file open, and a process may have so many."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_cpu and leaf.is_shared() else leaf

@@ -1,3 +1,4 @@
+import itertools
 import random
 import sys
 
@@ -108,7 +109,7 @@ def test_read_only_arrays_are_fine():
         (torch.zeros(3), {"batch_size": 0}, "batch_size is at least 1, not 0"),
         (torch.zeros(3), {"batch_size": 4, "drop_last": True}, "3 rows are fewer than batch_size=4"),
         ({"x": torch.zeros(())}, {}, "x is a single number"),
-        ({"x": [1, 2]}, {}, "x/0 is a int"),
+        ({"x": [1, 2]}, {}, "x/0 is an int"),
         ({"x": np.array(["a"])}, {}, "x: can't convert"),
     ],
 )
@@ -155,3 +156,17 @@ def test_nothing_is_kept_between_iterations():
     stream = data.arrays(torch.arange(8), 2, shuffle=True)
     a, b = stream.iterate(KEY, Cursor()), stream.iterate(KEY, Cursor())
     assert all(same(next(a), next(b)) for _ in range(9))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_a_mapped_file_stays_on_disk(tmp_path, dtype):
+    """A file of tokens that may only be read: its rows come as they are, its memory is the file's, and a batch can be written to."""
+    path = tmp_path / "tokens.bin"
+    np.arange(64, dtype=dtype).tofile(path)
+    mapped = np.memmap(path, dtype=dtype, mode="r").reshape(16, 4)
+    stream = data.arrays({"tokens": mapped}, 5, shuffle=True)
+    assert stream.tensors["tokens"].data_ptr() == mapped.ctypes.data
+    batches = [batch["tokens"] for batch, _ in itertools.islice(stream.iterate(Key(0), Cursor()), 4)]
+    assert sorted(torch.cat([batch.long() for batch in batches])[:, 0].tolist()) == list(range(0, 64, 4))
+    batches[0].zero_()
+    assert np.fromfile(path, dtype).tolist() == list(range(64))

@@ -3,6 +3,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -343,3 +345,17 @@ def test_the_source_says_what_the_batches_are_made_of():
 def test_keys_differ():
     stream = data.loader(Augmented(4), 4, collate=as_is)
     assert not same(take(stream, 1, key=Key(1)), take(stream, 1, key=Key(2)))
+
+
+def test_predictions_that_are_kept_hold_no_file_of_a_worker_open():
+    """In a process that may open few files: what a prediction keeps of a batch is its own."""
+    code = """
+import resource, torch, fnrun
+from fnrun import data
+resource.setrlimit(resource.RLIMIT_NOFILE, (120, 120))
+predict = fnrun.predict_loop(lambda state, batch: {"row": batch[0], "first": batch[0][:1]})
+stream = data.loader(torch.utils.data.TensorDataset(torch.arange(400.0)), 2, workers=1)
+_, outputs = predict(fnrun.TrainState({}, {}, None, fnrun.Key(0)), stream)
+assert torch.cat([output["row"] for output in outputs]).tolist() == list(range(400))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

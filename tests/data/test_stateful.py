@@ -122,3 +122,55 @@ def test_torchdata_resumes_from_every_batch(workers):
             assert [c.batch for _, c in resumed] == [c.batch for _, c in everything[at + 1 :]]
         replayed = take(stream(), 6, replay=True)
         assert same([b for b, _ in replayed[:3]], [b for b, _ in replayed[3:]])
+
+
+class Remembering(torch.utils.data.Sampler):
+    """A sampler with a state of its own: the order of the pass, and where it is in it."""
+
+    def __init__(self, rows):
+        self.rows, self.generator, self.at, self.order = rows, torch.Generator().manual_seed(1), 0, []
+
+    def __len__(self):
+        return self.rows
+
+    def __iter__(self):
+        if self.at >= len(self.order):
+            self.order, self.at = torch.randperm(self.rows, generator=self.generator).tolist(), 0
+        while self.at < self.rows:
+            self.at += 1
+            yield self.order[self.at - 1]
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state(), "at": self.at, "order": list(self.order)}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"])
+        self.at, self.order = state["at"], list(state["order"])
+
+
+def resumed_at_the_end_of_a_pass(workers):
+    """The batches of the second pass, as they come, and after a resume at the end of the first."""
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def stream():
+        return data.stateful(torchdata.StatefulDataLoader(range(6), 2, sampler=Remembering(6), num_workers=workers))
+
+    batches = stream().iterate(KEY, Cursor())
+    seen = [next(batches) for _ in range(6)]
+    batches.close()
+    again = stream().iterate(KEY, seen[2][1])
+    found = [next(again)[0].tolist() for _ in range(3)]
+    again.close()
+    return [batch.tolist() for batch, _ in seen[3:]], found
+
+
+def test_a_sampler_with_a_state_resumes_at_the_end_of_a_pass():
+    expected, found = resumed_at_the_end_of_a_pass(0)
+    assert found == expected
+
+
+def test_a_sampler_with_a_state_and_workers_is_warned_of():
+    """That the fault is still there is shown too: where it is gone, so can be the warning."""
+    with pytest.warns(UserWarning, match="once too often where it is resumed at the end of a pass"):
+        expected, found = resumed_at_the_end_of_a_pass(1)
+    assert found != expected
