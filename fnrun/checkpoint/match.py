@@ -198,7 +198,10 @@ class Matcher:
 
     def plan(self, like: Any, where: str) -> Any:
         """A tree of Branch, Pick and Keep. Raises CheckpointError with a table of what does not match; `where` says what was saved."""
-        self.wanted = selector(self.patterns, [] if self.all else [*paths(self.structure), *_paths_of(like)])
+        try:
+            self.wanted = selector(self.patterns, [] if self.all else [*paths(self.structure), *_paths_of(like)])
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from None
         self.growing, self.numbered = _growing(like), {}
         plan = self.match(self.structure, like)
         if not any(picks(plan)):
