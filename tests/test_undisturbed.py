@@ -45,6 +45,14 @@ def around(step):
     return call
 
 
+@pytest.fixture(autouse=True)
+def pythons_handler():
+    """What runs in the background of a shell has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def made():
     with fnrun.Key(0).scope():

@@ -46,6 +46,7 @@ class _Checkpoint:
         self._saved = state.position.order if state.position.ticks else None  # a state that stands somewhere came from a checkpoint
         self._failures = 0
         self._seen, self._best = (None, {}), None
+        _check_place(self.checkpoints)
         if ranks()[0]:
             raise CheckpointError(
                 f"{self.checkpoints.directory}: this is process {ranks()[0]} of several; the first one alone may save there"
@@ -128,6 +129,13 @@ class _Checkpoint:
             raise changed
 
 
+def _check_place(checkpoints: Any) -> None:
+    if not isinstance(checkpoints, Checkpoints):
+        raise TypeError(
+            f"checkpoint: it saves to fnrun.checkpoint.Checkpoints(directory), or run.checkpoints, and not to {kind(checkpoints)}"
+        )
+
+
 def checkpoint(
     checkpoints: Checkpoints,
     *,
@@ -142,15 +150,13 @@ def checkpoint(
 
     A round that is the best one yet by `monitor` (a metric of which `mode` is "min" or "max", or several with their modes:
     `{"val/loss": "min", "val/accuracy": "max"}`) is saved whenever it comes; in a loop of training steps the best is that of each n-th step.
-    `keep` of them stay, besides the best by each metric and, with `keep_every=k`, the first one at or after each multiple of k steps. However the program ends (its last round, a stop, an interrupt, an
-    exception), the state of the last finished tick is saved. A save that fails is logged, training goes on and the next one is tried in full;
+    `keep` of them stay, besides the best by each metric and, with `keep_every=k`, the first one at or after each multiple of k steps. However
+    the program ends (its last round, a stop, an interrupt, an exception), the state of the last finished tick is saved. A save that fails is logged, training goes on and the next one is tried in full;
     the `max_failures`-th in a row ends the run with a CheckpointError, whose `state` is that of the tick. Raises ValueError where no step
     reports a monitored metric.
     """
-    if not isinstance(checkpoints, Checkpoints):
-        raise TypeError(
-            f"checkpoint: it saves to fnrun.checkpoint.Checkpoints(directory), or run.checkpoints, and not to {kind(checkpoints)}"
-        )
+    if checkpoints is not None:  # a program may be drawn and checked before there is a place; it cannot begin
+        _check_place(checkpoints)
     check_keep("checkpoint", keep, keep_every)
     if keep_every is not None and keep is None:
         raise ValueError("checkpoint: keep_every says what stays besides the `keep` newest: give keep too (without it everything stays)")
