@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ class Arrays(Stream):
                     indices = {device: block.to(device) for device in {leaf.device for leaf in leaves}}
                 if self.shuffle:
                     rows = order.within(batch, together)
-                    found = [leaf.index_select(0, indices[leaf.device][rows]) for leaf in leaves]
+                    found = [_picked(leaf, indices[leaf.device][rows]) for leaf in leaves]
                 else:
                     found = [leaf[batch * self.batch_size : (batch + together) * self.batch_size].clone() for leaf in leaves]
                 gathered = deque(zip(*(each.split(self.batch_size) for each in found), strict=True))
@@ -122,6 +123,15 @@ class Arrays(Stream):
             if self.transform is not None:
                 made = _transformed(self.transform, made, key.fold_in(epoch, "batch", batch))
             yield made, Cursor(*after, self.source)
+
+
+#: torch has not all kernels of unsigned integers: their bits are gathered as those of signed ones.
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def _picked(leaf: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    signed = SIGNED.get(leaf.dtype)
+    return leaf.index_select(0, rows) if signed is None else leaf.view(signed).index_select(0, rows).view(leaf.dtype)
 
 
 def _transformed(transform: Callable[[Any, Key], Any], batch: Any, key: Key) -> Any:
@@ -150,13 +160,18 @@ def arrays(
 ) -> Arrays:
     """The stream of a pytree of tensors or NumPy arrays that share their leading length: a batch is one gather a leaf, of tensors.
 
+    The arrays are read where they lie: a `np.memmap`, also a read-only one, and a tensor of `torch.from_file` stay on disk, and a batch's
+    rows alone come into memory. A file of tokens is `arrays(np.memmap("tokens.bin", np.uint16, "r").reshape(-1, 1024), 8)`. Batches have
+    the array's dtype; of uint16 an embedding wants `transform=lambda batch, key: batch.long()`.
     A batch owns its memory: what is done to it in place does not reach `tensors`. `transform(batch, key)` makes of it what the step is
     given; its randomness comes from `key`, or from torch's ambient generators, which are seeded from it.
     `shuffle` draws a new order for each pass. The short last batch comes as it is, unless `drop_last`; so a `batch_size` above the
     number of rows gives one short batch, and with `drop_last` is an error.
-    The content must not change while a run lasts: a digest of it tells whether a run is resumed on other data.
+    The content must not change while a run lasts: a digest of it, made at each start, tells whether a run is resumed on other data. Up to
+    64 MiB it is of the whole content; above, of 256 blocks of rows, 64 MiB together unless single rows are larger than 256 KiB.
 
-    Raises ValueError for lengths that differ (with the paths), empty data and a batch size below 1.
+    Raises ValueError for lengths that differ (with the paths), empty data, a batch size below 1, and what no tensor can be made of. An
+    array in another byte order or of negative strides is copied; a mapped one is refused.
 
     >>> stream = arrays({"x": torch.arange(5), "y": np.arange(5.0)}, 2)
     >>> batch, after = next(stream.iterate(Key(0), Cursor(epoch=0, batch=2)))
@@ -176,14 +191,37 @@ def arrays(
 
 
 def _tensor(path: str, leaf: Any) -> torch.Tensor:
+    where = path or "(root)"
     if isinstance(leaf, np.ndarray):
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of an array that must not be written to: a batch is a copy
-                leaf = torch.from_numpy(leaf)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path or '(root)'}: {error}") from None
+        leaf = _of_array(where, leaf)
     if not isinstance(leaf, torch.Tensor):
-        raise ValueError(f"{path or '(root)'} is {a(type(leaf).__name__)}, not a tensor or an array")
+        raise ValueError(
+            f"{where} is {a(type(leaf).__name__)}, not a tensor or an array (torch.tensor(values) and np.array(values) make one of a list)"
+        )
     if not leaf.ndim:
-        raise ValueError(f"{path or '(root)'} is a single number: its leading dimension must be the rows")
+        raise ValueError(f"{where} is a single number: its leading dimension must be the rows")
     return leaf.detach()
+
+
+def _of_array(where: str, array: np.ndarray) -> torch.Tensor:
+    """The tensor that shares the array's memory; a copy of an array that lies in memory as torch cannot read it."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(f"{where} is a masked array, and a tensor has no mask: fill it, or give the mask as an array of its own")
+    if not array.dtype.isnative or any(stride < 0 or stride % array.itemsize for stride in array.strides if array.itemsize):
+        if _mapped(array):
+            raise ValueError(
+                f"{where} is mapped from a file, of dtype {array.dtype.str} and strides {array.strides}, and torch reads neither foreign byte "
+                "orders nor backwards nor a field of records: write it to a file of its own, or copy it into memory (np.array, .astype)"
+            )
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an array that must not be written to: a batch is a copy
+            return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _mapped(array: Any) -> bool:
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array, mmap.mmap)

@@ -1,4 +1,5 @@
 import itertools
+import os
 import random
 import sys
 
@@ -111,6 +112,7 @@ def test_read_only_arrays_are_fine():
         ({"x": torch.zeros(())}, {}, "x is a single number"),
         ({"x": [1, 2]}, {}, "x/0 is an int"),
         ({"x": np.array(["a"])}, {}, "x: can't convert"),
+        ({"x": np.ma.array([1, 2], mask=[True, False])}, {}, "x is a masked array"),
     ],
 )
 def test_what_gives_no_batches_is_refused(tensors, options, message):
@@ -170,3 +172,56 @@ def test_a_mapped_file_stays_on_disk(tmp_path, dtype):
     assert sorted(torch.cat([batch.long() for batch in batches])[:, 0].tolist()) == list(range(0, 64, 4))
     batches[0].zero_()
     assert np.fromfile(path, dtype).tolist() == list(range(64))
+
+
+def anonymous():
+    """The bytes of this process that lie in no file."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_a_mapped_file_takes_no_memory(tmp_path, mode):
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 2**28)
+    before = anonymous()
+    stream = data.arrays(np.memmap(tmp_path / "sparse", np.uint16, mode).reshape(-1, 1024)[:-1], 8, shuffle=True)
+    assert len(stream.source) > 0
+    assert take(stream, 2)[1][0].shape == (8, 1024)
+    assert anonymous() - before < 2**27
+
+
+def test_a_file_mapped_by_torch_is_read_as_it_is(tmp_path):
+    np.arange(32, dtype=np.int32).tofile(tmp_path / "numbers")
+    mapped = torch.from_file(str(tmp_path / "numbers"), size=32, dtype=torch.int32)
+    assert take(data.arrays(mapped.unfold(0, 5, 4), 7), 1)[0][0][:, -1].tolist() == list(range(4, 32, 4))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "bool", "float16", "complex64"])
+def test_rows_of_every_dtype_are_gathered(dtype):
+    x = np.arange(6).astype(dtype)
+    for rows in (x, x.reshape(6, 1)):
+        batch = take(data.arrays(rows, 6, shuffle=True), 1)[0][0]
+        assert batch.dtype == torch.from_numpy(x).dtype
+        order = take(data.arrays(torch.arange(6), 6, shuffle=True), 1)[0][0]
+        assert np.array_equal(batch.numpy(), rows[order.numpy()])
+
+
+def unreadable(x):
+    """The numbers of `x` as torch cannot read them where they lie."""
+    records = np.zeros(len(x), [("odd", "i1"), ("x", x.dtype)])
+    records["x"] = x
+    return {"swapped": x.astype(x.dtype.newbyteorder(">")), "reversed": x[::-1].copy()[::-1], "field": records["x"]}
+
+
+@pytest.mark.parametrize("how", ["swapped", "reversed", "field"])
+def test_what_torch_cannot_read_where_it_lies_is_copied_from_memory_and_refused_from_a_file(tmp_path, how):
+    x = np.arange(6, dtype=np.int32)
+    assert take(data.arrays(unreadable(x)[how], 6), 1)[0][0].tolist() == x.tolist()
+    assert data.arrays(unreadable(x)[how], 6).source == data.arrays(x, 6).source
+    odd = unreadable(x)[how]
+    owner = odd if odd.base is None else odd.base
+    mapped = np.memmap(tmp_path / "file", owner.dtype, "w+", shape=owner.shape)
+    view = {"swapped": mapped, "reversed": mapped[::-1], "field": mapped["x"] if how == "field" else mapped}[how]
+    with pytest.raises(ValueError, match="tokens is mapped from a file, of dtype"):
+        data.arrays({"tokens": np.asarray(view)}, 2)
