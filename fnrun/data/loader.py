@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import signal
 import threading
@@ -351,6 +352,12 @@ class _Waiting:
 
     def _judged(self, error: Exception) -> BaseException:
         """What a failure of the channel to the workers is: an interrupt, which ended them too, a worker's death, or an error of its own."""
+        if "Too many open files" in str(error):
+            return OSError(
+                errno.EMFILE,
+                "data.loader: too many open files. Each tensor of a worker's batch holds one open as long as it, or a view of it, is kept. Keep "
+                "copies (tensor.clone()), or raise the limit (ulimit -n)",
+            )
         with contextlib.suppress(ValueError):  # where torch's handler has raised before it was done
             _remove_worker_pids(id(self.live))
         end = time.monotonic() + SETTLES

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 
 from fnrun import metrics as folds, tree
@@ -334,4 +335,9 @@ class PredictLoop(EvalLoop):
 
 def _unshared(leaf: Any) -> Any:
     """What is kept of a worker's batch is a copy: each tensor in shared memory holds a file open, and a process may have so many."""
-    return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_cpu and leaf.is_shared() else leaf
+    owner = leaf
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if not isinstance(owner, torch.Tensor) or (owner.layout is torch.strided and not (owner.is_cpu and owner.is_shared())):
+        return leaf
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf.detach().clone()  # of a sparse tensor it cannot be told whose memory it has

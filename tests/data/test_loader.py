@@ -347,15 +347,33 @@ def test_keys_differ():
     assert not same(take(stream, 1, key=Key(1)), take(stream, 1, key=Key(2)))
 
 
-def test_predictions_that_are_kept_hold_no_file_of_a_worker_open():
-    """In a process that may open few files: what a prediction keeps of a batch is its own."""
+def test_what_is_kept_of_a_workers_batch():
+    """In a process that may open few files: predictions and metrics have copies, and whoever keeps batches is told of it."""
     code = """
-import resource, torch, fnrun
-from fnrun import data
+import resource, numpy as np, torch, fnrun
+from fnrun import data, metrics
 resource.setrlimit(resource.RLIMIT_NOFILE, (120, 120))
-predict = fnrun.predict_loop(lambda state, batch: {"row": batch[0], "first": batch[0][:1]})
-stream = data.loader(torch.utils.data.TensorDataset(torch.arange(400.0)), 2, workers=1)
-_, outputs = predict(fnrun.TrainState({}, {}, None, fnrun.Key(0)), stream)
-assert torch.cat([output["row"] for output in outputs]).tolist() == list(range(400))
+state = fnrun.TrainState({}, {}, None, fnrun.Key(0))
+stream = data.loader(torch.utils.data.TensorDataset(torch.arange(1.0, 401)), 2, workers=1)
+
+def predict(state, batch):
+    (x,) = batch
+    return {"row": x, "views": (x[:1], [x.view(2, 1)]), "array": x.numpy()[1:], "sparse": x.to_sparse(), "parameter": torch.nn.Parameter(x)}
+
+_, outputs = fnrun.predict_loop(predict)(state, stream)
+for name in ("row", "parameter"):
+    assert torch.cat([output[name] for output in outputs]).tolist() == list(range(1, 401))
+assert torch.cat([output["sparse"].to_dense() for output in outputs]).tolist() == list(range(1, 401))
+assert np.concatenate([output["array"] for output in outputs]).tolist() == list(range(2, 401, 2))
+
+_, found = fnrun.eval_loop(lambda state, batch: {"rows": metrics.collect(batch[0]), "last": metrics.last(batch[0]), "mean": batch[0][0]})(state, stream)
+assert found["rows"].tolist() == list(range(1, 401))
+
+try:
+    kept = [batch for batch, _ in stream.iterate(fnrun.Key(0), fnrun.Cursor())]
+except OSError as error:
+    assert "Keep copies (tensor.clone())" in str(error), error
+else:
+    raise AssertionError("the batches are endless")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
