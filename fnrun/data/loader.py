@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import multiprocessing
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
 import torch
@@ -396,6 +398,7 @@ def _started(fetch: _Fetch, asks: _Asks, workers: int) -> Any:
             worker_init_fn=_leave_signals,
             generator=torch.Generator(),
         )
+        _start_servers()
         # What arrives within waits until the end: a worker must not run the parent's handlers before it has its own, nor the parent torch's
         # handler of SIGCHLD, which raises, while it forks.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {*PARENTS, signal.SIGCHLD})
@@ -406,6 +409,18 @@ def _started(fetch: _Fetch, asks: _Asks, workers: int) -> Any:
             return live
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_servers() -> None:
+    """What `multiprocessing` keeps for all its processes starts before signals are blocked: it would have them blocked for life.
+
+    A fork server that hears no SIGCHLD tells nobody of a worker's end.
+    """
+    method = multiprocessing.get_start_method()
+    if method != "fork":
+        resource_tracker.ensure_running()
+    if method == "forkserver":
+        forkserver.ensure_running()
 
 
 def _as_it_is(batch: Any) -> Any:

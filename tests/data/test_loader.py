@@ -311,6 +311,24 @@ class Endless(IterableDataset):
         return iter([])
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_start_and_end_by_every_start_method_and_leave_later_processes_their_signals(method):
+    """A process of its own: the start method is the whole process's."""
+    code = f"""
+import multiprocessing, signal, torch
+from fnrun import Cursor, Key, data
+multiprocessing.set_start_method({method!r})
+stream = data.loader(torch.utils.data.TensorDataset(torch.arange(4)), 2, workers=1)
+batches = stream.iterate(Key(0), Cursor())
+assert [next(batches)[0][0].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+batches.close()
+with multiprocessing.Pool(1) as pool:
+    blocked = pool.apply(signal.pthread_sigmask, (signal.SIG_BLOCK, []))
+assert not blocked and not signal.pthread_sigmask(signal.SIG_BLOCK, []), blocked
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
 @pytest.mark.parametrize(
     ("dataset", "options", "error", "message"),
     [
