@@ -340,4 +340,5 @@ def _unshared(leaf: Any) -> Any:
         owner = owner.base
     if not isinstance(owner, torch.Tensor) or (owner.layout is torch.strided and not (owner.is_cpu and owner.is_shared())):
         return leaf
-    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf.detach().clone()  # of a sparse tensor it cannot be told whose memory it has
+    # Of a sparse tensor it cannot be told whose memory it has.
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf.detach().clone()
