@@ -248,12 +248,27 @@ def _captured(fn: Any, leaves: list[Any], own: int, inplace: bool, spec: Any, co
             raise Uncapturable("it draws from Python's or NumPy's generator, and what is drawn would be the same at every step")
         with torch.no_grad():
             examples: list[Any] = recording.examples(count)
-            run: Any = torch._inductor.compile(GraphModule(graph, copy.deepcopy(graph.graph)), examples)
+            run: Any = torch._inductor.compile(_without_alpha(GraphModule(graph, copy.deepcopy(graph.graph))), examples)
             try:
                 run(*recording.examples(count))
             except Exception as error:  # some kernels are refused only now
                 raise Uncapturable(f"its graph fails when it is called: {type(error).__name__}: {error}") from error
     return _Graph(run, recording, graph, own)
+
+
+def _without_alpha(graph: GraphModule) -> GraphModule:
+    """`add` and `sub` with their factor as a product of its own: torch 2.13's inductor forgets it where it joins them with a matrix product."""
+    for node in list(graph.graph.nodes):
+        if (alpha := node.kwargs.get("alpha", 1)) != 1 and node.target in _SUMS:
+            with graph.graph.inserting_before(node):
+                product = graph.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[1], alpha))
+            node.args, node.kwargs = (node.args[0], product), {}
+    graph.recompile()
+    return graph
+
+
+_aten = torch.ops.aten
+_SUMS = {_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor}
 
 
 @contextlib.contextmanager

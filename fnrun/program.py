@@ -128,6 +128,9 @@ class Program:
         self.interrupt = interrupt
         self.latest: Any = state
         self.data_seconds = 0.0  # waited for batches in this call
+        self.unknown: dict[
+            int, Any
+        ] = {}  # functions that may hold loops of the program: which hooks these bring shows when they are called
         self.asked: set[int] = set()  # the steps that were called, but for those that are known to hold no loop
         self.examples = 0  # that went through the loops in this call
         self.lengths: dict[str, int | None] = {}  # how many ticks a frame's loop will have, by the frame's name, where that is known

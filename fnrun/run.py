@@ -119,8 +119,10 @@ class Run:
     def create(cls, experiment: str, config: Any, path: str | Path | None = None) -> Run:
         """A new run of `experiment` at `path`, by default `runs/<the module's last name>/<date and time>`.
 
-        The directory appears with its config or not at all. Raises RunError where `path` holds something already, or cannot be written.
+        The directory appears with its config or not at all. Raises RunError where `path` holds something already, or cannot be written, and for
+        a config that could not be read again.
         """
+        check_config(config)
         short = experiment.partition(":")[0].rpartition(".")[2]
         if path is not None:
             target = files.place(path)
@@ -345,6 +347,26 @@ def _contents(target: Path) -> str:
     if (target / CONFIG).exists():
         return f"a run. To go on with it: resume {target}"
     return "a file" if target.is_file() else "other files"
+
+
+def check_config(config: Any) -> None:
+    """Raise RunError, with the field, for a config that cannot be written to a file and read again: its run could never be resumed."""
+    if not dataclasses.is_dataclass(config) and not isinstance(config, msgspec.Struct):
+        return
+    hint = (
+        "A config is a frozen dataclass of numbers, texts, lists, dictionaries and other such classes; a choice is a union of "
+        "msgspec.Struct(frozen=True, tag=True) classes; a path is a text"
+    )
+    names = [field.name for field in (dataclasses.fields(config) if dataclasses.is_dataclass(config) else msgspec.structs.fields(config))]  # pyright: ignore[reportArgumentType]
+    for name in names:
+        try:
+            msgspec.yaml.encode(msgspec.to_builtins(getattr(config, name)))
+        except (TypeError, ValueError) as error:
+            raise RunError(f"the config's field {name!r} cannot be written to config.yaml: {error}. {hint}") from error
+    try:
+        decode(msgspec.yaml.decode(msgspec.yaml.encode(msgspec.to_builtins(config))), type(config), "config.yaml")
+    except RunError as error:
+        raise RunError(f"this config could not be read again, and its run not be resumed: {error}. {hint}") from error
 
 
 def decode(raw: Any, config_type: type[C], where: str) -> C:

@@ -123,8 +123,8 @@ class Shell:
                 if changed:
                     self._switch(modes)
                 result = fn()
-                values = [container.get(key) for container, key in self._places]
-                written = {name: self._now(i) for i, name in enumerate(self.params) if name in self.written} if self.written else _NONE
+                values = self._left()  # no comprehension here: since 3.12 they are inlined, with handlers of their own
+                written = self._rewritten() if self.written else _NONE
                 strays = self._strays(values)
             finally:
                 self._put_back(saved, changed, depth)
@@ -166,9 +166,12 @@ class Shell:
                 strays += attributes.new_buffers()
         return strays
 
-    def _now(self, i: int) -> torch.Tensor:
-        container, key = self._owners[i]
-        return container[key].detach()  # pyright: ignore[reportOptionalMemberAccess]
+    def _left(self) -> list[Any]:
+        return [container.get(key) for container, key in self._places]
+
+    def _rewritten(self) -> dict[str, torch.Tensor]:
+        owners = {name: self._owners[i] for i, name in enumerate(self.params) if name in self.written}
+        return {name: container[key].detach() for name, (container, key) in owners.items()}  # pyright: ignore[reportOptionalMemberAccess]
 
     def check(self) -> None:
         """Raises ValueError where the module is of another structure than when this shell was made."""

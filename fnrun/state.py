@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import operator
 import re
 import sys
@@ -173,6 +174,29 @@ class TrainState(Donatable):
     def rewind(self) -> Self:
         """The state with its open frames given up and its stop cleared: a program called on it begins anew. Streams stay where they are."""
         return self.replace(position=dataclasses.replace(self.position, frames=()), stop=None)
+
+
+def check_apart(who: str, model: nn.Module) -> None:
+    """Raise ValueError where a trained parameter shares its memory with another tensor of the model: a state holds each by itself.
+
+    The same parameter in two places is one. Parts of one memory that do not overlap are apart.
+    """
+    ends: list[tuple[Any, int, int, str, bool]] = []
+    for name, tensor in [*model.named_parameters(), *buffers_of(model).items()]:
+        if is_lazy(tensor):
+            raise ValueError(f"{who}: {name} has no shape yet: run the lazy module once on an example before")
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta and type(tensor) in (torch.Tensor, nn.Parameter):
+            size = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            begin = tensor.data_ptr()
+            ends.append((tensor.device, begin, begin + size * tensor.element_size(), name, tensor.requires_grad))
+    ends.sort(key=lambda each: (str(each[0]), each[1], each[2]))
+    for (device, _, end, one, trains), (other, begin, _, two, trains_too) in itertools.pairwise(ends):
+        if device == other and begin < end and (trains or trains_too):
+            raise ValueError(
+                f"{who}: {one!r} and {two!r} lie in the same memory, and in a state they would part: each is trained, or kept, by itself. "
+                "To tie them let both be one parameter (decoder.weight = encoder.weight), or compute one from the other in the forward "
+                "(encoder.weight.t()); to have two give one a copy (.clone())"
+            )
 
 
 def check_model(who: str, model: Any) -> None:

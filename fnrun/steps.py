@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from fnrun.metrics.base import wide
 from fnrun.reports import collect
 from fnrun.rng import Key, Scope
 from fnrun.shell import Shell
-from fnrun.state import S, TrainState, check_model, check_optimizer, is_state, no_state, weights_of
+from fnrun.state import S, TrainState, check_apart, check_model, check_optimizer, is_state, no_state, weights_of
 from fnrun.undisturbed import undisturbed
 from fnrun.watch import described, leaves as leaves_of
 from fnrun.words import a, bindable, kind, uncalled
@@ -65,10 +66,12 @@ class _Surroundings:
 
     def look(self) -> Any:
         self.left -= 1
-        return random.getstate(), np.random.get_state(legacy=False)
+        return random.getstate(), np.random.get_state(legacy=False), len(sys.modules)
 
     def compare(self, before: Any) -> None:
-        python, numpy = before
+        python, numpy, modules = before
+        if len(sys.modules) != modules:
+            return  # some draw as they are imported
         moved_python, moved_numpy = random.getstate() != python, not tree.equal(np.random.get_state(legacy=False), numpy)
         names = [name for name, moved in (("Python", moved_python), ("NumPy", moved_numpy)) if moved]
         if names:
@@ -306,6 +309,9 @@ def make_train_step(
     check_model("make_train_step", model)
     _check_function("make_train_step", loss_fn, 2, "loss_fn(model, batch)", "a scalar loss, or (loss, metrics)")
     check_optimizer("make_train_step", optimizer)
+    if not isinstance(compile, bool):
+        raise TypeError(f"make_train_step: compile= is True or False, and not {kind(compile)}")
+    check_apart("make_train_step", model)
     name = f"train_step({type(model).__name__})"
     shell = Shell(model, name, watched=_Surroundings.WATCHED)
     if not shell.trained:
@@ -339,6 +345,11 @@ def make_train_step(
                 with autocast():
                     result = loss_fn(model, batch)
             loss, metrics = (result, {}) if isinstance(result, torch.Tensor) else _loss_and_metrics(result)
+            if shell.first.watching and any(leaf.grad is not None for leaf in leaves):
+                raise ValueError(
+                    f"{name}: the loss calls backward() itself, and a step takes the gradient of what loss_fn returns: add that loss to it, or "
+                    "take gradients within by torch.autograd.grad"
+                )
             scaled = loss if optimizer.scale_loss is None else optimizer.scale_loss(memory, loss)
             if shell.first.watching and isinstance(loss, torch.Tensor):
                 shell.first.check_graph(loss, leaves, batch)

@@ -1398,6 +1398,7 @@ def test_a_save_that_begins_when_the_interpreter_ends_is_said_to_be_lost(tmp_pat
         from tests.test_checkpoint import at
         checkpoints = Checkpoints(sys.argv[1])
         checkpoints.save(at(1))
+        checkpoints.wait()
         atexit.register(lambda: checkpoints.save(at(2)))
     """
     ran = python(code, tmp_path)
@@ -1444,6 +1445,9 @@ def test_another_process_resumes_and_one_that_does_not_wait_still_saves(tmp_path
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(at(4, x=(1, None)))
     ran = python(code, tmp_path, env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONWARNINGS": "error"})
+    if sys.version_info[:2] == (3, 12):  # in which no thread can start once the program's last line is done, and orbax starts some
+        assert "step 5 was not saved" in ran.stderr
+        return
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout == f"{tree.fingerprint(at(4, x=(1, None)))} []\n"
     assert tree.equal(Checkpoints(tmp_path).restore(step=5), at(5))

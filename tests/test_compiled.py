@@ -39,6 +39,35 @@ class Net(nn.Module):
         return self.head(self.dropout(hidden * self.scale))
 
 
+DECAYS = {
+    "sgd": ({"momentum": 0.9, "nesterov": True}, torch.optim.SGD),
+    "adam": ({}, torch.optim.Adam),
+    "adagrad": ({}, torch.optim.Adagrad),
+    "rmsprop": ({}, torch.optim.RMSprop),
+}
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_weight_decay_in_the_gradient_is_that_of_torch(name):
+    """A sum with a factor beside a matrix product, which the compiler would lose; in the loss too."""
+    options, theirs = DECAYS[name]
+    model, x, other = nn.Linear(4, 4), torch.randn(8, 4), torch.randn(4, 4)
+
+    def loss(model, x):
+        return torch.add(x @ other, model(x), alpha=0.3).square().mean()
+
+    optimizer = getattr(optim, name)(0.1, weight_decay=0.5, **options)
+    state, step = fnrun.TrainState.create(model, optimizer), fnrun.make_train_step(model, loss, optimizer, compile=True)
+    for _ in range(5):
+        state, _ = step(state, x)
+    optimizer = theirs(model.parameters(), 0.1, weight_decay=0.5, **options)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss(model, x).backward()
+        optimizer.step()
+    torch.testing.assert_close(state.params, dict(model.named_parameters()), rtol=1e-4, atol=1e-5)
+
+
 def loss_fn(model: nn.Module, batch: Any) -> Any:
     logits = model(batch["x"])
     return F.cross_entropy(logits, batch["y"]), {"accuracy": metrics.accuracy(logits, batch["y"]), "rows": float(len(logits))}

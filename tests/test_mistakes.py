@@ -448,3 +448,13 @@ def test_other_makers(make, words):
 def test_a_length_that_is_text():
     with pytest.raises(ValueError, match="steps is a number of steps, at least 0, not '10'"):
         schedules.cosine(0.1, "10")
+
+
+def test_an_observer_that_returns_a_state_is_told_to_be_a_hook():
+    for late in (0, 5):
+
+        def clamp(state, metrics, late=late):
+            return state.replace(memory={}) if state.step > late else None
+
+        with pytest.raises(TypeError, match=r"returned a state, which an observer cannot change: it is a hook, hooks=\[...\]"):
+            fnrun.epoch_loop(STEP, observers=[clamp])(STATE, [BATCHES[0]] * 8)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -504,3 +505,33 @@ class TestSignals:
             assert "Ctrl-C once more" in process.stderr.readline()
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == -signal.SIGINT
+
+
+@dataclasses.dataclass(frozen=True)
+class _One:
+    a: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Other:
+    b: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    rule: _One | _Other = _One()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    rows: int = 1
+    folder: Any = Path("data")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"), [(_Choice(), "could not be read again.*msgspec.Struct"), (_Place(), "'folder' cannot be written")]
+)
+def test_a_config_that_could_not_be_read_again_makes_no_run(config, words, tmp_path):
+    with pytest.raises(RunError, match=words):
+        Run.create("experiment", config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -63,7 +63,7 @@ CASES = [
     (torch.float32, optim.sgd(0.1, momentum=0.9), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 4),
     (torch.float32, optim.adamw(1e-2), lambda p: torch.optim.AdamW(p, 1e-2, fused=True), 4),
     (torch.float64, optim.adamw(1e-2), lambda p: torch.optim.AdamW(p, 1e-2), 32),
-    (torch.bfloat16, optim.sgd(0.1, momentum=0.9), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True), 0),
+    (torch.bfloat16, optim.sgd(0.1, momentum=0.9), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 0),
 ]
 
 
@@ -316,3 +316,49 @@ def test_activations_that_are_computed_again_are_those_of_the_state(reentrant, c
             state, _ = step(state, torch.linspace(-1, 1, 12).view(4, 3) + i)
         ends.append(state.params)
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-6 * compile, atol=1e-6 * compile)
+
+
+class Autoencoder(nn.Module):
+    """Tied by memory, and not by being one parameter."""
+
+    def __init__(self, tie):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 2), nn.Linear(2, 4)
+        self.decoder.weight.data = tie(self.encoder.weight.data)
+
+
+@pytest.mark.parametrize("tie", [lambda w: w.t(), lambda w: w.view(4, 2), lambda w: w.view(-1).flip(0)[:8].view(4, 2).set_(w.view(-1)[4:])])
+def test_tensors_that_share_their_memory_are_named(tie):
+    with pytest.raises(ValueError, match=r"'encoder.weight' and 'decoder.weight' lie in the same memory"):
+        fnrun.make_train_step(Autoencoder(tie), lambda model, x: x.sum(), optim.sgd(0.1))
+
+
+def test_parts_of_one_memory_that_do_not_overlap_are_apart():
+    both = torch.randn(2, 3)
+    model = nn.ParameterDict({"a": nn.Parameter(both[0]), "b": nn.Parameter(both[1])})
+    optimizer = optim.sgd(0.1)
+    state, _ = fnrun.make_train_step(model, lambda model, x: (model["a"] * model["b"]).sum(), optimizer)(
+        fnrun.TrainState.create(model, optimizer), 0
+    )
+    torch.testing.assert_close(state.params["a"], both[0] - 0.1 * both[1])
+
+
+def test_a_loss_that_calls_backward_itself_is_refused():
+    def loss(model, x):
+        model(x).abs().mean().backward()
+        return model(x).square().mean()
+
+    model = nn.Linear(2, 1)
+    step, state = fnrun.make_train_step(model, loss, optim.sgd(0.1)), fnrun.TrainState.create(model, optim.sgd(0.1))
+    with pytest.raises(ValueError, match="the loss calls backward"):
+        step(state, torch.ones(3, 2))
+
+
+def test_a_lazy_model_is_told_to_be_run_once():
+    with pytest.raises(ValueError, match="run the lazy module once"):
+        fnrun.make_train_step(nn.LazyLinear(2), lambda model, x: model(x).sum(), optim.sgd(0.1))
+
+
+def test_what_compile_takes():
+    with pytest.raises(TypeError, match="compile= is True or False, and not 'no'"):
+        fnrun.make_train_step(nn.Linear(2, 1), lambda model, x: model(x).sum(), optim.sgd(0.1), compile="no")  # pyright: ignore[reportArgumentType]

@@ -99,6 +99,7 @@ class Checkpoints:
         if unknown := [metric for metric in monitors if metrics and metric not in metrics]:
             raise ValueError(f"save: {unknown[0]!r} is monitored and not among the metrics: {', '.join(map(repr, metrics or ()))}")
         store.check_process()
+        store.load()
         if self.guard is not None:
             self.guard()
         step, ticks = _place(state)

@@ -72,6 +72,12 @@ def orbax() -> Any:
         return _imported()
 
 
+def load() -> None:
+    """Import orbax if nobody has, here and not in the thread that saves: NumPy's generator, which JAX draws from meanwhile, is put back."""
+    if "orbax.checkpoint" not in sys.modules:
+        orbax()
+
+
 def check_process() -> None:
     """Raises CheckpointError in a process that was forked from one that had used orbax: its threads are gone, and it aborts the process."""
     if _forked_from is not None:
@@ -85,12 +91,16 @@ def _imported() -> Any:
     from absl import logging as absl
 
     absl.logging = types.SimpleNamespace(**{**vars(logging), "basicConfig": lambda: None})  # pyright: ignore[reportAttributeAccessIssue]
-    if "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ:
-        import jax
+    drawn = np.random.get_state()
+    try:
+        if "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ:
+            import jax
 
-        jax.config.update("jax_platforms", "cpu")
-    with _quiet():
-        from orbax.checkpoint import v1 as ocp
+            jax.config.update("jax_platforms", "cpu")
+        with _quiet():
+            from orbax.checkpoint import v1 as ocp
+    finally:
+        np.random.set_state(drawn)
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     return ocp
 

@@ -93,7 +93,10 @@ def _print(about: dict[str, Any], leaves: list[dict[str, Any]]) -> None:
 
 
 def _indented(value: Any) -> str:
-    lines = msgspec.yaml.encode(value).decode().splitlines()
+    try:
+        lines = msgspec.yaml.encode(value).decode().splitlines()
+    except RecursionError:
+        lines = ["(too deep to be shown)"]
     return "\n".join(f"  {line}" for line in lines)
 
 

@@ -18,7 +18,7 @@ from fnrun.data import Batches
 from fnrun.donation import Lease, husk
 from fnrun.dry import DryRun, dry_run
 from fnrun.loops import parts
-from fnrun.loops.composed import AnyStep, Composed, check_step, donates, loops_of, stands_openly, title
+from fnrun.loops.composed import AnyStep, Composed, check_step, donates, functions, loops_of, stands_openly, title
 from fnrun.loops.parts import check_part
 from fnrun.loops.whole import aside, elsewhere, outermost
 from fnrun.program import ASIDE, Here, Hook, Observer, Unwind, here
@@ -78,6 +78,7 @@ class Loop(Composed):
             return outermost(self, state, data, interrupt)
         if at is ASIDE or at.program.reports is not collecting() or len(state.position.frames) < at.depth:
             return aside(self, state, data, interrupt)
+        at.program.unknown.update((id(each), each) for each in functions(self) if not is_step(each))
         return self._run(at.program.begin(loops_of(self), state), data, at)
 
     # What a combinator says of itself: steps within, where it ends, and what a tick is.

@@ -118,7 +118,10 @@ class Part:
             if self.label is None:
                 return self.call(state, given)
             with scope(state, self.label):
-                return self.call(state, given)
+                result = self.call(state, given)
+            if self.observes and result is not None:
+                self._refuse_state(result, state)
+            return result
         marks = guard.look({self.what: given}, state) if self.what != "batch" else guard.look(state)
         if self.label is None:
             result = self.call(state, given)
@@ -126,7 +129,13 @@ class Part:
             with scope(state, self.label), Hosts("" if self.observes else guard.who):
                 result = self.call(state, given)
         guard.check(marks)
+        if self.observes:
+            self._refuse_state(result, state)
         return result
+
+    def _refuse_state(self, result: Any, state: Any) -> None:
+        if result is not state and is_state(result):
+            raise TypeError(f"{self.guard.who} returned a state, which an observer cannot change: it is a hook, hooks=[...]")
 
 
 def scope(state: Any, label: tuple[Any, ...]) -> Scope:

@@ -40,11 +40,11 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
     asking = interrupts.set((*interrupts.get(), program.interrupt) if program.interrupt is not None else interrupts.get())
     try:
         program.latest = state = program.begin(loops, state)
-        unknown = {id(each) for each in functions(loop) if not is_step(each)}  # which hooks these bring shows when they are called
-        if not unknown and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
+        program.unknown.update((id(each), each) for each in functions(loop) if not is_step(each))
+        if not program.unknown and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
             program.unclaimed(state)
         result = loop._run(state, data, Here(program, lease=lease))
-        if unknown and unknown <= program.asked and program.trained:
+        if program.unknown and program.unknown.keys() <= program.asked and program.trained:
             program.unclaimed(result[0])
     except Unwind as unwound:
         program.close(program.latest, unwound.reason)

@@ -32,7 +32,7 @@ class Rule(NamedTuple):
     together in one tensor. `update(ops, params, grads, slots, values, t)` returns the new parameters and slots (scalars among them); `t` is
     1 at the first update of these parameters. It writes to nothing but what it made itself.
     `fused(params, grads, slots, values, t)` does the same in place, with one of torch's fused kernels, where
-    `fusable(values, t)` says that it can.
+    `fusable(values, t)` says that it can, on a CPU for the dtypes `on_cpu`.
     """
 
     slots: Mapping[str, Callable[..., Tensor | None]]
@@ -40,6 +40,7 @@ class Rule(NamedTuple):
     fused: Callable[[list[Tensor], list[Tensor], Lists, dict[str, Any], Any], None] | None = None
     scalars: Mapping[str, Callable[[list[Tensor]], Tensor]] = MappingProxyType({})
     fusable: Callable[[dict[str, Any], Any], bool] = lambda values, t: True
+    on_cpu: frozenset[torch.dtype] = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 @struct
@@ -190,7 +191,8 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     """One update of all leaves at one age: by a fused kernel, by foreach kernels, or leaf by leaf out of place."""
     if not params:
         return params, slots
-    if rule.fused is not None and rule.fusable(values, t):
+    fusable = rule.fused is not None and (params[0].dtype in rule.on_cpu or not params[0].is_cpu) and rule.fusable(values, t)
+    if fusable:
         tensors = [*params, *grads, *itertools.chain.from_iterable(slots.values())]
         if _uniform(tensors, params) and not any(isinstance(value, Tensor) for value in values.values()):
             return _fused(rule, params, grads, slots, values, t, uniform=True)
@@ -200,8 +202,12 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     if not plain(params, grads):
         return _out_of_place(rule, params, grads, slots, values, t)
     tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
-    fusable = rule.fused is not None and rule.fusable(values, t)
-    if fusable and dtypes <= _FUSED and (not tensors or (tensors == ["lr"] and not flows([values["lr"]]))):
+    if (
+        (fusable or len(dtypes) > 1)
+        and rule.fused is not None
+        and dtypes <= _FUSED
+        and (not tensors or (tensors == ["lr"] and not flows([values["lr"]])))
+    ):
         devices = set(map(Tensor.get_device, params))
         if len(dtypes) == len(devices) == 1:
             if params[0].device.type in ("cpu", "cuda") and not flows(*slots.values()):

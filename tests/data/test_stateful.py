@@ -164,7 +164,7 @@ def resumed_at_the_end_of_a_pass(workers):
     return [batch.tolist() for batch, _ in seen[3:]], found
 
 
-@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")  # torchdata calls it
+@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated", "ignore:This process .* is multi-threaded")  # torchdata calls it; it forks
 def test_a_sampler_with_a_state_resumes_at_the_end_of_a_pass():
     expected, found = resumed_at_the_end_of_a_pass(0)
     assert found == expected

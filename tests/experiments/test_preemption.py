@@ -36,6 +36,17 @@ def finished(left_alone, tmp_path):
     return shutil.copytree(left_alone, tmp_path / "run")
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_ignored():
+    """As in a terminal: under `nohup` and in the background of a shell some signals are, and children inherit that."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def send(sent):
     return lambda: os.kill(os.getpid(), sent)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -183,3 +185,20 @@ def test_a_process_that_is_not_the_first_of_several_saves_nothing(tmp_path: Path
     with pytest.raises(CheckpointError, match="process 1 of several"):
         fit(saved.rewind(), streams)
     assert checkpoints.steps() == before
+
+
+def test_the_first_save_leaves_the_global_generators_as_they_are(tmp_path: Path) -> None:
+    """JAX, which a save imports, draws from NumPy's: in a process of its own, whose first save it is."""
+    code = """
+import sys, random, numpy as np, torch, fnrun
+from fnrun import data, observers, optim
+from fnrun.checkpoint import Checkpoints
+model, optimizer = torch.nn.Linear(4, 1), optim.sgd(0.1)
+step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), optimizer)
+fit = fnrun.epoch_loop(step, observers=[observers.checkpoint(Checkpoints(sys.argv[1]))])
+np.random.seed(0), random.seed(0)
+before = np.random.get_state(legacy=False), random.getstate()
+fit(fnrun.TrainState.create(model, optimizer), data.arrays(torch.ones(8, 4), 2))
+assert fnrun.tree.equal(before, (np.random.get_state(legacy=False), random.getstate()))
+"""
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code, str(tmp_path)], check=True, timeout=120)
