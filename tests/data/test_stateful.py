@@ -164,13 +164,13 @@ def resumed_at_the_end_of_a_pass(workers):
     return [batch.tolist() for batch, _ in seen[3:]], found
 
 
-@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated", "ignore:This process .* is multi-threaded")  # torchdata calls it; it forks
+@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")  # torchdata calls it
 def test_a_sampler_with_a_state_resumes_at_the_end_of_a_pass():
     expected, found = resumed_at_the_end_of_a_pass(0)
     assert found == expected
 
 
-@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")  # torchdata calls it
+@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated", "ignore:This process .* is multi-threaded")  # torchdata calls it; it forks
 def test_a_sampler_with_a_state_and_workers_is_warned_of():
     """That the fault is still there is shown too: where it is gone, so can be the warning."""
     with pytest.warns(UserWarning, match="once too often where it is resumed at the end of a pass"):
