@@ -158,6 +158,8 @@ def _torch_file(path: Path, *, zipped: bool) -> Any:
     except DamagedError:
         raise
     except Exception as error:  # whatever a pickle may say
+        if not zipped and (isinstance(error, EOFError) or "unexpected EOF" in str(error)):
+            raise DamagedError(f"{path} is cut off: {_reason(error)}; fetch it again") from error
         raise CheckpointError(
             f"{path} cannot be read as tensors and plain values, running no code: {_reason(error)}. Read it where it was written and save "
             "the tensors alone: torch.save(model.state_dict(), ...)"

@@ -122,8 +122,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     files: dict[str, File] = {}
 
     def value(self, metric: str, mode: Mode) -> float | None:
-        """A metric by which checkpoints are judged, as a number to be minimized; None if it was not monitored like this, or is not finite."""
-        return ranked(self.metrics.get(metric, "nan"), mode) if self.monitors.get(metric) == mode else None
+        """A metric by which checkpoints are judged, as a number to be minimized; None if it was not monitored, or is not finite."""
+        return ranked(self.metrics.get(metric, "nan"), mode) if metric in self.monitors else None
 
     def check(self) -> None:
         """Raise an error unless the structure names each leaf once, in order and with its path, each leaf says where its bytes are, and metrics are numbers."""

@@ -15,6 +15,7 @@ import torch
 from fnrun import tree
 from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of, picks
 from fnrun.checkpoint.manifest import TORCH_DTYPES, CheckpointError, Leaf, Node, constant, encode_constant, text
+from fnrun.tables import printable
 
 #: Fields of a state that must match `like` exactly. Elsewhere an empty container or None in `like` takes whatever was saved.
 EXACT = ("params", "buffers", "opt_state")
@@ -332,12 +333,15 @@ class Matcher:
         for row in self.wrong:
             sorts.setdefault((row.saved == "(missing)", row.expected == "(unexpected)"), []).append(row)
         some = self.wrong if len(self.wrong) <= rows else [row for sort in sorts.values() for row in sort[: rows // len(sorts)]]
-        lines = [Mismatch("leaf", "saved", "expected"), *(row._replace(path=row.path or "(root)") for row in some)]
+        lines = [
+            Mismatch("leaf", "saved", "expected"),
+            *(row._replace(path=printable(row.path).replace("\n", "\\n") or "(root)") for row in some),
+        ]
         widths = [max(len(line[column]) for line in lines) for column in range(3)]
         shown = []
         for line in lines:
             near = difflib.get_close_matches(line.path, unexpected, n=1) if line.saved == "(missing)" else []
-            hint = f"  (saved under a near name: {near[0]})" if near else ""
+            hint = f"  (saved under a near name: {printable(near[0])})" if near else ""
             shown.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + hint)
         if len(self.wrong) > len(some):
             shown.append(f"  ... and {len(self.wrong) - len(some)} more")

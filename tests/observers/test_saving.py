@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fnrun import data, epoch_loop, eval_loop, observers, optim, repeat, sequence
+from fnrun import data, epoch_loop, eval_loop, observers, optim, repeat, sequence, step
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.checkpoint.background import Background
 from fnrun.state import TrainState
@@ -202,3 +202,19 @@ fit(fnrun.TrainState.create(model, optimizer), data.arrays(torch.ones(8, 4), 2))
 assert fnrun.tree.equal(before, (np.random.get_state(legacy=False), random.getstate()))
 """
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code, str(tmp_path)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+def test_a_mode_that_is_corrected_judges_what_was_saved_before_too(tmp_path: Path, keep: int | None) -> None:
+    values = [0.9, 0.2, 0.3, 0.5]
+    checkpoints = Checkpoints(tmp_path)
+    fresh = TrainState.create(torch.nn.Linear(1, 1))
+
+    @step
+    def measured(state: Any, batch: Any) -> Any:
+        return state, {"m": torch.tensor(values[state.step])}
+
+    for rounds, mode in ((2, "max"), (4, "min")):
+        fit = repeat(epoch_loop(measured), rounds, observers=[observers.checkpoint(checkpoints, monitor="m", mode=mode, keep=keep)])
+        fit(checkpoints.restore(like=fresh) if rounds > 2 else fresh, [torch.ones(1)])
+    assert checkpoints.best() == 2
