@@ -33,9 +33,10 @@ from .program import Hook as Hook, Observer as Observer, ProgramError as Program
 from .reports import report as report
 from .rng import Key as Key
 from .run import Experiment as Experiment, Run as Run, RunError as RunError
-from .shell import call as call
+from .steps.shell import call as call
 from .state import Cursor as Cursor, Frame as Frame, Position as Position, TrainState as TrainState
 from .steps import (
+    TrainStep as TrainStep,
     make_eval_step as make_eval_step,
     make_predict_step as make_predict_step,
     make_train_step as make_train_step,

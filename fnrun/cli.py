@@ -30,7 +30,7 @@ from fnrun.loops.composed import Composed, loops_of
 from fnrun.program import OtherData, ProgramError
 from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, built, changes, config_type
 from fnrun.state import Cursor
-from fnrun.steps import is_step
+from fnrun.steps import PureStep
 from fnrun.summary import command_line, summary
 from fnrun.tables import number, printable, table
 from fnrun.tree import module_name
@@ -510,7 +510,7 @@ def _saving(program: Any, run: Run) -> Any:
 def _stands_openly(step: Any) -> bool:
     """Whether all loops of a program can be seen: none is in a function that wraps it."""
     if not isinstance(step, Composed):
-        return is_step(step)
+        return isinstance(step, PureStep)
     return getattr(step, "over_data", False) or all(_stands_openly(each) for _, each in step.inner())
 
 

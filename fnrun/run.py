@@ -75,7 +75,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         from fnrun.state import is_state
-        from fnrun.steps import is_step
+        from fnrun.steps import PureStep
 
         if isinstance(self.state, type) or not callable(self.state):
             raise TypeError(
@@ -83,8 +83,8 @@ class Experiment:
                 "state=lambda: TrainState.create(model, optimizer)"
             )
         for name, loop in (("program", self.program), ("evaluate", self.evaluate)):
-            if (isinstance(loop, type) or not callable(loop) or is_step(loop)) and not (name == "evaluate" and loop is None):
-                hint = "epoch_loop(step) or eval_loop(step)" if is_step(loop) else "such as fnrun.repeat(...), or a function of its type"
+            if (isinstance(loop, type) or not callable(loop) or isinstance(loop, PureStep)) and not (name == "evaluate" and loop is None):
+                hint = "epoch_loop(step) or eval_loop(step)" if isinstance(loop, PureStep) else "such as fnrun.repeat(...), or a function of its type"
                 raise TypeError(f"Experiment: {name}= takes a loop, and not {kind(loop)}: {hint}")
         if self.data is None or isinstance(self.data, type) or is_state(self.data):
             raise TypeError(

@@ -151,7 +151,7 @@ def test_accumulation_and_loss_scaling_are_part_of_the_graph(graphs: list[Any]) 
 
     state = TrainState.create(model, make())
     ends = [
-        fnrun.epoch_loop(fnrun.make_train_step(model, loss, make(), accumulate=2, compile=compile))(state, BATCHES)[0]
+        fnrun.epoch_loop(fnrun.make_train_step(model, loss, make(), microbatches=2, compile=compile))(state, BATCHES)[0]
         for compile in (False, True)
     ]
     assert len(graphs) == 1

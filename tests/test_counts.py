@@ -37,7 +37,7 @@ OPTIONS: dict[str, tuple[Any, str, bool]] = {
     "every loop": (lambda n: fnrun.every(n, train), "an interval", False),
     "every begin": (lambda n: fnrun.every(1, train, begin=n), "begin", False),
     "every pairs": (lambda n: fnrun.every([(0, 1), (5, n)], train), "an interval", False),
-    "accumulate": (lambda n: make_step(accumulate=n), "accumulate", False),
+    "microbatches": (lambda n: make_step(microbatches=n), "microbatches", False),
     "optim.accumulate": (optim.accumulate, "n", False),
     "lookahead": (lambda n: optim.lookahead(sync_period=n), "sync_period", False),
     "freeze_until": (optim.freeze_until, "step", True),

@@ -19,7 +19,7 @@ FLOORS = [
     ["rng", "reports", "donation", "environment", "inplace", "waiting"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
-    ["watch", "shell", "compiled", "steps"],
+    ["steps"],
     ["program", "dry", "loops", "hooks", "interrupts"],
     ["observers"],
     ["writer", "run", "plot", "testing"],
@@ -30,10 +30,6 @@ FLOORS = [
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 #: On one floor these may be imported by those beside them.
 BESIDE = {
-    ("watch", "shell"),
-    ("watch", "steps"),
-    ("shell", "steps"),
-    ("compiled", "steps"),
     ("words", "tree"),
     ("program", "loops"),
     ("program", "interrupts"),

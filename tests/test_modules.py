@@ -180,7 +180,7 @@ def test_written_parameters_accumulate_and_donate(which: str) -> None:
     def halves(model: nn.Module, batch: Any) -> torch.Tensor:
         return (loss_fn(model, batch[:4]) + loss_fn(model, batch[4:])) / 2
 
-    expected, found = bare(model, batches, halves), ours(model, batches, accumulate=2)
+    expected, found = bare(model, batches, halves), ours(model, batches, microbatches=2)
     torch.testing.assert_close(found, expected)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fnrun
-from fnrun.shell import Shell
+from fnrun.steps.shell import Shell
 
 
 def tensors(model):

@@ -105,7 +105,7 @@ def test_accumulation_is_the_mean_gradient_of_the_whole_batch():
     for n in (7, 8, 2):
         batch = {"x": torch.randn(n, 3).double(), "y": torch.randn(n, 1).double()}
         whole, metrics_whole = fnrun.make_train_step(model, loss_fn, optimizer)(state, batch)
-        parts, metrics_parts = fnrun.make_train_step(model, loss_fn, optimizer, accumulate=4)(state, batch)
+        parts, metrics_parts = fnrun.make_train_step(model, loss_fn, optimizer, microbatches=4)(state, batch)
         for name in whole.params:
             torch.testing.assert_close(whole.params[name], parts.params[name], rtol=1e-12, atol=1e-12)
         a, b = metrics.values(metrics_whole), metrics.values(metrics_parts)
@@ -124,7 +124,7 @@ def test_micro_batches_cut_arrays_and_lists_too_and_fold_reports():
 
     batch = {"x": torch.arange(4.0).view(4, 1), "numpy": np.arange(4), "text": list("abcd"), "scale": [1.0, 2.0]}
     state = fnrun.TrainState.create(model, optim.sgd(0.1))
-    _, values = fnrun.make_train_step(model, loss_fn, optim.sgd(0.1), accumulate=2)(state, batch)
+    _, values = fnrun.make_train_step(model, loss_fn, optim.sgd(0.1), microbatches=2)(state, batch)
     assert seen == [(2, [0, 1], ["a", "b"], [1.0, 2.0]), (2, [2, 3], ["c", "d"], [1.0, 2.0])]
     assert metrics.values(values)["mean"].item() == 1.5
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import fnrun
-from fnrun import optim, reports, rng, shell, undisturbed, watch
+from fnrun import optim, reports, rng, undisturbed
+from fnrun.steps import shell, watch
 
 
 class Modal(nn.Module):

@@ -24,7 +24,7 @@ from fnrun.loops.whole import aside, elsewhere, outermost
 from fnrun.program import ASIDE, Here, Hook, Observer, Unwind, here
 from fnrun.reports import collecting
 from fnrun.state import Cursor, Frame, Position, S, is_state, no_state
-from fnrun.steps import is_step
+from fnrun.steps import PureStep
 from fnrun.waiting import Interrupted
 from fnrun.words import kind
 
@@ -78,7 +78,7 @@ class Loop(Composed):
             return outermost(self, state, data, interrupt)
         if at is ASIDE or at.program.reports is not collecting() or len(state.position.frames) < at.depth:
             return aside(self, state, data, interrupt)
-        at.program.unknown.update((id(each), each) for each in functions(self) if not is_step(each))
+        at.program.unknown.update((id(each), each) for each in functions(self) if not isinstance(each, PureStep))
         return self._run(at.program.begin(loops_of(self), state), data, at)
 
     # What a combinator says of itself: steps within, where it ends, and what a tick is.
@@ -138,7 +138,7 @@ class Loop(Composed):
         if len(frames) == depth:
             begun_with = frames[0].folds.get(_carried(name), {}) if depth and self.trains else {}
             state = framed(state, (*frames, Frame(name, folds=begun_with)))
-        elif frames[depth].loop != name or (self.over_data and len(frames) > depth + 1 and all(is_step(s) for _, s in self.inner())):
+        elif frames[depth].loop != name or (self.over_data and len(frames) > depth + 1 and all(isinstance(s, PureStep) for _, s in self.inner())):
             raise elsewhere(state, program)
         at = self._entered(data, at)
         program.lengths[name] = self._length(state, data, at)
@@ -244,7 +244,7 @@ class Loop(Composed):
         `place` tells ticks apart besides the ticks of the open loops; it stays the same while a loop within is open.
         """
         at.program.asked.add(id(step))
-        if not self.over_data and is_step(step):
+        if not self.over_data and isinstance(step, PureStep):
             return self._at_once(step, state, x, at)
         openly = stands_openly(step)
         token = here.set(at._replace(opened=[], lease=at.lease if openly else None))

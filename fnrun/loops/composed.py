@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fnrun.steps import traits
+from fnrun.steps import PureStep
 from fnrun.words import bindable, kind, uncalled
 
 AnyStep = Callable[[Any, Any], Any]
@@ -160,8 +160,8 @@ def drawn(name: str, step: Any, depth: int) -> Iterator[str]:
         for what, parts in (("hook", step.hooks), ("observer", step.observers)):
             for part in parts:
                 yield f"{indent}  {what} {named(part)}"
-    elif optimizer := traits(step).optimizer:
-        yield f"{indent}  optimizer {optimizer}"
+    elif isinstance(step, PureStep) and step.optimizer_text:
+        yield f"{indent}  optimizer {step.optimizer_text}"
 
 
 def named(part: Any) -> str:

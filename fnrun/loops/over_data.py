@@ -20,7 +20,7 @@ from fnrun.loops.composed import AnyStep, named, title
 from fnrun.metrics.totals import rates_last
 from fnrun.program import Here, Unwind
 from fnrun.state import Cursor, Frame, Position
-from fnrun.steps import is_step, traits
+from fnrun.steps import PureStep, TrainStep
 from fnrun.waiting import Interrupted
 
 #: So many ticks at most go straight on.
@@ -81,7 +81,7 @@ class OverData(Loop):
     @functools.cached_property
     def _lawful(self) -> bool:
         """Whether the step is known to be one, in which no loop of this program can stand."""
-        return is_step(self.step)
+        return isinstance(self.step, PureStep)
 
     def _stepped(self, state: Any, x: Any, at: Here) -> Any:
         if self._lawful:
@@ -120,7 +120,7 @@ class Training(OverData):
 
     @functools.cached_property
     def _donates(self) -> bool:
-        return self.donate and traits(self.step).donates
+        return self.donate and isinstance(self.step, PureStep) and self.step.donates
 
     def _stepped(self, state: Any, x: Any, at: Here) -> Any:
         step: Any = self.step
@@ -129,7 +129,7 @@ class Training(OverData):
     @functools.cached_property
     def _every(self) -> int:
         """How many ticks may follow each other in one go: none where a hook acts, or an observer that may look at each state."""
-        if self.hooks or not traits(self.step).looks_at_step_only or not all(getattr(o, "idle_between", False) for o in self.observers):
+        if self.hooks or not (isinstance(self.step, PureStep) and self.step.looks_at_step_only) or not all(getattr(o, "idle_between", False) for o in self.observers):
             return 0
         return math.gcd(*(getattr(o, "every") for o in self.observers)) if self.observers else STRAIGHT  # noqa: B009
 
@@ -176,7 +176,7 @@ class Training(OverData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.donate and not traits(self.step).donates:
+        if self.donate and not self._donates:
             warnings.warn(
                 f"donate=True: {title(self.step)} cannot write the new state over the old one, so it goes on in new memory. Steps of "
                 "make_train_step can, with an optimizer of fnrun.optim; what wraps a step may need the old state",
@@ -213,7 +213,7 @@ class StepLoop(Training):
         super().__post_init__()
         if self.fused_steps == 1:
             return
-        if traits(self.step).fused is None:
+        if not (isinstance(self.step, PureStep) and self.step.fuses):
             raise TypeError(f"fused_steps: {title(self.step)} is no compiled step; make_train_step(..., compile=True) makes one")
         for part in (*self.hooks, *self.observers):
             every = getattr(part, "every", self.fused_steps)
@@ -236,9 +236,8 @@ class StepLoop(Training):
     def _stepped(self, state: Any, x: Any, at: Here) -> Any:
         if self.fused_steps == 1:
             return super()._stepped(state, x, at)
-        several = traits(self.step).fused
-        assert several is not None
-        return several(state, x, lease=at.lease if self._donates else None)
+        assert isinstance(self.step, TrainStep)
+        return self.step.several(state, x, lease=at.lease if self._donates else None)
 
     def _unwatched(self, state: Any, frame: Frame, at: Here) -> int:
         if self.fused_steps > 1:

@@ -15,7 +15,7 @@ from fnrun.loops.composed import Composed, donates, functions, loops_of
 from fnrun.optim.wrappers import waiting
 from fnrun.program import ASIDE, Here, Program, ProgramError, Unwind, here, spy
 from fnrun.state import Position, S
-from fnrun.steps import is_step
+from fnrun.steps import PureStep
 from fnrun.undisturbed import restoring
 from fnrun.waiting import Interrupted, interrupts
 from fnrun.words import kind
@@ -40,7 +40,7 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
     asking = interrupts.set((*interrupts.get(), program.interrupt) if program.interrupt is not None else interrupts.get())
     try:
         program.latest = state = program.begin(loops, state)
-        program.unknown.update((id(each), each) for each in functions(loop) if not is_step(each))
+        program.unknown.update((id(each), each) for each in functions(loop) if not isinstance(each, PureStep))
         if not program.unknown and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
             program.unclaimed(state)
         result = loop._run(state, data, Here(program, lease=lease))

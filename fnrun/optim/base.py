@@ -57,7 +57,8 @@ class Transform(_Made):
 class Optimizer(_Made):
     """`init(params) -> opt_state`, `update(grads, opt_state, params, *, key=None, step=None) -> (params, opt_state)`: pure functions.
 
-    It may offer `scale_loss(opt_state, loss) -> loss`, applied before the gradient is taken (loss scaling), and
+    It may offer `loss_scale(opt_state) -> scale`, a scalar tensor with which the loss is multiplied before the gradient is taken and the
+    gradient divided before `update` is given it, and
     `eval_params(opt_state, params) -> params`, the weights to evaluate with (schedule-free); None where it does not.
 
     `donatable` says that a loop with `donate=True` may have what comes in written over: neither is it looked at after the kernels ran nor
@@ -66,7 +67,7 @@ class Optimizer(_Made):
 
     init: Init
     update: Update
-    scale_loss: Callable[[Any, Any], Any] | None = None
+    loss_scale: Callable[[Any], Any] | None = None
     eval_params: Callable[[Any, Any], Any] | None = None
     parts: tuple[Any, ...] = ()
     donatable: bool = False
@@ -119,7 +120,7 @@ def chain(*parts: Any) -> Any:
             )
     if len(flat) == 1:
         return flat[0]
-    scaling = next((i for i, member in enumerate(flat) if getattr(member, "scale_loss", None) or getattr(member, "scales_loss", False)), 0)
+    scaling = next((i for i, member in enumerate(flat) if getattr(member, "loss_scale", None) or getattr(member, "scales_loss", False)), 0)
     if any(isinstance(member, Transform) for member in flat[:scaling]):
         raise ValueError("dynamic_loss_scale comes first in a chain: a transform before it would see the gradients of the scaled loss")
     first = next((i for i, member in enumerate(flat) if isinstance(member, Wrapper)), None)
@@ -162,11 +163,11 @@ def _ending(members: tuple[Any, ...]) -> Optimizer:
         params, last = optimizer.update(grads, state[-1], params, key=key, step=step)
         return params, (*states, last)
 
-    scale_loss, eval_params = optimizer.scale_loss, optimizer.eval_params
+    loss_scale, eval_params = optimizer.loss_scale, optimizer.eval_params
     return Optimizer(
         init,
         update,
-        None if scale_loss is None else lambda state, loss: scale_loss(state[-1], loss),
+        None if loss_scale is None else lambda state: loss_scale(state[-1]),
         None if eval_params is None else lambda state, params: eval_params(state[-1], params),
         members,
         all(member.donatable for member in members),

@@ -86,7 +86,7 @@ def partition(labels: Labels, optimizers: Mapping[str, Optimizer]) -> Optimizer:
             raise TypeError(
                 f"partition: {label!r} is {a(type(optimizer).__name__)}, not an Optimizer: put transforms into a chain with one"
             )
-        if optimizer.scale_loss is not None:
+        if optimizer.loss_scale is not None:
             raise ValueError(f"partition: {label!r} scales the loss, which is one for all: put dynamic_loss_scale around the partition")
 
     def optimizer_of(label: Any) -> Optimizer:
@@ -188,7 +188,7 @@ def masked(inner: Any, mask: Labels) -> Any:
 
     if isinstance(inner, Transform):
         return Transform(init, update, keyed=inner.keyed, donatable=inner.donatable)
-    if not isinstance(inner, Optimizer) or inner.scale_loss is not None or inner.eval_params is not None:
+    if not isinstance(inner, Optimizer) or inner.loss_scale is not None or inner.eval_params is not None:
         raise TypeError("masked takes a transform or a plain optimizer: put loss scaling and schedule-free around or into a partition")
     return Optimizer(init, update, donatable=inner.donatable, keyed=inner.keyed)
 
@@ -338,7 +338,7 @@ def scaled_lr(make: Callable[[Hyper], Optimizer], lr: Any, multipliers: Multipli
     ['x0.1/lr_scale', 'x1/lr_scale']
     """
     probe = make(lr)
-    if probe.scale_loss is not None:
+    if probe.loss_scale is not None:
         raise ValueError("dynamic_loss_scale goes around scaled_lr, not into it: the loss has one scale for all groups")
     made: dict[str, Optimizer] = {}
 

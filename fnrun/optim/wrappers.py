@@ -75,11 +75,11 @@ def wrapper(wrap: Callable[[Optimizer], Optimizer], optimizer: Optimizer | None)
 
 def around(inner: Optimizer, init: Any, update: Any) -> Optimizer:
     """An optimizer whose state keeps that of `inner` in a field of this name."""
-    scale_loss, eval_params = inner.scale_loss, inner.eval_params
+    loss_scale, eval_params = inner.loss_scale, inner.eval_params
     return Optimizer(
         init,
         update,
-        None if scale_loss is None else lambda state, loss: scale_loss(state.inner, loss),
+        None if loss_scale is None else lambda state: loss_scale(state.inner),
         None if eval_params is None else lambda state, params: eval_params(state.inner, params),
         donatable=inner.donatable,
         keyed=inner.keyed,
@@ -185,7 +185,7 @@ def apply_if_finite(optimizer: Optimizer | None = None) -> Any:
     """
 
     def wrap(inner: Optimizer) -> Optimizer:
-        if inner.scale_loss is not None:
+        if inner.loss_scale is not None:
             raise ValueError(
                 "dynamic_loss_scale skips what is not finite by itself: apply_if_finite around it would keep its scale from falling"
             )
@@ -325,8 +325,8 @@ def dynamic_loss_scale(
 ) -> Any:
     """Loss scaling for fp16, by the rule of torch's GradScaler and without its wait for the device.
 
-    `make_train_step` multiplies the loss by the scale before it takes the gradient, `update` divides by it. A gradient that overflowed is
-    skipped, as by `apply_if_finite`, and the scale multiplied by `backoff_factor`; after `growth_interval` updates without one it is
+    `make_train_step` multiplies the loss by the scale before it takes the gradient, and divides the gradient by it; a step written by hand
+    does so with `optimizer.loss_scale(state.opt_state)`. A gradient that overflowed is skipped, as by `apply_if_finite`, and the scale multiplied by `backoff_factor`; after `growth_interval` updates without one it is
     multiplied by `growth_factor`. It stands first, or around all the rest: what comes after it sees gradients of the loss itself.
     Reports `loss_scale` and `skipped`.
     """
@@ -335,7 +335,7 @@ def dynamic_loss_scale(
         raise ValueError("dynamic_loss_scale: init_scale > 0, growth_factor > 1, both finite, and backoff_factor between 0 and 1")
 
     def wrap(inner: Optimizer) -> Optimizer:
-        if inner.scale_loss is not None:
+        if inner.loss_scale is not None:
             raise ValueError("dynamic_loss_scale: the optimizer scales the loss already")
 
         def init(params: Any, /) -> ScaleState:
@@ -345,8 +345,6 @@ def dynamic_loss_scale(
 
         def update(grads: Any, state: ScaleState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
             leaves, spec = optree.tree_flatten(grads, none_is_leaf=True)
-            factor = state.scale.double().reciprocal().to(state.scale.dtype)
-            leaves = [None if g is None else (g * factor.to(g.device)).to(g.dtype) for g in leaves]
             finite = all_finite(leaves)
             note("loss_scale", state.scale)
             note("skipped", _skipped(finite))
@@ -366,6 +364,6 @@ def dynamic_loss_scale(
             scale = torch.where(well, torch.where(grows, grown, state.scale), (state.scale * backoff_factor).clamp(min=least))
             return scale, torch.where(good >= growth_interval, 0, good)
 
-        return dataclasses.replace(around(inner, init, update), scale_loss=lambda state, loss: loss * state.scale)
+        return dataclasses.replace(around(inner, init, update), loss_scale=lambda state: state.scale)
 
     return dataclasses.replace(Wrapper(wrap), scales_loss=True) if optimizer is None else wrap(optimizer)

@@ -37,7 +37,7 @@ def loss_fn(model, batch):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_made_train_step_is_pure(optimizer, accumulate):
     model = Noisy()
-    step = fnrun.make_train_step(model, loss_fn, optimizer, accumulate=accumulate)
+    step = fnrun.make_train_step(model, loss_fn, optimizer, microbatches=accumulate)
     state = fnrun.TrainState.create(model, optimizer, seed=3)
     for _ in range(3):
         batch = torch.randn(8, 4)

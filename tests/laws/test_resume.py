@@ -48,7 +48,7 @@ class Training:
         self.program = fnrun.repeat(
             fnrun.sequence(
                 train=fnrun.epoch_loop(
-                    fnrun.make_train_step(model, loss_fn, optimizer, accumulate=2),
+                    fnrun.make_train_step(model, loss_fn, optimizer, microbatches=2),
                     hooks=[hooks.ema(0.8), hooks.every(4, hooks.ema(0.5, name="slow"))],
                     observers=[observers.log(4, to=sinks)],
                 ),

@@ -184,7 +184,7 @@ def test_training_with_every_fold_resumes_anywhere():
         return loss, everything(model, batch) | {"kept": metrics.collect(batch["y"])}
 
     for accumulate in (1, 2):
-        fit = fnrun.epoch_loop(fnrun.make_train_step(model, loss_fn, optimizer, accumulate=accumulate))
+        fit = fnrun.epoch_loop(fnrun.make_train_step(model, loss_fn, optimizer, microbatches=accumulate))
         state = fnrun.TrainState.create(model, optimizer)
         testing.assert_resumable(fit, state, data.arrays(rows(11), 4))
         for found in testing.states_seen(fit, state, data.arrays(rows(11), 4))[0]:

@@ -38,7 +38,7 @@ def test_a_wrapper_wraps_all_that_comes_after_it() -> None:
 def test_offers_of_the_optimizer_come_through_chains_and_wrappers() -> None:
     optimizer = optim.dynamic_loss_scale(optim.chain(optim.clip_by_global_norm(1.0), optim.schedule_free_adamw(0.1)), init_scale=4.0)
     state = optimizer.init(P)
-    assert optimizer.scale_loss is not None
+    assert optimizer.loss_scale is not None
     assert optimizer.eval_params is not None
     assert optimizer.scale_loss(state, torch.tensor(2.0)) == 8.0
     assert tree.equal(optimizer.eval_params(state, P), P)

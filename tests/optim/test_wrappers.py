@@ -96,7 +96,7 @@ def test_scaled_loss_trains_as_the_plain_one() -> None:
     optimizer = optim.dynamic_loss_scale(optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2)), growth_interval=4)
     plain = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
     now, state = P, optimizer.init(P)
-    assert optimizer.scale_loss is not None
+    assert optimizer.loss_scale is not None
     for step in range(10):
         leaves = {n: p.clone().requires_grad_() for n, p in now.items()}
         loss = sum((leaves[n] * g).sum() for n, g in cases.grads(P, step).items())
@@ -131,7 +131,7 @@ def test_loss_scaling_goes_with_accumulation_on_either_side() -> None:
     scaled: Any = lambda like, step: {n: 4.0 * g for n, g in cases.grads(like, step).items()}  # noqa: E731
     expected = cases.last(plain, P, 6)
     for optimizer in (inside, outside):
-        assert optimizer.scale_loss is not None
+        assert optimizer.loss_scale is not None
         assert optimizer.scale_loss(optimizer.init(P), torch.ones(())) == 4.0
         assert tree.equal(cases.last(optimizer, P, 6, scaled), expected)
 

@@ -25,43 +25,25 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fnrun import tree
 from fnrun.donation import storage
 from fnrun.optim.lists import capturing
-from fnrun.rng import Key, ambient
+from fnrun.rng import Key
+from fnrun.steps.draws import Draws, Uncapturable
 from fnrun.words import a
 
 logger = logging.getLogger("fnrun")
 
 
-class Uncapturable(Exception):
-    """Why a step cannot be one graph."""
-
-
-class NoKey:
-    """In place of the step's key while it is recorded: what would be drawn from it would be the same at every step. Keys may be derived from it."""
-
-    def fold_in(self, *data: int | str) -> NoKey:
-        return self
-
-    def split(self, n: int) -> tuple[NoKey, ...]:
-        return (self,) * n
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise Uncapturable("the optimizer draws random numbers from the step's key")
-
-
 _shape, _dtype, _device = operator.attrgetter("shape"), operator.attrgetter("dtype"), operator.attrgetter("device")
 
 
-class Compiled:
-    """`fn(given, kept, x, count) -> ((given, kept), metrics)`, pytrees of tensors and constants, as a graph for each signature of its arguments.
+class Captured:
+    """`fn(given, kept, x, count, draws) -> ((given, kept), metrics)`, pytrees of tensors and constants, as a graph for each signature of its arguments.
 
-    `count` is an int that is a tensor within. Where `fn` cannot be captured there is no graph, and `reason` says why.
+    `count` is an int that is a tensor within. `draws` are for the `TracedKey`s that `fn` draws from: what it draws is an input of the graph. Where
+    `fn` cannot be captured there is no graph, and `reason` says why.
     """
 
     #: A batch of a new shape takes seconds to compile for: who has more than so many shapes is told.
@@ -70,14 +52,14 @@ class Compiled:
     #: So many graphs may differ in nothing but constants of `x`; more, and there would be one for each batch.
     CONSTANTS = 4
 
-    def __init__(self, fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]], name: str) -> None:
+    def __init__(self, fn: Callable[..., tuple[Any, Any]], name: str) -> None:
         self.fn, self.name = fn, name
         self.graphs: dict[Any, _Graph] = {}
         self.reason: str | None = None
         self._counters: frozenset[int] = frozenset()
         self._constants: Counter[Any] = Counter()
 
-    def __call__(self, given: Any, kept: Any, x: Any, count: int, *, inplace: bool) -> Call | None:
+    def __call__(self, given: Any, kept: Any, x: Any, count: int, key: Key, *, inplace: bool) -> Call | None:
         """The call of the graph for these arguments, ready to be made; it is captured first where it is new. None where it cannot be.
 
         With `inplace` the graph writes what becomes of the tensors in `given` over them.
@@ -103,7 +85,7 @@ class Compiled:
             self.reason = (f"{type(error).__name__}: " * (not isinstance(error, Uncapturable)) + str(error).strip()).splitlines()[0]
             self.graphs.clear()
             return None
-        return Call(graph, leaves, count)
+        return Call(graph, leaves, count, key)
 
     def _capture(self, leaves: list[Any], own: int, inplace: bool, spec: Any, count: int, kind: Any) -> _Graph:
         self._constants[kind] += 1
@@ -132,7 +114,8 @@ class Call(NamedTuple):
 
     graph: _Graph
     leaves: list[Any]
-    steps: int
+    count: int
+    key: Key
 
     def owning(self, own: Callable[[list[Tensor]], list[Tensor]]) -> Call:
         """The call with other tensors in `given`: those to write over."""
@@ -142,7 +125,7 @@ class Call(NamedTuple):
         return self
 
     def __call__(self) -> Any:
-        return self.graph(self.leaves, self.steps)
+        return self.graph(self.leaves, self.count, self.key)
 
 
 class _Graph:
@@ -156,7 +139,7 @@ class _Graph:
         self.own = [i for i in recording.inputs if i < own and i not in self.counters]  # the tensors of `given`
         self._tensors = [i for i in recording.inputs if i not in self.counters]
         self._numbers = [i for i in recording.inputs if i in self.counters]
-        self._recorded, self._write = recorded, recording.own
+        self._recorded, self._write, self._draws = recorded, recording.own, recording.draws
         self.calls = 0
 
     def check(self, fn: Any, leaves: list[Any], in_spec: Any, count: int) -> None:
@@ -166,8 +149,10 @@ class _Graph:
             graph = now.record(count)
             if self._spec != now.spec:
                 raise Uncapturable(_MOVED.format("its metrics have other names"))
-            if _alike(self._recorded, graph) and tree.equal(self._plan, now.plan):
+            if _alike(self._recorded, graph) and tree.equal(self._plan, now.plan) and self._draws == now.draws:
                 return
+            if self._draws != now.draws:
+                raise Uncapturable(_MOVED.format("it draws other random numbers"))
             names = optree.treespec_paths(self._spec)
             with torch.no_grad():
                 old, new = now.outcome(self._recorded, self._plan, count), now.outcome(graph, now.plan, count)
@@ -178,9 +163,9 @@ class _Graph:
             if differ:
                 raise Uncapturable(_MOVED.format("; ".join(differ)))
 
-    def __call__(self, leaves: list[Any], count: int) -> Any:
+    def __call__(self, leaves: list[Any], count: int, key: Key) -> Any:
         numbers = [_number(leaves[i]) for i in self._numbers]
-        outputs = self._run(_number(count), *numbers, *[leaves[i] for i in self._tensors])
+        outputs = self._run(_number(count), *numbers, *[leaves[i] for i in self._tensors], *self._draws.again(key, count))
         return optree.tree_unflatten(self._spec, [_made(kind, what, leaves, outputs) for kind, what in self._plan])
 
 
@@ -279,32 +264,6 @@ def _computing_for_real() -> Iterator[None]:
         yield
 
 
-class _Draws(TorchDispatchMode):
-    """Raises Uncapturable where random numbers are drawn from anything but one ambient stream: what sets that back meanwhile is no operation, and in no graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._states = self._now()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            raise Uncapturable("it draws from a torch.Generator of its own")
-        if not all(map(torch.equal, self._states, self._now())):
-            raise Uncapturable(
-                "it sets torch's generator between two draws (activation checkpointing does, to have the same dropout in the backward once more)"
-            )
-        result = func(*args, **kwargs)
-        self._states = self._now()
-        return result
-
-    @staticmethod
-    def _now() -> list[Tensor]:
-        return [generator.get_state() for generator in ambient()]
-
-
 class _Recording:
     """The function of tensors alone that is recorded, and what it found out about its outputs."""
 
@@ -315,34 +274,43 @@ class _Recording:
         self.counters = counters
         self.plan: list[tuple[str, Any]] = []
         self.spec: Any = None
+        self.draws, self._given = Draws(), None
 
     def record(self, count: int) -> GraphModule:
-        """The operations of one call."""
+        """The operations of one call, after another one that shows what it draws."""
+        self.draws, self._given = Draws(), None
+        self(*self.examples(count))
+        self.draws.finish()
+        self._given = len(self.draws.values)
         return make_fx(self, tracing_mode="real", _allow_non_fake_inputs=True)(*self.examples(count))
 
     def examples(self, count: int) -> list[Tensor]:
         """Inputs that may be written to."""
-        values = [self.leaves[i] for i in self.inputs]
+        values = [*(self.leaves[i] for i in self.inputs), *self.draws.values]
         return [_number(count), *(value.clone() if isinstance(value, Tensor) else _number(value) for value in values)]
 
     def outcome(self, graph: GraphModule, plan: list[tuple[str, Any]], count: int) -> list[Any]:
         """The leaves of the result that a recorded graph computes from these arguments."""
         examples, leaves = self.examples(count), list(self.leaves)
-        for i, tensor in zip(self.inputs, examples[1:], strict=True):
+        for i, tensor in zip(self.inputs, examples[1:], strict=False):
             leaves[i] = tensor
-        with Key(0).scope():
-            outputs = graph(*examples)
+        outputs = graph(*examples)
         return [_made(kind, what, leaves, outputs) for kind, what in plan]
 
     def __call__(self, count: Tensor, *tensors: Tensor) -> list[Tensor]:
         leaves = list(self.leaves)
+        if self._given is None:
+            drawing = self.draws.found()
+        else:
+            at = len(tensors) - self._given
+            drawing, tensors = self.draws.given(list(tensors[at:])), tensors[:at]
         for i, tensor in zip(self.inputs, tensors, strict=True):
             leaves[i] = tensor
         places = {id(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
         memory = {storage(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
         given, kept, x = optree.tree_unflatten(self.in_spec, leaves)
-        with _Draws():
-            result: Any = self.fn(given, kept, x, count)
+        with drawing:
+            result: Any = self.fn(given, kept, x, count, self.draws)
         new, metrics = result
         state: Any = (given, kept)
         olds, old_spec = optree.tree_flatten(state)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fnrun import rng
 from fnrun.state import buffers_of
 from fnrun.undisturbed import undisturbed
-from fnrun.watch import FirstCalls, versions
+from fnrun.steps.watch import FirstCalls, versions
 
 #: The shells whose modules hold other tensors at this moment, under the ambient lock: a loss may call a step of its own.
 _at_work: list[Shell] = []
@@ -64,12 +65,17 @@ class Shell:
             borrowed = [_Attributes(path, module) for path, module in modules.items()]
             self._borrowed = [(a, a.dict, len(a.dict), a.buffers, len(a.buffers)) for a in borrowed]
             self._changing = [a for a in borrowed if a.kept or a.unset]
+            #: Buffers of torch's norms that a call in training writes to: the averages that they keep, and their counts of calls.
+            self.statistics = _statistics(modules)
             self._overrides = any(_overrides(module) for module in modules.values())
             self.first = FirstCalls(self.whose, model, named, len(parameters), self._slots, watched)
             self.written, self._keys = self.first.written, self.first.keys
 
-    def tensors(self, what: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """`tensors` in the order of the model's names, copies of those that calls write to. Raises ValueError, with the names, where the two don't match."""
+    def tensors(self, what: str, tensors: Mapping[str, torch.Tensor], *, apart: bool = True) -> list[torch.Tensor]:
+        """`tensors` in the order of the model's names. Raises ValueError, with the names, where the two don't match.
+
+        `apart` from what a call may do to them: detached in the first calls, copies of those that calls write to.
+        """
         names = self.params if what == "params" else self.buffers
         if len(tensors) == len(names):
             try:
@@ -77,16 +83,24 @@ class Shell:
             except KeyError:
                 pass
             else:
-                if what == "params" and (self.first.left or self.written):
+                if apart and what == "params" and (self.first.left or self.written):
                     found = [t.detach().clone() if name in self.written else t.detach() for name, t in zip(names, found, strict=True)]
                 return found
         missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
         raise ValueError(f"the state's {what} are not those of {self.name}: missing {missing}, unexpected {extra}")
 
     def run(
-        self, fn: Callable[[], Any], params: list[torch.Tensor], buffers: Mapping[str, torch.Tensor], *, train: bool
+        self,
+        fn: Callable[[], Any],
+        params: list[torch.Tensor],
+        buffers: Mapping[str, torch.Tensor],
+        *,
+        train: bool,
+        moved: set[str] | None = None,
     ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """`fn()` while the module holds these tensors; the buffers that it leaves behind, and the parameters that it wrote to.
+
+        The names of buffers that it wrote to, by counts of writes that not all kernels of norms keep, are added to `moved`.
 
         What is passed in is as it was. Raises ValueError, with the name, for a buffer that the call makes, or takes away: the state has no
         place for it. Raises RuntimeError where a call begins to write to a parameter that the first ones left alone: the write is done.
@@ -99,6 +113,9 @@ class Shell:
                     self.check_hooks()
             before = versions(params)
             outcome = self.first.run(self._run, fn, tensors, train) if self.first.left else self._run(fn, tensors, train)
+            if moved is not None:
+                pairs = zip(self.buffers, tensors[len(params) :], strict=True)
+                moved.update(name for name, given in pairs if given._version or outcome[1][name] is not given)
             if before != (after := versions(params)):
                 counts = zip(self.params, before or (), after or (), strict=True)
                 self._late([name for name, a, b in counts if a != b and name not in self.written])
@@ -229,6 +246,12 @@ class Shell:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def _statistics(modules: Mapping[str, nn.Module]) -> tuple[dict[str, None], set[str]]:
+    found = [(path, m) for path, m in modules.items() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    averages = {f"{path}.{name}".lstrip("."): None for path, _ in found for name in ("running_mean", "running_var")}
+    return averages, {f"{path}.num_batches_tracked".lstrip(".") for path, _ in found}
 
 
 class _Structure:

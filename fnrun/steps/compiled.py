@@ -1,0 +1,147 @@
+"""The parts of a step put together as one compiled graph, for one step or several at a time."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import optree
+import torch
+
+from fnrun.donation import Lease, fields, own, unlisted
+from fnrun.inplace import Guard
+from fnrun.state import is_state, no_state
+from fnrun.steps.capture import Captured
+from fnrun.steps.draws import Draws, TracedKey, Uncapturable
+from fnrun.steps.gradients import Gradients
+from fnrun.steps.kinds import Metrics
+from fnrun.steps.surroundings import Surroundings
+from fnrun.steps.train import TrainStep, composed, one_by_one, together
+from fnrun.steps.update import Update
+
+
+class CompiledCall:
+    """How a step's parts are put together where they are compiled. What cannot be captured runs without, with one warning."""
+
+    donates = fuses = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._graphs: weakref.WeakKeyDictionary[TrainStep, _Graphs] = weakref.WeakKeyDictionary()
+
+    def __call__(self, step: TrainStep, state: Any, batches: list[Any], lease: Lease | None) -> tuple[Any, Metrics]:
+        if not is_state(state) or not hasattr(state, "opt_state"):
+            raise no_state(step.name, state, batches[0], "batch")
+        if isinstance(step.update, Update):
+            step.update.check(state)
+        if (graphs := self._graphs.get(step)) is None:
+            graphs = self._graphs[step] = _Graphs(step)
+        if len(batches) > 1 and not _alike(batches):
+            seen: list[Metrics] = []
+            for batch in batches:
+                state, metrics = self(step, state, [batch], lease)
+                seen.append(metrics)
+            return state, together(seen, batches)
+        graphs.rehearse(state, batches[0])
+        if graphs.reason is None and (result := graphs(state, batches, lease)) is not None:
+            return result
+        failed_now = not graphs.told
+        graphs.told = True
+        result = one_by_one(step, state, batches, lease)  # first, for what it raises is the step's own and no matter of the compiler
+        if failed_now:
+            warnings.warn(f"{step.name} is not compiled and goes on without: {graphs.reason}", stacklevel=4)
+        return result
+
+
+class _Graphs:
+    """The graphs of one step."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self.gradients, self.update, self.name = step.gradients, step.update, step.name
+        self.told = False
+        self._captured = Captured(self._several, step.name)
+        self._like: Any = None  # a state of the kind that is trained
+        self._left = Surroundings.WATCHED
+        self._guard = Guard(step.name)
+        self._culprit = self.update.culprit if isinstance(self.update, Update) else None
+
+    @property
+    def reason(self) -> str | None:
+        return self._captured.reason
+
+    def rehearse(self, state: Any, batch: Any) -> None:
+        """The first calls without the compiler, for it sees only what a call computes; they are thrown away."""
+        if isinstance(self.gradients, Gradients):
+            self._left = self.gradients.shell.first.left
+        while self._left:
+            self.gradients(state, batch)
+            self._left -= 1
+
+    def __call__(self, state: Any, batches: list[Any], lease: Lease | None) -> tuple[Any, Metrics] | None:
+        if isinstance(self.gradients, Gradients):
+            self.gradients.shell.check()
+        trained = self.update.trained if isinstance(self.update, Update) else tuple(state.params)
+        count, params = state.step, {name: state.params[name] for name in trained}
+        whole = len(params) == len(state.params)
+        kept = state.buffers, {} if whole else {name: p for name, p in state.params.items() if name not in params}
+        self._like = _blind(state)
+        call = self._captured((params, state.opt_state), kept, batches, count, state.rng, inplace=lease is not None)
+        self._like = None
+        if call is None:
+            return None
+        if lease is None:
+            marks = self._guard.look({"params": state.params, "opt_state": state.opt_state})
+            ((params, memory), (buffers, frozen)), metrics = call()
+            self._guard.check(marks, self._culprit)
+        else:
+            lease.grants(state)
+            by, state = f"step {count + len(batches) - 1} ({self.name})", unlisted(state)
+            ((params, memory), (buffers, frozen)), metrics = lease.update(by, lambda: call.owning(own)())
+        params = params if whole else {**state.params, **frozen, **params}
+        if lease is not None:
+            lease.settle(params, memory, buffers)
+        return state.replace(params=params, buffers=buffers, opt_state=memory, step=count + len(batches)), metrics
+
+    def _several(self, given: Any, kept: Any, batches: list[Any], count: Any, draws: Draws) -> tuple[Any, Metrics]:
+        """Steps one after the other, for the compiler: `given` are trained parameters and optimizer state, `kept` buffers and frozen ones."""
+        (params, memory), (buffers, frozen), seen = given, kept, []
+        state = self._like.replace(params={**params, **frozen}, buffers=buffers, opt_state=memory, rng=TracedKey(draws))
+        for i, batch in enumerate(batches):
+            step = count + i if i else count
+            draws.name(step, i)
+            state, metrics = composed(self, state.replace(step=step), batch)  # pyright: ignore[reportArgumentType]
+            seen.append(metrics)
+        new = {name: state.params[name] for name in params}, {name: state.params[name] for name in frozen}
+        return ((new[0], state.opt_state), (state.buffers, new[1])), seen[0] if len(seen) == 1 else together(seen, batches)
+
+
+class _Unseen:
+    """In place of a field of the state that a compiled step has not."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _refuse(self, *args: Any) -> Any:
+        raise Uncapturable(f"it reads state.{self._name}, and a compiled step is given params, buffers, opt_state, rng and step alone")
+
+    __getitem__ = __contains__ = __iter__ = __len__ = __bool__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        return self._refuse() if not name.startswith("__") else super().__getattribute__(name)
+
+
+_SEEN = {"params", "buffers", "opt_state", "rng", "step"}
+
+
+def _blind(state: Any) -> Any:
+    return state.replace(**{name: _Unseen(name) for name in fields(type(state)) if name not in _SEEN})
+
+
+def _alike(batches: list[Any]) -> bool:
+    """Whether the batches have the same structure and shapes."""
+    shapes = {
+        (spec, *(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
+        for leaves, spec in map(optree.tree_flatten, batches)
+    }
+    return len(shapes) == 1

@@ -1,0 +1,230 @@
+"""What a captured call draws at random: outside of its graph, from the keys that the same call draws from without a graph.
+
+A graph cannot seed a generator. So what its random operations draw are inputs of it: at each call the same operations run before it, in the
+same order, with torch's own kernels, after the same seeds. Masks are bit for bit those of the call that is not compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fnrun.reports import collect
+from fnrun.rng import Key, Scope, ambient
+
+
+class Uncapturable(Exception):
+    """Why a step cannot be one graph."""
+
+
+class _Step(NamedTuple):
+    """Among what a key is folded with: the number of the step, so many after the call's first."""
+
+    after: int
+
+
+class _Draw(NamedTuple):
+    """A random operation, and the memory that it fills (`like`, None where it makes its own)."""
+
+    operation: Any
+    like: tuple[Any, ...] | None
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self) -> Tensor:
+        if self.like is None:
+            return self.operation(*self.args, **self.options)
+        shape, stride, dtype, device = self.like
+        filled = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        if _named(self.operation) == "native_dropout":  # which draws a mask whatever it is applied to
+            return self.operation(filled.fill_(1), *self.args, **self.options)[1]
+        return self.operation(filled, *self.args, **self.options)
+
+
+#: Operations whose numbers depend on no tensor's values: those that fill their first argument, that look at its shape, and that make a tensor.
+_FILL = {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "log_normal_", "geometric_"}
+_LIKE = {"rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout"}
+_MAKE = {"rand", "randn", "randint", "randperm", "normal"}
+
+
+def _named(operation: Any) -> str:
+    return operation._schema.name.rpartition("::")[2]
+
+
+class Draws:
+    """The draws of one call, in order: found in a first run, and then inputs of the graph."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []  # what the first run drew
+        self._events: list[Any] = []  # ("enter", what its key is folded with), a _Draw, or "exit"
+        self._order: list[int] = []  # which value each random operation of a run takes
+        self._memo: dict[Any, int] = {}
+        self._steps: dict[int, tuple[Tensor, int]] = {}
+        self._depth = 0
+        self._state: Any = None
+        self._given: list[Tensor] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Draws) and self._events == other._events and self._order == other._order
+
+    def name(self, step: Tensor, after: int) -> None:
+        """`step` is the number of a step, so many after the first."""
+        self._steps[id(step)] = step, after
+
+    def datum(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._steps:
+            raise Uncapturable("it derives a key from a number that is computed in the step")
+        return _Step(self._steps[id(value)][1])
+
+    def found(self) -> TorchDispatchMode:
+        """For the first run: notes what is drawn."""
+        return _Operations(self._note)
+
+    def given(self, values: list[Tensor]) -> TorchDispatchMode:
+        """For a run that is recorded: the values take the place of what is drawn."""
+        self._given = values
+        order = iter(self._order)
+
+        def give(operation: Any, args: Any, options: Any) -> Any:
+            value = values[next(order)]
+            name = _named(operation)
+            if name in _FILL:
+                return args[0].copy_(value)
+            if name == "native_dropout":
+                return args[0] * value * (1 / (1 - args[1])), value
+            return value.clone()
+
+        return _Operations(give)
+
+    def again(self, key: Key, count: int) -> list[Tensor]:
+        """What the call whose first step is `count` draws."""
+        if not self.values:
+            return []
+        drawn: list[Tensor] = []
+        scopes: list[Scope] = []
+        try:
+            for event in self._events:
+                if isinstance(event, _Draw):
+                    drawn.append(event())
+                elif event == "exit":
+                    scopes.pop().__exit__()
+                else:
+                    data = [count + datum.after if isinstance(datum, _Step) else datum for datum in event[1]]
+                    scope = key.scope(*data)
+                    scope.__enter__()
+                    scopes.append(scope)
+        finally:
+            while scopes:
+                scopes.pop().__exit__()
+        return drawn
+
+    def finish(self) -> None:
+        """No more will be found: scopes in which nothing was drawn are left out."""
+        kept: list[Any] = []
+        for event in self._events:
+            if event == "exit" and kept and isinstance(kept[-1], tuple) and not isinstance(kept[-1], _Draw):
+                kept.pop()
+            else:
+                kept.append(event)
+        self._events = kept
+
+    def enter(self, data: tuple[Any, ...]) -> None:
+        self._depth += 1
+        self._state = None
+        if self._given is None:
+            self._events.append(("enter", data))
+
+    def exit(self) -> None:
+        self._depth -= 1
+        self._state = None
+        if self._given is None:
+            self._events.append("exit")
+
+    def _note(self, operation: Any, args: Any, options: Any) -> Any:
+        name = _named(operation)
+        if any(isinstance(value, torch.Generator) for value in (*args, *options.values())):
+            raise Uncapturable("it draws from a torch.Generator of its own")
+        if not self._depth:
+            raise Uncapturable("it draws random numbers where no key is")
+        rest = args if name in _MAKE else args[1:]
+        known = name in _MAKE or ((name in _FILL or name in _LIKE) and isinstance(args[0], Tensor) and (name != "bernoulli" or rest))
+        if not known or any(isinstance(value, Tensor) for value in (*rest, *options.values())):
+            raise Uncapturable(f"what it draws ({name}) depends on computed numbers, and cannot be drawn before the graph is called")
+        like = None if name in _MAKE else (tuple(args[0].shape), args[0].stride(), args[0].dtype, args[0].device)
+        draw = _Draw(operation, like, tuple(rest), {k: v for k, v in options.items() if k != "pin_memory"})
+        state = tuple(generator.get_state().numpy().tobytes() for generator in ambient())
+        if (place := (state, repr(draw))) in self._memo:  # the forward once more, in activation checkpointing's backward
+            self._order.append(self._memo[place])
+            return operation(*args, **options)
+        if self._state is not None and state != self._state:
+            raise Uncapturable("it sets torch's generator between two draws")
+        result = operation(*args, **options)
+        self._state = tuple(generator.get_state().numpy().tobytes() for generator in ambient())
+        self._memo[place] = len(self.values)
+        self._order.append(len(self.values))
+        self._events.append(draw)
+        value = result[1] if name == "native_dropout" else result
+        self.values.append(value.detach().clone())
+        return result
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, random: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self._random = random
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        return self._random(func, args, kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedKey:
+    """In place of a key while a call is recorded: what is drawn in its scopes is drawn anew at each call."""
+
+    draws: Draws
+    data: tuple[Any, ...] = ()
+
+    def fold_in(self, *data: Any) -> TracedKey:
+        return TracedKey(self.draws, (*self.data, *map(self.draws.datum, data)))
+
+    def split(self, n: int) -> tuple[TracedKey, ...]:
+        return tuple(self.fold_in("split", i) for i in range(n))
+
+    def scope(self, *data: Any, host: bool = False) -> _TracedScope:
+        return _TracedScope(self.fold_in(*data), None)
+
+    def within(self, *data: Any) -> _TracedScope:
+        """A scope that collects reports, as `Surroundings` do."""
+        return _TracedScope(self.fold_in(*data), collect())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Uncapturable(f"it asks the step's key for its {name}: random numbers are drawn from torch's generator, or in key.scope()")
+
+
+class _TracedScope:
+    def __init__(self, key: TracedKey, collecting: collect | None) -> None:
+        self.key, self._collect = key, collecting
+        self._scope = Key(0).scope(repr(key.data))  # so that different keys have different numbers in the first run too
+
+    def __enter__(self) -> Any:
+        self.key.draws.enter(self.key.data)
+        self._scope.__enter__()
+        return self._collect.__enter__() if self._collect is not None else None
+
+    def __exit__(self, *exc: object) -> None:
+        if self._collect is not None:
+            self._collect.__exit__()
+        self._scope.__exit__()
+        self.key.draws.exit()

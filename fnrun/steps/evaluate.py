@@ -1,0 +1,93 @@
+"""Steps that cannot change a state: evaluation and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from fnrun.state import check_model, no_state, weights_of
+from fnrun.steps.given import autocast as autocast_of, check_function, loss_and_metrics, reported
+from fnrun.steps.kinds import EvalStep, Function, Metrics
+from fnrun.steps.shell import Shell
+from fnrun.steps.surroundings import Surroundings
+from fnrun.words import kind
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def make_eval_step(
+    model: nn.Module,
+    metric_fn: Callable[[nn.Module, Any], Any],
+    *,
+    weights: str | Callable[[Any], Any] = "params",
+    precision: str | None = None,
+    host_random: bool = False,
+) -> EvalStep:
+    """The evaluation step `(state, batch) -> metrics`, in eval mode and without gradients.
+
+    `metric_fn(model, batch)` returns a dict of metrics, or what a `loss_fn` returns. `weights` says whose: the state's own (`"params"`), those
+    that a hook remembers (its name, as `"ema"`), or a function of the state that returns `params` or `(params, buffers)`.
+    Randomness within is keyed by the training step and the batch's place in the pass; `host_random` as in `make_train_step`.
+    """
+    check_model("make_eval_step", model)
+    check_function("make_eval_step", metric_fn, 2, "metric_fn(model, batch)", "a dict of metrics, or a loss")
+    run = _evaluation(model, metric_fn, weights, precision, host_random)
+
+    def eval_step(state: Any, batch: Any) -> Metrics:
+        result, reports = run(state, batch)
+        if not isinstance(result, Mapping):
+            loss, metrics = loss_and_metrics(result)
+            result = {"loss": loss, **metrics}
+        return reported(result, reports)
+
+    return Function(eval_step, name=f"eval_step({type(model).__name__})")
+
+
+def make_predict_step(
+    model: nn.Module,
+    predict_fn: Callable[[nn.Module, Any], Any],
+    *,
+    weights: str | Callable[[Any], Any] = "params",
+    precision: str | None = None,
+    host_random: bool = False,
+) -> Callable[[Any, Any], Any]:
+    """The prediction step `(state, batch) -> outputs`: any pytree that `predict_fn(model, batch)` returns; else as `make_eval_step`."""
+    check_model("make_predict_step", model)
+    check_function("make_predict_step", predict_fn, 2, "predict_fn(model, batch)", "outputs")
+    run = _evaluation(model, predict_fn, weights, precision, host_random)
+
+    def predict_step(state: Any, batch: Any) -> Any:
+        return run(state, batch)[0]
+
+    return Function(predict_step, name=f"predict_step({type(model).__name__})")
+
+
+def _evaluation(
+    model: nn.Module, fn: Callable[[nn.Module, Any], Any], weights: str | Callable[[Any], Any], precision: str | None, host: bool
+) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
+    if not isinstance(weights, str) and not callable(weights):
+        named = getattr(weights, "name", None)
+        hint = f": the name of the hook, weights={named!r}" if isinstance(named, str) else ""
+        raise TypeError(f"weights= takes 'params', a hook's name or a function of the state, and not {kind(weights)}{hint}")
+    name = f"the evaluation of {type(model).__name__}"
+    shell = Shell(model, name, watched=Surroundings.WATCHED)
+    within = Surroundings(name, host)
+    autocast = autocast_of(precision, shell.device_type) or nullcontext
+
+    def run(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            frames, _ = state.position.frames, state.rng
+        except AttributeError:
+            raise no_state(name, state, batch, "batch") from None
+        params, buffers = weights_of(state, weights)
+        place = frames[-1].ticks if frames else 0
+        with within(state.rng, "eval", state.step, place) as reports, torch.no_grad(), autocast():
+            outputs, _, _ = shell.run(lambda: fn(model, batch), shell.tensors("params", params), buffers, train=False)
+        return outputs, reports
+
+    return run

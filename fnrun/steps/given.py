@@ -1,0 +1,86 @@
+"""What a step's functions are given and return: detached, of the right kinds, or refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fnrun import tree
+from fnrun.steps.kinds import Metrics
+from fnrun.words import a, bindable, kind, uncalled
+
+
+def detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
+
+
+def detached_all(value: Any) -> Any:
+    return detached(value) if isinstance(value, (torch.Tensor, float, int)) else tree.map(detached, value)
+
+
+def reported(metrics: Mapping[str, Any], reports: dict[str, Any]) -> Metrics:
+    """The metrics, and the reports of other names behind them."""
+    return {**metrics, **{name: value for name, value in reports.items() if name not in metrics}}
+
+
+def check_function(who: str, function: Any, arguments: int, call: str, returns: str) -> None:
+    """Raise TypeError where this is no function of the user's that can be called so."""
+    if isinstance(function, type):
+        hint = ": a class is not called by it"
+    elif uncalled(function) is not None:
+        hint = ", which is of another kind"
+    elif type(function).__module__ == "torch.nn.modules.loss" or getattr(function, "__module__", "") == "torch.nn.functional":
+        hint = ", which takes outputs and targets: lambda model, batch: criterion(model(batch[0]), batch[1])"
+    elif not callable(function):
+        hint = ""
+    elif not bindable(function, *range(arguments)):
+        hint = ", which takes other arguments"
+    else:
+        return
+    raise TypeError(f"{who} takes a function, {call} -> {returns}, and not {kind(function)}{hint}")
+
+
+def loss_and_metrics(result: Any) -> tuple[Any, Metrics]:
+    if not isinstance(result, tuple):
+        return result, {}
+    if len(result) != 2 or not isinstance(result[1], Mapping):
+        raise ValueError("loss_fn returns a loss, or (loss, metrics) with metrics a dict of names and values")
+    if "loss" in result[1]:
+        raise ValueError("loss_fn: 'loss' is the name of the loss itself; call the metric something else")
+    loss, metrics = result
+    return loss, dict(metrics)
+
+
+def check_scalar(loss: Any) -> None:
+    """Raise ValueError for what has no gradient: the loss is a real scalar."""
+    if isinstance(loss, torch.Tensor) and loss.is_complex():
+        raise ValueError("a loss is a real number, this one is complex: take loss.abs().square(), or its real part")
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        what = "None" if loss is None else a(type(loss).__name__)
+        if isinstance(loss, torch.Tensor):
+            what = f"a tensor of shape {tuple(loss.shape)}"
+        hint = "take its mean or sum" if isinstance(loss, torch.Tensor) else "loss_fn returns it, or (loss, metrics), as it was computed"
+        raise ValueError(f"a loss is a scalar tensor, this one is {what}: {hint}")
+    if not loss.requires_grad:
+        raise ValueError("the loss depends on no trained parameter: was it detached, or made under torch.no_grad() or inference_mode()?")
+
+
+def check_dense(who: str, grads: Mapping[str, Any]) -> None:
+    """Raise ValueError for gradients that are sparse."""
+    sparse = [name for name, grad in grads.items() if grad is not None and grad.layout != torch.strided]
+    if sparse:
+        raise ValueError(
+            f"{who}: the gradient of {', '.join(sparse)} is sparse, and optimizers here take dense ones: make the layer with sparse=False "
+            "(nn.Embedding, nn.EmbeddingBag, functional.embedding)"
+        )
+
+
+def autocast(precision: str | None, device_type: str) -> Callable[[], Any] | None:
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision is None:
+        return None
+    if precision not in dtypes:
+        raise ValueError(f"precision is None, 'bf16' or 'fp16', not {precision!r}")
+    return lambda: torch.autocast(device_type, dtypes[precision])

@@ -1,0 +1,215 @@
+"""The gradient: of any function, and of a model's loss over a batch, whole or in pieces."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from fnrun import tree
+from fnrun.optim.lists import read
+from fnrun.steps.given import check_dense, check_function, check_scalar, detached, detached_all, loss_and_metrics, reported
+from fnrun.steps.kinds import Metrics
+from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Weighed
+from fnrun.steps.shell import Shell
+from fnrun.steps.surroundings import Surroundings
+from fnrun.steps.watch import described, leaves as leaves_of
+
+logger = logging.getLogger("fnrun")
+_NOTHING = nullcontext()
+
+
+def value_and_grad(fn: Callable[[Any], Any], *, has_aux: bool = False) -> Callable[[Any], tuple[Any, Any]]:
+    """The function `params -> (fn(params), gradient of fn at params)`; with `has_aux`, `fn` returns `(value, aux)`.
+
+    `params` is a pytree of tensors; the gradient has its structure, with None for a tensor that the value does not depend on. Values and
+    gradients are detached. Raises ValueError where the value is no scalar or depends on none of the tensors.
+
+    >>> value_and_grad(lambda p: (p["x"] ** 2).sum())({"x": torch.tensor([1.0, 3.0])})
+    (tensor(10.), {'x': tensor([2., 6.])})
+    """
+    check_function("value_and_grad", fn, 1, "fn(params)", "a scalar")
+
+    def wrapped(params: Any) -> tuple[Any, Any]:
+        leaves, spec = optree.tree_flatten(params)
+        leaves = [p.detach().requires_grad_() for p in leaves]
+        with torch.enable_grad():
+            result = fn(optree.tree_unflatten(spec, leaves))
+            value = result[0] if has_aux else result
+            check_scalar(value)
+            grads = _backward(value, leaves)
+        value = value.detach()
+        grads = optree.tree_unflatten(spec, grads)
+        return ((value, tree.map(detached, result[1])), grads) if has_aux else (value, grads)
+
+    return wrapped
+
+
+def _backward(scalar: Tensor, leaves: list[Tensor], *, through_leaves: bool = False) -> list[Tensor | None]:
+    """The gradients; `through_leaves` by way of their `grad`, where backwards within the backward put theirs too."""
+    if through_leaves:
+        _engine((scalar,), (_one(scalar),), False, False, (), True, accumulate_grad=True)
+        return [leaf.grad for leaf in leaves]
+    # What `torch.autograd.grad` calls in the end; half of its time goes into what one scalar does not need.
+    return _engine((scalar,), (_one(scalar),), False, False, tuple(leaves), True, accumulate_grad=False)
+
+
+def _one(like: Tensor) -> Tensor:
+    """The gradient of a scalar with respect to itself: one tensor for all steps, as long as no backward hook has written to it."""
+    kind = like.dtype, like.device
+    one = _ones.get(kind)
+    if one is None or one._version:
+        one = _ones[kind] = torch.ones((), dtype=like.dtype, device=like.device)
+    return one
+
+
+_ones: dict[Any, Tensor] = {}
+_engine: Any = torch.autograd.Variable._execution_engine.run_backward  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# --- of a model's loss --------------------------------------------------------------------------------------------------
+
+
+class Written(dict[str, Tensor]):
+    """Buffers, and beside them the `params` that the forward wrote to: the update begins with these values."""
+
+    params: Mapping[str, Tensor] = {}
+
+
+class Loss:
+    """The part `step.loss` of a step: `(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`.
+
+    The module as a function, differentiable in whatever requires grad. `params` and `buffers` are dictionaries of tensors by name; the loss
+    is what `loss_fn` returns, a scalar or a fold. Randomness comes from `key` (for the bits of a step `state.rng.fold_in("train", state.step)`);
+    without one a random draw is an error.
+    """
+
+    def __init__(self, shell: Shell, loss_fn: Callable[..., Any], autocast: Callable[[], Any] | None, within: Surroundings) -> None:
+        self.shell, self.loss_fn, self.autocast, self.within = shell, loss_fn, autocast, within
+
+    def __call__(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, *, key: Any = None) -> Any:
+        shell = self.shell
+        tensors = shell.tensors("params", params, apart=False)
+        with self.within.undrawn() if key is None else self.within(key) as reports:
+            (loss, metrics), buffers, _ = shell.run(lambda: self.forward(batch), tensors, buffers, train=True)
+        return loss, (buffers, reported(metrics, reports))
+
+    def forward(self, batch: Any) -> tuple[Any, Metrics]:
+        """Within `shell.run`: the loss and its metrics."""
+        if self.autocast is None:
+            result = self.loss_fn(self.shell.model, batch)
+        else:
+            with self.autocast():
+                result = self.loss_fn(self.shell.model, batch)
+        return (result, {}) if isinstance(result, Tensor) else loss_and_metrics(result)
+
+
+class Gradients:
+    """The part `step.gradients` of a step: `(state, batch) -> (grads, buffers, metrics)`.
+
+    `grads` are by name, detached, of the loss itself (never scaled), None for a parameter that the loss does not reach.
+    """
+
+    def __init__(self, name: str, loss: Loss, loss_scale: Callable[[Any], Tensor] | None, cut: Cut, within: Surroundings) -> None:
+        self.name, self.loss, self.loss_scale, self.cut, self.within = name, loss, loss_scale, cut, within
+        shell = self.shell = loss.shell
+        places = {name: i for i, name in enumerate(shell.params)}
+        self._trained = [places[name] for name in shell.trained]
+        self._all = len(shell.trained) == len(shell.params)
+        self._told = False
+
+    def __call__(self, state: Any, batch: Any) -> tuple[dict[str, Any], dict[str, Tensor], Metrics]:
+        with _NOTHING if torch.is_grad_enabled() else torch.enable_grad():
+            grads, buffers, metrics = (self._whole if self.cut.pieces == 1 else self._in_pieces)(state, batch)
+        return dict(zip(self.shell.trained, grads, strict=True)), buffers, metrics
+
+    def _whole(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
+        with self.within(state.rng, "train", state.step) as reports:
+            grads, loss, buffers, metrics = self._of(state, batch)
+            metrics = {name: detached_all(value) for name, value in reported(metrics, reports).items()}
+        if not loss.divided:
+            grads = [None if g is None else g * loss.weight for g in grads]
+        elif loss.weight is not None and read(loss.weight) == 0:
+            grads = self._nothing(grads)
+        return grads, buffers, metrics
+
+    def _in_pieces(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
+        joined, total, dtypes = Joined(self.name, self.shell, state.buffers), PairwiseSum(), []
+        for i, piece, rows in self.cut(batch):
+            moved: set[str] = set()
+            with self.within(state.rng, "train", state.step, i) as reports:
+                grads, loss, buffers, metrics = self._of(state, piece, moved)
+                metrics = reported(metrics, reports)
+            if isinstance(buffers, Written):
+                raise ValueError(
+                    f"{self.name}: the forward changes the parameters {sorted(buffers.params)}, and each microbatch would change them in its "
+                    "own way: use microbatches=1, or optim.accumulate"
+                )
+            dtypes = dtypes or [None] * len(grads)
+            dtypes = [dtype if g is None else g.dtype for g, dtype in zip(grads, dtypes, strict=True)]
+            total.add(i, joined.part(grads, loss, rows, buffers, moved, metrics))
+        whole = total.result()
+        if isinstance(whole.weight, Tensor) and read(whole.weight) == 0:
+            whole.grads = self._nothing(whole.grads)
+        return joined.result(whole, dtypes)
+
+    def _nothing(self, grads: list[Any]) -> list[Any]:
+        """Of a batch whose whole weight is 0."""
+        if not self._told:
+            self._told = True
+            logger.warning("%s: a batch in which every weight of the loss is 0 makes no update (said once)", self.name)
+        return [None] * len(grads)
+
+    def _of(self, state: Any, batch: Any, moved: set[str] | None = None) -> tuple[list[Any], Weighed, Any, Metrics]:
+        """The gradients of the mean of a batch or piece, what it weighs, the buffers (of which `moved` were written to), the metrics."""
+        shell = self.shell
+        scale = None if self.loss_scale is None else self.loss_scale(state.opt_state)
+        tensors = shell.tensors("params", state.params)
+        leaves = [tensors[i].detach().requires_grad_() for i in self._trained]
+        if self._all:
+            tensors = leaves
+        else:
+            for i, leaf in zip(self._trained, leaves, strict=True):
+                tensors[i] = leaf
+        shell.hook(self._trained, leaves)
+
+        def forward_and_backward() -> tuple[Any, Any, Metrics]:  # both with the state's tensors: a checkpointed part runs again in the backward
+            loss, metrics = self.loss.forward(batch)
+            if shell.first.watching and any(leaf.grad is not None for leaf in leaves):
+                raise ValueError(
+                    f"{self.name}: the loss calls backward() itself, and a step takes the gradient of what loss_fn returns: add that loss to "
+                    "it, or take gradients within by torch.autograd.grad"
+                )
+            weighed = self.cut.mean_of(loss, batch)
+            value = weighed.mean
+            check_scalar(value)
+            if shell.first.watching:
+                shell.first.check_graph(value, leaves, batch)
+            grads = _backward(value if scale is None else value * scale, leaves, through_leaves=shell.first.reentrant)
+            if grads[0] is None and all(grad is None for grad in grads):
+                raise ValueError(
+                    f"{self.name}: the loss reaches no trained parameter of {shell.name}: does it call the model that it is given? "
+                    f"It has a gradient to {', '.join(map(described, leaves_of(value)))}"
+                )
+            if shell.first.watching:
+                check_dense(self.name, dict(zip(shell.trained, grads, strict=True)))
+            return grads, weighed, {"loss": loss, **metrics}
+
+        (grads, weighed, metrics), buffers, written = shell.run(forward_and_backward, tensors, state.buffers, train=True, moved=moved)
+        if scale is not None:
+            grads = unscaled(grads, scale)
+        if written:
+            buffers = Written(buffers)
+            buffers.params = written
+        return grads, weighed, buffers, metrics
+
+
+def unscaled(grads: list[Any], scale: Tensor) -> list[Any]:
+    """Gradients of the loss itself, from those of `scale` times the loss."""
+    factor = scale.double().reciprocal().to(scale.dtype)
+    return [None if g is None else (g * factor.to(g.device)).to(g.dtype) for g in grads]

@@ -1,0 +1,61 @@
+"""Steps that somebody writes by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fnrun import tree
+from fnrun.inplace import Guard
+from fnrun.state import S, no_state
+from fnrun.steps.given import check_function, detached, detached_all, reported
+from fnrun.steps.kinds import Function, Metrics
+from fnrun.steps.surroundings import Surroundings
+from fnrun.words import kind
+
+
+def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random: bool = False) -> Any:
+    """Make a hand-written `(state, batch) -> (state, metrics)` a lawful training step.
+
+    Within, torch's ambient generators are seeded from `state.rng.fold_in("train", state.step)` (with `host_random` Python's and NumPy's too)
+    and put back afterwards; what `fnrun.report` is given joins the metrics; tensors are detached; `state.step` goes up by one.
+
+    >>> @step
+    ... def add_noise(state, batch):
+    ...     noisy = {name: p + torch.randn_like(p) for name, p in state.params.items()}
+    ...     return state.replace(params=noisy), {"size": len(batch)}
+    >>> state = TrainState.create(nn.Linear(2, 1))
+    >>> once, twice = add_noise(state, [1, 2])[0], add_noise(state, [1, 2])[0]
+    >>> tree.equal(once, twice), once.step
+    (True, 1)
+    """
+    if fn is None:
+        return lambda fn: step(fn, host_random=host_random)
+    check_function("step", fn, 2, "(state, batch)", "(state, metrics)")
+    inner = fn
+
+    name = getattr(fn, "__qualname__", repr(fn))
+    within, guard = Surroundings(name, host_random), Guard(f"the step {name}")
+
+    def lawful(state: Any, batch: Any) -> tuple[Any, Metrics]:
+        marks = guard.look(state)
+        try:
+            count = state.step
+            surroundings = within(state.rng, "train", count)
+        except AttributeError:
+            raise no_state(name, state, batch, "batch") from None
+        with surroundings as reports:
+            result: Any = inner(state, batch)
+        guard.check(marks)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+            raise TypeError(f"{name} returned {type(result).__name__}: a step returns (state, metrics), metrics a dict")
+        new, metrics = result
+        if not hasattr(new, "position") or isinstance(new, type):
+            raise TypeError(
+                f"{name} returned {kind(new)} in place of a state: a step returns (state, metrics), such as state.replace(...), {{}}"
+            )
+        metrics = {name: detached_all(value) for name, value in reported(metrics, reports).items()}
+        new = tree.map(detached, new).replace(position=new.position)  # the same object: whether a loop ran is told by it
+        return new.replace(step=count + 1), metrics
+
+    return Function(lawful, like=fn)

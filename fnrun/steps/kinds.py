@@ -1,0 +1,54 @@
+"""What a step is: a type tells it, and with it what loops may make use of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+Metrics = dict[str, Any]
+
+
+class Step(Protocol):
+    """What loops turn: `(state, batch) -> (state, metrics)`, pure: the outputs are a function of the arguments alone, which stay as they are."""
+
+    def __call__(self, state: Any, batch: Any, /) -> tuple[Any, Metrics]: ...
+
+
+class EvalStep(Protocol):
+    """`(state, batch) -> metrics`: it has no way to change the state."""
+
+    def __call__(self, state: Any, batch: Any, /) -> Metrics: ...
+
+
+class PureStep:
+    """The base of what is known to be a step, in which no loop of the program around it stands.
+
+    A type and not an attribute: `functools.wraps` copies attributes to a wrapper, which may do anything.
+    """
+
+    #: The new state may be written over the old one.
+    donates = False
+    #: Where in the program the state stands is no input of it, but for the count of steps.
+    looks_at_step_only = False
+    #: Several steps may be one call.
+    fuses = False
+    #: Of its update, in words, with its schedules; '' where none is known.
+    optimizer_text = ""
+
+
+class Function(PureStep):
+    """A step that is `call`, and goes by the name of `like`."""
+
+    def __init__(self, call: Callable[..., Any], like: Callable[..., Any] | None = None, name: str = "") -> None:
+        self._call = call
+        if like is not None:
+            functools.update_wrapper(self, like)
+        else:
+            self.__name__ = self.__qualname__ = name
+
+    def __call__(self, state: Any, batch: Any, /) -> Any:
+        return self._call(state, batch)
+
+    def __repr__(self) -> str:
+        return f"<{getattr(self, '__qualname__', type(self).__name__)}>"

@@ -1,0 +1,114 @@
+"""The training step of a module, a loss and an optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fnrun.counts import count
+from fnrun.state import check_apart, check_model, check_optimizer
+from fnrun.steps.compiled import CompiledCall
+from fnrun.steps.given import autocast, check_function
+from fnrun.steps.gradients import Gradients, Loss
+from fnrun.steps.pieces import Cut
+from fnrun.steps.shell import Shell
+from fnrun.steps.surroundings import Surroundings
+from fnrun.steps.train import TrainStep, one_by_one
+from fnrun.steps.update import Update
+from fnrun.words import kind
+
+if TYPE_CHECKING:
+    from fnrun.optim import Optimizer
+
+
+def make_train_step(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Any],
+    optimizer: Optimizer,
+    *,
+    microbatches: int = 1,
+    precision: str | None = None,
+    compile: bool = False,
+    host_random: bool = False,
+    **gone: Any,
+) -> TrainStep:
+    """The training step of `model`: loss, gradient, update, as a pure function `(state, batch) -> (state, metrics)` and a value made of parts: see `TrainStep`.
+
+    `loss_fn(model, batch)` returns a scalar loss, or `(loss, metrics)`; it calls `model` as usual, whose tensors are the state's for that
+    time. The metrics are `loss`, those of `loss_fn` and what was reported (`fnrun.report`), tensors that nobody has waited for.
+
+    - Submodules run in the train/eval modes that they have now. Buffers (batch statistics) come back in the new state.
+    - A parameter with `requires_grad=False` is not trained; one that the loss does not reach is left alone, as in torch.
+    - The loss may be a fold: `metrics.mean(values, weight)`, as a mean over the tokens that are no padding, or `metrics.sum(values)`, which is
+      not divided. A batch in which every weight is 0 makes no update. A scalar is a mean over the batch's examples.
+    - `microbatches=n` cuts the batch into n pieces, rows `rows * i // n` to `rows * (i + 1) // n`, computed one after the other: n times less
+      memory for activations. The gradient is that of the whole batch, where the loss is a sum over examples and the module treats examples
+      apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are added in a balanced
+      tree over the pieces. A parameter or another buffer that the forward changes is refused (ValueError).
+    - `precision="bf16"` or `"fp16"` runs `loss_fn` under autocast; parameters keep their dtype. fp16 wants `optim.dynamic_loss_scale`.
+    - `compile` makes the whole step one graph (inductor), for each shape of the batch one, static: eager's numbers up to rounding, and the
+      same bits from run to run. What depends on a tensor's value in Python cannot be captured: then it runs as without, with a warning.
+    - `host_random` seeds Python's and NumPy's generators too (100 us a step), for a model that draws from them.
+
+    Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model.
+
+    >>> from fnrun import TrainState, optim
+    >>> model = nn.Linear(3, 1)
+    >>> train_step = make_train_step(model, lambda model, x: model(x).square().mean(), optim.sgd(0.1))
+    >>> state = TrainState.create(model, optim.sgd(0.1))
+    >>> state, metrics = train_step(state, torch.ones(4, 3))
+    >>> state.step, sorted(metrics)
+    (1, ['loss', 'lr'])
+    """
+    if gone:
+        raise TypeError(_gone(gone))
+    check_model("make_train_step", model)
+    check_function("make_train_step", loss_fn, 2, "loss_fn(model, batch)", "a scalar loss, or (loss, metrics)")
+    check_optimizer("make_train_step", optimizer)
+    if not isinstance(compile, bool):
+        raise TypeError(f"make_train_step: compile= is True or False, and not {kind(compile)}")
+    check_apart("make_train_step", model)
+    name = f"train_step({type(model).__name__})"
+    shell = Shell(model, name, watched=Surroundings.WATCHED)
+    if not shell.trained:
+        raise ValueError(f"{shell.name} has no parameter to train: all have requires_grad=False, or there are none")
+    cut = Cut(name, count("make_train_step: microbatches", microbatches))
+    shell.check_hooks()
+    _warn_of_eval_mode(model, name)
+    within = Surroundings(name, host_random)
+    loss = Loss(shell, loss_fn, autocast(precision, shell.device_type), within)
+    gradients = Gradients(name, loss, optimizer.loss_scale, cut, within)
+    update = Update(name, optimizer, shell.params, shell.trained)
+    return TrainStep(loss, gradients, update, name, CompiledCall(name) if compile else one_by_one)
+
+
+def _gone(options: dict[str, Any]) -> str:
+    if "accumulate" in options:
+        return (
+            "make_train_step: accumulate=n is microbatches=n now. The batch is cut into n pieces, each with randomness of its own, and the loss may "
+            "be a fold, so that masked means and sums are those of the whole batch: metrics.mean(values, weight), metrics.sum(values). To update "
+            "once in n batches: optim.accumulate(n, optimizer)"
+        )
+    return f"make_train_step() got an unexpected keyword argument {next(iter(options))!r}"
+
+
+def _warn_of_eval_mode(model: nn.Module, name: str) -> None:
+    """Warn of a model that was handed over in eval mode, as loaded ones often are, where that makes a difference in training."""
+    if not model.training and (kinds := {type(m).__name__ for m in model.modules() if not m.training and _minds(m)}):
+        warnings.warn(
+            f"{name}: the model is in eval mode, and so it is trained: {', '.join(sorted(kinds))} work as in evaluation (no dropout, batch "
+            "statistics as they are). Call model.train() before the step is made; to keep parts as they are, put those in eval mode after it",
+            stacklevel=3,
+        )
+
+
+def _minds(module: nn.Module) -> bool:
+    """Whether a module's forward looks at its mode, and has a rate of dropout other than 0 if it has one."""
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    if code is None or "training" not in code.co_names or type(module).__module__ == "torch.nn.modules.transformer":
+        return False
+    rate = getattr(module, "p", getattr(module, "dropout", None))
+    return not isinstance(rate, (int, float)) or rate > 0

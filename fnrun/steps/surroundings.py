@@ -1,0 +1,80 @@
+"""What a step runs in: generators seeded from its key, and its reports collected."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+
+from fnrun import tree
+from fnrun.reports import collect
+from fnrun.rng import Key, Scope
+from fnrun.undisturbed import undisturbed
+
+
+class Surroundings:
+    """torch's ambient generators seeded from a key and put back afterwards, reports collected.
+
+    In the first calls it tells a step that it moves Python's or NumPy's generator, and puts them back. Later calls go unwatched: a look
+    costs 100 us.
+    """
+
+    WATCHED = 3
+
+    def __init__(self, name: str, host_random: bool = False) -> None:
+        self.name, self.host, self.left = name, host_random, 0 if host_random else self.WATCHED
+
+    def __call__(self, key: Key, *data: int | str) -> Any:
+        return _Within(self, key.fold_path(*data)) if type(key) is Key else key.within(*data)
+
+    def look(self) -> Any:
+        self.left -= 1
+        return random.getstate(), np.random.get_state(legacy=False), len(sys.modules)
+
+    def compare(self, before: Any) -> None:
+        python, numpy, modules = before
+        if len(sys.modules) != modules:
+            return  # some draw as they are imported
+        moved_python, moved_numpy = random.getstate() != python, not tree.equal(np.random.get_state(legacy=False), numpy)
+        names = [name for name, moved in (("Python", moved_python), ("NumPy", moved_numpy)) if moved]
+        if names:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            warnings.warn(
+                f"{self.name} draws from the global generator of {' and '.join(names)}, which is not keyed by the state: two calls differ and "
+                "a resumed run is another run. Use torch's, or make the step with host_random=True",
+                stacklevel=5,
+            )
+
+
+class _Within(Scope):
+    """One call in its surroundings: `with` gives the reports, a dictionary that fills up."""
+
+    __slots__ = ("_before", "_collect", "_surroundings")
+
+    def __init__(self, surroundings: Surroundings, path: bytes) -> None:
+        super().__init__(path, surroundings.host)
+        self._surroundings = surroundings
+
+    @undisturbed
+    def __enter__(self) -> dict[str, Any]:
+        super().__enter__()
+        try:
+            self._before = self._surroundings.look() if self._surroundings.left else None  # under the scope's lock, which keeps others out
+            self._collect = collect()
+            return self._collect.__enter__()
+        except BaseException:
+            self._put_back()
+            raise
+
+    @undisturbed
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._collect.__exit__()
+            if self._before is not None:
+                self._surroundings.compare(self._before)
+        finally:
+            super().__exit__()

@@ -1,0 +1,180 @@
+"""The training step as a value: a loss, its gradient, an update, and how the three are put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fnrun import metrics as folds, tree
+from fnrun.donation import Lease
+from fnrun.inplace import Guard
+from fnrun.metrics.base import wide
+from fnrun.state import is_state, no_state
+from fnrun.steps.given import detached, detached_all, reported
+from fnrun.steps.gradients import Gradients
+from fnrun.steps.kinds import Metrics, PureStep
+from fnrun.steps.surroundings import Surroundings
+from fnrun.steps.update import Update
+from fnrun.words import kind
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TrainStep(PureStep):
+    """A training step `(state, batch) -> (state, metrics)` made of parts, each a pure function that can be called and replaced alone.
+
+    - `loss(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`: the module as a function, differentiable in anything.
+    - `gradients(state, batch) -> (grads, buffers, metrics)`: by name, detached, None where the loss does not reach, of the loss itself
+      (never scaled); `buffers` as the forward left them.
+    - `update(state, grads) -> (state, metrics)`: the optimizer alone: new `params` and `opt_state`, `step + 1`; what it reported.
+
+    The step is their composition: `g, b, m = step.gradients(state, batch); s, more = step.update(state.replace(buffers=b), g)` and
+    `(s, {**m, **more})`. A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other
+    gradients. A function that is put in is keyed (torch's generators are seeded from the state's key around it), and what it returns is
+    detached and checked. `call` says how the parts are put together: one after the other, or as one compiled graph.
+
+    >>> from fnrun import TrainState, make_train_step, optim
+    >>> model = torch.nn.Linear(3, 1)
+    >>> step = make_train_step(model, lambda model, x: model(x).square().mean(), optim.sgd(0.1))
+    >>> state, x = TrainState.create(model, optim.sgd(0.1)), torch.ones(4, 3)
+    >>> def signs(state, batch):
+    ...     grads, buffers, metrics = step.gradients(state, batch)
+    ...     return {name: grad.sign() for name, grad in grads.items()}, buffers, metrics
+    >>> moved = dataclasses.replace(step, gradients=signs)(state, x)[0].params["bias"] - state.params["bias"]
+    >>> round(abs(moved.item()), 4)
+    0.1
+    """
+
+    loss: Callable[..., Any]
+    gradients: Callable[[Any, Any], tuple[Any, Any, Metrics]]
+    update: Callable[[Any, Any], tuple[Any, Metrics]]
+    name: str = "train_step"
+    call: Callable[[TrainStep, Any, list[Any], Lease | None], tuple[Any, Metrics]] = None  # pyright: ignore[reportAssignmentType]
+
+    looks_at_step_only = True
+
+    def __post_init__(self) -> None:
+        setattr_ = functools.partial(object.__setattr__, self)
+        setattr_("__name__", self.name)
+        setattr_("__qualname__", self.name)
+        if self.call is None:
+            setattr_("call", one_by_one)
+        if not isinstance(self.gradients, (Gradients, Keyed)):
+            setattr_("gradients", KeyedGradients("gradients", self.gradients, self.name))
+        elif isinstance(self.gradients, Gradients) and self.gradients.loss is not self.loss:
+            setattr_("gradients", self.gradients.of(self.loss))
+        if not isinstance(self.update, (Update, Keyed)):
+            setattr_("update", KeyedUpdate("update", self.update, self.name))
+
+    def __call__(self, state: Any, batch: Any, /, *, lease: Lease | None = None) -> tuple[Any, Metrics]:
+        return self.call(self, state, [batch], lease)
+
+    def several(self, state: Any, batches: list[Any], /, *, lease: Lease | None = None) -> tuple[Any, Metrics]:
+        """A step on each of the batches, in one call; their metrics as those of one."""
+        return self.call(self, state, batches, lease)
+
+    @property
+    def donates(self) -> bool:
+        """Whether the update may write the new state over the old one: the optimizer's own can."""
+        return isinstance(self.update, Update) and self.update.optimizer.donatable and getattr(self.call, "donates", True)
+
+    @property
+    def fuses(self) -> bool:
+        return getattr(self.call, "fuses", False)
+
+    @property
+    def optimizer_text(self) -> str:
+        return repr(self.update.optimizer) if isinstance(self.update, Update) else ""
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+
+# --- put together -------------------------------------------------------------------------------------------------------
+
+
+def one_by_one(step: TrainStep, state: Any, batches: list[Any], lease: Lease | None) -> tuple[Any, Metrics]:
+    """The parts one after the other, for each batch."""
+    if len(batches) == 1:
+        return composed(step, state, batches[0], lease)
+    seen: list[Metrics] = []
+    for batch in batches:
+        state, metrics = composed(step, state, batch, lease)
+        seen.append(metrics)
+    return state, together(seen, batches)
+
+
+def composed(step: TrainStep, state: Any, batch: Any, lease: Lease | None = None) -> tuple[Any, Metrics]:
+    """What a step is."""
+    if not is_state(state) or not hasattr(state, "opt_state"):
+        raise no_state(step.name, state, batch, "batch")
+    grads, buffers, metrics = step.gradients(state, batch)
+    if lease is None:
+        state, more = step.update(state.replace(buffers=buffers), grads)
+    else:
+        assert isinstance(step.update, Update)
+        if lease.grants(state):  # what was computed must not lie in what is written over now
+            metrics, buffers = ({name: lease.apart(value) for name, value in each.items()} for each in (metrics, buffers))
+            if not isinstance(step.gradients, Gradients):
+                grads = {name: lease.apart(grad) for name, grad in grads.items()}
+        state, more = step.update.updated(state, grads, buffers, lease)
+    return state, {**metrics, **more} if more else metrics
+
+
+def together(metrics: list[Metrics], batches: list[Any]) -> Metrics:
+    """The metrics of several steps as those of one: all of them folds."""
+    totals: dict[str, Any] = {}
+    for values, batch in zip(metrics, batches, strict=True):
+        for name, value in values.items():
+            if not hasattr(value, "merge"):  # a mean over examples, each element on its own
+                plain, examples = wide(torch.as_tensor(value)), folds.examples(batch)
+                value = folds.Mean(plain * examples, torch.full_like(plain, examples))
+            totals[name] = totals[name].merge(value) if name in totals else value
+    return totals
+
+
+class Keyed:
+    """A part that somebody put into a step: torch's generators are seeded from the state's key around it, its reports are metrics."""
+
+    def __init__(self, part: str, fn: Callable[..., Any], name: str) -> None:
+        self.part, self.fn, self.name = part, fn, name
+        self._within = Surroundings(f"{name}: its {part}")
+        self._guard = Guard(f"the {part} of {name}, {kind(fn)},")
+
+    def __call__(self, state: Any, given: Any) -> Any:
+        marks = self._guard.look(state)
+        with self._within(state.rng, self.part, state.step) as reports:
+            result = self.fn(state, given)
+        self._guard.check(marks)
+        return self.checked(result, state, reports)
+
+    def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class KeyedGradients(Keyed):
+    def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:
+        if not isinstance(result, tuple) or len(result) != 3 or not all(isinstance(each, Mapping) for each in result):
+            raise TypeError(
+                f"the gradients of {self.name} are a function of (state, batch) that returns (grads, buffers, metrics), three dictionaries by "
+                f"name, and {kind(self.fn)} returned {kind(result)}"
+            )
+        grads, buffers, metrics = result
+        metrics = {name: detached_all(value) for name, value in reported(metrics, reports).items()}
+        return {name: detached(grad) for name, grad in grads.items()}, tree.map(detached, buffers), metrics
+
+
+class KeyedUpdate(Keyed):
+    def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping) or not is_state(result[0]):
+            raise TypeError(
+                f"the update of {self.name} is a function of (state, grads) that returns (state, metrics), and {kind(self.fn)} returned {kind(result)}"
+            )
+        new, metrics = result
+        if isinstance(new.step, int) and new.step != state.step + 1:
+            raise ValueError(f"the update of {self.name} leaves state.step at {new.step}, and it counts one more, {state.step + 1}")
+        metrics = {name: detached_all(value) for name, value in reported(metrics, reports).items()}
+        return tree.map(detached, new).replace(position=new.position), metrics

@@ -1,0 +1,60 @@
+"""From step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fnrun.steps.given import check_function
+from fnrun.steps.kinds import Function, Metrics, PureStep, Step
+from fnrun.steps.train import TrainStep, together
+
+
+def skip_nonfinite(step: Any) -> Any:
+    """`step`, but an update after which the loss or a parameter is not finite does not happen: all but `state.step` stays as it was.
+
+    The step's metrics are then `{"skipped": 1.0}` alone, so that no NaN reaches a mean. It waits for the device at each step.
+    Several steps in one call are looked at one by one, and nothing is donated: the old state is needed until the new one is known to be good.
+    It goes around a step and inside a loop; around a loop it is refused (TypeError), for what loops keep cannot be taken back.
+    """
+    check_function("skip_nonfinite", step, 2, "step(state, batch)", "(state, metrics)")
+    if isinstance(step, TrainStep):
+        return dataclasses.replace(step, call=_Finite(step.call))
+    wrapped = _checked(step)
+    return Function(wrapped, like=step) if isinstance(step, PureStep) else wrapped
+
+
+class _Finite:
+    """How a step's parts are put together, with a look at what comes out."""
+
+    donates = False
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+        self.fuses = getattr(call, "fuses", False)
+
+    def __call__(self, step: TrainStep, state: Any, batches: list[Any], lease: Any) -> tuple[Any, Metrics]:
+        seen: list[Metrics] = []
+        for batch in batches:
+            state, metrics = _finite(lambda state, batch: self.call(step, state, [batch], None), state, batch)
+            seen.append(metrics)
+        return state, seen[0] if len(seen) == 1 else together(seen, batches)
+
+
+def _checked(step: Step) -> Callable[[Any, Any], tuple[Any, Metrics]]:
+    return lambda state, batch: _finite(step, state, batch)
+
+
+def _finite(step: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batch: Any) -> tuple[Any, Metrics]:
+    new, metrics = step(state, batch)
+    if new.position is not state.position:
+        raise TypeError("skip_nonfinite goes around a step, inside the loop: epoch_loop(skip_nonfinite(step))")
+    loss = metrics["loss"]
+    loss = loss if isinstance(loss, torch.Tensor) or not hasattr(loss, "compute") else loss.compute()
+    tensors = [t for t in (torch.as_tensor(loss), *new.params.values()) if t.is_floating_point() or t.is_complex()]
+    if all(bool(torch.isfinite(t).all()) for t in tensors):
+        return new, {**metrics, "skipped": 0.0}
+    return state.replace(step=new.step), {"skipped": 1.0}

@@ -1,0 +1,95 @@
+"""The update of a step: the optimizer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import optree
+
+from fnrun import tree
+from fnrun.donation import Lease, unlisted
+from fnrun.inplace import Guard
+from fnrun.reports import collect
+from fnrun.steps.given import detached_all
+from fnrun.steps.gradients import Written
+from fnrun.steps.kinds import Metrics
+
+if TYPE_CHECKING:
+    from fnrun.optim import Optimizer
+
+
+class Update:
+    """The part `step.update` of a step: `(state, grads) -> (state, metrics)`."""
+
+    def __init__(self, name: str, optimizer: Optimizer, params: tuple[str, ...], trained: tuple[str, ...]) -> None:
+        self.name, self.optimizer, self.trained = name, optimizer, trained
+        self._whole = len(trained) == len(params)
+        self._guard = Guard(name)
+        self._known: list[Any] = []  # structures of optimizer states that this step can go on with
+        self._given = 0  # the id of the one that it made last, which needs no look
+
+    def __call__(self, state: Any, grads: Mapping[str, Any]) -> tuple[Any, Metrics]:
+        return self.updated(state, grads, state.buffers, None)
+
+    def updated(self, state: Any, grads: Mapping[str, Any], buffers: Any, lease: Lease | None) -> tuple[Any, Metrics]:
+        """The update of `state` with these buffers; in the state's own memory as far as a lease grants it."""
+        self.check(state)
+        memory, every = state.opt_state, state.params
+        if type(buffers) is Written:
+            every, buffers = {**every, **buffers.params}, dict(buffers)
+        params = every if self._whole else {name: every[name] for name in self.trained}
+        with collect() as reports:
+            if all(grad is None for grad in grads.values()):
+                pass
+            elif lease is None:
+                marks = self._guard.look({"params": params, "opt_state": memory}) if self._guard.on else ()
+                params, memory = self._optimize(state, grads, memory, params)
+                if marks:
+                    self._guard.check(marks, self.culprit)
+            else:
+                by, state = f"step {state.step} ({self.name})", unlisted(state)
+                params, memory = lease.update(by, self._optimize, state, grads, memory, params)
+        params = params if self._whole else {**every, **params}
+        if lease is not None:
+            lease.settle(params, memory, buffers)
+        self._given = id(memory)
+        new = state.replace(params=params, buffers=buffers, opt_state=memory, step=state.step + 1)
+        return new, {name: detached_all(value) for name, value in reports.items()}
+
+    def _optimize(self, state: Any, grads: Any, memory: Any, params: Any) -> tuple[Any, Any]:
+        optimizer = self.optimizer
+        if not optimizer.keyed:
+            return optimizer.update(grads, memory, params, key=None, step=state.step)
+        key = state.rng.fold_in("optimizer", state.step)
+        with key.scope():
+            return optimizer.update(grads, memory, params, key=key, step=state.step)
+
+    def check(self, state: Any) -> None:
+        """Raise ValueError where the state does not hold what the optimizer remembers of these parameters: looked at for each new structure."""
+        memory = state.opt_state
+        if id(memory) == self._given:
+            return
+        structure = optree.tree_structure(memory)
+        if structure in self._known:
+            return
+        params = {name: state.params[name] for name in self.trained if name in state.params}
+        wanted, held = tree.paths({"opt_state": self.optimizer.init(params)}), tree.paths({"opt_state": memory})
+        if wanted != held:
+            missing, extra = [p for p in wanted if p not in held][:5], [p for p in held if p not in wanted][:5]
+            raise ValueError(
+                f"{self.name}: the state's opt_state is not that of this optimizer and these trained parameters: missing {missing}, unexpected {extra}. "
+                f"{'It was created without an optimizer. ' if memory is None else ''}Create the state with the same optimizer, and freeze "
+                "parameters before both; to go on with another optimizer, state.replace(opt_state=optimizer.init(state.params))"
+            )
+        self._known.append(structure)
+
+    def culprit(self, path: str) -> str:
+        """Which part of the optimizer writes to this leaf, as far as the leaf tells."""
+        field, _, rest = path.partition("/")
+        place, parts = rest.partition("/")[0], getattr(self.optimizer, "parts", ())
+        if field == "opt_state" and place.isdecimal() and int(place) < len(parts):
+            parts = (parts[int(place)],)
+        updates = [getattr(part, "update", None) for part in parts or (self.optimizer,)]
+        named = [getattr(update, "__qualname__", repr(update)) for update in updates if update]
+        return f"{self.name}: the optimizer ({', '.join(named)})"
