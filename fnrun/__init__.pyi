@@ -33,7 +33,6 @@ from .program import Hook as Hook, Observer as Observer, ProgramError as Program
 from .reports import report as report
 from .rng import Key as Key
 from .run import Experiment as Experiment, Run as Run, RunError as RunError
-from .steps.shell import call as call
 from .state import Cursor as Cursor, Frame as Frame, Position as Position, TrainState as TrainState
 from .steps import (
     TrainStep as TrainStep,
@@ -44,6 +43,7 @@ from .steps import (
     step as step,
     value_and_grad as value_and_grad,
 )
+from .steps.shell import call as call
 from .tree import snapshot as snapshot, static as static, struct as struct
 
 __version__: str

@@ -84,7 +84,11 @@ class Experiment:
             )
         for name, loop in (("program", self.program), ("evaluate", self.evaluate)):
             if (isinstance(loop, type) or not callable(loop) or isinstance(loop, PureStep)) and not (name == "evaluate" and loop is None):
-                hint = "epoch_loop(step) or eval_loop(step)" if isinstance(loop, PureStep) else "such as fnrun.repeat(...), or a function of its type"
+                hint = (
+                    "epoch_loop(step) or eval_loop(step)"
+                    if isinstance(loop, PureStep)
+                    else "such as fnrun.repeat(...), or a function of its type"
+                )
                 raise TypeError(f"Experiment: {name}= takes a loop, and not {kind(loop)}: {hint}")
         if self.data is None or isinstance(self.data, type) or is_state(self.data):
             raise TypeError(

@@ -138,7 +138,9 @@ class Loop(Composed):
         if len(frames) == depth:
             begun_with = frames[0].folds.get(_carried(name), {}) if depth and self.trains else {}
             state = framed(state, (*frames, Frame(name, folds=begun_with)))
-        elif frames[depth].loop != name or (self.over_data and len(frames) > depth + 1 and all(isinstance(s, PureStep) for _, s in self.inner())):
+        elif frames[depth].loop != name or (
+            self.over_data and len(frames) > depth + 1 and all(isinstance(s, PureStep) for _, s in self.inner())
+        ):
             raise elsewhere(state, program)
         at = self._entered(data, at)
         program.lengths[name] = self._length(state, data, at)

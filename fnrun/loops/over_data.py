@@ -129,7 +129,11 @@ class Training(OverData):
     @functools.cached_property
     def _every(self) -> int:
         """How many ticks may follow each other in one go: none where a hook acts, or an observer that may look at each state."""
-        if self.hooks or not (isinstance(self.step, PureStep) and self.step.looks_at_step_only) or not all(getattr(o, "idle_between", False) for o in self.observers):
+        if (
+            self.hooks
+            or not (isinstance(self.step, PureStep) and self.step.looks_at_step_only)
+            or not all(getattr(o, "idle_between", False) for o in self.observers)
+        ):
             return 0
         return math.gcd(*(getattr(o, "every") for o in self.observers)) if self.observers else STRAIGHT  # noqa: B009
 

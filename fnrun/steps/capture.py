@@ -114,7 +114,7 @@ class Call(NamedTuple):
 
     graph: _Graph
     leaves: list[Any]
-    count: int
+    step: int
     key: Key
 
     def owning(self, own: Callable[[list[Tensor]], list[Tensor]]) -> Call:
@@ -125,7 +125,7 @@ class Call(NamedTuple):
         return self
 
     def __call__(self) -> Any:
-        return self.graph(self.leaves, self.count, self.key)
+        return self.graph(self.leaves, self.step, self.key)
 
 
 class _Graph:
@@ -151,15 +151,15 @@ class _Graph:
                 raise Uncapturable(_MOVED.format("its metrics have other names"))
             if _alike(self._recorded, graph) and tree.equal(self._plan, now.plan) and self._draws == now.draws:
                 return
-            if self._draws != now.draws:
-                raise Uncapturable(_MOVED.format("it draws other random numbers"))
             names = optree.treespec_paths(self._spec)
             with torch.no_grad():
-                old, new = now.outcome(self._recorded, self._plan, count), now.outcome(graph, now.plan, count)
+                old, new = now.outcome(self._recorded, self._plan, count, self._draws), now.outcome(graph, now.plan, count, now.draws)
             state = len(old) - sum(path[0] == 1 for path in names)
             differ = [f"{tree.join(names[i][1:])} was {old[i]}, is {new[i]}" for i in range(state, len(old)) if not _close(old[i], new[i])]
             if not differ and _moved(leaves[:state], old, new):
                 differ = ["the update of the state is another one"]
+            if not differ and self._draws != now.draws:
+                differ = ["it draws other random numbers"]
             if differ:
                 raise Uncapturable(_MOVED.format("; ".join(differ)))
 
@@ -284,14 +284,14 @@ class _Recording:
         self._given = len(self.draws.values)
         return make_fx(self, tracing_mode="real", _allow_non_fake_inputs=True)(*self.examples(count))
 
-    def examples(self, count: int) -> list[Tensor]:
+    def examples(self, count: int, draws: Draws | None = None) -> list[Tensor]:
         """Inputs that may be written to."""
-        values = [*(self.leaves[i] for i in self.inputs), *self.draws.values]
+        values = [*(self.leaves[i] for i in self.inputs), *(draws or self.draws).values]
         return [_number(count), *(value.clone() if isinstance(value, Tensor) else _number(value) for value in values)]
 
-    def outcome(self, graph: GraphModule, plan: list[tuple[str, Any]], count: int) -> list[Any]:
-        """The leaves of the result that a recorded graph computes from these arguments."""
-        examples, leaves = self.examples(count), list(self.leaves)
+    def outcome(self, graph: GraphModule, plan: list[tuple[str, Any]], count: int, draws: Draws) -> list[Any]:
+        """The leaves of the result that a recorded graph computes from these arguments and draws."""
+        examples, leaves = self.examples(count, draws), list(self.leaves)
         for i, tensor in zip(self.inputs, examples[1:], strict=False):
             leaves[i] = tensor
         outputs = graph(*examples)

@@ -50,10 +50,15 @@ class _Draw(NamedTuple):
 _FILL = {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "log_normal_", "geometric_"}
 _LIKE = {"rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout"}
 _MAKE = {"rand", "randn", "randint", "randperm", "normal"}
+_KNOWN = _FILL | _LIKE | _MAKE
 
 
 def _named(operation: Any) -> str:
     return operation._schema.name.rpartition("::")[2]
+
+
+def _ambient_state() -> tuple[bytes, ...]:
+    return tuple(generator.get_state().numpy().tobytes() for generator in ambient())
 
 
 class Draws:
@@ -93,8 +98,10 @@ class Draws:
         order = iter(self._order)
 
         def give(operation: Any, args: Any, options: Any) -> Any:
-            value = values[next(order)]
             name = _named(operation)
+            if name not in _KNOWN:  # the first run has seen that it draws nothing
+                return operation(*args, **options)
+            value = values[next(order)]
             if name in _FILL:
                 return args[0].copy_(value)
             if name == "native_dropout":
@@ -151,22 +158,26 @@ class Draws:
         name = _named(operation)
         if any(isinstance(value, torch.Generator) for value in (*args, *options.values())):
             raise Uncapturable("it draws from a torch.Generator of its own")
+        state = _ambient_state()
+        if name not in _KNOWN:
+            result = operation(*args, **options)
+            if _ambient_state() == state:  # as attention and recurrent layers without dropout
+                return result
         if not self._depth:
             raise Uncapturable("it draws random numbers where no key is")
         rest = args if name in _MAKE else args[1:]
-        known = name in _MAKE or ((name in _FILL or name in _LIKE) and isinstance(args[0], Tensor) and (name != "bernoulli" or rest))
+        known = name in _MAKE or (name in _KNOWN and isinstance(args[0], Tensor) and (name != "bernoulli" or rest))
         if not known or any(isinstance(value, Tensor) for value in (*rest, *options.values())):
-            raise Uncapturable(f"what it draws ({name}) depends on computed numbers, and cannot be drawn before the graph is called")
+            raise Uncapturable(f"what it draws ({name}) depends on what it computes, and cannot be drawn before the graph is called")
         like = None if name in _MAKE else (tuple(args[0].shape), args[0].stride(), args[0].dtype, args[0].device)
         draw = _Draw(operation, like, tuple(rest), {k: v for k, v in options.items() if k != "pin_memory"})
-        state = tuple(generator.get_state().numpy().tobytes() for generator in ambient())
         if (place := (state, repr(draw))) in self._memo:  # the forward once more, in activation checkpointing's backward
             self._order.append(self._memo[place])
             return operation(*args, **options)
         if self._state is not None and state != self._state:
             raise Uncapturable("it sets torch's generator between two draws")
         result = operation(*args, **options)
-        self._state = tuple(generator.get_state().numpy().tobytes() for generator in ambient())
+        self._state = _ambient_state()
         self._memo[place] = len(self.values)
         self._order.append(len(self.values))
         self._events.append(draw)

@@ -16,7 +16,6 @@ from fnrun.steps.shell import Shell
 from fnrun.steps.surroundings import Surroundings
 from fnrun.words import kind
 
-
 # --- evaluation --------------------------------------------------------------------------------------------------------
 
 

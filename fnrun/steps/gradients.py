@@ -78,7 +78,9 @@ _engine: Any = torch.autograd.Variable._execution_engine.run_backward  # pyright
 class Written(dict[str, Tensor]):
     """Buffers, and beside them the `params` that the forward wrote to: the update begins with these values."""
 
-    params: Mapping[str, Tensor] = {}
+    def __init__(self, buffers: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+        super().__init__(buffers)
+        self.params = params
 
 
 class Loss:
@@ -178,7 +180,9 @@ class Gradients:
                 tensors[i] = leaf
         shell.hook(self._trained, leaves)
 
-        def forward_and_backward() -> tuple[Any, Any, Metrics]:  # both with the state's tensors: a checkpointed part runs again in the backward
+        def forward_and_backward() -> tuple[
+            Any, Any, Metrics
+        ]:  # both with the state's tensors: a checkpointed part runs again in the backward
             loss, metrics = self.loss.forward(batch)
             if shell.first.watching and any(leaf.grad is not None for leaf in leaves):
                 raise ValueError(
@@ -204,8 +208,7 @@ class Gradients:
         if scale is not None:
             grads = unscaled(grads, scale)
         if written:
-            buffers = Written(buffers)
-            buffers.params = written
+            buffers = Written(buffers, written)
         return grads, weighed, buffers, metrics
 
 

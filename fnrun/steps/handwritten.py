@@ -20,11 +20,13 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
     Within, torch's ambient generators are seeded from `state.rng.fold_in("train", state.step)` (with `host_random` Python's and NumPy's too)
     and put back afterwards; what `fnrun.report` is given joins the metrics; tensors are detached; `state.step` goes up by one.
 
+    >>> import torch
+    >>> from fnrun import TrainState
     >>> @step
     ... def add_noise(state, batch):
     ...     noisy = {name: p + torch.randn_like(p) for name, p in state.params.items()}
     ...     return state.replace(params=noisy), {"size": len(batch)}
-    >>> state = TrainState.create(nn.Linear(2, 1))
+    >>> state = TrainState.create(torch.nn.Linear(2, 1))
     >>> once, twice = add_noise(state, [1, 2])[0], add_noise(state, [1, 2])[0]
     >>> tree.equal(once, twice), once.step
     (True, 1)

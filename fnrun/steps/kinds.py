@@ -36,6 +36,9 @@ class PureStep:
     #: Of its update, in words, with its schedules; '' where none is known.
     optimizer_text = ""
 
+    def __call__(self, state: Any, batch: Any, /) -> Any:
+        raise NotImplementedError
+
 
 class Function(PureStep):
     """A step that is `call`, and goes by the name of `like`."""

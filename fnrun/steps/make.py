@@ -55,6 +55,7 @@ def make_train_step(
 
     Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model.
 
+    >>> import torch
     >>> from fnrun import TrainState, optim
     >>> model = nn.Linear(3, 1)
     >>> train_step = make_train_step(model, lambda model, x: model(x).square().mean(), optim.sgd(0.1))

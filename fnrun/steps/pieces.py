@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fnrun import metrics as folds
 from fnrun.metrics.base import wide
@@ -18,7 +18,6 @@ from fnrun.metrics.basic import Mean, Sum
 from fnrun.steps.given import detached_all
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.shell import Shell
-from fnrun.words import a
 
 
 class PairwiseSum:

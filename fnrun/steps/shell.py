@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fnrun import rng
 from fnrun.state import buffers_of
-from fnrun.undisturbed import undisturbed
 from fnrun.steps.watch import FirstCalls, versions
+from fnrun.undisturbed import undisturbed
 
 #: The shells whose modules hold other tensors at this moment, under the ambient lock: a loss may call a step of its own.
 _at_work: list[Shell] = []

@@ -8,10 +8,12 @@ import warnings
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fnrun import tree
 from fnrun.reports import collect
-from fnrun.rng import Key, Scope
+from fnrun.rng import Key, Scope, ambient
 from fnrun.undisturbed import undisturbed
 
 
@@ -27,8 +29,12 @@ class Surroundings:
     def __init__(self, name: str, host_random: bool = False) -> None:
         self.name, self.host, self.left = name, host_random, 0 if host_random else self.WATCHED
 
-    def __call__(self, key: Key, *data: int | str) -> Any:
+    def __call__(self, key: Any, *data: int | str) -> Any:
         return _Within(self, key.fold_path(*data)) if type(key) is Key else key.within(*data)
+
+    def undrawn(self) -> Any:
+        """Without a key: reports are collected, a random draw is an error."""
+        return _Undrawn(self.name)
 
     def look(self) -> Any:
         self.left -= 1
@@ -78,3 +84,33 @@ class _Within(Scope):
                 self._surroundings.compare(self._before)
         finally:
             super().__exit__()
+
+
+class _Undrawn(TorchDispatchMode):
+    """A call in which nothing is to be drawn from torch's generators."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name, self._reports = name, collect()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        before = [(generator, generator.get_state()) for generator in ambient()]
+        result = func(*args, **(kwargs or {}))
+        if moved := [(generator, state) for generator, state in before if not torch.equal(generator.get_state(), state)]:
+            for generator, state in moved:
+                generator.set_state(state)
+            raise ValueError(
+                f"{self._name}: the loss draws random numbers ({func.__name__.partition('.')[0]}), and was given no key: "
+                "step.loss(params, buffers, batch, key=key); a step's own is state.rng.fold_in('train', state.step)"
+            )
+        return result
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        return self._reports.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._reports.__exit__()
+        super().__exit__(*exc)

@@ -15,7 +15,7 @@ from fnrun.inplace import Guard
 from fnrun.metrics.base import wide
 from fnrun.state import is_state, no_state
 from fnrun.steps.given import detached, detached_all, reported
-from fnrun.steps.gradients import Gradients
+from fnrun.steps.gradients import Gradients, Written
 from fnrun.steps.kinds import Metrics, PureStep
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.update import Update
@@ -33,7 +33,7 @@ class TrainStep(PureStep):
 
     The step is their composition: `g, b, m = step.gradients(state, batch); s, more = step.update(state.replace(buffers=b), g)` and
     `(s, {**m, **more})`. A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other
-    gradients. A function that is put in is keyed (torch's generators are seeded from the state's key around it), and what it returns is
+    gradients; `gradients` come of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's generators are seeded from the state's key around it), and what it returns is
     detached and checked. `call` says how the parts are put together: one after the other, or as one compiled graph.
 
     >>> from fnrun import TrainState, make_train_step, optim
@@ -65,7 +65,10 @@ class TrainStep(PureStep):
         if not isinstance(self.gradients, (Gradients, Keyed)):
             setattr_("gradients", KeyedGradients("gradients", self.gradients, self.name))
         elif isinstance(self.gradients, Gradients) and self.gradients.loss is not self.loss:
-            setattr_("gradients", self.gradients.of(self.loss))
+            raise TypeError(
+                f"{self.name}: its gradients are those of another loss, and would stay so. Make the step anew with another loss_fn, or replace "
+                "its gradients too"
+            )
         if not isinstance(self.update, (Update, Keyed)):
             setattr_("update", KeyedUpdate("update", self.update, self.name))
 
@@ -73,8 +76,9 @@ class TrainStep(PureStep):
         return self.call(self, state, [batch], lease)
 
     def several(self, state: Any, batches: list[Any], /, *, lease: Lease | None = None) -> tuple[Any, Metrics]:
-        """A step on each of the batches, in one call; their metrics as those of one."""
-        return self.call(self, state, batches, lease)
+        """A step on each of the batches, in one call; their metrics as those of one, folds also where it is one."""
+        state, metrics = self.call(self, state, batches, lease)
+        return state, metrics if len(batches) > 1 else together([metrics], batches)
 
     @property
     def donates(self) -> bool:
@@ -117,7 +121,9 @@ def composed(step: TrainStep, state: Any, batch: Any, lease: Lease | None = None
     else:
         assert isinstance(step.update, Update)
         if lease.grants(state):  # what was computed must not lie in what is written over now
-            metrics, buffers = ({name: lease.apart(value) for name, value in each.items()} for each in (metrics, buffers))
+            metrics = {name: lease.apart(value) for name, value in metrics.items()}
+            apart = {name: lease.apart(value) for name, value in buffers.items()}
+            buffers = Written(apart, buffers.params) if isinstance(buffers, Written) else apart
             if not isinstance(step.gradients, Gradients):
                 grads = {name: lease.apart(grad) for name, grad in grads.items()}
         state, more = step.update.updated(state, grads, buffers, lease)
@@ -168,6 +174,11 @@ class KeyedGradients(Keyed):
 
 
 class KeyedUpdate(Keyed):
+    def __call__(self, state: Any, given: Any) -> Any:
+        if isinstance(state.buffers, Written):
+            state = state.replace(params={**state.params, **state.buffers.params}, buffers=dict(state.buffers))
+        return super().__call__(state, given)
+
     def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping) or not is_state(result[0]):
             raise TypeError(

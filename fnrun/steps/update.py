@@ -36,7 +36,7 @@ class Update:
         """The update of `state` with these buffers; in the state's own memory as far as a lease grants it."""
         self.check(state)
         memory, every = state.opt_state, state.params
-        if type(buffers) is Written:
+        if isinstance(buffers, Written):
             every, buffers = {**every, **buffers.params}, dict(buffers)
         params = every if self._whole else {name: every[name] for name in self.trained}
         with collect() as reports:

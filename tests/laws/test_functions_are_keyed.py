@@ -187,9 +187,9 @@ def test_a_function_around_loops_keeps_no_other_thread_waiting():
 
 
 def test_skip_nonfinite_around_a_step_is_a_step():
-    from fnrun.steps import is_step
+    from fnrun.steps import PureStep
 
-    assert is_step(fnrun.skip_nonfinite(train))
-    assert not is_step(fnrun.skip_nonfinite(noisy))
+    assert isinstance(fnrun.skip_nonfinite(train), PureStep)
+    assert not isinstance(fnrun.skip_nonfinite(noisy), PureStep)
     seen, _ = states_seen(fnrun.epoch_loop(fnrun.skip_nonfinite(train)), fresh(), STREAM)
     assert len(seen) == 4

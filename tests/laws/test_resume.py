@@ -55,7 +55,7 @@ class Training:
                 val=fnrun.eval_loop(fnrun.make_eval_step(model, loss_fn, weights="ema")),
             ),
             epochs,
-            hooks=[hooks.early_stopping("val/loss", patience=5)],
+            hooks=[hooks.early_stopping("val/loss", patience=9)],
             observers=[
                 observers.log(to=sinks, name="epoch"),
                 *([] if checkpoints is None else [observers.checkpoint(checkpoints, monitor="val/accuracy", mode="max", keep=2)]),
