@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import itertools
 import random
 import warnings
 
@@ -10,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import fnrun
 from fnrun import metrics, optim, tree
+from fnrun.steps.pieces import PairwiseSum
 
 
 class Everything(nn.Module):
@@ -362,3 +367,323 @@ def test_a_lazy_model_is_told_to_be_run_once():
 def test_what_compile_takes():
     with pytest.raises(TypeError, match="compile= is True or False, and not 'no'"):
         fnrun.make_train_step(nn.Linear(2, 1), lambda model, x: model(x).sum(), optim.sgd(0.1), compile="no")  # pyright: ignore[reportArgumentType]
+
+
+# --- the step as a value ------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Batch norm, dropout, and a buffer that nobody changes."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        with fnrun.Key(0).scope():
+            self.first, self.norm, self.drop, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.4), nn.Linear(6, 4)
+        self.register_buffer("table", torch.arange(4.0))
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.last(self.drop(self.norm(self.first(x)).tanh())) + 0.01 * self.table
+
+
+def rows_of(n, seed=0):
+    with fnrun.Key(seed).scope():
+        return torch.randn(n, 4)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Graphs are called as they were recorded: what inductor makes of them takes seconds each, and is tested beside it."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *args, **kwargs: graph)
+
+
+def made(optimizer=None, loss=loss_fn, model=None, **options):
+    model, optimizer = model or Net(), optimizer or optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
+    return fnrun.make_train_step(model, loss, optimizer, **options), fnrun.TrainState.create(model, optimizer, seed=3)
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("optimizer", [optim.adamw(1e-2), optim.dynamic_loss_scale(optim.sgd(0.1), init_scale=8.0)])
+def test_a_step_is_the_composition_of_its_parts(optimizer, microbatches):
+    step, state = made(optimizer, microbatches=microbatches)
+    for i in range(2):
+        g, b, m = step.gradients(state, rows_of(8, i))
+        s, more = step.update(state.replace(buffers=b), g)
+        state, seen = step(state, rows_of(8, i))
+        assert tree.equal((state, seen), (s, {**m, **more}))
+        assert set(g) == set(state.params)
+        assert not any(t.requires_grad for t in g.values())
+
+
+def test_gradients_are_of_the_loss_itself_also_where_it_is_scaled():
+    plain, state = made(optim.sgd(0.1))
+    scaled, scaled_state = made(optim.dynamic_loss_scale(optim.sgd(0.1), init_scale=2.0**12))
+    assert tree.equal(plain.gradients(state, rows_of(8))[0], scaled.gradients(scaled_state, rows_of(8))[0])
+
+
+def test_other_gradients_in_a_step_are_keyed_donated_compiled_and_detached(recorded):
+    step, state = made()
+
+    def noisy(state, batch):
+        grads, buffers, metrics = step.gradients(state, batch)
+        fnrun.report("noise", torch.ones(()))
+        return {n: g + 0.01 * torch.randn_like(g).requires_grad_() for n, g in grads.items()}, buffers, metrics
+
+    other = dataclasses.replace(step, gradients=noisy)
+    end, seen = other(state, rows_of(8))
+    assert tree.equal(end, other(state, rows_of(8))[0]), "two calls draw the same noise"
+    assert not tree.equal(end.params, step(state, rows_of(8))[0].params)
+    assert seen["noise"] == 1.0
+    assert not any(p.requires_grad for p in end.params.values())
+    assert other.donates
+    batches = [rows_of(8, i) for i in range(4)]
+    plain, _ = fnrun.epoch_loop(other)(state, batches)
+    donated, _ = fnrun.epoch_loop(other, donate=True)(state, batches)
+    assert tree.equal(plain, donated)
+    compiled = dataclasses.replace(made(compile=True)[0], gradients=noisy)
+    quick, _ = fnrun.epoch_loop(compiled)(state, batches)
+    torch.testing.assert_close(dict(quick.params), dict(plain.params), rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_of_ones_own_is_not_donated_and_said_so():
+    step, state = made()
+
+    def halved(state, grads):
+        return step.update(state, {name: g / 2 for name, g in grads.items()})
+
+    other = dataclasses.replace(step, update=halved)
+    assert not other.donates
+    with pytest.warns(UserWarning, match="donate=True: .* cannot write the new state over the old one"):
+        loop = fnrun.epoch_loop(other, donate=True)
+    end, _ = loop(state, [rows_of(8)])
+    g, b, _ = step.gradients(state, rows_of(8))
+    assert tree.equal(end.params, step.update(state.replace(buffers=b), {n: x / 2 for n, x in g.items()})[0].params)
+    with pytest.raises(ValueError, match=r"leaves state\.step at 0, and it counts one more, 1"):
+        dataclasses.replace(step, update=lambda state, grads: (state, {}))(state, rows_of(8))
+    with pytest.raises(TypeError, match="its gradients are those of another loss"):
+        dataclasses.replace(step, loss=lambda params, buffers, batch, *, key=None: None)
+
+
+def test_the_loss_is_a_function_that_is_differentiable_in_anything():
+    model = Net(torch.float64)
+    step, state = made(optim.sgd(0.1), model=model)
+    batch, key = rows_of(8).double(), state.rng.fold_in("train", 0)
+    inputs = {n: p.clone().requires_grad_() for n, p in state.params.items()}
+    loss, (buffers, seen) = step.loss(inputs, state.buffers, batch, key=key)
+    grads = torch.autograd.grad(loss, list(inputs.values()))
+    g, b, _ = step.gradients(state, batch)
+    torch.testing.assert_close(dict(zip(inputs, grads, strict=True)), g, rtol=1e-12, atol=1e-12)
+    assert tree.equal((buffers, seen), (b, {}))
+    model.drop.eval()
+    quiet, state = made(optim.sgd(0.1), model=model)
+    x = batch.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda w, x: quiet.loss({**state.params, "last.weight": w}, state.buffers, x)[0], (inputs["last.weight"], x)
+    )
+
+
+def test_a_loss_without_a_key_draws_nothing():
+    step, state = made()
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"train_step\(Net\): the loss draws random numbers \(\w+\), and was given no key"):
+        step.loss(state.params, state.buffers, rows_of(8))
+    assert torch.equal(torch.get_rng_state(), before)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    step, state = made(model=attention, loss=lambda model, x: model(x, x, x, need_weights=False)[0].mean())
+    step.loss(state.params, state.buffers, rows_of(8)[None])  # its kernel could, and does not
+
+
+def test_what_wraps_a_step_is_a_function():
+    step, state = made()
+    wrapper = functools.wraps(step)(lambda state, batch: step(state, batch))
+    assert not isinstance(wrapper, fnrun.steps.TrainStep)
+    with pytest.warns(UserWarning, match="donate=True"):
+        fnrun.epoch_loop(wrapper, donate=True)
+    assert tree.equal(wrapper(state, rows_of(8)), step(state, rows_of(8)))
+
+
+def test_a_compiled_step_skips_what_is_not_finite(recorded):
+    step, state = made(compile=True)
+    skipping = fnrun.skip_nonfinite(step)
+    assert isinstance(skipping, fnrun.steps.TrainStep)
+    bad = torch.full((8, 4), float("nan"))
+    end, seen = skipping(skipping(state, rows_of(8))[0], bad)
+    assert seen == {"skipped": 1.0}
+    assert end.step == 2
+    assert tree.equal(end.replace(step=1), skipping(state, rows_of(8))[0])
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_compiled_and_fused_steps_draw_the_masks_of_single_ones(microbatches, recorded):
+    batches = [rows_of(8, i) for i in range(4)]
+    step, state = made(optim.sgd(0.1), microbatches=microbatches)
+    plain, _ = fnrun.step_loop(step, 4)(state, batches)
+    compiled, _ = made(optim.sgd(0.1), microbatches=microbatches, compile=True)
+    for k in (1, 2):
+        end, _ = fnrun.step_loop(compiled, 4, fused_steps=k)(state, batches)
+        torch.testing.assert_close(dict(end.params), dict(plain.params), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dict(end.buffers), dict(plain.buffers), rtol=1e-5, atol=1e-5)
+
+
+# --- microbatches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fold", [lambda e, mask: metrics.mean(e, mask), lambda e, mask: metrics.sum(e * mask)], ids=["mean", "sum"])
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_the_gradient_does_not_depend_on_the_cut(fold, drawn):
+    rows, n = drawn.draw(st.integers(1, 9)), drawn.draw(st.integers(1, 12))
+    mask = drawn.draw(st.lists(st.lists(st.sampled_from([0.0, 1.0, 0.3]), min_size=4, max_size=4), min_size=rows, max_size=rows))
+    batch = {"mask": torch.tensor(mask).double(), "x": rows_of(rows).double()}
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    loss = lambda model, batch: fold(model(batch["x"]).square(), batch["mask"])  # noqa: E731
+    step, state = made(optim.sgd(0.1, momentum=0.9), loss, model, microbatches=n)
+    grads, _, seen = step.gradients(state, batch)
+    value = fold(model(batch["x"]).square(), batch["mask"]).compute()
+    if isinstance(seen["loss"], metrics.Mean) and not batch["mask"].any():
+        assert set(grads.values()) == {None}
+        return
+    torch.testing.assert_close(seen["loss"].compute(), value.detach(), rtol=1e-12, atol=1e-12)
+    whole = torch.autograd.grad(value, list(model.parameters()))
+    torch.testing.assert_close(list(grads.values()), list(whole), rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_of_weight_0_makes_no_update_and_is_said_once(caplog):
+    for n in (1, 2):
+        caplog.clear()
+        loss = lambda model, b: metrics.mean(model(b["x"]).square(), b["mask"])  # noqa: E731
+        step, state = made(optim.sgd(0.1, momentum=0.9, weight_decay=0.1), loss, nn.Linear(4, 4), microbatches=n)
+        state, _ = step(state, {"x": rows_of(4), "mask": torch.ones(4, 4)})
+        for _ in range(2):
+            after, _ = step(state, {"x": rows_of(4), "mask": torch.zeros(4, 4)})
+            assert after.step == 2
+            assert tree.equal((after.params, after.opt_state), (state.params, state.opt_state))
+        assert caplog.text.count("every weight of the loss is 0 makes no update") == 1
+
+
+def test_a_piece_of_weight_0_adds_nothing():
+    loss = lambda model, b: metrics.mean(model(b["x"]).square(), b["mask"])  # noqa: E731
+    model, mask = nn.Linear(4, 4), torch.ones(4, 4)
+    mask[2:] = 0
+    one, state = made(optim.sgd(0.1), loss, model)
+    two, _ = made(optim.sgd(0.1), loss, model, microbatches=2)
+    half = one.gradients(state, {"x": rows_of(4)[:2], "mask": mask[:2]})[0]
+    assert tree.equal(two.gradients(state, {"x": rows_of(4), "mask": mask})[0], half)
+
+
+def test_the_weight_of_a_loss_is_data():
+    loss = lambda model, x: metrics.mean(model(x).square(), model(x))  # noqa: E731
+    step, state = made(optim.sgd(0.1), loss, nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="the weight of a loss is data, and this one requires grad"):
+        step(state, rows_of(4))
+
+
+def aligned(start, end):
+    """The complete subtrees of which a range of leaves consists."""
+    while start < end:
+        size = start & -start or 1 << 30
+        while size > end - start:
+            size //= 2
+        yield start, start + size
+        start += size
+
+
+def test_a_sum_over_pieces_is_one_tree_however_they_are_grouped():
+    values = [torch.tensor(v) for v in (1e8, 1.0, -1e8, 3.0, 1e-3, 7.0, 1e7, -2.5)]
+
+    def tree_sum(values, at=0):
+        total = PairwiseSum()
+        for i, value in enumerate(values, at):
+            total.add(i, value)
+        return total.result()
+
+    def recursive(parts, start, end):
+        if (start, end) in parts:
+            return parts[start, end]
+        middle = (start + end) // 2
+        return recursive(parts, start, middle) + recursive(parts, middle, end)
+
+    whole = ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]))
+    assert sum(values[1:], values[0]) != whole, "the order is seen in the bits"
+    for groups in ([1] * 8, [2] * 4, [4, 4], [3, 3, 2], [8]):
+        ends = list(itertools.accumulate(groups))
+        subtrees = [part for size, end in zip(groups, ends, strict=True) for part in aligned(end - size, end)]
+        parts = {(start, end): tree_sum(values[start:end]) for start, end in subtrees}
+        assert torch.equal(recursive(parts, 0, 8), whole), groups
+    assert torch.equal(tree_sum(values), whole)
+    assert torch.equal(tree_sum(values[2:4], at=2), values[2] + values[3]), "absent ones are skipped"
+    assert torch.equal(tree_sum(values[:7]), ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + values[6]))
+
+
+def test_at_most_log2_and_one_partial_sums_live_at_a_time():
+    class Counted:
+        alive, most = 0, 0
+
+        def __init__(self):
+            Counted.alive += 1
+            Counted.most = max(Counted.most, Counted.alive)
+
+        def __del__(self):
+            Counted.alive -= 1
+
+        def __add__(self, other):
+            return Counted()
+
+    total = PairwiseSum()
+    most = 0
+    for i in range(16):
+        total.add(i, Counted())
+        most = max(most, Counted.alive)
+    assert most <= 5
+    assert Counted.most <= 7  # and while two join
+
+
+def test_buffers_that_are_averages_are_averaged_by_examples():
+    step, state = made(optim.sgd(0.1), microbatches=3)
+    one, _ = made(optim.sgd(0.1))
+    x = rows_of(8)
+    pieces = [x[:2], x[2:5], x[5:]]
+    _, buffers, _ = step.gradients(state, x)
+    each = [one.gradients(state, piece)[1] for piece in pieces]
+    for name in ("norm.running_mean", "norm.running_var"):
+        expected = sum(b[name].double() * len(p) for b, p in zip(each, pieces, strict=True)) / 8
+        torch.testing.assert_close(buffers[name], expected.float())
+    assert buffers["norm.num_batches_tracked"] == 1
+    assert buffers["table"] is state.buffers["table"]
+
+
+def test_a_piece_of_one_row_under_batch_norm_is_refused_as_torch_does():
+    step, state = made(microbatches=4)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        step(state, rows_of(5))
+
+
+def test_another_buffer_that_differs_between_pieces_is_named():
+    class Norms(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("center", torch.zeros(4))
+
+        def forward(self, x):
+            self.center.mul_(0.9).add_(0.1 * x.mean(0))
+            return super().forward(x - self.center)
+
+    step, state = made(optim.sgd(0.1), model=Norms(), microbatches=2)
+    with pytest.raises(ValueError, match="the buffer 'center' comes out of each microbatch with another value"):
+        step(state, rows_of(4))
+    made(optim.sgd(0.1), model=Norms())[0](state, rows_of(4))
+
+
+def test_fewer_rows_than_pieces_leave_some_out():
+    model = nn.Linear(4, 4).double()
+    one, state = made(optim.sgd(0.1), model=model)
+    many, _ = made(optim.sgd(0.1), model=model, microbatches=8)
+    batch = rows_of(3).double()
+    torch.testing.assert_close(many.gradients(state, batch)[0], one.gradients(state, batch)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_accumulate_has_another_name():
+    with pytest.raises(TypeError, match=r"accumulate=n is microbatches=n now.*masked means and sums"):
+        made(accumulate=2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'acumulate'"):
+        made(acumulate=2)

@@ -113,7 +113,7 @@ def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
     Each of the n is a training step, with its own randomness; the partial sum is in the state, so that a checkpoint between them loses
     nothing. A program that ends between them says so: the next call goes on with what is in the state, and after the last one it is in no
     update. What comes after it in the chain sees the updates only: schedules count these. `accumulate(n)` is for a chain,
-    `accumulate(n, optimizer)` the optimizer itself. (`make_train_step(accumulate=n)` cuts one batch into n instead.)
+    `accumulate(n, optimizer)` the optimizer itself. (`make_train_step(microbatches=n)` cuts one batch into n instead.)
 
     >>> from fnrun import optim
     >>> optimizer = optim.chain(optim.accumulate(2), optim.sgd(1.0))
