@@ -151,13 +151,9 @@ class _Graph:
                 raise Uncapturable(_MOVED.format("its metrics have other names"))
             if _alike(self._recorded, graph) and tree.equal(self._plan, now.plan) and self._draws == now.draws:
                 return
-            names = optree.treespec_paths(self._spec)
             with torch.no_grad():
                 old, new = now.outcome(self._recorded, self._plan, count, self._draws), now.outcome(graph, now.plan, count, now.draws)
-            state = len(old) - sum(path[0] == 1 for path in names)
-            differ = [f"{tree.join(names[i][1:])} was {old[i]}, is {new[i]}" for i in range(state, len(old)) if not _close(old[i], new[i])]
-            if not differ and _moved(leaves[:state], old, new):
-                differ = ["the update of the state is another one"]
+            differ = _differences(self._spec, leaves, old, new)
             if not differ and self._draws != now.draws:
                 differ = ["it draws other random numbers"]
             if differ:
@@ -174,6 +170,14 @@ _MOVED = (
     "with the old values. A number that the loss reads from elsewhere (a global, an attribute, a dictionary) is a constant of a graph: give "
     "it a place in the batch, as a tensor"
 )
+
+
+def _differences(spec: Any, leaves: list[Any], old: list[Any], new: list[Any]) -> list[str]:
+    """In words, where two results of the structure `spec` differ by more than rounding; `leaves` are those of the arguments, the state's first."""
+    names = optree.treespec_paths(spec)
+    state = len(old) - sum(path[0] == 1 for path in names)
+    differ = [f"{tree.join(names[i][1:])} was {old[i]}, is {new[i]}" for i in range(state, len(old)) if not _close(old[i], new[i])]
+    return differ or ["the update of the state is another one"] * _moved(leaves[:state], old, new)
 
 
 def _alike(a: GraphModule, b: GraphModule) -> bool:
@@ -232,6 +236,11 @@ def _captured(fn: Any, leaves: list[Any], own: int, inplace: bool, spec: Any, co
         if random.getstate() != python or np.random.get_state(legacy=False)["state"]["pos"] != numpy:  # pyright: ignore[reportArgumentType,reportCallIssue]
             raise Uncapturable("it draws from Python's or NumPy's generator, and what is drawn would be the same at every step")
         with torch.no_grad():
+            try:
+                now = recording.outcome(graph, recording.plan, count, recording.draws)
+            except Exception as error:  # some kernels are refused only now
+                raise Uncapturable(f"its graph fails when it is called: {type(error).__name__}: {error}") from error
+            recording.check(now)
             examples: list[Any] = recording.examples(count)
             run: Any = torch._inductor.compile(_without_alpha(GraphModule(graph, copy.deepcopy(graph.graph))), examples)
             try:
@@ -274,12 +283,14 @@ class _Recording:
         self.counters = counters
         self.plan: list[tuple[str, Any]] = []
         self.spec: Any = None
+        self.seen: list[Any] = []  # the leaves of the result of the call that was not recorded
         self.draws, self._given = Draws(), None
 
     def record(self, count: int) -> GraphModule:
         """The operations of one call, after another one that shows what it draws."""
         self.draws, self._given = Draws(), None
-        self(*self.examples(count))
+        examples = self.examples(count)
+        self.seen = self._result(self(*examples), self.plan, examples)
         self.draws.finish()
         self._given = len(self.draws.values)
         return make_fx(self, tracing_mode="real", _allow_non_fake_inputs=True)(*self.examples(count))
@@ -291,11 +302,22 @@ class _Recording:
 
     def outcome(self, graph: GraphModule, plan: list[tuple[str, Any]], count: int, draws: Draws) -> list[Any]:
         """The leaves of the result that a recorded graph computes from these arguments and draws."""
-        examples, leaves = self.examples(count, draws), list(self.leaves)
+        examples = self.examples(count, draws)
+        return self._result(graph(*examples), plan, examples)
+
+    def _result(self, outputs: Any, plan: list[tuple[str, Any]], examples: list[Tensor]) -> list[Any]:
+        leaves = list(self.leaves)
         for i, tensor in zip(self.inputs, examples[1:], strict=False):
             leaves[i] = tensor
-        outputs = graph(*examples)
         return [_made(kind, what, leaves, outputs) for kind, what in plan]
+
+    def check(self, now: list[Any]) -> None:
+        """Raise Uncapturable where the recorded operations are not all that the call does: `now` is what they compute."""
+        if not tree.equal(now, self.seen) and (differ := _differences(self.spec, self.leaves, self.seen, now)):
+            raise Uncapturable(
+                f"it does what is no operation of torch's that could be recorded ({'; '.join(differ)}): writes to a tensor by .data or .numpy()? "
+                "Write in place under torch.no_grad(): weight.copy_(...), buffer.mul_(...)"
+            )
 
     def __call__(self, count: Tensor, *tensors: Tensor) -> list[Tensor]:
         leaves = list(self.leaves)
