@@ -32,7 +32,9 @@ def kind(value: Any) -> str:
         return repr(value)
     if isinstance(value, type):
         return f"the class {value.__qualname__}"
-    if inspect.isroutine(value):
+    if inspect.isroutine(value) or "__qualname__" in getattr(
+        value, "__dict__", ()
+    ):  # what is made to go by a function's name, as steps are
         return f"the function {getattr(value, '__qualname__', value)}".replace("<locals>.", "").replace("<lambda>.", "")
     return a(type(value).__name__)
 
