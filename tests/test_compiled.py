@@ -375,6 +375,17 @@ def test_what_is_computed_again_has_the_same_dropout(p: float, recorded: list[An
     torch.testing.assert_close(dict(ends[1]), dict(ends[0]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_attention_is_in_the_graph(p: float, recorded: list[Any]) -> None:
+    """Its kernels could draw, and do not where there is no dropout."""
+    model, ends = nn.MultiheadAttention(6, 2, dropout=p, batch_first=True), []
+    for compile in (False, True):
+        step = fnrun.make_train_step(model, lambda m, b: m(b, b, b, need_weights=False)[0].square().mean(), optim.sgd(0.1), compile=compile)
+        ends.append(step(TrainState.create(model, optim.sgd(0.1)), X[:8].view(2, 4, 6))[0].params)
+    assert recorded
+    torch.testing.assert_close(dict(ends[1]), dict(ends[0]), rtol=1e-5, atol=1e-6)
+
+
 def test_a_generator_of_the_loss_is_in_no_graph(recorded: list[Any]) -> None:
     model = nn.Linear(6, 3)
 

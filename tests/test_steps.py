@@ -682,6 +682,19 @@ def test_fewer_rows_than_pieces_leave_some_out():
     torch.testing.assert_close(many.gradients(state, batch)[0], one.gradients(state, batch)[0], rtol=1e-12, atol=1e-12)
 
 
+def test_a_batch_without_examples_is_refused():
+    step, state = made(model=nn.Linear(4, 4), microbatches=2)
+    with pytest.raises(ValueError, match="the batch has no examples"):
+        step(state, rows_of(0))
+
+
+def test_a_compiled_loss_with_weights_goes_on_without_a_graph_and_says_why(recorded):
+    loss = lambda model, b: metrics.mean(model(b["x"]).square(), b["mask"])  # noqa: E731
+    step, state = made(optim.sgd(0.1), loss, nn.Linear(4, 4), compile=True)
+    with pytest.warns(UserWarning, match="goes on without: its loss is a metrics.mean, .*: return a scalar"):
+        step(state, {"x": rows_of(4), "mask": torch.ones(4, 4)})
+
+
 def test_accumulate_has_another_name():
     with pytest.raises(TypeError, match=r"accumulate=n is microbatches=n now.*masked means and sums"):
         made(accumulate=2)

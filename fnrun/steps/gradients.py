@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fnrun import tree
-from fnrun.optim.lists import read
+from fnrun.optim.lists import eager, read
+from fnrun.steps.draws import Uncapturable
 from fnrun.steps.given import check_dense, check_function, check_scalar, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Weighed
@@ -136,7 +137,7 @@ class Gradients:
             metrics = {name: detached_all(value) for name, value in reported(metrics, reports).items()}
         if not loss.divided:
             grads = [None if g is None else g * loss.weight for g in grads]
-        elif loss.weight is not None and read(loss.weight) == 0:
+        elif loss.weight is not None and _nothing_weighs(loss.weight):
             grads = self._nothing(grads)
         return grads, buffers, metrics
 
@@ -156,7 +157,9 @@ class Gradients:
             dtypes = [dtype if g is None else g.dtype for g, dtype in zip(grads, dtypes, strict=True)]
             total.add(i, joined.part(grads, loss, rows, buffers, moved, metrics))
         whole = total.result()
-        if isinstance(whole.weight, Tensor) and read(whole.weight) == 0:
+        if whole is None:
+            raise ValueError(f"{self.name}: the batch has no examples, so no microbatch has")
+        if isinstance(whole.weight, Tensor) and _nothing_weighs(whole.weight):
             whole.grads = self._nothing(whole.grads)
         return joined.result(whole, dtypes)
 
@@ -210,6 +213,13 @@ class Gradients:
         if written:
             buffers = Written(buffers, written)
         return grads, weighed, buffers, metrics
+
+
+def _nothing_weighs(weight: Tensor) -> bool:
+    """Waits for a weight on a device: whether there is an update depends on it."""
+    if not eager():
+        raise Uncapturable("its loss is a metrics.mean, and whether every weight is 0 depends on computed numbers: return a scalar")
+    return bool(read(weight) == 0)
 
 
 def unscaled(grads: list[Any], scale: Tensor) -> list[Any]:
