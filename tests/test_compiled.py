@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -508,3 +509,24 @@ def test_python_that_computes_the_same_in_another_way_is_no_matter(recorded: lis
     assert cache
     assert len(recorded) == 1
     assert end.step == 4
+
+
+class Normalized(nn.Linear):
+    """Writes to its weight in a way that is no operation of torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.weight.data = self.weight.data / self.weight.data.norm()
+        return super().forward(x)
+
+
+def test_what_a_recording_would_miss_is_not_compiled():
+    model, optimizer = Normalized(4, 4), optim.sgd(0.1)
+    loss = lambda model, x: model(x).square().mean()  # noqa: E731
+    ends = []
+    for compile in (False, True):
+        step, state = fnrun.make_train_step(model, loss, optimizer, compile=compile), TrainState.create(model, optimizer)
+        with pytest.warns(UserWarning, match="what is no operation of torch's") if compile else contextlib.nullcontext():
+            for _ in range(3):
+                state, _ = step(state, X[:8, :4])
+        ends.append(state.params)
+    assert tree.equal(*ends)
