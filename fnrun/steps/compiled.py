@@ -17,7 +17,7 @@ from fnrun.steps.draws import Draws, TracedKey, Uncapturable
 from fnrun.steps.gradients import Gradients
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.surroundings import Surroundings
-from fnrun.steps.train import TrainStep, composed, one_by_one, together
+from fnrun.steps.train import TrainStep, composed, each, one_by_one, together
 from fnrun.steps.update import Update
 
 
@@ -38,11 +38,7 @@ class CompiledCall:
         if (graphs := self._graphs.get(step)) is None:
             graphs = self._graphs[step] = _Graphs(step)
         if len(batches) > 1 and not _alike(batches):
-            seen: list[Metrics] = []
-            for batch in batches:
-                state, metrics = self(step, state, [batch], lease)
-                seen.append(metrics)
-            return state, together(seen, batches)
+            return each(lambda state, batch: self(step, state, [batch], lease), state, batches)
         graphs.rehearse(state, batches[0])
         if graphs.reason is None and (result := graphs(state, batches, lease)) is not None:
             return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,8 +67,6 @@ class Cut:
 
     name: str
     pieces: int = 1
-    examples: Any = None
-    split: Callable[[Any, int], Any] | None = None
 
     def rows(self, batch: Any) -> int:
         return folds.examples(batch)

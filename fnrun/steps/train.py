@@ -33,8 +33,8 @@ class TrainStep(PureStep):
 
     The step is their composition: `g, b, m = step.gradients(state, batch); s, more = step.update(state.replace(buffers=b), g)` and
     `(s, {**m, **more})`. A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other
-    gradients; `gradients` come of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's generators are seeded from the state's key around it), and what it returns is
-    detached and checked. `call` says how the parts are put together: one after the other, or as one compiled graph.
+    gradients; `gradients` come of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's
+    generators are seeded from the state's key around it), and what it returns is detached and checked. `call` says how the parts are put together: one after the other, or as one compiled graph.
 
     >>> from fnrun import TrainState, make_train_step, optim
     >>> model = torch.nn.Linear(3, 1)
@@ -102,11 +102,16 @@ class TrainStep(PureStep):
 
 def one_by_one(step: TrainStep, state: Any, batches: list[Any], lease: Lease | None) -> tuple[Any, Metrics]:
     """The parts one after the other, for each batch."""
+    return each(lambda state, batch: composed(step, state, batch, lease), state, batches)
+
+
+def each(call: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batches: list[Any]) -> tuple[Any, Metrics]:
+    """`call(state, batch)` for one batch after the other; the metrics of several as those of one."""
     if len(batches) == 1:
-        return composed(step, state, batches[0], lease)
+        return call(state, batches[0])
     seen: list[Metrics] = []
     for batch in batches:
-        state, metrics = composed(step, state, batch, lease)
+        state, metrics = call(state, batch)
         seen.append(metrics)
     return state, together(seen, batches)
 

@@ -10,7 +10,7 @@ import torch
 
 from fnrun.steps.given import check_function
 from fnrun.steps.kinds import Function, Metrics, PureStep, Step
-from fnrun.steps.train import TrainStep, together
+from fnrun.steps.train import TrainStep, each
 
 
 def skip_nonfinite(step: Any) -> Any:
@@ -37,11 +37,7 @@ class _Finite:
         self.fuses = getattr(call, "fuses", False)
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], lease: Any) -> tuple[Any, Metrics]:
-        seen: list[Metrics] = []
-        for batch in batches:
-            state, metrics = _finite(lambda state, batch: self.call(step, state, [batch], None), state, batch)
-            seen.append(metrics)
-        return state, seen[0] if len(seen) == 1 else together(seen, batches)
+        return each(_checked(lambda state, batch: self.call(step, state, [batch], None)), state, batches)
 
 
 def _checked(step: Step) -> Callable[[Any, Any], tuple[Any, Metrics]]:
