@@ -548,17 +548,37 @@ def test_the_gradient_does_not_depend_on_the_cut(fold, drawn):
     torch.testing.assert_close(list(grads.values()), list(whole), rtol=1e-12, atol=1e-12)
 
 
-def test_a_batch_of_weight_0_makes_no_update_and_is_said_once(caplog):
-    for n in (1, 2):
-        caplog.clear()
-        loss = lambda model, b: metrics.mean(model(b["x"]).square(), b["mask"])  # noqa: E731
-        step, state = made(optim.sgd(0.1, momentum=0.9, weight_decay=0.1), loss, nn.Linear(4, 4), microbatches=n)
-        state, _ = step(state, {"x": rows_of(4), "mask": torch.ones(4, 4)})
-        for _ in range(2):
-            after, _ = step(state, {"x": rows_of(4), "mask": torch.zeros(4, 4)})
-            assert after.step == 2
-            assert tree.equal((after.params, after.opt_state), (state.params, state.opt_state))
-        assert caplog.text.count("every weight of the loss is 0 makes no update") == 1
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_batch_of_weight_0_makes_no_update_counts_as_skipped_and_is_said_once(n, compile, caplog, recorded):
+    loss = lambda model, b: metrics.mean(model(b["x"]).square(), b["mask"])  # noqa: E731
+    step, state = made(
+        optim.sgd(fnrun.schedules.linear(0.1, 0.0, 9), momentum=0.9, weight_decay=0.1),
+        loss,
+        nn.Linear(4, 4),
+        microbatches=n,
+        compile=compile,
+    )
+    state, seen = step(state, {"x": rows_of(4), "mask": torch.ones(4, 4)})
+    assert seen["skipped"] == 0
+    for _ in range(2):
+        after, seen = step(state, {"x": rows_of(4), "mask": torch.zeros(4, 4)})
+        assert after.step == 2
+        assert seen["skipped"] == 1
+        assert tree.equal((after.params, after.opt_state), (state.params, state.opt_state))
+    assert caplog.text.count("every weight of the loss is 0 makes no update") == 1
+    plain, _ = made(optim.sgd(fnrun.schedules.linear(0.1, 0.0, 9), momentum=0.9, weight_decay=0.1), loss, nn.Linear(4, 4), microbatches=n)
+    batch = {"x": rows_of(4), "mask": torch.tensor([1.0, 0, 1, 1]).expand(4, 4)}
+    one, other = step(after, batch)[0], plain(after, batch)[0]
+    assert tree.equal(one.opt_state.hyper.count, other.opt_state.hyper.count)
+    torch.testing.assert_close(one.params, other.params)
+
+
+def test_a_loss_does_not_say_by_a_metric_that_its_batch_was_skipped():
+    for loss in (lambda model, x: (model(x).mean(), {"skipped": 0.5}), lambda model, x: (fnrun.report("skipped", 1), model(x).mean())[1]):
+        step, state = made(optim.sgd(0.1), loss, nn.Linear(4, 4))
+        with pytest.raises(ValueError, match="'skipped' is the name of what says that a batch made no update"):
+            step(state, rows_of(4))
 
 
 def test_a_piece_of_weight_0_adds_nothing():
@@ -686,13 +706,6 @@ def test_a_batch_without_examples_is_refused():
     step, state = made(model=nn.Linear(4, 4), microbatches=2)
     with pytest.raises(ValueError, match="the batch has no examples"):
         step(state, rows_of(0))
-
-
-def test_a_compiled_loss_with_weights_goes_on_without_a_graph_and_says_why(recorded):
-    loss = lambda model, b: metrics.mean(model(b["x"]).square(), b["mask"])  # noqa: E731
-    step, state = made(optim.sgd(0.1), loss, nn.Linear(4, 4), compile=True)
-    with pytest.warns(UserWarning, match="goes on without: its loss is a metrics.mean, .*: return a scalar"):
-        step(state, {"x": rows_of(4), "mask": torch.ones(4, 4)})
 
 
 def test_accumulate_has_another_name():

@@ -41,6 +41,8 @@ class CompiledCall:
             return each(lambda state, batch: self(step, state, [batch], lease), state, batches)
         graphs.rehearse(state, batches[0])
         if graphs.reason is None and (result := graphs(state, batches, lease)) is not None:
+            if "skipped" in result[1] and isinstance(step.gradients, Gradients):
+                step.gradients.tell(result[1])
             return result
         failed_now = not graphs.told
         graphs.told = True

@@ -42,13 +42,17 @@ def check_function(who: str, function: Any, arguments: int, call: str, returns: 
     raise TypeError(f"{who} takes a function, {call} -> {returns}, and not {kind(function)}{hint}")
 
 
+_OWN = {"loss": "the loss itself", "skipped": "what says that a batch made no update"}
+
+
 def loss_and_metrics(result: Any) -> tuple[Any, Metrics]:
     if not isinstance(result, tuple):
         return result, {}
     if len(result) != 2 or not isinstance(result[1], Mapping):
         raise ValueError("loss_fn returns a loss, or (loss, metrics) with metrics a dict of names and values")
-    if "loss" in result[1]:
-        raise ValueError("loss_fn: 'loss' is the name of the loss itself; call the metric something else")
+    for name, what in _OWN.items():
+        if name in result[1]:
+            raise ValueError(f"loss_fn: {name!r} is the name of {what}; call the metric something else")
     loss, metrics = result
     return loss, dict(metrics)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fnrun import tree
 from fnrun.optim.lists import eager, read
-from fnrun.steps.draws import Uncapturable
 from fnrun.steps.given import check_dense, check_function, check_scalar, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Weighed
@@ -134,11 +133,11 @@ class Gradients:
     def _whole(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
         with self.within(state.rng, "train", state.step) as reports:
             grads, loss, buffers, metrics = self._of(state, batch)
-            metrics = {name: detached_all(value) for name, value in reported(metrics, reports).items()}
+            metrics = {name: detached_all(value) for name, value in _with(metrics, reports).items()}
         if not loss.divided:
             grads = [None if g is None else g * loss.weight for g in grads]
-        elif loss.weight is not None and _nothing_weighs(loss.weight):
-            grads = self._nothing(grads)
+        elif loss.weight is not None:
+            grads, metrics = self._weighed(loss.weight, grads, metrics)
         return grads, buffers, metrics
 
     def _in_pieces(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
@@ -147,7 +146,7 @@ class Gradients:
             moved: set[str] = set()
             with self.within(state.rng, "train", state.step, i) as reports:
                 grads, loss, buffers, metrics = self._of(state, piece, moved)
-                metrics = reported(metrics, reports)
+                metrics = _with(metrics, reports)
             if isinstance(buffers, Written):
                 raise ValueError(
                     f"{self.name}: the forward changes the parameters {sorted(buffers.params)}, and each microbatch would change them in its "
@@ -159,16 +158,29 @@ class Gradients:
         whole = total.result()
         if whole is None:
             raise ValueError(f"{self.name}: the batch has no examples, so no microbatch has")
-        if isinstance(whole.weight, Tensor) and _nothing_weighs(whole.weight):
-            whole.grads = self._nothing(whole.grads)
-        return joined.result(whole, dtypes)
+        grads, buffers, metrics = joined.result(whole, dtypes)
+        if isinstance(whole.weight, Tensor):
+            grads, metrics = self._weighed(whole.weight, grads, metrics)
+        return grads, buffers, metrics
 
-    def _nothing(self, grads: list[Any]) -> list[Any]:
-        """Of a batch whose whole weight is 0."""
-        if not self._told:
+    def _weighed(self, weight: Tensor, grads: list[Any], metrics: Metrics) -> tuple[list[Any], Metrics]:
+        """Of a batch whose whole weight is 0 there are no gradients, so no update. Whether it is waits for a device, but in a graph."""
+        skipped = read(weight == 0)
+        if isinstance(skipped, Tensor) and eager():
+            skipped = bool(skipped)
+        metrics = {**metrics, "skipped": skipped.double() if isinstance(skipped, Tensor) else float(skipped)}
+        if isinstance(skipped, Tensor):  # who puts the parts together selects by it
+            return grads, metrics
+        self.tell(metrics)
+        return [None] * len(grads) if skipped else grads, metrics
+
+    def tell(self, metrics: Metrics) -> None:
+        """Say once that a batch made no update, where the host knows it."""
+        skipped = metrics.get("skipped")
+        skipped = getattr(skipped, "total", skipped)
+        if not self._told and skipped is not None and not getattr(skipped, "is_cuda", False) and float(skipped):
             self._told = True
             logger.warning("%s: a batch in which every weight of the loss is 0 makes no update (said once)", self.name)
-        return [None] * len(grads)
 
     def _of(self, state: Any, batch: Any, moved: set[str] | None = None) -> tuple[list[Any], Weighed, Any, Metrics]:
         """The gradients of the mean of a batch or piece, what it weighs, the buffers (of which `moved` were written to), the metrics."""
@@ -215,11 +227,10 @@ class Gradients:
         return grads, weighed, buffers, metrics
 
 
-def _nothing_weighs(weight: Tensor) -> bool:
-    """Waits for a weight on a device: whether there is an update depends on it."""
-    if not eager():
-        raise Uncapturable("its loss is a metrics.mean, and whether every weight is 0 depends on computed numbers: return a scalar")
-    return bool(read(weight) == 0)
+def _with(metrics: Metrics, reports: dict[str, Any]) -> Metrics:
+    if "skipped" in reports:
+        raise ValueError("report: 'skipped' is the name of what says that a batch made no update; call the value something else")
+    return reported(metrics, reports)
 
 
 def unscaled(grads: list[Any], scale: Tensor) -> list[Any]:

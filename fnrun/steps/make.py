@@ -43,7 +43,7 @@ def make_train_step(
     - Submodules run in the train/eval modes that they have now. Buffers (batch statistics) come back in the new state.
     - A parameter with `requires_grad=False` is not trained; one that the loss does not reach is left alone, as in torch.
     - The loss may be a fold: `metrics.mean(values, weight)`, as a mean over the tokens that are no padding, or `metrics.sum(values)`, which is
-      not divided. A batch in which every weight is 0 makes no update. A scalar is a mean over the batch's examples.
+      not divided. A batch in which every weight is 0 makes no update, and the metric `skipped` is 1. A scalar is a mean over the batch's examples.
     - `microbatches=n` cuts the batch into n pieces, rows `rows * i // n` to `rows * (i + 1) // n`, computed one after the other: n times less
       memory for activations. The gradient is that of the whole batch, where the loss is a sum over examples and the module treats examples
       apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are added in a balanced

@@ -13,6 +13,8 @@ from fnrun import metrics as folds, tree
 from fnrun.donation import Lease
 from fnrun.inplace import Guard
 from fnrun.metrics.base import wide
+from fnrun.optim.lists import eager
+from fnrun.optim.wrappers import choose
 from fnrun.state import is_state, no_state
 from fnrun.steps.given import detached, detached_all, reported
 from fnrun.steps.gradients import Gradients, Written
@@ -121,6 +123,9 @@ def composed(step: TrainStep, state: Any, batch: Any, lease: Lease | None = None
     if not is_state(state) or not hasattr(state, "opt_state"):
         raise no_state(step.name, state, batch, "batch")
     grads, buffers, metrics = step.gradients(state, batch)
+    skipped = metrics.get("skipped")
+    if isinstance(skipped, torch.Tensor) and not eager():
+        return _unless(skipped, step, state.replace(buffers=buffers), grads, metrics)
     if lease is None:
         state, more = step.update(state.replace(buffers=buffers), grads)
     else:
@@ -133,6 +138,14 @@ def composed(step: TrainStep, state: Any, batch: Any, lease: Lease | None = None
                 grads = {name: lease.apart(grad) for name, grad in grads.items()}
         state, more = step.update.updated(state, grads, buffers, lease)
     return state, {**metrics, **more} if more else metrics
+
+
+def _unless(skipped: torch.Tensor, step: TrainStep, state: Any, grads: Any, metrics: Metrics) -> tuple[Any, Metrics]:
+    """The update, or none where `skipped` is not 0, for who cannot wait for it: both, selected leaf by leaf."""
+    (new, more), (still, _) = step.update(state, grads), step.update(state, dict.fromkeys(grads))
+    params, opt_state = choose(skipped != 0, lambda: (still.params, still.opt_state), lambda: (new.params, new.opt_state))
+    more["skipped"] = torch.maximum(skipped, torch.as_tensor(more.get("skipped", 0), dtype=skipped.dtype))
+    return new.replace(params=params, opt_state=opt_state), {**metrics, **more}
 
 
 def together(metrics: list[Metrics], batches: list[Any]) -> Metrics:
