@@ -52,7 +52,12 @@ def version(tensor: torch.Tensor) -> int:
 
 def _plain(leaf: Any) -> bool:
     """Whether bits can be compared."""
-    return type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout == torch.strided and not leaf.is_nested and not leaf.is_meta
+    plain = type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout == torch.strided and not leaf.is_nested and not leaf.is_meta
+    return plain and not _transformed(leaf)
+
+
+#: Under `torch.func` a tensor stands for several, or for one whose bits nothing may read.
+_transformed: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Marks:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
+from fnrun import tree
 from fnrun.undisturbed import undisturbed
 
 _collected: ContextVar[_Reports | None] = ContextVar("reports", default=None)
@@ -15,6 +18,7 @@ def report(name: str, value: Any) -> None:
 
     Callable from anywhere inside a step: a module's forward, an optimizer's update. Outside a step it does nothing.
     Of several reports under one name the last one counts, and a metric that the step returns under that name comes before it.
+    From within `torch.func.vmap` around which the step stands it has all members' values, stacked in front.
     Raises ValueError for the name `loss`, which is the loss's own.
 
     >>> report("attention/entropy", 1.5)      # outside a step: nothing happens
@@ -24,7 +28,19 @@ def report(name: str, value: Any) -> None:
         return
     if name == "loss":
         raise ValueError("report: 'loss' is the name of the loss itself; call the value something else")
-    collected[name] = value
+    collected[name] = value if _interpreter() is None else tree.map(lambda leaf: _outside(leaf, collected.level), value)
+
+
+def _outside(value: Any, level: int) -> Any:
+    """A value within `torch.func` transforms as it is at an outer level of them: the members' together, a gradient's without its graph."""
+    while isinstance(value, torch.Tensor) and (own := _functorch.maybe_get_level(value)) is not None and own > level:
+        place = _functorch.maybe_get_bdim(value) if _functorch.is_batchedtensor(value) else 0
+        value = _functorch.get_unwrapped(value).movedim(place, 0) if place else _functorch.get_unwrapped(value)
+    return value
+
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_interpreter = _functorch.peek_interpreter_stack
 
 
 def collecting() -> object | None:
@@ -33,13 +49,15 @@ def collecting() -> object | None:
 
 
 class _Reports(dict[str, Any]):
-    """The values by name, and of those that several optimizers report, whose they are."""
+    """The values by name, of those that several optimizers report, whose they are, and how many `torch.func` transforms stand around."""
 
-    __slots__ = ("owners",)
+    __slots__ = ("level", "owners")
 
     def __init__(self) -> None:
         super().__init__()
         self.owners: dict[str, object] = {}
+        within = _interpreter()
+        self.level = 0 if within is None else within.level()
 
 
 def name_of(name: str, owner: object) -> str:

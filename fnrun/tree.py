@@ -58,7 +58,7 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
     """
     if cls is None:
         return lambda cls: struct(cls, eq=eq)  # pyright: ignore[reportCallIssue]
-    cls = dataclasses.dataclass(frozen=True, slots=True, eq=eq, repr=cls.__repr__ is object.__repr__)(cls)
+    cls = dataclasses.dataclass(frozen=True, slots=True, weakref_slot=True, eq=eq, repr=cls.__repr__ is object.__repr__)(cls)
     cls.__setattr__, cls.__delattr__ = _refusing(cls), _refusing(cls)
     names = tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("pytree_node", True))
     statics = tuple(f.name for f in dataclasses.fields(cls) if f.name not in names)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import random
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -271,6 +273,31 @@ class TestErrors:
         step = fnrun.make_train_step(model, lambda model, x: model(x).mean(), optim.sgd(0.1, momentum=0.5))
         with pytest.raises(ValueError, match=r"opt_state is not that of this optimizer.*missing"):
             step(fnrun.TrainState.create(model, other), torch.ones(1, 2))
+
+    @pytest.mark.parametrize("chained", [False, True])
+    def test_a_state_of_another_optimizer_where_the_last_one_lay_in_memory(self, chained):
+        make = (lambda o: optim.chain(optim.clip_by_global_norm(1.0), o)) if chained else lambda o: o
+        model, optimizer = nn.Linear(2, 3), make(optim.sgd(0.1, momentum=0.5))
+        step = fnrun.make_train_step(model, lambda model, x: model(x).mean(), optimizer)
+        state = fnrun.TrainState.create(model, optimizer)
+        wrong = make(optim.adamw(0.1)).init(state.params)
+        state, _ = step(state, torch.ones(1, 2))
+        place, rest, others = id(state.opt_state), state.replace(opt_state=None), []
+        del state
+        while not others or (id(others[-1]) != place and len(others) < 1000):
+            others.append((*wrong,) if chained else dataclasses.replace(wrong))
+        assert id(others[-1]) == place
+        with pytest.raises(ValueError, match=r"opt_state is not that of this optimizer"):
+            step.update(rest.replace(opt_state=others[-1]), {name: torch.ones_like(p) for name, p in rest.params.items()})
+
+    def test_a_step_keeps_no_optimizer_state_alive(self):
+        model, optimizer = nn.Linear(2, 3), optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1, momentum=0.5))
+        step = fnrun.make_train_step(model, lambda model, x: model(x).mean(), optimizer)
+        state, _ = step(fnrun.TrainState.create(model, optimizer), torch.ones(1, 2))
+        memory = weakref.ref(state.opt_state[1].slots["momentum_buffer"]["weight"])
+        del state
+        gc.collect()
+        assert memory() is None
 
     def test_freezing_between_the_state_and_the_step(self):
         model = nn.Linear(2, 3)

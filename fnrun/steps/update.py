@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import optree
+import torch
 
 from fnrun import tree
 from fnrun.donation import Lease, unlisted
@@ -27,7 +29,7 @@ class Update:
         self._whole = len(trained) == len(params)
         self._guard = Guard(name)
         self._known: list[Any] = []  # structures of optimizer states that this step can go on with
-        self._given = 0  # the id of the one that it made last, which needs no look
+        self._made: Any = None  # what marks the one that it made last, which needs no look
 
     def __call__(self, state: Any, grads: Mapping[str, Any]) -> tuple[Any, Metrics]:
         return self.updated(state, grads, state.buffers, None)
@@ -53,7 +55,7 @@ class Update:
         params = params if self._whole else {**every, **params}
         if lease is not None:
             lease.settle(params, memory, buffers)
-        self._given = id(memory)
+        self._made = _mark(memory)
         new = state.replace(params=params, buffers=buffers, opt_state=memory, step=state.step + 1)
         return new, {name: detached_all(value) for name, value in reports.items()}
 
@@ -68,7 +70,7 @@ class Update:
     def check(self, state: Any) -> None:
         """Raise ValueError where the state does not hold what the optimizer remembers of these parameters: looked at for each new structure."""
         memory = state.opt_state
-        if id(memory) == self._given:
+        if _is_marked(memory, self._made):
             return
         structure = optree.tree_structure(memory)
         if structure in self._known:
@@ -93,3 +95,26 @@ class Update:
         updates = [getattr(part, "update", None) for part in parts or (self.optimizer,)]
         named = [getattr(update, "__qualname__", repr(update)) for update in updates if update]
         return f"{self.name}: the optimizer ({', '.join(named)})"
+
+
+def _mark(memory: Any) -> Any:
+    """What an optimizer state is known by later: weak references to the structs in it. None for what has no such thing."""
+    if type(memory) is tuple:
+        return tuple(map(_mark, memory))
+    if type(memory) is dict:
+        return {name: _mark(part) for name, part in memory.items()}
+    if isinstance(memory, torch.Tensor):
+        return None
+    try:
+        return weakref.ref(memory)
+    except TypeError:
+        return None
+
+
+def _is_marked(memory: Any, mark: Any) -> bool:
+    """Whether it is the state of this mark: the same structs in the same containers, all of them alive since then."""
+    if type(mark) is tuple:
+        return type(memory) is tuple and len(memory) == len(mark) and all(map(_is_marked, memory, mark))
+    if type(mark) is dict:
+        return type(memory) is dict and memory.keys() == mark.keys() and all(_is_marked(memory[name], m) for name, m in mark.items())
+    return memory is not None and mark is not None and mark() is memory

@@ -10,8 +10,9 @@ import torch
 import torch.utils._pytree as torch_pytree
 from hypothesis import given, settings, strategies as st
 
-from fnrun import Key, TrainState, optim, tree
+from fnrun import Key, TrainState, make_train_step, optim, tree
 from fnrun.donation import Lease
+from fnrun.reports import collect
 
 from . import cases
 from .cases import OPTIMIZERS
@@ -144,6 +145,51 @@ def test_vmap_over_members_agrees_with_separate_runs(name: str) -> None:
     for i, alone in enumerate(separate):
         tolerance = 2e-3 if name == "muon" else 2e-6  # bfloat16 products in another order
         assert cases.far({n: p[i] for n, p in together.items()}, alone) < tolerance
+
+
+@pytest.mark.parametrize("name", ["adamw", "clipped", "partition", "finite", "loss_scale"])
+def test_what_members_report_under_vmap_comes_back_as_values(name: str) -> None:
+    """Each member's as alone: from `step.update` by its metrics, from `optimizer.update` to whoever collects around it."""
+    clipped = lambda: optim.chain(optim.clip_by_global_norm(1.0), optim.accumulate(2), optim.adamw(1e-2))  # noqa: E731
+    optimizer = OPTIMIZERS.get(name, clipped)()
+    model = torch.nn.Linear(3, 4, bias=False)
+    step = make_train_step(model, lambda model, x: model(x).square().mean(), optimizer)
+    state, scales = TrainState.create(model, optimizer), torch.tensor([0.1, 1.0, 10.0])
+    params = {"weight": torch.stack([state.params["weight"] + i for i in range(3)])}
+    grads = {"weight": torch.stack([torch.ones(4, 3) * scale for scale in scales])}
+
+    def update(params: Any, grads: Any) -> Any:
+        new, metrics = step.update(state.replace(params=params), grads)
+        return new.params, metrics
+
+    for _ in range(5):  # some of them looked at for writes in place, some not
+        with collect() as around:
+            new, metrics = torch.func.vmap(update)(params, grads)
+        assert around == {}
+    with collect() as around:
+        torch.func.vmap(lambda params, grads: optimizer.update(grads, state.opt_state, params, step=0)[0])(params, grads)
+    for i in range(3):
+        own, alone = update({"weight": params["weight"][i]}, {"weight": grads["weight"][i]})
+        assert cases.far({"weight": new["weight"][i]}, own) < 2e-6
+        assert metrics.keys() == around.keys() == alone.keys()
+        for key, value in alone.items():
+            assert float(metrics[key][i]) == pytest.approx(float(value), rel=1e-6)
+            assert float(torch.as_tensor(around[key]).expand(3)[i]) == pytest.approx(float(value), rel=1e-6)
+
+
+def test_a_report_from_nested_transforms_is_a_value_outside() -> None:
+    def inner(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        watch({"x": x * y}, (), {"x": x})
+        return x * y
+
+    def watch(grads: Any, state: Any, params: Any) -> None:
+        optim.clip_by_global_norm(1.0).update(grads, state, params)
+
+    x, y = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0])
+    with collect() as around:
+        torch.func.vmap(torch.func.vmap(torch.func.grad(inner), (None, 0)), (0, None))(x, y)
+    assert torch.equal(around["grad_norm"], x[:, None] * y)
+    assert not around["grad_norm"].requires_grad
 
 
 def stacked_run(optimizer: optim.Optimizer, members: list[Any], count: int) -> Any:
