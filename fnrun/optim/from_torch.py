@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Leaf, Settings
-from fnrun.optim.lists import eager, known, note
+from fnrun.optim.lists import eager, note, read
 from fnrun.rng import Key
 from fnrun.tree import join, struct
 from fnrun.words import a
@@ -44,7 +44,8 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
     other numbers in `kwargs` may be schedules or leaves. What `init` needs to know of the memory, it learns from two steps on copies.
 
     Raises TypeError for a class whose steps need a closure (LBFGS) and for memory that is no data; RuntimeError under `torch.func`
-    transforms, `torch.compile` and where a gradient should flow through the update. Classes that draw random numbers do so from torch's
+    transforms, in a compiled step and where a gradient should flow through the update; ValueError for an `lr_scale` other than 1 where the
+    class moves its rate itself (SWATS) or has no use for it after the first steps (Rprop). Classes that draw random numbers do so from torch's
     ambient generator, which a training step keys.
 
     >>> optimizer = from_torch(torch.optim.NAdam, lr=0.1)
@@ -62,21 +63,21 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         copies = {path: p.detach().clone().requires_grad_() for path, p in params.items()}
         return cls(list(copies.values()), **fixed, **values), copies
 
-    me = object()
+    me, follows = object(), False
 
     def init(params: Any, /) -> TorchState:
         hyper = settings.init(lr_scale=1.0)
         named = _named(params)
         if not named:
             return TorchState(hyper, {}, torch.zeros(0, dtype=torch.int8))
+        if not eager():
+            raise _refused(cls)
         values = {name: value for name, value in settings.at(hyper, 0).items() if name != "lr_scale"}
         with Key(0).scope():
             trial, copies = build(named, values)
             before = _snapshot(_memory(trial, copies), {})
             for _ in range(2):
-                for p in copies.values():
-                    p.grad = torch.ones_like(p)
-                _step(trial)
+                _step(trial, copies, list(map(torch.ones_like, copies.values())))
         entries: dict[str, dict[str, Any]] = {}
         for owner, fields in _memory(trial, copies).items():
             old = before.get(owner, {})
@@ -92,55 +93,37 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         return TorchState(hyper, entries, torch.zeros(sum(map(len, entries.values())), dtype=torch.int8))
 
     def update(grads: Any, state: TorchState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
+        nonlocal follows
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
         flat: list[Any] = spec.flatten_up_to(grads)
-        values = settings.at(state.hyper, known(state.hyper.count))
+        values = settings.at(state.hyper, read(state.hyper.count))
         scale = values.pop("lr_scale")
         hyper = Hyperparams(state.hyper.count + 1, state.hyper.leaves)
         named = _named(params)
         if not named or all(g is None for g in flat):
             return params, TorchState(hyper, state.entries, state.there)
         if not eager() or (torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in flat)):
-            raise RuntimeError(
-                f"from_torch({cls.__name__}): torch's own code runs in place: take an optimizer of fnrun.optim under torch.func, "
-                "under torch.compile and where a gradient should flow through the update"
-            )
+            raise _refused(cls)
         torch_optimizer, copies = build(named, values)
+        given = _rates(torch_optimizer)
         _put(torch_optimizer, copies, state)
         before = _snapshot(_memory(torch_optimizer, copies), state.entries)
-
-        def step_with(an_optimizer: torch.optim.Optimizer, its_copies: dict[str, Tensor]) -> None:
-            for p, g in zip(its_copies.values(), flat, strict=True):
-                p.grad = None if g is None else torch.empty_like(p).copy_(g)
-            _step(an_optimizer)
-
         scale = scale.item() if isinstance(scale, Tensor) else scale
-        own = [_copy(group["lr"]) for group in torch_optimizer.param_groups]
-        if scale == 1.0:
-            for i, rate in enumerate(own):
+        rates = own = _rates(torch_optimizer)
+        if scale != 1.0:
+            _check_unmoved(cls, given, own)
+            if not follows:
+                _check_follows(cls, lambda: build(named, values))
+                follows = True
+            rates = [rate * scale for rate in own]
+            _set_rates(torch_optimizer, rates)
+        for i, rate in enumerate(rates):
+            if rate is not None:
                 note("lr", rate, (me, i))
-            step_with(torch_optimizer, copies)
-        else:
-            scaled = [rate * scale for rate in own]
-            for i, (group, rate) in enumerate(zip(torch_optimizer.param_groups, scaled, strict=True)):
-                group["lr"] = _copy(rate)
-                note("lr", rate, (me, i))
-            alone = None
-            if scale == 0.0 and any("lr" in fields for owner, fields in state.entries.items() if owner.startswith("group")):
-                # From a rate of 0 no ratio can be told: the rate goes where a step without the scale takes it, on copies.
-                devices = sorted({p.device.index for p in copies.values() if p.device.type == "cuda"})
-                with torch.random.fork_rng(devices):
-                    alone, its_copies = build(named, values)
-                    _put(alone, its_copies, state)
-                    step_with(alone, its_copies)
-            step_with(torch_optimizer, copies)
-            for i, group in enumerate(torch_optimizer.param_groups):
-                if alone is not None:
-                    group["lr"] = alone.param_groups[i]["lr"]
-                elif _same(group["lr"], scaled[i]):
-                    group["lr"] = own[i]
-                else:
-                    group["lr"] = group["lr"] / scale if scale else group["lr"]
+        _step(torch_optimizer, copies, flat)
+        if scale != 1.0:
+            _check_unmoved(cls, rates, _rates(torch_optimizer))
+            _set_rates(torch_optimizer, own)
         new = [old if g is None else p.detach() for p, old, g in zip(copies.values(), leaves, flat, strict=True)]
         return spec.unflatten(new), TorchState(hyper, *_take(torch_optimizer, copies, state, before))
 
@@ -152,7 +135,9 @@ def _named(params: Any) -> dict[str, Tensor]:
     return {join(path): p for path, p in zip(optree.treespec_paths(spec), leaves, strict=True)}
 
 
-def _step(optimizer: torch.optim.Optimizer) -> None:
+def _step(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], grads: list[Any]) -> None:
+    for p, g in zip(copies.values(), grads, strict=True):
+        p.grad = None if g is None else torch.empty_like(p).copy_(g)
     try:
         with torch.enable_grad():
             optimizer.step()
@@ -160,6 +145,58 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
         if "closure" in str(error):
             raise TypeError(f"from_torch({type(optimizer).__name__}): its steps need a closure, which a pure update has not") from error
         raise
+
+
+def _refused(cls: Any) -> RuntimeError:
+    return RuntimeError(
+        f"from_torch({cls.__name__}): torch's own code runs in place: take an optimizer of fnrun.optim under torch.func, in a compiled step "
+        "and where a gradient should flow through the update"
+    )
+
+
+# --- the learning rate --------------------------------------------------------------------------------------------------
+
+#: So many steps show whether a class moves its rate, or has no use for it.
+_TRIAL = 12
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [_copy(group.get("lr")) for group in optimizer.param_groups]
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, rates: list[Any]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = _copy(rate)
+
+
+def _check_unmoved(cls: Any, before: list[Any], after: list[Any]) -> None:
+    """Raise ValueError where the class itself has changed a rate."""
+    if not all(map(_same, before, after)):
+        raise ValueError(f"from_torch({cls.__name__}): the class moves its own learning rate, and lr_scale {_ONLY}")
+
+
+def _check_follows(cls: Any, build: Callable[[], tuple[torch.optim.Optimizer, dict[str, Tensor]]]) -> None:
+    """Raise ValueError where a factor on the rate would not be one on the steps: trained on copies, with half the rate from the second step on."""
+    ends: list[Any] = []
+    for scale in (1.0, 0.5):
+        with Key(0).scope():
+            trial, copies = build()
+            rates = _rates(trial)
+            for i in range(_TRIAL):
+                if i == 1 and None not in rates:
+                    rates = [rate * scale for rate in rates]
+                    _set_rates(trial, rates)
+                _step(trial, copies, list(map(torch.ones_like, copies.values())))
+                _check_unmoved(cls, rates, _rates(trial))
+        ends.append(list(copies.values()))
+    if None in rates or all(map(torch.equal, *ends)):
+        raise ValueError(f"from_torch({cls.__name__}): the steps of the class do not depend on the learning rate, and lr_scale {_ONLY}")
+
+
+_ONLY = (
+    "other than 1 has no meaning for it: leave out what changes lr_scale (reduce_on_plateau, rollback's lr_factor, set_hyperparam), or give the "
+    "class arguments that leave the rate to you"
+)
 
 
 # --- torch's memory as named entries ------------------------------------------------------------------------------------

@@ -144,17 +144,50 @@ def test_a_rate_that_moves_late_is_memory_or_an_error_never_lost() -> None:
         cases.last(optim.from_torch(Halving, every=3, lr=0.1), start, 3)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"lr": 1.0}])
-def test_lr_scale_multiplies_a_rate_that_moves_by_itself(arguments: dict[str, Any]) -> None:
-    now = {"x": torch.zeros(1, dtype=torch.float64)}
-    optimizer = optim.from_torch(Halving, **arguments)
-    state = optimizer.init(now)
-    moves = []
-    for scale in (1.0, 0.3, 0.0, 0.0, 1.0, 2.0):
-        after, state = optimizer.update({"x": torch.ones(1, dtype=torch.float64)}, optim.set_hyperparam(state, "lr_scale", scale), now)
-        moves.append((now["x"] - after["x"]).item())
-        now = after
-    assert moves == pytest.approx([1.0, 0.3 / 2, 0.0, 0.0, 1 / 16, 2 / 32])
+@pytest.mark.parametrize("scale", [0.5, 0.0, 2.0])
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("cls", "arguments", "why"),
+    [
+        (Halving, {}, "moves its own"),
+        (Halving, {"lr": 1.0}, "moves its own"),
+        (Halving, {"every": 3}, "moves its own"),
+        (X.SWATS, {}, "moves its own"),
+        (O.Rprop, {}, "do not depend on the"),
+        (X.AdaFactor, {}, "do not depend on the"),
+    ],
+)
+def test_lr_scale_is_refused_where_a_class_moves_its_rate_or_has_none(cls: Any, arguments: Any, why: str, after: int, scale: float) -> None:
+    start = {"x": torch.ones(3, 2, dtype=torch.float64)}
+    optimizer = optim.from_torch(cls, **arguments)
+    now, state = start, optimizer.init(start)
+    for step in range(after):
+        now, state = optimizer.update(cases.grads(start, step), state, now)
+    state = optim.set_hyperparam(state, "lr_scale", scale)
+    with pytest.raises(ValueError, match=rf"from_torch\({cls.__name__}\): .*{why} learning rate.*lr_scale"):
+        optimizer.update(cases.grads(start, after), state, now)
+    optimizer.update(cases.grads(start, after), optim.set_hyperparam(state, "lr_scale", 1.0), now)
+
+
+def test_lr_scale_is_refused_when_a_rate_moves_that_stood_still_so_far() -> None:
+    start = {"x": torch.ones(3, dtype=torch.float64)}
+    optimizer = optim.from_torch(Halving, every=20)
+    now, state = start, optim.set_hyperparam(optimizer.init(start), "lr_scale", 0.5)
+    for _ in range(19):
+        now, state = optimizer.update({"x": torch.ones(3, dtype=torch.float64)}, state, now)
+    assert torch.allclose(now["x"], start["x"] - 19 * 0.5)
+    with pytest.raises(ValueError, match="moves its own learning rate"):
+        optimizer.update({"x": torch.ones(3, dtype=torch.float64)}, state, now)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "ASGD", "Prodigy", "ScheduleFreeAdamW", "MADGRAD", "Adafactor"])
+def test_lr_scale_has_the_bits_of_a_class_with_that_rate(name: str) -> None:
+    cls, arguments = CLASSES[name]
+    start = cases.params()
+    plain, scaled = (optim.from_torch(cls, **{**arguments, "lr": lr}) for lr in (0.005, 0.01))
+    state = optim.set_hyperparam(scaled.init(start), "lr_scale", 0.5)
+    *_, (now, _) = cases.steps(scaled, start, state, 4)
+    assert tree.equal(now, cases.last(plain, start, 4))
 
 
 @pytest.mark.parametrize("wrap", [optim.apply_if_finite, optim.dynamic_loss_scale])
