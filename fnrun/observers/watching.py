@@ -83,11 +83,10 @@ def watch_gradients(*, histograms: bool = False) -> Transform:
     """
 
     def update(grads: Any, state: Any, params: Any, /, *, key: Any = None, step: int | None = None) -> tuple[Any, Any]:
-        if not torch.compiler.is_compiling():  # which cannot follow a report to where it is collected
-            for name, value in zip(tree.paths(grads), tree.leaves(grads), strict=True):
-                report(f"gradient_norm/{name}", torch.linalg.vector_norm(value))
-                if histograms and not value.is_complex():
-                    report(f"gradient_histogram/{name}", histogram(value))
+        for name, value in zip(tree.paths(grads), tree.leaves(grads), strict=True):
+            report(f"gradient_norm/{name}", torch.linalg.vector_norm(value))
+            if histograms and not value.is_complex():
+                report(f"gradient_histogram/{name}", histogram(value))
         return grads, state
 
     return Transform(lambda params: (), update, donatable=True)

@@ -1,7 +1,7 @@
 """Arithmetic on lists of tensors, in two ways with one vocabulary: a rule is written once and runs either way.
 
 `foreach` calls torch's `_foreach` kernels. `each` calls the plain operations leaf by leaf, out of place: it works under `torch.func`,
-under `torch.compile`, where gradients flow through, and with numbers that are tensors.
+in a compiled step, where gradients flow through, and with numbers that are tensors.
 A trailing underscore says that the first list is the rule's own and not needed any more: `foreach` writes over it, `each` does not.
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch.utils import _pytree as torch_pytree
 
 from fnrun.reports import name_of, report
 
@@ -121,7 +120,7 @@ def capturing() -> Iterator[None]:
 
 def eager() -> bool:
     """Whether operations run as they are called: no compiler and no `torch.func` transform looks on."""
-    return not torch.compiler.is_compiling() and not _capturing.get() and kernels._C._functorch.peek_interpreter_stack() is None
+    return not _capturing.get() and kernels._C._functorch.peek_interpreter_stack() is None
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -145,9 +144,7 @@ def flows(*lists: Any) -> bool:
 
 
 def tree_map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`fn` over the leaves, None among them; by torch's own pytrees under the compiler, which cannot follow optree into every structure."""
-    if torch.compiler.is_compiling():
-        return torch_pytree.tree_map(fn, tree, *rest)
+    """`fn` over the leaves, None among them."""
     return optree.tree_map(fn, tree, *rest, none_is_leaf=True)
 
 
@@ -186,7 +183,7 @@ class Flat:
     def __call__(self, tree: Any) -> tuple[list[Any], Any]:
         """The leaves of `tree` and its structure."""
         spec = self.spec
-        if spec is None or torch.compiler.is_compiling():
+        if spec is None:
             return self._anew(tree)
         try:
             leaves = spec.flatten_up_to(tree)
@@ -196,8 +193,6 @@ class Flat:
 
     def _anew(self, tree: Any) -> tuple[list[Any], Any]:
         leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
-        if torch.compiler.is_compiling():
-            return leaves, spec
         if type(tree) is dict and tree and set(map(type, tree)) == {str} and _LEAVES.issuperset(map(type, tree.values())):
             spec = Names(tree)
         self.spec = spec
@@ -223,20 +218,9 @@ def read_all(values: Tensor, like: list[Tensor]) -> list[Any]:
     return [value.to(x.device) for value, x in zip(values.unbind(), like, strict=True)]
 
 
-def known(count: Any) -> Any:
-    """A count, as a Python int where the host knows it; under the compiler a tensor, so that one program serves all counts."""
-    if type(count) is int and torch.compiler.is_compiling():
-        return torch.full((), count, dtype=torch.int64)
-    return read(count)
-
-
 def note(name: str, value: Any, owner: object = None) -> None:
-    """`report`, but for code under the compiler, which cannot follow a report to where it is collected.
-
-    Where several owners report under one name in one step, each has a name of its own.
-    """
-    if not torch.compiler.is_compiling():
-        report(name if owner is None else name_of(name, owner), value)
+    """`report`; where several owners report under one name in one step, each has a name of its own."""
+    report(name if owner is None else name_of(name, owner), value)
 
 
 def is_zero(value: Any) -> bool:

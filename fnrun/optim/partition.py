@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optree
-import torch
 from torch import Tensor
 
 from fnrun.optim.base import Optimizer, Transform
@@ -36,8 +35,6 @@ class _Groups:
     def of(self, params: Any) -> tuple[list[Any], Any, list[str], dict[Any, list[int]]]:
         """The leaves of `params`, their structure and paths, and for each label the places of its leaves."""
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
-        if self.last is not None and torch.compiler.is_compiling():  # which cannot compare structures; they are those that it began with
-            return leaves, spec, self.last[2], self.last[3]
         shapes = [(getattr(leaf, "shape", None), getattr(leaf, "dtype", None)) for leaf in leaves]
         last = self.last
         if last is None or last[0] != spec or last[1] != shapes:
@@ -152,8 +149,6 @@ def _apart(
     label: Any, update: Any, arguments: tuple[Any, Any, Any], key: Any, step: int | None, named: Callable[[Any, str], str | None]
 ) -> Any:
     """One group's update: with a key of its own, and its reports under its label."""
-    if torch.compiler.is_compiling():  # which can follow neither
-        return update(*arguments, key=key, step=step)
     with collect() as reports:
         result = update(*arguments, key=None if key is None else key.fold_in("partition", label), step=step)
     for name, value in reports.items():

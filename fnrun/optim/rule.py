@@ -18,7 +18,7 @@ from torch import Tensor
 from fnrun.donation import own
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
-from fnrun.optim.lists import Flat, Ops, each, eager, flows, foreach, is_zero, known, note, plain, read
+from fnrun.optim.lists import Flat, Ops, each, eager, flows, foreach, is_zero, note, plain, read
 from fnrun.rng import Key
 from fnrun.tree import struct
 
@@ -139,7 +139,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         flat: list[Any] = spec.flatten_up_to(grads)
         slots: Lists = {name: spec.flatten_up_to(tree) for name, tree in state.slots.items()}
         slots.update(state.scalars)
-        count = known(state.hyper.count)
+        count = read(state.hyper.count)
         values = constants.at(state.hyper, count)
         note("lr", values["lr"], owner)
         misses = state.misses

@@ -18,7 +18,7 @@ from torch import Tensor
 from fnrun.counts import count
 from fnrun.donation import keeping
 from fnrun.optim.base import Optimizer, Wrapper
-from fnrun.optim.lists import known, note, ops_for, read, tree_map
+from fnrun.optim.lists import note, ops_for, read, tree_map
 from fnrun.optim.rule import Misses
 from fnrun.tree import struct
 
@@ -27,8 +27,6 @@ def choose(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]
     """`then()` or `otherwise()`; where the condition is a tensor that must not be waited for, both, selected leaf by leaf."""
     if not isinstance(condition, Tensor):
         return then() if condition else otherwise()
-    if torch.compiler.is_compiling():  # which donates by itself, and follows no context
-        return tree_map(lambda a, b: _select(condition, a, b), then(), otherwise())
     with keeping():
         return tree_map(lambda a, b: _select(condition, a, b), then(), otherwise())
 
@@ -143,7 +141,7 @@ def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
                 g, before = [leaves[i] for i in there], [sums[i] for i in there]
                 for i, total in zip(there, ops_for(g, before).add(before, g), strict=True):
                     sums[i] = total
-            micro = known(state.micro)
+            micro = read(state.micro)
 
             def apply() -> Any:
                 mean = [None if missed else total / n for total, missed in zip(sums, misses.always(n), strict=True)]
@@ -248,7 +246,7 @@ def lookahead(optimizer: Optimizer | None = None, *, sync_period: int = 6, slow_
                 return again, LookaheadState(slow, state.count * 0, after)
 
             return choose(
-                known(state.count) + 1 == sync_period,
+                read(state.count) + 1 == sync_period,
                 meet,
                 lambda: (fast, LookaheadState(state.slow, state.count + 1, after)),
             )
@@ -292,7 +290,7 @@ def freeze_until(step: int, optimizer: Optimizer | None = None) -> Any:
         def update(grads: Any, state: FreezeState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
             nothing = tree_map(lambda _: None, grads)
             new, after = choose(
-                known(state.count) >= begin,
+                read(state.count) >= begin,
                 lambda: inner.update(grads, state.inner, params, key=key, step=step),
                 lambda: inner.update(nothing, state.inner, params, key=key, step=step),
             )
