@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.measure import ROUNDS, Times, alternate, ratios, seconds, spread, table
 from fnrun import Key, TrainState, optim
-from fnrun.donation import Lease
+from fnrun.donation import Owner
 
 #: Name, ours, torch's class and its arguments.
 CASES: dict[str, tuple[Callable[[], optim.Optimizer], Any, dict[str, Any]]] = {
@@ -45,7 +45,7 @@ def leaves(n: int, side: int) -> dict[str, torch.Tensor]:
 def ours(make: Callable[[], optim.Optimizer], n: int, side: int, donated: bool) -> Callable[[], None]:
     optimizer, params, grads = make(), leaves(n, side), leaves(n, side)
     state = optimizer.init(params)
-    lease = Lease()
+    owner = Owner()
 
     def update() -> None:
         nonlocal params, state
@@ -53,9 +53,9 @@ def ours(make: Callable[[], optim.Optimizer], n: int, side: int, donated: bool) 
 
     def overwriting() -> None:
         nonlocal params, state
-        lease.grants(TrainState(params, {}, state, Key(0)))
-        params, state = lease.update("an update", optimizer.update, grads, state, params)
-        lease.settle(params, state, {})
+        before = TrainState(params, {}, state, Key(0))
+        params, state = owner.update("an update", before, lambda: optimizer.update(grads, state, params))
+        owner.accept(TrainState(params, {}, state, Key(0)))
 
     return overwriting if donated else update
 

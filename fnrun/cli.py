@@ -22,7 +22,7 @@ import tyro
 from fnrun import writer
 from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.checkpoint.retention import which
-from fnrun.donation import fate
+from fnrun.donation import why_dead
 from fnrun.files import PlaceError, placed
 from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.loops import Loop
@@ -473,7 +473,7 @@ def _run(run: Run, program: Any, state: Any, data: Any, interrupt: Interrupt, *,
             return program(state, data, interrupt=interrupt)[0]
         except OtherData as error:
             agreed = "forked" in last or "other_data" in last
-            if not (agreed or other_data) or fate(error.state) is not None:
+            if not (agreed or other_data) or why_dead(error.state) is not None:
                 raise
             state = _moved(error.state, error.name, error.source)
             if not agreed:

@@ -1,27 +1,34 @@
 """Donation: a loop that owns the state it works on writes the next one over it.
 
-A step that keeps what came in must write into new memory. A loop with `donate=True` lets fused kernels write over the old parameters and
-moments instead, with a `Lease` that says which tensors these are: only those that an update under this lease made itself, as long as
-the state carries them on unchanged and nothing else in the state shares their memory. So the first update of a program always copies, and
-what the caller, a wrapper or a hook's memory holds is never written to. The states that the program made of them are dead from then on.
+A step that keeps what came in must write into new memory. A loop with `donate=True` lets kernels write over the old parameters and moments
+instead. Its `Owner` says which tensors these are: only those that an update of its own made, as long as the state carries them on unchanged and
+nothing else in the state shares their memory. So the first update of a program always copies, and what the caller, a wrapper or a hook's
+memory holds is never written to. The states that the program made of them are dead from then on.
+
+An owner has three verbs: it accepts a state as its own, makes tensors writable for a kernel, and shares a value with who will keep it. The loop
+hands it to the step, and the step for the length of its update to the kernels (`writable`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import itertools
+import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
+from torch import Tensor
 
 from fnrun import tree
 from fnrun.undisturbed import undisturbed
 from fnrun.words import kind
+
+T = TypeVar("T")
 
 #: What donation writes over; other fields of a dead state's last moment are still readable by the observers that fold over its tick.
 DONATED = ("params", "opt_state")
@@ -49,15 +56,15 @@ _INSTEAD = {
 class Donatable:
     """The base of states that may be donated: its fields are gone when it is dead."""
 
-    __slots__ = ("__weakref__", "_fate", "_lease")
+    __slots__ = ("__weakref__", "_owner", "_why_dead")
 
-    _fate: str
-    _lease: Lease | None
+    _why_dead: str
+    _owner: Owner
 
     def __new__(cls, *args: Any, **options: Any) -> Self:  # and not `__post_init__`, which a subclass may have for itself
         self = object.__new__(cls)
-        for lease in _active:
-            lease.enlist(self)
+        for owner in _owners.get():
+            owner.enlist(self)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -65,13 +72,13 @@ class Donatable:
             hint = next((hint for names, hint in _INSTEAD.items() if name in names.split()), f"it has {', '.join(fields(type(self)))}")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}: {hint}", name=name, obj=self)
         raise DonatedStateError(
-            f"state.{name}: {fate(self)}. Use the state that came out of it; in a hook or an observer that keeps states, keep "
+            f"state.{name}: {why_dead(self)}. Use the state that came out of it; in a hook or an observer that keeps states, keep "
             "fnrun.snapshot(state); after an exception, restore the last checkpoint"
         )
 
     def __repr__(self) -> str:
         """In one line, whatever its leaves are."""
-        if (by := fate(self)) is not None:
+        if (by := why_dead(self)) is not None:
             return f"{type(self).__name__}({by})"
         return f"{type(self).__name__}({', '.join(f'{name}={_brief(getattr(self, name))}' for name in fields(type(self)))})"
 
@@ -80,11 +87,9 @@ class Donatable:
 
         What is returned is for the next call of a loop and holds the same tensors; this object is dead at once.
         """
-        given = type(self)(**{name: getattr(self, name) for name in fields(type(self))})
-        lease = Lease.of(given)
-        lease.enlist(given)
-        object.__setattr__(given, "_lease", lease)
-        bury(self, "this state was given away by state.donate()")
+        given = type(self)(**contents(self))
+        object.__setattr__(given, "_owner", Owner.of(given))
+        _end(self, "this state was given away by state.donate()")
         return given
 
 
@@ -118,179 +123,182 @@ def fields(cls: Any) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(cls))
 
 
-def fate(state: Any) -> str | None:
+@functools.cache
+def _values(cls: Any) -> Any:
+    return operator.attrgetter(*fields(cls))
+
+
+def contents(state: Any) -> dict[str, Any]:
+    """A state's fields by name."""
+    return dict(zip(fields(type(state)), _values(type(state))(state), strict=True))
+
+
+def why_dead(state: Any) -> str | None:
     """What became of a dead state, None for one that is alive (or was never donatable)."""
     try:
-        return object.__getattribute__(state, "_fate")
+        return object.__getattribute__(state, "_why_dead")
     except AttributeError:
         return None
 
 
-def bury(state: Any, by: str) -> None:
-    """Take a state's fields away: touching one says what `by`."""
+def _end(state: Any, why: str) -> None:
+    """Take a state's fields away: touching one says why."""
+    delete = object.__delattr__
     for name in fields(type(state)):
-        with contextlib.suppress(AttributeError):  # gone already
-            object.__delattr__(state, name)
-    object.__setattr__(state, "_fate", by)
+        try:  # noqa: SIM105 -- at a third of the time
+            delete(state, name)
+        except AttributeError:  # gone already
+            pass
+    object.__setattr__(state, "_why_dead", why)
 
 
-def husk(state: Any) -> Any:
+def surviving(state: Any) -> Any:
     """A state as it will be readable after it was donated: without parameters and optimizer state."""
     if not isinstance(state, Donatable):
         return state
-    kept = unlisted(state, without=DONATED)
-    object.__setattr__(kept, "_fate", "an observer that folds sees the state before the tick without what the tick wrote over")
+    kept = object.__new__(type(state))  # no owner knows it
+    for name in fields(type(state)):
+        if name not in DONATED:
+            object.__setattr__(kept, name, getattr(state, name))
+    object.__setattr__(kept, "_why_dead", "an observer that folds sees the state before the tick without what the tick wrote over")
     return kept
 
 
-def unlisted(state: Any, without: tuple[str, ...] = ()) -> Any:
-    """The same state as another object, which outlives the donation of its tensors: for the step that gets them."""
-    copy = object.__new__(type(state))
-    for name in fields(type(state)):
-        if name not in without:
-            object.__setattr__(copy, name, getattr(state, name))
-    return copy
-
-
-def given_lease(state: Any) -> Lease | None:
-    """The lease of a state that its owner gave away with `donate`; None for others."""
+def owner_of(state: Any) -> Owner | None:
+    """The owner of a state that was given away with `donate`; None for others."""
     try:
-        return object.__getattribute__(state, "_lease")
+        return object.__getattribute__(state, "_owner")
     except AttributeError:
         return None
 
 
-class Lease:
-    """Which tensors the loops of one call may write over, and which states carry them."""
+# --- the owner ----------------------------------------------------------------------------------------------------------
+
+
+class Owner:
+    """Who may write over which tensors, for one call of a loop; within `with owner:` states that carry them are noted."""
 
     def __init__(self) -> None:
-        self.params: Any = None  # as the last update left them: the same objects, or somebody has put other tensors in
-        self.opt_state: Any = None
-        self._owned: dict[int, torch.Tensor] = {}
-        self._granted = self._copied = False
-        self._written: list[list[torch.Tensor]] = []
-        self._storages: frozenset[int] | None = None
-        self._seen: dict[str, Any] = {}  # what else was in the state when it was last found to share nothing
+        self._params: Any = None  # as accepted: the same objects, or somebody has put other tensors in
+        self._opt_state: Any = None
+        self._apart: tuple[Any, ...] = ()  # what else is in the state that was accepted: none of it shares the memory
+        self._tensors: dict[int, Tensor] = {}
+        self._memory: frozenset[int] = frozenset()  # where they lie
         self._states: list[weakref.ref[Any]] = []
+        self._owning = self._copied = False  # of the update under way: whether it may write over the state, and whether it needed copies
+        self._given: list[Tensor] = []
 
     @classmethod
-    def of(cls, state: Any) -> Lease:
-        """The lease of a state that its owner gives away: all its tensors, but for those of which two are in the same memory."""
-        lease = cls()
-        lease.params, lease.opt_state = state.params, state.opt_state
-        times = Counter(map(storage, _tensors([getattr(state, name) for name in fields(type(state))])))
-        lease._owned = {id(t): t for t in _tensors([state.params, state.opt_state]) if times[storage(t)] == 1}
-        lease._seen = {name: getattr(state, name) for name in fields(type(state))}
-        return lease
+    def of(cls, state: Any) -> Owner:
+        """The owner of a state that is given away: of all its tensors, but for those of which two are in the same memory."""
+        owner = cls()
+        times = Counter(map(storage, tensors_of(contents(state))))
+        owner._given, owner._copied = [t for t in tensors_of([state.params, state.opt_state]) if times[storage(t)] == 1], True
+        owner.accept(state)
+        owner.enlist(state)
+        return owner
 
     @undisturbed
-    def __enter__(self) -> Lease:
-        _active.append(self)
+    def __enter__(self) -> Owner:
+        self._token = _owners.set((*_owners.get(), self))
         return self
 
     @undisturbed
     def __exit__(self, *exc: object) -> None:
-        _active.remove(self)
+        _owners.reset(self._token)
 
     def enlist(self, state: Any) -> None:
-        """Note a state that is made while the lease lasts: if it carries the tensors, it dies when they are written over."""
+        """Note a state: if it carries the tensors, it dies when they are written over."""
         self._states.append(weakref.ref(state))
         if len(self._states) > 64:
             self._states = [ref for ref in self._states if ref() is not None]
 
-    @property
-    def storages(self) -> frozenset[int]:
-        """The memory that the next update may write over."""
-        if self._storages is None:
-            self._storages = frozenset(map(storage, self._owned.values()))
-        return self._storages
+    def accept(self, state: Any) -> None:
+        """The state that an update made is this owner's, with the tensors that the update was given. Nothing else in it shares their memory."""
+        self._params, self._opt_state, self._apart = state.params, state.opt_state, _rest(type(state))(state)
+        if self._copied:
+            self._tensors = {id(t): t for t in self._given}
+            self._memory = frozenset(map(storage, self._given))
 
-    def grants(self, state: Any) -> bool:
-        """Whether the next update may write over the parameters and optimizer state of `state`."""
-        self._granted = state.params is self.params and state.opt_state is self.opt_state and self._apart(state)
-        if not self._granted:
-            self._owned, self._storages, self._states = {}, None, []
-        return self._granted
-
-    def _apart(self, state: Any) -> bool:
-        """Whether nothing else in the state shares memory with what would be written over.
-
-        The position is not looked into: it holds what loops fold, and metrics are made to share nothing.
-        """
-        for name in fields(type(state)):
-            if name in DONATED or name == "position":
-                continue
-            value = getattr(state, name)
-            if value is not self._seen.get(name, self):
-                if self.shares(value):
-                    return False
-                self._seen[name] = value
-        return True
-
-    def shares(self, value: Any) -> bool:
-        """Whether a tensor in `value` lies in memory that may be written over."""
-        return any(storage(tensor) in self.storages for tensor in _tensors(value))
-
-    def apart(self, value: Any) -> Any:
-        """`value` with copies of the tensors in it that lie in such memory, one of each."""
-        if isinstance(value, (int, float)):
+    def share(self, value: Any) -> Any:
+        """`value` with copies of the tensors in it that lie in this owner's memory, one of each: for who keeps it."""
+        if isinstance(value, Tensor):
+            return value.clone() if storage(value) in self._memory else value
+        if self._memory.isdisjoint(map(storage, tensors_of(value))):
             return value
-        if isinstance(value, torch.Tensor):
-            return value.clone() if storage(value) in self.storages else value
-        made: dict[int, torch.Tensor] = {}
+        made: dict[int, Tensor] = {}
 
         def own(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor) and id(leaf) not in made:
-                made[id(leaf)] = self.apart(leaf)
+            if isinstance(leaf, Tensor) and id(leaf) not in made:
+                made[id(leaf)] = self.share(leaf)
             return made.get(id(leaf), leaf)
 
         return tree.map(own, value)
 
-    def update(self, by: str, update: Callable[..., tuple[Any, Any]], *args: Any, **options: Any) -> tuple[Any, Any]:
-        """The optimizer's update. Where it was granted to write over what comes in, the states that carry that are dead before it begins."""
-        if self._granted:
+    def update(self, by: str, state: Any, kernels: Callable[[], T]) -> T:
+        """`kernels()`, which are handed this owner. Where they may write over `state`, whoever carries its tensors is dead before they begin."""
+        self._owning, self._copied, self._given = self._owns(state), False, []
+        if self._owning:
             states, self._states = self._states, []
             for ref in states:
-                if (state := ref()) is not None and fate(state) is None and state.params is self.params:
-                    bury(state, f"this state was donated: {by} wrote the next one over it")
-        self._written, self._copied = [], False
-        token = _writing.set(self)
+                if (each := ref()) is not None and why_dead(each) is None and self._carries(each):
+                    _end(each, f"this state was donated: {by} wrote the next one over it")
+        else:
+            self._tensors, self._memory, self._states = {}, frozenset(), []
+        token = _writes.set(self)
         try:
-            return update(*args, **options)
+            return kernels()
         finally:
-            _writing.reset(token)
+            _writes.reset(token)
 
-    def settle(self, params: Any, opt_state: Any, buffers: Any) -> None:
-        """The new state will carry these; the buffers share no memory with the rest."""
-        self.params, self.opt_state, self._seen["buffers"] = params, opt_state, buffers
-        if self._copied:
-            self._owned, self._storages = {id(t): t for tensors in self._written for t in tensors}, None
+    def _owns(self, state: Any) -> bool:
+        """Whether it is the state that was accepted, and what was put into it since shares no memory with what would be written over.
 
-    def own(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Tensors for a kernel to write over: those of the lease as they are, copies of all others, which then are the lease's."""
-        owned = self._owned
-        if not self._granted:
+        The position is not looked into: it holds what loops fold, and metrics are made to share nothing.
+        """
+        if state.params is not self._params or state.opt_state is not self._opt_state:
+            return False
+        pairs = itertools.zip_longest(_rest(type(state))(state), self._apart)
+        changed = [now for now, before in pairs if now is not before and not isinstance(now, (int, str))]
+        return not changed or self._memory.isdisjoint(map(storage, tensors_of(changed)))
+
+    def _carries(self, state: Any) -> bool:
+        if state.params is self._params or state.opt_state is self._opt_state:
+            return True
+        return not self._memory.isdisjoint(map(storage, tensors_of([state.params, state.opt_state])))
+
+    def writable(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensors for a kernel to write over: this owner's as they are, copies of all others, which will be its own."""
+        owned = self._tensors
+        if not self._owning:
             tensors, self._copied = copies(tensors), True
         elif not owned.keys() >= set(map(id, tensors)):
             tensors, self._copied = [t if id(t) in owned else t.clone() for t in tensors], True
-        self._written.append(tensors)
+        self._given += tensors
         return tensors
 
 
-#: Of the programs that are running: several where a hook runs one, or threads do.
-_active: list[Lease] = []
-_writing: ContextVar[Lease | None] = ContextVar("writing", default=None)
+@functools.cache
+def _rest(cls: Any) -> Callable[[Any], tuple[Any, ...]]:
+    """What gets the fields of a state that are not written over."""
+    return operator.attrgetter(*(name for name in fields(cls) if name not in DONATED and name != "position"))
 
 
-def own(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+#: Of the programs at work here: several where a hook runs one.
+_owners: ContextVar[tuple[Owner, ...]] = ContextVar("owners", default=())
+#: Of the update under way.
+_writes: ContextVar[Owner | None] = ContextVar("writes", default=None)
+
+
+def writable(tensors: list[Tensor]) -> list[Tensor]:
     """Tensors to write over: copies, or these themselves where they are donated. Every kernel that works in place gets its tensors here."""
-    lease = _writing.get()
+    owner = _writes.get()
     if not tensors:
         return tensors
-    return copies(tensors) if lease is None else lease.own(tensors)
+    return copies(tensors) if owner is None else owner.writable(tensors)
 
 
-def copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def copies(tensors: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_clone(tensors))  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -301,25 +309,24 @@ class keeping:
 
     @undisturbed
     def __enter__(self) -> None:
-        self._token = _writing.set(None)
+        self._token = _writes.set(None)
 
     @undisturbed
     def __exit__(self, *exc: object) -> None:
-        _writing.reset(self._token)
+        _writes.reset(self._token)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree.leaves(value) if isinstance(leaf, torch.Tensor))
+def shared(value: Any) -> Any:
+    """`value` with copies of the tensors that a loop at work is going to write over: what may be kept, or read by another thread."""
+    for owner in _owners.get():
+        value = owner.share(value)
+    return value
 
 
-def storage(tensor: torch.Tensor) -> int:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor))
+
+
+def storage(tensor: Tensor) -> int:
     """Where a tensor's memory begins: the same for all views of it. Empty ones share nothing."""
     return tensor.untyped_storage().data_ptr() or -id(tensor)
-
-
-def secured(value: Any) -> Any:
-    """`value` with copies of the tensors that a running loop is going to write over: what may be kept, or read by another thread."""
-    for lease in list(_active):
-        if lease.shares(value):
-            value = lease.apart(value)
-    return value

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from fnrun.data import Batches, as_batches
-from fnrun.donation import Lease, fate
+from fnrun.donation import Owner, why_dead
 from fnrun.inplace import Guard, InPlaceError, looked_at
 from fnrun.reports import collecting
 from fnrun.rng import Key
@@ -68,7 +68,7 @@ class Here(NamedTuple):
     round: tuple[int, int | None] | None = None  # of the nearest repeat: its index, and how many there are where that is known
     over_batch: bool = False  # within a loop over data: what comes down is one of its batches
     source: tuple[str, Batches] | None = None  # of a loop over data: the name and the stream
-    lease: Lease | None = (
+    owner: Owner | None = (
         None  # of the loops down to here, if one of them donates and no wrapper stands between, which may want the old state
     )
     opened: list[str] | None = None  # the loops that this one call has opened so far; a wrapper may open several, one after the other
@@ -249,7 +249,7 @@ class Program:
             reason.add_note(f"and while closing: {type(failure).__name__}: {failure}")
 
     def _close(self, observer: Any, state: Any, reason: Any) -> None:
-        alive = state if fate(state) is None else None
+        alive = state if why_dead(state) is None else None
         with looked_at(f"`close` of an observer ({type(observer).__name__})", alive):
             observer.close(state, reason)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import itertools
-import operator
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -16,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fnrun.donation import Donatable, fields
+from fnrun.donation import Donatable, contents
 from fnrun.rng import Key
 from fnrun.tree import struct
 from fnrun.words import kind, uncalled
@@ -168,8 +166,7 @@ class TrainState(Donatable):
 
     def replace(self, **changes: Any) -> Self:
         """The state with these fields changed."""
-        cls = type(self)
-        return cls(**{**dict(zip(fields(cls), _values(cls)(self), strict=True)), **changes})
+        return type(self)(**{**contents(self), **changes})
 
     def rewind(self) -> Self:
         """The state with its open frames given up and its stop cleared: a program called on it begins anew. Streams stay where they are."""
@@ -257,12 +254,6 @@ def no_state(who: str, state: Any, data: Any = None, what: str = "data") -> Type
     else:
         hint = "TrainState.create(model, optimizer) makes a state, and so does a struct of your own with step, memory, position and stop"
     return TypeError(f"{who} takes (state, {what}), and its state is {kind(state)}: {hint}")
-
-
-@functools.cache
-def _values(cls: Any) -> Any:
-    """What gets all fields of a state at once."""
-    return operator.attrgetter(*fields(cls))
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 from fnrun import tree
 from fnrun.counts import count
-from fnrun.donation import secured
+from fnrun.donation import shared
 from fnrun.inplace import InPlaceError, strictly
 from fnrun.loops import Loop
 from fnrun.loops.whole import with_observers
@@ -79,7 +79,7 @@ def _generators() -> dict[str, Any]:
 def states_seen(loop: Callable[..., Any], state: Any, data: Any) -> tuple[list[Any], tuple[Any, Any]]:
     """Every state that an observer could see while `loop(state, data)` runs, at any depth, in order; and what the call returned."""
     seen: list[Any] = []
-    token = spy.set(lambda state: seen.append(secured(state)))
+    token = spy.set(lambda state: seen.append(shared(state)))
     try:
         return seen, loop(state, data)
     finally:

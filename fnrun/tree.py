@@ -70,7 +70,7 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
 
     def unflatten(context: Any, children: Any) -> Any:
         # Past `__init__`: what stands in a field while a tree is mapped (a mask, an axis, a spec) need not be a valid value.
-        node = object.__new__(cls)
+        node = cls.__new__(cls)
         for name, value in (*zip(names, children, strict=True), *zip(statics, context, strict=True)):
             object.__setattr__(node, name, value)
         return node

@@ -19,7 +19,7 @@ import torch
 from fnrun import tree
 from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, Entry, Manifest
 from fnrun.checkpoint.manifest import constant
-from fnrun.donation import secured
+from fnrun.donation import shared
 from fnrun.environment import environment
 from fnrun.loops.whole import with_observers
 from fnrun.program import ProgramError, spy
@@ -235,7 +235,7 @@ def _replay(experiment: Experiment, state: Any, target: Position) -> Any:
 
     def look(state: Any) -> None:
         if not reached and state.position.order >= target.order:
-            reached.append(secured(state))
+            reached.append(shared(state))
 
     token = spy.set(look)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 import fnrun
 from fnrun import DonatedStateError, Key, TrainState, data, hooks, observers, optim, snapshot, tree
 from fnrun.checkpoint import Checkpoints
-from fnrun.donation import Lease, secured
+from fnrun.donation import Owner, shared
 from fnrun.testing import assert_observers_do_not_matter, assert_resumable, assert_same, states_seen
 
 
@@ -119,9 +120,11 @@ def test_a_donated_state_says_what_became_of_it() -> None:
     def keep(state: Any, metrics: Any) -> None:
         seen.append(state)
         derived.append(state.replace(stop="mine"))
+        derived.append(dataclasses.replace(state, params={**state.params, "more": torch.ones(1)}))
+        derived.append(tree.map(lambda leaf: leaf, state))
 
     end, _ = fnrun.epoch_loop(step, observers=[keep], donate=True)(state, BATCHES)
-    for dead in (*seen[:-1], *derived[:-1]):
+    for dead in (*seen[:-1], *derived[:-3]):
         for field in ("params", "opt_state", "step", "memory"):
             with pytest.raises(DonatedStateError, match=r"step \d \(train_step\(Sequential\)\) wrote the next one over it.*snapshot"):
                 getattr(dead, field)
@@ -172,7 +175,7 @@ def test_checkpoints_in_the_background_hold_what_was_saved(tmp_path: Path) -> No
     ends: dict[int, str] = {}
 
     def note(state: Any, metrics: Any) -> None:
-        ends[state.step] = tree.fingerprint(secured(state))
+        ends[state.step] = tree.fingerprint(shared(state))
 
     with Checkpoints(tmp_path) as checkpoints:
         loop = fnrun.epoch_loop(step, observers=[note, observers.checkpoint(checkpoints)], donate=True)
@@ -261,7 +264,7 @@ def test_an_exception_before_the_update_leaves_the_state_alive(tmp_path: Path) -
         assert checkpoints.restore(like=state).step == 2
 
 
-def test_a_lease_ends_with_the_call() -> None:
+def test_what_is_owned_ends_with_the_call() -> None:
     step, _, state = made(optim.adamw(1e-2))
     loop = fnrun.epoch_loop(step, donate=True)
     first, _ = loop(state, BATCHES)
@@ -269,7 +272,7 @@ def test_a_lease_ends_with_the_call() -> None:
     again, _ = loop(first, BATCHES)
     assert_same(first, kept, "the next call wrote over the state that the call before returned")
     assert again.step == 8
-    assert secured(first) is first
+    assert shared(first) is first
 
 
 def test_frozen_parameters_are_the_same_objects_to_the_end() -> None:
@@ -283,9 +286,9 @@ def test_frozen_parameters_are_the_same_objects_to_the_end() -> None:
 def test_two_in_the_same_memory_are_never_both_written_to() -> None:
     weight = torch.ones(4)
     state = TrainState({"a": weight, "b": weight[:2], "c": torch.ones(3)}, {}, {}, Key(0))
-    lease = Lease.of(state)
-    assert lease.shares(state.params["c"])
-    assert not lease.shares(weight)
+    owner = Owner.of(state)
+    assert owner.share(state.params["c"]) is not state.params["c"]
+    assert owner.share(weight) is weight
 
 
 @tree.struct

@@ -32,7 +32,7 @@ from fnrun.checkpoint.background import Background
 from fnrun.checkpoint.handed import HandedOver
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, Leaf, Manifest, Mode, constant, encode_config, scalars
 from fnrun.checkpoint.retention import Entry, Which, best, check_keep, judges, monitored, superfluous
-from fnrun.donation import secured
+from fnrun.donation import shared
 
 M = TypeVar("M", Manifest, Judgement | Manifest)
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Checkpoints:
             self.guard()
         step, ticks = _place(state)
         self._background.join()  # before the copy, so that there is one at most
-        description, metrics = codec.describe(secured(state)), _numbers(metrics or {})
+        description, metrics = codec.describe(shared(state)), _numbers(metrics or {})
         if (changed := self._handed.take(step, description.leaves, description.sources)) is not None:
             raise CheckpointError(f"{self.directory}: at the save of step {step}: {changed}") from changed
         versions = self._handed.versions()

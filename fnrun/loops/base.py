@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fnrun import metrics as folds
 from fnrun.data import Batches
-from fnrun.donation import Lease, husk
+from fnrun.donation import Owner, surviving
 from fnrun.dry import DryRun, dry_run
 from fnrun.loops import parts
 from fnrun.loops.composed import AnyStep, Composed, check_step, donates, functions, loops_of, stands_openly, title
@@ -123,9 +123,9 @@ class Loop(Composed):
     # The same for all.
 
     def _run(self, state: Any, data: Any, at: Here) -> tuple[Any, Any]:
-        if at.lease is None and donates(self):
-            with Lease() as lease:
-                return self._ticks(state, data, at._replace(lease=lease))
+        if at.owner is None and donates(self):
+            with Owner() as owner:
+                return self._ticks(state, data, at._replace(owner=owner))
         return self._ticks(state, data, at)
 
     def _ticks(self, state: Any, data: Any, at: Here) -> tuple[Any, Any]:
@@ -177,8 +177,8 @@ class Loop(Composed):
                     program.open()
                 if gatherers and not between:  # a fold reads its own loop's frame, whatever was open within when the state was saved
                     before = framed(before, before.position.frames[: depth + 1])
-                if gatherers and at.lease is not None:
-                    before = husk(before)
+                if gatherers and at.owner is not None:
+                    before = surviving(before)
                 state, metrics = self._turn(state, x, frame, at)
                 if len(state.position.frames) != depth + 1:
                     raise elsewhere(state, program)
@@ -241,7 +241,7 @@ class Loop(Composed):
         return folds.values(plain)
 
     def _call(self, step: AnyStep, state: Any, x: Any, at: Here, place: tuple[int, ...] = ()) -> Any:
-        """The step within, told where it is called. A wrapper gets no lease on the state: it may want to look at the old one.
+        """The step within, told where it is called. A wrapper gets no owner on the state: it may want to look at the old one.
 
         `place` tells ticks apart besides the ticks of the open loops; it stays the same while a loop within is open.
         """
@@ -249,7 +249,7 @@ class Loop(Composed):
         if not self.over_data and isinstance(step, PureStep):
             return self._at_once(step, state, x, at)
         openly = stands_openly(step)
-        token = here.set(at._replace(opened=[], lease=at.lease if openly else None))
+        token = here.set(at._replace(opened=[], owner=at.owner if openly else None))
         try:
             if openly:
                 return step(state, x)

@@ -14,7 +14,7 @@ import torch
 
 from fnrun import metrics as folds, tree
 from fnrun.data import Batches
-from fnrun.donation import fate
+from fnrun.donation import why_dead
 from fnrun.loops.base import Loop
 from fnrun.loops.composed import AnyStep, named, title
 from fnrun.metrics.totals import rates_last
@@ -124,7 +124,7 @@ class Training(OverData):
 
     def _stepped(self, state: Any, x: Any, at: Here) -> Any:
         step: Any = self.step
-        return step(state, x, lease=at.lease) if self._donates else super()._stepped(state, x, at)
+        return step(state, x, owner=at.owner) if self._donates else super()._stepped(state, x, at)
 
     @functools.cached_property
     def _every(self) -> int:
@@ -171,9 +171,9 @@ class Training(OverData):
         except Unwind:
             raise
         except Interrupted as interrupted:
-            raise program.ended(interrupted, finished(state) if done and fate(state) is None else state) from interrupted.__cause__
+            raise program.ended(interrupted, finished(state) if done and why_dead(state) is None else state) from interrupted.__cause__
         except BaseException:
-            if done and fate(state) is None:
+            if done and why_dead(state) is None:
                 finished(state)
             raise
         return finished(state)
@@ -241,7 +241,7 @@ class StepLoop(Training):
         if self.fused_steps == 1:
             return super()._stepped(state, x, at)
         assert isinstance(self.step, TrainStep)
-        return self.step.several(state, x, lease=at.lease if self._donates else None)
+        return self.step.several(state, x, owner=at.owner if self._donates else None)
 
     def _unwatched(self, state: Any, frame: Frame, at: Here) -> int:
         if self.fused_steps > 1:

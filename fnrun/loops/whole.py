@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fnrun.donation import Lease, fate, given_lease
+from fnrun.donation import Owner, owner_of, why_dead
 from fnrun.loops.composed import Composed, donates, functions, loops_of
 from fnrun.optim.wrappers import waiting
 from fnrun.program import ASIDE, Here, Program, ProgramError, Unwind, here, spy
@@ -30,12 +30,12 @@ def outermost(loop: Any, state: S, data: Any, interrupt: Callable[[], str | None
         )
     program = Program(loop, state, interrupt)
     loops = loops_of(loop)
-    given = given_lease(state) if donates(loop) else None
+    given = owner_of(state) if donates(loop) else None
     with restoring(), given or nullcontext():
         return _through(loop, loops, program, state, data, given)
 
 
-def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: Any, lease: Lease | None) -> tuple[Any, Any]:
+def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: Any, owner: Owner | None) -> tuple[Any, Any]:
     token = here.set(ASIDE)
     asking = interrupts.set((*interrupts.get(), program.interrupt) if program.interrupt is not None else interrupts.get())
     try:
@@ -43,7 +43,7 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
         program.unknown.update((id(each), each) for each in functions(loop) if not isinstance(each, PureStep))
         if not program.unknown and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
             program.unclaimed(state)
-        result = loop._run(state, data, Here(program, lease=lease))
+        result = loop._run(state, data, Here(program, owner=owner))
         if program.unknown and program.unknown.keys() <= program.asked and program.trained:
             program.unclaimed(result[0])
     except Unwind as unwound:
@@ -57,7 +57,7 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
             _say_what_is_not_finite(program, unwound.state, metrics)
         return unwound.state, metrics
     except Interrupted as interrupted:  # while a program that a hook, an observer or a step of this one calls waited for a batch
-        if interrupted.by is not program.interrupt or fate(program.latest) is not None:
+        if interrupted.by is not program.interrupt or why_dead(program.latest) is not None:
             program.close(program.latest, interrupted)
             raise
         program.close(program.latest, interrupted.text)

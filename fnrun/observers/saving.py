@@ -12,7 +12,7 @@ from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.checkpoint.manifest import ranked
 from fnrun.checkpoint.retention import check_keep, monitored
 from fnrun.counts import count
-from fnrun.donation import fate
+from fnrun.donation import why_dead
 from fnrun.environment import ranks
 from fnrun.hooks.monitor import reported
 from fnrun.inplace import InPlaceError
@@ -106,7 +106,7 @@ class _Checkpoint:
             changed = error if isinstance(error.__cause__, InPlaceError) else None
         if isinstance(reason, CheckpointError) and reason.state is not None:
             state = reason.state  # of the tick in which the run gave up
-        if (by := fate(state)) is not None:
+        if (by := why_dead(state)) is not None:
             logger.error("%s, and did not come to its end: the last checkpoint is the good state", by)
         elif state.position.ticks and self._saved != state.position.order:
             try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fnrun import tree
 from fnrun.counts import count
-from fnrun.donation import secured
+from fnrun.donation import shared
 from fnrun.observers.media import histogram
 from fnrun.observers.sinks import Sink
 from fnrun.observers.writing import Writing
@@ -39,7 +39,7 @@ class _Watch:
         self._keep(state)
 
     def _keep(self, state: Any) -> None:
-        self._kept = (state.step, secured(state.params)) if (state.step + 1) % self.every == 0 else None
+        self._kept = (state.step, shared(state.params)) if (state.step + 1) % self.every == 0 else None
 
     def _values(self, state: Any) -> dict[str, Any]:
         found: dict[str, Any] = {f"norm/{name}": torch.linalg.vector_norm(value) for name, value in state.params.items()}

@@ -15,7 +15,7 @@ import optree
 import torch
 from torch import Tensor
 
-from fnrun.donation import own
+from fnrun.donation import writable
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
 from fnrun.optim.lists import Flat, Ops, each, eager, flows, foreach, is_zero, note, plain, read
@@ -251,7 +251,7 @@ def _fused(
     rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any, uniform: bool = False
 ) -> tuple[list[Any], Lists]:
     assert rule.fused is not None
-    owned, n = own([*params, *itertools.chain.from_iterable(slots.values())]), len(params)  # no rule with a fused kernel has scalars
+    owned, n = writable([*params, *itertools.chain.from_iterable(slots.values())]), len(params)  # no rule with a fused kernel has scalars
     new, slots = owned[:n], {name: owned[n * i : n * (i + 1)] for i, name in enumerate(slots, start=1)}
     if not uniform and not all(map(Tensor.is_contiguous, itertools.chain(new, grads, *slots.values()))):
         grads, slots = _like(new, grads), {name: _like(new, slot) for name, slot in slots.items()}

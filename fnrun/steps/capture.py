@@ -117,10 +117,10 @@ class Call(NamedTuple):
     step: int
     key: Key
 
-    def owning(self, own: Callable[[list[Tensor]], list[Tensor]]) -> Call:
+    def owning(self, writable: Callable[[list[Tensor]], list[Tensor]]) -> Call:
         """The call with other tensors in `given`: those to write over."""
         places = self.graph.own
-        for i, tensor in zip(places, own([self.leaves[i] for i in places]), strict=True):
+        for i, tensor in zip(places, writable([self.leaves[i] for i in places]), strict=True):
             self.leaves[i] = tensor
         return self
 

@@ -9,7 +9,7 @@ from typing import Any
 import optree
 import torch
 
-from fnrun.donation import Lease, fields, own, unlisted
+from fnrun.donation import Owner, contents, fields, writable
 from fnrun.inplace import Guard
 from fnrun.state import is_state, no_state
 from fnrun.steps.capture import Captured
@@ -30,7 +30,7 @@ class CompiledCall:
         self.name = name
         self._graphs: weakref.WeakKeyDictionary[TrainStep, _Graphs] = weakref.WeakKeyDictionary()
 
-    def __call__(self, step: TrainStep, state: Any, batches: list[Any], lease: Lease | None) -> tuple[Any, Metrics]:
+    def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None) -> tuple[Any, Metrics]:
         if not is_state(state) or not hasattr(state, "opt_state"):
             raise no_state(step.name, state, batches[0], "batch")
         if isinstance(step.update, Update):
@@ -38,15 +38,15 @@ class CompiledCall:
         if (graphs := self._graphs.get(step)) is None:
             graphs = self._graphs[step] = _Graphs(step)
         if len(batches) > 1 and not _alike(batches):
-            return each(lambda state, batch: self(step, state, [batch], lease), state, batches)
+            return each(lambda state, batch: self(step, state, [batch], owner), state, batches)
         graphs.rehearse(state, batches[0])
-        if graphs.reason is None and (result := graphs(state, batches, lease)) is not None:
+        if graphs.reason is None and (result := graphs(state, batches, owner)) is not None:
             if "skipped" in result[1] and isinstance(step.gradients, Gradients):
                 step.gradients.tell(result[1])
             return result
         failed_now = not graphs.told
         graphs.told = True
-        result = one_by_one(step, state, batches, lease)  # first, for what it raises is the step's own and no matter of the compiler
+        result = one_by_one(step, state, batches, owner)  # first, for what it raises is the step's own and no matter of the compiler
         if failed_now:
             warnings.warn(f"{step.name} is not compiled and goes on without: {graphs.reason}", stacklevel=4)
         return result
@@ -76,7 +76,7 @@ class _Graphs:
             self.gradients(state, batch)
             self._left -= 1
 
-    def __call__(self, state: Any, batches: list[Any], lease: Lease | None) -> tuple[Any, Metrics] | None:
+    def __call__(self, state: Any, batches: list[Any], owner: Owner | None) -> tuple[Any, Metrics] | None:
         if isinstance(self.gradients, Gradients):
             self.gradients.shell.check()
         trained = self.update.trained if isinstance(self.update, Update) else tuple(state.params)
@@ -84,22 +84,24 @@ class _Graphs:
         whole = len(params) == len(state.params)
         kept = state.buffers, {} if whole else {name: p for name, p in state.params.items() if name not in params}
         self._like = _blind(state)
-        call = self._captured((params, state.opt_state), kept, batches, count, state.rng, inplace=lease is not None)
+        call = self._captured((params, state.opt_state), kept, batches, count, state.rng, inplace=owner is not None)
         self._like = None
         if call is None:
             return None
-        if lease is None:
+        every = contents(state)
+        if owner is None:
             marks = self._guard.look({"params": state.params, "opt_state": state.opt_state})
             ((params, memory), (buffers, frozen)), metrics = call()
             self._guard.check(marks, self._culprit)
         else:
-            lease.grants(state)
-            by, state = f"step {count + len(batches) - 1} ({self.name})", unlisted(state)
-            ((params, memory), (buffers, frozen)), metrics = lease.update(by, lambda: call.owning(own)())
-        params = params if whole else {**state.params, **frozen, **params}
-        if lease is not None:
-            lease.settle(params, memory, buffers)
-        return state.replace(params=params, buffers=buffers, opt_state=memory, step=count + len(batches)), metrics
+            by = f"step {count + len(batches) - 1} ({self.name})"
+            ((params, memory), (buffers, frozen)), metrics = owner.update(by, state, lambda: call.owning(writable)())
+        params = params if whole else {**every["params"], **frozen, **params}
+        every.update(params=params, buffers=buffers, opt_state=memory, step=count + len(batches))
+        new = type(state)(**every)
+        if owner is not None:
+            owner.accept(new)
+        return new, metrics
 
     def _several(self, given: Any, kept: Any, batches: list[Any], count: Any, draws: Draws) -> tuple[Any, Metrics]:
         """Steps one after the other, for the compiler: `given` are trained parameters and optimizer state, `kept` buffers and frozen ones."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fnrun import metrics as folds, tree
-from fnrun.donation import Lease
+from fnrun.donation import Owner
 from fnrun.inplace import Guard
 from fnrun.metrics.base import wide
 from fnrun.optim.lists import eager
@@ -54,7 +54,7 @@ class TrainStep(PureStep):
     gradients: Callable[[Any, Any], tuple[Any, Any, Metrics]]
     update: Callable[[Any, Any], tuple[Any, Metrics]]
     name: str = "train_step"
-    call: Callable[[TrainStep, Any, list[Any], Lease | None], tuple[Any, Metrics]] = None  # pyright: ignore[reportAssignmentType]
+    call: Callable[[TrainStep, Any, list[Any], Owner | None], tuple[Any, Metrics]] = None  # pyright: ignore[reportAssignmentType]
 
     looks_at_step_only = True
 
@@ -74,12 +74,12 @@ class TrainStep(PureStep):
         if not isinstance(self.update, (Update, Keyed)):
             setattr_("update", KeyedUpdate("update", self.update, self.name))
 
-    def __call__(self, state: Any, batch: Any, /, *, lease: Lease | None = None) -> tuple[Any, Metrics]:
-        return self.call(self, state, [batch], lease)
+    def __call__(self, state: Any, batch: Any, /, *, owner: Owner | None = None) -> tuple[Any, Metrics]:
+        return self.call(self, state, [batch], owner)
 
-    def several(self, state: Any, batches: list[Any], /, *, lease: Lease | None = None) -> tuple[Any, Metrics]:
+    def several(self, state: Any, batches: list[Any], /, *, owner: Owner | None = None) -> tuple[Any, Metrics]:
         """A step on each of the batches, in one call; their metrics as those of one, folds also where it is one."""
-        state, metrics = self.call(self, state, batches, lease)
+        state, metrics = self.call(self, state, batches, owner)
         return state, metrics if len(batches) > 1 else together([metrics], batches)
 
     @property
@@ -102,9 +102,9 @@ class TrainStep(PureStep):
 # --- put together -------------------------------------------------------------------------------------------------------
 
 
-def one_by_one(step: TrainStep, state: Any, batches: list[Any], lease: Lease | None) -> tuple[Any, Metrics]:
+def one_by_one(step: TrainStep, state: Any, batches: list[Any], owner: Owner | None) -> tuple[Any, Metrics]:
     """The parts one after the other, for each batch."""
-    return each(lambda state, batch: composed(step, state, batch, lease), state, batches)
+    return each(lambda state, batch: composed(step, state, batch, owner), state, batches)
 
 
 def each(call: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batches: list[Any]) -> tuple[Any, Metrics]:
@@ -118,7 +118,7 @@ def each(call: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batches: l
     return state, together(seen, batches)
 
 
-def composed(step: TrainStep, state: Any, batch: Any, lease: Lease | None = None) -> tuple[Any, Metrics]:
+def composed(step: TrainStep, state: Any, batch: Any, owner: Owner | None = None) -> tuple[Any, Metrics]:
     """What a step is."""
     if not is_state(state) or not hasattr(state, "opt_state"):
         raise no_state(step.name, state, batch, "batch")
@@ -126,17 +126,14 @@ def composed(step: TrainStep, state: Any, batch: Any, lease: Lease | None = None
     skipped = metrics.get("skipped")
     if isinstance(skipped, torch.Tensor) and not eager():
         return _unless(skipped, step, state.replace(buffers=buffers), grads, metrics)
-    if lease is None:
+    if owner is None:
         state, more = step.update(state.replace(buffers=buffers), grads)
-    else:
+    else:  # what was computed must not lie in what is written over now
         assert isinstance(step.update, Update)
-        if lease.grants(state):  # what was computed must not lie in what is written over now
-            metrics = {name: lease.apart(value) for name, value in metrics.items()}
-            apart = {name: lease.apart(value) for name, value in buffers.items()}
-            buffers = Written(apart, buffers.params) if isinstance(buffers, Written) else apart
-            if not isinstance(step.gradients, Gradients):
-                grads = {name: lease.apart(grad) for name, grad in grads.items()}
-        state, more = step.update.updated(state, grads, buffers, lease)
+        metrics, apart = owner.share(metrics), owner.share(dict(buffers))
+        if not isinstance(step.gradients, Gradients):
+            grads = owner.share(grads)
+        state, more = step.update.updated(state, grads, Written(apart, buffers.params) if isinstance(buffers, Written) else apart, owner)
     return state, {**metrics, **more} if more else metrics
 
 

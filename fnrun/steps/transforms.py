@@ -36,7 +36,7 @@ class _Finite:
         self.call = call
         self.fuses = getattr(call, "fuses", False)
 
-    def __call__(self, step: TrainStep, state: Any, batches: list[Any], lease: Any) -> tuple[Any, Metrics]:
+    def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Any) -> tuple[Any, Metrics]:
         return each(_checked(lambda state, batch: self.call(step, state, [batch], None)), state, batches)
 
 

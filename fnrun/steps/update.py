@@ -10,7 +10,7 @@ import optree
 import torch
 
 from fnrun import tree
-from fnrun.donation import Lease, unlisted
+from fnrun.donation import Owner, contents
 from fnrun.inplace import Guard
 from fnrun.reports import collect
 from fnrun.steps.given import detached_all
@@ -34,38 +34,39 @@ class Update:
     def __call__(self, state: Any, grads: Mapping[str, Any]) -> tuple[Any, Metrics]:
         return self.updated(state, grads, state.buffers, None)
 
-    def updated(self, state: Any, grads: Mapping[str, Any], buffers: Any, lease: Lease | None) -> tuple[Any, Metrics]:
-        """The update of `state` with these buffers; in the state's own memory as far as a lease grants it."""
+    def updated(self, state: Any, grads: Mapping[str, Any], buffers: Any, owner: Owner | None) -> tuple[Any, Metrics]:
+        """The update of `state` with these buffers; in the state's own memory as far as it is the owner's."""
         self.check(state)
         memory, every = state.opt_state, state.params
         if isinstance(buffers, Written):
             every, buffers = {**every, **buffers.params}, dict(buffers)
+        kept = contents(state)
+        if all(grad is None for grad in grads.values()):
+            return type(state)(**{**kept, "params": every, "buffers": buffers, "step": kept["step"] + 1}), {}
         params = every if self._whole else {name: every[name] for name in self.trained}
         with collect() as reports:
-            if all(grad is None for grad in grads.values()):
-                pass
-            elif lease is None:
+            if owner is None:
                 marks = self._guard.look({"params": params, "opt_state": memory}) if self._guard.on else ()
-                params, memory = self._optimize(state, grads, memory, params)
+                params, memory = self._optimize(kept, grads, memory, params)
                 if marks:
                     self._guard.check(marks, self.culprit)
             else:
-                by, state = f"step {state.step} ({self.name})", unlisted(state)
-                params, memory = lease.update(by, self._optimize, state, grads, memory, params)
-        params = params if self._whole else {**every, **params}
-        if lease is not None:
-            lease.settle(params, memory, buffers)
+                by = f"step {kept['step']} ({self.name})"
+                params, memory = owner.update(by, state, lambda: self._optimize(kept, grads, memory, params))
         self._made = _mark(memory)
-        new = state.replace(params=params, buffers=buffers, opt_state=memory, step=state.step + 1)
+        kept.update(params=params if self._whole else {**every, **params}, buffers=buffers, opt_state=memory, step=kept["step"] + 1)
+        new = type(state)(**kept)
+        if owner is not None:
+            owner.accept(new)
         return new, {name: detached_all(value) for name, value in reports.items()}
 
-    def _optimize(self, state: Any, grads: Any, memory: Any, params: Any) -> tuple[Any, Any]:
-        optimizer = self.optimizer
+    def _optimize(self, given: dict[str, Any], grads: Any, memory: Any, params: Any) -> tuple[Any, Any]:
+        optimizer, step = self.optimizer, given["step"]
         if not optimizer.keyed:
-            return optimizer.update(grads, memory, params, key=None, step=state.step)
-        key = state.rng.fold_in("optimizer", state.step)
+            return optimizer.update(grads, memory, params, key=None, step=step)
+        key = given["rng"].fold_in("optimizer", step)
         with key.scope():
-            return optimizer.update(grads, memory, params, key=key, step=state.step)
+            return optimizer.update(grads, memory, params, key=key, step=step)
 
     def check(self, state: Any) -> None:
         """Raise ValueError where the state does not hold what the optimizer remembers of these parameters: looked at for each new structure."""

@@ -11,7 +11,7 @@ import torch.utils._pytree as torch_pytree
 from hypothesis import given, settings, strategies as st
 
 from fnrun import Key, TrainState, make_train_step, optim, tree
-from fnrun.donation import Lease
+from fnrun.donation import Owner
 from fnrun.reports import collect
 
 from . import cases
@@ -254,13 +254,15 @@ def test_donation_changes_only_memory(name: str) -> None:
     optimizer, params = OPTIMIZERS[name](), cases.params(name)
     kept = list(cases.steps(optimizer, params, optimizer.init(params), 8))[-1]
     now = TrainState(tree.snapshot(params), {}, optimizer.init(params), Key(0))
-    lease = Lease.of(now)
+    owner = Owner.of(now)
     for step in range(8):
         pointers = {n: p.data_ptr() for n, p in now.params.items()}
-        assert lease.grants(now)
-        after, memory = lease.update("a step", optimizer.update, cases.grads(now.params, step), now.opt_state, now.params)
-        lease.settle(after, memory, {})
+        grads, memory, params = cases.grads(now.params, step), now.opt_state, now.params
+        after, memory = owner.update(
+            "a step", now, lambda grads=grads, memory=memory, params=params: optimizer.update(grads, memory, params)
+        )
         now = TrainState(after, {}, memory, Key(0))
+        owner.accept(now)
         assert pointers == {n: p.data_ptr() for n, p in after.items()}
     now, state = now.params, now.opt_state
     assert tree.equal(kept, (now, state))
