@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fnrun.donation import Donatable, contents
+from fnrun.entering import BARE, Entered, entering
 from fnrun.rng import Key
 from fnrun.tree import struct
 from fnrun.words import kind, uncalled
@@ -121,10 +122,12 @@ class Optimizes(Protocol):
 
 
 @struct
-class TrainState(Donatable):
+class TrainState(Donatable, metaclass=Entered):
     """A training, whole: given the program and the data, everything that follows is a function of it.
 
-    Tensors are detached and never written to once they are in a state. Subclass it under `@fnrun.struct` to add fields.
+    Tensors are never written to once they are in a state. What enters one is detached, whoever made it, and of an `nn.Parameter` it is a
+    copy; other tensors enter as they are, so give clones of what somebody writes to (a module's buffers). Subclass it under
+    `@fnrun.struct` to add fields.
     """
 
     params: dict[str, torch.Tensor]
@@ -165,12 +168,25 @@ class TrainState(Donatable):
         )
 
     def replace(self, **changes: Any) -> Self:
-        """The state with these fields changed."""
-        return type(self)(**{**contents(self), **changes})
+        """The state with these fields changed. Tensors that require grad are detached, and of an `nn.Parameter` a copy is taken."""
+        for name in changes:
+            if name not in BARE:
+                changes[name] = entering(changes[name], getattr(self, name, None), name)
+        return made(type(self), {**contents(self), **changes})
 
     def rewind(self) -> Self:
         """The state with its open frames given up and its stop cleared: a program called on it begins anew. Streams stay where they are."""
         return self.replace(position=dataclasses.replace(self.position, frames=()), stop=None)
+
+
+def made(cls: Any, contents: dict[str, Any]) -> Any:
+    """A state of what the library itself computed, which holds no graph: nothing is looked at."""
+    return type.__call__(cls, **contents)
+
+
+def carried(state: Any, **changes: Any) -> Any:
+    """`state.replace(**changes)` with tensors that hold no graph: nothing is looked at."""
+    return made(type(state), {**contents(state), **changes}) if isinstance(state, TrainState) else state.replace(**changes)
 
 
 def check_apart(who: str, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fnrun.counts import count
 from fnrun.optim import applied_updates
-from fnrun.state import TrainState, counted
+from fnrun.state import TrainState, carried, counted
 
 Buffers = Literal["copy", "average"]
 Per = Literal["step", "update"]
@@ -81,7 +81,7 @@ class _Average:
         else:
             weight = self.weight(updates)
             averages = {field: _lerp(memory[field], values, weight, field) for field, values in self._averaged(state).items()}
-        return state.replace(memory={**state.memory, self.name: {**averages, "updates": updates + due, **seen}})
+        return carried(state, memory={**state.memory, self.name: {**averages, "updates": updates + due, **seen}})
 
     def _averaged(self, state: TrainState) -> dict[str, Tensors]:
         return {"params": state.params, **({"buffers": state.buffers} if self.buffers == "average" else {})}

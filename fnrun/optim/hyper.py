@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
+from fnrun.entering import check_uncut
 from fnrun.optim.lists import read
 from fnrun.tree import join, node, struct
 from fnrun.words import bindable, kind, uncalled
@@ -82,6 +83,7 @@ class Settings:
 
     def at(self, state: Hyperparams, count: Any) -> dict[str, Any]:
         """The values now: numbers where they can be known without waiting for a device, else tensors."""
+        check_uncut(state.leaves)
         values = dict(self.constants)
         for name, schedule in self.schedules:
             values[name] = schedule(count)

@@ -9,11 +9,14 @@ from typing import Any
 import optree
 import torch
 
+from fnrun import entering
 from fnrun.donation import Owner, contents, fields, writable
 from fnrun.inplace import Guard
-from fnrun.state import is_state, no_state
+from fnrun.optim import hyperparams
+from fnrun.state import carried, is_state, made, no_state
 from fnrun.steps.capture import Captured
 from fnrun.steps.draws import Draws, TracedKey, Uncapturable
+from fnrun.steps.given import check_unasked
 from fnrun.steps.gradients import Gradients
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.surroundings import Surroundings
@@ -35,6 +38,11 @@ class CompiledCall:
             raise no_state(step.name, state, batches[0], "batch")
         if isinstance(step.update, Update):
             step.update.check(state)
+        if torch.is_grad_enabled():
+            for batch in batches:
+                check_unasked(step.name, state, batch)
+            if entering.any_cut:  # the graph has tensors of its own in their places
+                entering.check_uncut(hyperparams(state.opt_state))
         if (graphs := self._graphs.get(step)) is None:
             graphs = self._graphs[step] = _Graphs(step)
         if len(batches) > 1 and not _alike(batches):
@@ -98,7 +106,7 @@ class _Graphs:
             ((params, memory), (buffers, frozen)), metrics = owner.update(by, state, lambda: call.owning(writable)())
         params = params if whole else {**every["params"], **frozen, **params}
         every.update(params=params, buffers=buffers, opt_state=memory, step=count + len(batches))
-        new = type(state)(**every)
+        new = made(type(state), every)
         if owner is not None:
             owner.accept(new)
         return new, metrics
@@ -106,7 +114,7 @@ class _Graphs:
     def _several(self, given: Any, kept: Any, batches: list[Any], count: Any, draws: Draws) -> tuple[Any, Metrics]:
         """Steps one after the other, for the compiler: `given` are trained parameters and optimizer state, `kept` buffers and frozen ones."""
         (params, memory), (buffers, frozen), seen = given, kept, []
-        state = self._like.replace(params={**params, **frozen}, buffers=buffers, opt_state=memory, rng=TracedKey(draws))
+        state = carried(self._like, params={**params, **frozen}, buffers=buffers, opt_state=memory, rng=TracedKey(draws))
         for i, batch in enumerate(batches):
             step = count + i if i else count
             draws.name(step, i)
@@ -135,7 +143,7 @@ _SEEN = {"params", "buffers", "opt_state", "rng", "step"}
 
 
 def _blind(state: Any) -> Any:
-    return state.replace(**{name: _Unseen(name) for name in fields(type(state)) if name not in _SEEN})
+    return carried(state, **{name: _Unseen(name) for name in fields(type(state)) if name not in _SEEN})
 
 
 def _alike(batches: list[Any]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fnrun import tree
+from fnrun.entering import asks
 from fnrun.steps.kinds import Metrics
 from fnrun.words import a, bindable, kind, uncalled
 
@@ -23,6 +24,33 @@ def detached_all(value: Any) -> Any:
 def reported(metrics: Mapping[str, Any], reports: dict[str, Any]) -> Metrics:
     """The metrics, and the reports of other names behind them."""
     return {**metrics, **{name: value for name, value in reports.items() if name not in metrics}}
+
+
+def check_unasked(who: str, state: Any, batch: Any) -> None:
+    """Raise ValueError where a gradient is asked for through a step, which has none: what it is given requires grad."""
+    if asks(batch):
+        raise _asked(who, f"a tensor of the batch, {_which(batch)},")
+    if asks(state.params) or asks(state.buffers):
+        raise _asked(who, f"a tensor of the state, {_which({'params': state.params, 'buffers': state.buffers})},")
+
+
+def check_cut(who: str, params: Any) -> None:
+    """Raise ValueError where new parameters require grad: no tensor did but of what the optimizer was made of."""
+    if asks(params):
+        raise _asked(who, "a hyperparameter of the optimizer, or what its schedule returns,")
+
+
+def _which(value: Any) -> str:
+    named = zip(tree.paths(value), tree.leaves(value), strict=True)
+    return next((repr(path) for path, leaf in named if path and isinstance(leaf, torch.Tensor) and leaf.requires_grad), "it itself")
+
+
+def _asked(who: str, what: str) -> ValueError:
+    return ValueError(
+        f"{who}: {what} requires grad, and what a step returns is detached: a gradient through it would lack what went before, in silence. "
+        "Give it detached, or call the step under torch.no_grad(). To take gradients through training differentiate step.loss(params, "
+        "buffers, batch) and update by optimizer.update(grads, opt_state, params), with dictionaries of your own in the place of states"
+    )
 
 
 def check_function(who: str, function: Any, arguments: int, call: str, returns: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fnrun import tree
 from fnrun.optim.lists import eager, read
-from fnrun.steps.given import check_dense, check_function, check_scalar, detached, detached_all, loss_and_metrics, reported
+from fnrun.steps.given import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Weighed
 from fnrun.steps.shell import Shell
@@ -126,7 +126,10 @@ class Gradients:
         self._told = False
 
     def __call__(self, state: Any, batch: Any) -> tuple[dict[str, Any], dict[str, Tensor], Metrics]:
-        with _NOTHING if torch.is_grad_enabled() else torch.enable_grad():
+        recorded = torch.is_grad_enabled()
+        if recorded:
+            check_unasked(self.name, state, batch)
+        with _NOTHING if recorded else torch.enable_grad():
             grads, buffers, metrics = (self._whole if self.cut.pieces == 1 else self._in_pieces)(state, batch)
         return dict(zip(self.shell.trained, grads, strict=True)), buffers, metrics
 

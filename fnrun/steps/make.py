@@ -53,6 +53,9 @@ def make_train_step(
       same bits from run to run. What depends on a tensor's value in Python cannot be captured: then it runs as without, with a warning.
     - `host_random` seeds Python's and NumPy's generators too (100 us a step), for a model that draws from them.
 
+    - What comes out is detached, and a gradient through a step is refused (ValueError): a batch, a state or a hyperparameter that requires
+      grad, but under `torch.no_grad()`. `step.loss` and `optimizer.update` are differentiable.
+
     Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model.
 
     >>> import torch

@@ -15,7 +15,7 @@ from fnrun.inplace import Guard
 from fnrun.metrics.base import wide
 from fnrun.optim.lists import eager
 from fnrun.optim.wrappers import choose
-from fnrun.state import is_state, no_state
+from fnrun.state import carried, is_state, no_state
 from fnrun.steps.given import detached, detached_all, reported
 from fnrun.steps.gradients import Gradients, Written
 from fnrun.steps.kinds import Metrics, PureStep
@@ -125,9 +125,9 @@ def composed(step: TrainStep, state: Any, batch: Any, owner: Owner | None = None
     grads, buffers, metrics = step.gradients(state, batch)
     skipped = metrics.get("skipped")
     if isinstance(skipped, torch.Tensor) and not eager():
-        return _unless(skipped, step, state.replace(buffers=buffers), grads, metrics)
+        return _unless(skipped, step, carried(state, buffers=buffers), grads, metrics)
     if owner is None:
-        state, more = step.update(state.replace(buffers=buffers), grads)
+        state, more = step.update(carried(state, buffers=buffers), grads)
     else:  # what was computed must not lie in what is written over now
         assert isinstance(step.update, Update)
         metrics, apart = owner.share(metrics), owner.share(dict(buffers))
@@ -142,7 +142,7 @@ def _unless(skipped: torch.Tensor, step: TrainStep, state: Any, grads: Any, metr
     (new, more), (still, _) = step.update(state, grads), step.update(state, dict.fromkeys(grads))
     params, opt_state = choose(skipped != 0, lambda: (still.params, still.opt_state), lambda: (new.params, new.opt_state))
     more["skipped"] = torch.maximum(skipped, torch.as_tensor(more.get("skipped", 0), dtype=skipped.dtype))
-    return new.replace(params=params, opt_state=opt_state), {**metrics, **more}
+    return carried(new, params=params, opt_state=opt_state), {**metrics, **more}
 
 
 def together(metrics: list[Metrics], batches: list[Any]) -> Metrics:
@@ -191,7 +191,7 @@ class KeyedGradients(Keyed):
 class KeyedUpdate(Keyed):
     def __call__(self, state: Any, given: Any) -> Any:
         if isinstance(state.buffers, Written):
-            state = state.replace(params={**state.params, **state.buffers.params}, buffers=dict(state.buffers))
+            state = carried(state, params={**state.params, **state.buffers.params}, buffers=dict(state.buffers))
         return super().__call__(state, given)
 
     def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:

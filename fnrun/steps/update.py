@@ -13,7 +13,8 @@ from fnrun import tree
 from fnrun.donation import Owner, contents
 from fnrun.inplace import Guard
 from fnrun.reports import collect
-from fnrun.steps.given import detached_all
+from fnrun.state import made
+from fnrun.steps.given import check_cut, detached_all
 from fnrun.steps.gradients import Written
 from fnrun.steps.kinds import Metrics
 
@@ -42,7 +43,7 @@ class Update:
             every, buffers = {**every, **buffers.params}, dict(buffers)
         kept = contents(state)
         if all(grad is None for grad in grads.values()):
-            return type(state)(**{**kept, "params": every, "buffers": buffers, "step": kept["step"] + 1}), {}
+            return made(type(state), {**kept, "params": every, "buffers": buffers, "step": kept["step"] + 1}), {}
         params = every if self._whole else {name: every[name] for name in self.trained}
         with collect() as reports:
             if owner is None:
@@ -53,9 +54,11 @@ class Update:
             else:
                 by = f"step {kept['step']} ({self.name})"
                 params, memory = owner.update(by, state, lambda: self._optimize(kept, grads, memory, params))
+        if torch.is_grad_enabled():
+            check_cut(self.name, params)
         self._made = _mark(memory)
         kept.update(params=params if self._whole else {**every, **params}, buffers=buffers, opt_state=memory, step=kept["step"] + 1)
-        new = type(state)(**kept)
+        new = made(type(state), kept)
         if owner is not None:
             owner.accept(new)
         return new, {name: detached_all(value) for name, value in reports.items()}

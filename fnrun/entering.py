@@ -1,0 +1,101 @@
+"""What enters a state: detached, so that nothing in it holds a graph, and no variable of a module's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fnrun import tree
+
+#: Fields by which no tensors enter.
+BARE = frozenset({"rng", "step", "position", "stop"})
+#: The attribute of a tensor in an optimizer's state through which a gradient was asked for when it was put in.
+_CUT = "_cut_by_a_state"
+any_cut = False  # by any state of this process, which hardly ever happens
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+class Entered(type):
+    """The class of states: whoever makes one by calling its class, `dataclasses.replace` too, puts in what is detached."""
+
+    def __call__(cls, *args: Any, **given: Any) -> Any:
+        state = super().__call__(*args, **given)
+        for name in (field.name for field in dataclasses.fields(cls)):  # pyright: ignore[reportArgumentType]
+            if name not in BARE and (new := entering(value := getattr(state, name), None, name)) is not value:
+                object.__setattr__(state, name, new)
+        return state
+
+
+def entering(value: Any, held: Any, name: str) -> Any:
+    """`value`, which becomes the field `name` of a state, where `held` stood: tensors that require grad detached, of an `nn.Parameter` a copy.
+
+    A Parameter is written to by its module's optimizer and `load_state_dict`. The same object where nothing is to be done.
+    Raises ValueError within a transform of torch.func that differentiates by it.
+    """
+    if value is held:
+        return value
+    if type(value) is dict and type(held) is dict:
+        new = [each for key, each in value.items() if held.get(key) is not each]
+    else:
+        new = value
+    return tree.map(lambda leaf: _entered(name, leaf), value) if any(map(_foreign, tree.leaves(new))) else value
+
+
+def _foreign(leaf: Any) -> bool:
+    if type(leaf) is torch.Tensor:
+        return leaf.requires_grad
+    return isinstance(leaf, torch.Tensor) and (leaf.requires_grad or isinstance(leaf, nn.Parameter))
+
+
+def _entered(name: str, leaf: Any) -> Any:
+    if not _foreign(leaf):
+        return leaf
+    if isinstance(leaf, nn.Parameter):
+        return leaf.detach().clone()
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(
+            f"state.{name}: torch.func differentiates by a tensor that is put into a state, and what enters a state is detached: differentiate "
+            "a function of the tensors themselves (step.loss, fnrun.call, optimizer.update)"
+        )
+    leaf = leaf.detach()
+    if name == "opt_state" and torch.is_grad_enabled():
+        global any_cut
+        any_cut = True
+        setattr(leaf, _CUT, True)
+    return leaf
+
+
+def check_uncut(hyperparameters: Any) -> None:
+    """Raise ValueError where one of these leaves required grad when it was put into a state: a gradient through it would lack a part, in silence."""
+    if not any_cut:
+        return
+    for path, leaf in zip(tree.paths(hyperparameters), tree.leaves(hyperparameters), strict=True):
+        if isinstance(leaf, torch.Tensor) and _CUT in leaf.__dict__:
+            raise ValueError(
+                f"the hyperparameter {tree.split(path)[-1]} required grad when it was put into a state, and what enters a state is detached: put in "
+                "value.detach(). To differentiate by it call optimizer.update(grads, opt_state, params) with an opt_state of set_hyperparam "
+                "that was in no state, and step.loss for the gradients"
+            )
+
+
+def asks(value: Any) -> bool:
+    """Whether a gradient is asked for through what a step is given: a tensor in it requires grad, where gradients are recorded."""
+    kind = type(value)
+    if kind is torch.Tensor:
+        return value.requires_grad
+    if kind is dict:
+        value = value.values()
+    elif kind is not tuple and kind is not list:
+        return any(map(_requiring, tree.leaves(value)))
+    try:
+        return True in map(_requires_grad, value)
+    except AttributeError:
+        return any(map(_requiring, tree.leaves(list(value))))
+
+
+def _requiring(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
