@@ -16,7 +16,8 @@ from fnrun.optim.lists import eager, read
 from fnrun.steps.given import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Weighed
-from fnrun.steps.shell import Shell
+from fnrun.steps.recompute import Recomputed
+from fnrun.steps.shell import Shell, not_checkpointed
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.watch import described, leaves as leaves_of
 
@@ -87,7 +88,8 @@ class Loss:
     """The part `step.loss` of a step: `(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`.
 
     The module as a function, differentiable in whatever requires grad. `params` and `buffers` are dictionaries of tensors by name; the loss
-    is what `loss_fn` returns, a scalar or a fold. Randomness comes from `key` (for the bits of a step `state.rng.fold_in("train", state.step)`);
+    is what `loss_fn` returns, a scalar or a fold. A module that uses `torch.utils.checkpoint` itself is refused where gradients are to be taken
+    (RuntimeError); `checkpoint_activations=` plays no part here. Randomness comes from `key` (for the bits of a step `state.rng.fold_in("train", state.step)`);
     without one a random draw is an error.
     """
 
@@ -98,7 +100,11 @@ class Loss:
         shell = self.shell
         tensors = shell.tensors("params", params, apart=False)
         with self.within.undrawn() if key is None else self.within(key) as reports:
-            (loss, metrics), buffers, _ = shell.run(lambda: self.forward(batch), tensors, buffers, train=True)
+            (loss, metrics), buffers, _ = not_checkpointed(
+                self.shell.whose,
+                lambda: shell.run(lambda: self.forward(batch), tensors, buffers, train=True),
+                [tensors, dict(buffers), batch],
+            )
         return loss, (buffers, reported(metrics, reports))
 
     def forward(self, batch: Any) -> tuple[Any, Metrics]:
@@ -117,8 +123,16 @@ class Gradients:
     `grads` are by name, detached, of the loss itself (never scaled), None for a parameter that the loss does not reach.
     """
 
-    def __init__(self, name: str, loss: Loss, loss_scale: Callable[[Any], Tensor] | None, cut: Cut, within: Surroundings) -> None:
-        self.name, self.loss, self.loss_scale, self.cut, self.within = name, loss, loss_scale, cut, within
+    def __init__(
+        self,
+        name: str,
+        loss: Loss,
+        loss_scale: Callable[[Any], Tensor] | None,
+        cut: Cut,
+        within: Surroundings,
+        recomputed: Recomputed | None = None,
+    ) -> None:
+        self.name, self.loss, self.loss_scale, self.cut, self.within, self.recomputed = name, loss, loss_scale, cut, within, recomputed
         shell = self.shell = loss.shell
         places = {name: i for i, name in enumerate(shell.params)}
         self._trained = [places[name] for name in shell.trained]
@@ -201,7 +215,10 @@ class Gradients:
         def forward_and_backward() -> tuple[
             Any, Any, Metrics
         ]:  # both with the state's tensors: a checkpointed part runs again in the backward
-            loss, metrics = self.loss.forward(batch)
+            if self.recomputed is None:
+                loss, metrics = self.loss.forward(batch)
+            else:
+                loss, metrics = self.recomputed.run(self.loss.forward, batch, state.buffers)
             if shell.first.watching and any(leaf.grad is not None for leaf in leaves):
                 raise ValueError(
                     f"{self.name}: the loss calls backward() itself, and a step takes the gradient of what loss_fn returns: add that loss to "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from fnrun.steps.compiled import CompiledCall
 from fnrun.steps.given import autocast, check_function
 from fnrun.steps.gradients import Gradients, Loss
 from fnrun.steps.pieces import Cut
+from fnrun.steps.recompute import Recomputed
 from fnrun.steps.shell import Shell
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.train import TrainStep, one_by_one
@@ -31,6 +32,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     precision: str | None = None,
+    checkpoint_activations: str | Sequence[str] | None = None,
     compile: bool = False,
     host_random: bool = False,
     **gone: Any,
@@ -49,6 +51,11 @@ def make_train_step(
       apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are added in a balanced
       tree over the pieces. A parameter or another buffer that the forward changes is refused (ValueError).
     - `precision="bf16"` or `"fp16"` runs `loss_fn` under autocast; parameters keep their dtype. fp16 wants `optim.dynamic_loss_scale`.
+    - `checkpoint_activations` names parts of the model whose activations are not kept for the backward but computed once more in it, for less
+      memory and the same bits: `"blocks"`, its repeated blocks (entries of an `nn.ModuleList` or `nn.Sequential` that are of one class and have
+      parts of their own), or a list of patterns that occur in paths of modules (`["encoder.layer"]`; globs with a `*`); of two of which one is
+      within the other the outer one. Forward hooks on modules within a part run again in the second computation, those on the part itself once.
+      `step.loss` and the steps that evaluate do without.
     - `compile` makes the whole step one graph (inductor), for each shape of the batch one, static: eager's numbers up to rounding, and the
       same bits from run to run. What depends on a tensor's value in Python cannot be captured: then it runs as without, with a warning.
     - `host_random` seeds Python's and NumPy's generators too (100 us a step), for a model that draws from them.
@@ -84,7 +91,8 @@ def make_train_step(
     _warn_of_eval_mode(model, name)
     within = Surroundings(name, host_random)
     loss = Loss(shell, loss_fn, autocast(precision, shell.device_type), within)
-    gradients = Gradients(name, loss, optimizer.loss_scale, cut, within)
+    recomputed = None if checkpoint_activations is None else Recomputed(name, shell, checkpoint_activations, host_random)
+    gradients = Gradients(name, loss, optimizer.loss_scale, cut, within, recomputed)
     update = Update(name, optimizer, shell.params, shell.trained)
     return TrainStep(loss, gradients, update, name, CompiledCall(name) if compile else one_by_one)
 

@@ -12,13 +12,14 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import optree
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fnrun import rng
 from fnrun.state import buffers_of
-from fnrun.steps.watch import FirstCalls, versions
+from fnrun.steps.watch import FirstCalls, reentrant, versions
 from fnrun.undisturbed import undisturbed
 
 #: The shells whose modules hold other tensors at this moment, under the ambient lock: a loss may call a step of its own.
@@ -196,6 +197,14 @@ class Shell:
             if not _at_work:
                 self.structure.check(self.whose, train=True)
 
+    def slots_of(self, modules: list[nn.Module]) -> tuple[list[tuple[dict[str, Any], str, str]], list[tuple[dict[str, Any], str, str]]]:
+        """The slots (container, key, name) of the buffers of these modules, and all other slots, parameters too."""
+        names, own = [*self.params, *self.buffers], {id(module._buffers) for module in modules}
+        slots: tuple[list[Any], list[Any]] = [], []
+        for container, key, i in self._slots:
+            slots[id(container) not in own].append((container, key, names[i]))
+        return slots
+
     def hook(self, places: list[int], leaves: list[torch.Tensor]) -> None:
         """Give the `leaves`, which stand for the parameters at these places, the gradient hooks of the module's own."""
         own = self.structure.kept
@@ -346,13 +355,36 @@ class _Attributes:
             del self.buffers[key]
 
 
+def not_checkpointed(whose: str, fn: Callable[[], Any], given: Any) -> Any:
+    """`fn()`, a forward whose gradients are taken afterwards, if anything in `given` requires them.
+
+    Raises RuntimeError where it uses `torch.utils.checkpoint`.
+    """
+    if not torch.is_grad_enabled() or not any(map(_requires_grad, _tensors(given))):
+        return fn()
+    message = (
+        f"{whose}: the forward uses torch.utils.checkpoint (or other hooks for saved tensors), which calls the module again in the backward, "
+        "and then it has its own tensors back: the gradient would be another one. Take gradients with make_train_step (step.gradients), or "
+        "switch the checkpointing off; for the outputs alone call it under torch.no_grad()"
+    )
+    with torch.autograd.graph.disable_saved_tensors_hooks(message):
+        result = fn()
+    if any(reentrant(tensor) for tensor in _tensors(result)):
+        raise RuntimeError(message)
+    return result
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in optree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
 def call(
     model: nn.Module, params: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor], *args: Any, train: bool = True, **kwargs: Any
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """`model(*args, **kwargs)` with these tensors in place of its own: the outputs, and the buffers after the call.
 
-    Gradients flow to `params`; take them of a model without `torch.utils.checkpoint`, which calls the module again in the backward, when it has its own
-    tensors back (`make_train_step` takes them before). With `train` the submodules run in the modes in which they are, without in eval mode. Neither the module nor
+    Gradients flow to `params`. Where they are to, a forward that uses `torch.utils.checkpoint` is refused (RuntimeError): it calls the module again
+    in the backward, when that has its own tensors back (`make_train_step` takes gradients before). With `train` the submodules run in the modes in which they are, without in eval mode. Neither the module nor
     what is passed in changes. Raises ValueError where names are missing or unexpected.
 
     >>> model = nn.BatchNorm1d(2)
@@ -365,7 +397,11 @@ def call(
     tensors = [p.clone() for p in shell.tensors("params", params)]  # a forward may write to them
     shell.written.update(shell.params)
     before = versions(tensors)
-    outputs, after, _ = shell.run(lambda: model(*args, **kwargs), tensors, buffers, train=train)
+    outputs, after, _ = not_checkpointed(
+        shell.whose,
+        lambda: shell.run(lambda: model(*args, **kwargs), tensors, buffers, train=train),
+        [tensors, dict(buffers), args, kwargs],
+    )
     if train and before != (now := versions(tensors)):
         names = [name for name, a, b in zip(shell.params, before or (), now or (), strict=True) if a != b]
         raise ValueError(f"{shell.name} writes to {names} in place, and a call has no way to return them: make_train_step has")

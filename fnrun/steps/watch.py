@@ -232,6 +232,11 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
     yield from (node.variable for node in _nodes(loss) if hasattr(node, "variable"))
 
 
+def reentrant(loss: Tensor) -> bool:
+    """Whether a part of the graph is a backward of its own: `torch.utils.checkpoint(..., use_reentrant=True)`."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(loss))
+
+
 def _nodes(loss: Tensor) -> Iterator[Any]:
     nodes: list[Any] = [] if loss.grad_fn is None else [loss.grad_fn]
     seen = set(nodes)
@@ -354,7 +359,7 @@ class FirstCalls:
     def check_graph(self, loss: Tensor, trained: Sequence[Tensor], batch: Any) -> None:
         """Warn of parameters that get a gradient from the loss and are none of the step's; note how the gradients are to be taken."""
         assert self._seen is not None
-        self.reentrant |= any(node.name() == "CheckpointFunctionBackward" for node in _nodes(loss))
+        self.reentrant |= reentrant(loss)
         known = {memory(t) for t in [*optree.tree_leaves(batch), *self.originals.values()] if isinstance(t, Tensor)}  # pyright: ignore[reportArgumentType]
         own = set(map(id, trained))
         strange = [t for t in leaves(loss) if id(t) not in own and memory(t) not in self._seen.made | known and id(t) not in self._named]
@@ -429,23 +434,12 @@ class _Again:
         """Attributes on which a call depends, and which it changes. All of `changed` where the result is another one."""
         own = set(map(memory, self.tensors))
         seen = Operations([*self.tensors, *self.first.tensors.values()])
-        entries: list[tuple[Any, Any]] = [
-            (container, dict(container)) for m in self.modules.values() for container in (m.__dict__, m._parameters, m._buffers)
-        ]
-        contents = [(v, copy.copy(v)) for m in self.modules.values() for v in m.__dict__.values() if type(v) in (list, dict, deque, set)]
-        modes, after = [(m, m.training) for m in self.modules.values()], _random()
+        contents, after = Contents(self.modules.values()), _random()
 
         @undisturbed
         def put_back() -> None:
             seen.undo()
-            for value, content in contents:
-                _refill(value, content)
-            for container, content in entries:
-                container.update(content)
-                for key in container.keys() - content.keys():
-                    del container[key]
-            for module, mode in modes:
-                module.training = mode
+            contents.put_back()
             _set_random(after)
 
         try:
@@ -461,6 +455,23 @@ class _Again:
             put_back()
         found = self.first.carried(later, seen) | self.first.changed(later)
         return found if may_differ or seen.moved or found or _same(result, second) else changed
+
+
+class Contents:
+    """What modules hold at one moment: attributes, parameters, buffers, modes; of lists and dictionaries among them what is in these too."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._held = [(m.__dict__, dict(m.__dict__)) for m in modules]
+        self._within = [(v, copy.copy(v)) for _, held in self._held for v in held.values() if type(v) in (list, dict, deque, set)]
+
+    @undisturbed
+    def put_back(self) -> None:
+        for value, content in self._within:
+            _refill(value, content)
+        for attributes, held in self._held:
+            attributes.update(held)
+            for key in attributes.keys() - held.keys():
+                del attributes[key]
 
 
 def _refill(value: Any, content: Any) -> None:
