@@ -255,6 +255,12 @@ def is_state(state: Any) -> bool:
     return hasattr(state, "position") and not isinstance(state, type)
 
 
+def check_state(who: str, state: Any, data: Any, what: str) -> None:
+    """Raise TypeError, with what to write, where a step cannot work on it."""
+    if not is_state(state) or not hasattr(state, "opt_state"):
+        raise no_state(who, state, data, what)
+
+
 def no_state(who: str, state: Any, data: Any = None, what: str = "data") -> TypeError:
     """The error for what was given to `who` in place of a state."""
     if is_state(data):

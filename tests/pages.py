@@ -11,6 +11,12 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def run(page: str) -> str:
     """Run the Python of a page as it stands, from top to bottom, and return the page."""
+    names(page)
+    return (DOCS / page).read_text()
+
+
+def names(page: str) -> dict[str, Any]:
+    """What the Python of a page defines."""
     text = (DOCS / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
@@ -18,4 +24,4 @@ def run(page: str) -> str:
     names: dict[str, Any] = {"__name__": "docs"}
     for block in blocks:
         exec(compile(block, f"docs/{page}", "exec", dont_inherit=True), names)
-    return text
+    return names

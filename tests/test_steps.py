@@ -472,6 +472,41 @@ def test_other_gradients_in_a_step_are_keyed_donated_compiled_and_detached(recor
     torch.testing.assert_close(dict(quick.params), dict(plain.params), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({}, r"missing \['a.bias'"),
+        ({"more": torch.ones(1)}, r"unexpected \['more'\]"),
+        (
+            {"a.bias": torch.ones(3)},
+            r"that of 'a.bias' is float32 of shape \(3,\) on cpu, and the parameter float32 of shape \(4,\) on cpu",
+        ),
+        ({"a.bias": torch.ones(4).double()}, "'a.bias' is float64"),
+        ({"a.bias": torch.ones(4, device="meta")}, "on meta"),
+        ({"a.bias": 1.0}, "'a.bias' is 1.0"),
+    ],
+)
+def test_gradients_of_another_shape_or_name_are_refused(bad, message):
+    """A kernel that writes in place does not look: it reads on behind a gradient that is too short."""
+    step, state = made(optim.adamw(1e-2), model=Everything())
+
+    def spoiled(state, batch):
+        grads, buffers, found = step.gradients(state, batch)
+        return ({**grads, **bad} if bad else {}), buffers, found
+
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(step, gradients=spoiled)(state, rows_of(4))
+    with pytest.raises(ValueError, match=message):
+        step.update(state, spoiled(state, rows_of(4))[0])
+
+
+def test_buffers_of_other_names_are_refused():
+    step, state = made(model=Everything())
+    other = dataclasses.replace(step, gradients=lambda state, batch: (step.gradients(state, batch)[0], {}, {}))
+    with pytest.raises(ValueError, match=r"returned other buffers than the state has: missing \['norm.num_batches_tracked'"):
+        other(state, rows_of(4))
+
+
 def test_an_update_of_ones_own_is_not_donated_and_said_so():
     step, state = made()
 

@@ -13,7 +13,7 @@ from fnrun import entering
 from fnrun.donation import Owner, contents, fields, writable
 from fnrun.inplace import Guard
 from fnrun.optim import hyperparams
-from fnrun.state import carried, is_state, made, no_state
+from fnrun.state import carried, check_state, made
 from fnrun.steps.capture import Captured
 from fnrun.steps.draws import Draws, TracedKey, Uncapturable
 from fnrun.steps.given import check_unasked
@@ -34,8 +34,7 @@ class CompiledCall:
         self._graphs: weakref.WeakKeyDictionary[TrainStep, _Graphs] = weakref.WeakKeyDictionary()
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None) -> tuple[Any, Metrics]:
-        if not is_state(state) or not hasattr(state, "opt_state"):
-            raise no_state(step.name, state, batches[0], "batch")
+        check_state(step.name, state, batches[0], "batch")
         if isinstance(step.update, Update):
             step.update.check(state)
         if torch.is_grad_enabled():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fnrun import tree
 from fnrun.optim.lists import eager, read
+from fnrun.state import check_state
 from fnrun.steps.given import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Weighed
@@ -140,6 +141,7 @@ class Gradients:
         self._told = False
 
     def __call__(self, state: Any, batch: Any) -> tuple[dict[str, Any], dict[str, Tensor], Metrics]:
+        check_state(self.name, state, batch, "batch")
         recorded = torch.is_grad_enabled()
         if recorded:
             check_unasked(self.name, state, batch)

@@ -15,7 +15,7 @@ from fnrun.inplace import Guard
 from fnrun.metrics.base import wide
 from fnrun.optim.lists import eager
 from fnrun.optim.wrappers import choose
-from fnrun.state import carried, is_state, no_state
+from fnrun.state import carried, check_state, is_state
 from fnrun.steps.given import detached, detached_all, reported
 from fnrun.steps.gradients import Gradients, Written
 from fnrun.steps.kinds import Metrics, PureStep
@@ -120,20 +120,22 @@ def each(call: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batches: l
 
 def composed(step: TrainStep, state: Any, batch: Any, owner: Owner | None = None) -> tuple[Any, Metrics]:
     """What a step is."""
-    if not is_state(state) or not hasattr(state, "opt_state"):
-        raise no_state(step.name, state, batch, "batch")
     grads, buffers, metrics = step.gradients(state, batch)
     skipped = metrics.get("skipped")
     if isinstance(skipped, torch.Tensor) and not eager():
         return _unless(skipped, step, carried(state, buffers=buffers), grads, metrics)
-    if owner is None:
-        state, more = step.update(carried(state, buffers=buffers), grads)
-    else:  # what was computed must not lie in what is written over now
-        assert isinstance(step.update, Update)
+    update = step.update
+    if not isinstance(update, Update):
+        state, more = update(carried(state, buffers=buffers), grads)
+        return state, {**metrics, **more}
+    if not isinstance(step.gradients, Gradients):
+        update.check_grads(state, grads)
+    if owner is not None:  # what was computed must not lie in what is written over now
         metrics, apart = owner.share(metrics), owner.share(dict(buffers))
+        buffers = Written(apart, buffers.params) if isinstance(buffers, Written) else apart
         if not isinstance(step.gradients, Gradients):
             grads = owner.share(grads)
-        state, more = step.update.updated(state, grads, Written(apart, buffers.params) if isinstance(buffers, Written) else apart, owner)
+    state, more = update.updated(state, grads, buffers, owner)
     return state, {**metrics, **more} if more else metrics
 
 
@@ -166,6 +168,7 @@ class Keyed:
         self._guard = Guard(f"the {part} of {name}, {kind(fn)},")
 
     def __call__(self, state: Any, given: Any) -> Any:
+        check_state(f"{self.name}: its {self.part}", state, given, "batch")
         marks = self._guard.look(state)
         with self._within(state.rng, self.part, state.step) as reports:
             result = self.fn(state, given)
@@ -184,6 +187,12 @@ class KeyedGradients(Keyed):
                 f"name, and {kind(self.fn)} returned {kind(result)}"
             )
         grads, buffers, metrics = result
+        if buffers.keys() != state.buffers.keys():
+            missing, extra = sorted(state.buffers.keys() - buffers.keys()), sorted(buffers.keys() - state.buffers.keys())
+            raise ValueError(
+                f"the gradients of {self.name}: {kind(self.fn)} returned other buffers than the state has: missing {missing}, unexpected {extra}. "
+                "They are what the forward made of state.buffers: return those of step.gradients, or state.buffers itself"
+            )
         metrics = {name: detached_all(value) for name, value in reported(metrics, reports).items()}
         return {name: detached(grad) for name, grad in grads.items()}, tree.map(detached, buffers), metrics
 

@@ -13,10 +13,11 @@ from fnrun import tree
 from fnrun.donation import Owner, contents
 from fnrun.inplace import Guard
 from fnrun.reports import collect
-from fnrun.state import made
+from fnrun.state import check_state, made
 from fnrun.steps.given import check_cut, detached_all
 from fnrun.steps.gradients import Written
 from fnrun.steps.kinds import Metrics
+from fnrun.words import kind
 
 if TYPE_CHECKING:
     from fnrun.optim import Optimizer
@@ -33,6 +34,8 @@ class Update:
         self._made: Any = None  # what marks the one that it made last, which needs no look
 
     def __call__(self, state: Any, grads: Mapping[str, Any]) -> tuple[Any, Metrics]:
+        check_state(f"{self.name}: its update", state, grads, "grads")
+        self.check_grads(state, grads)
         return self.updated(state, grads, state.buffers, None)
 
     def updated(self, state: Any, grads: Mapping[str, Any], buffers: Any, owner: Owner | None) -> tuple[Any, Metrics]:
@@ -90,6 +93,24 @@ class Update:
             )
         self._known.append(structure)
 
+    def check_grads(self, state: Any, grads: Any) -> None:
+        """Raise ValueError, with the names, for gradients that are not those of the trained parameters: kernels that write in place do not look."""
+        who = f"{self.name}: the gradients"
+        if not isinstance(grads, Mapping):
+            raise TypeError(f"{who} are a dictionary by the names of the trained parameters, and not {kind(grads)}")
+        if grads.keys() != (names := set(self.trained)):
+            missing, extra = sorted(names - grads.keys())[:5], sorted(grads.keys() - names)[:5]
+            raise ValueError(
+                f"{who} are those of other parameters than are trained: missing {missing}, unexpected {extra}. None stands for one that is not to "
+                "be updated"
+            )
+        for name, grad in grads.items():
+            param = state.params[name]
+            if grad is None or (isinstance(grad, torch.Tensor) and _like(grad) == _like(param)):
+                continue
+            what = "{} of shape {} on {}".format(*_like(grad)) if isinstance(grad, torch.Tensor) else kind(grad)
+            raise ValueError(f"{who}: that of {name!r} is {what}, and the parameter {'{} of shape {} on {}'.format(*_like(param))}")
+
     def culprit(self, path: str) -> str:
         """Which part of the optimizer writes to this leaf, as far as the leaf tells."""
         field, _, rest = path.partition("/")
@@ -122,3 +143,7 @@ def _is_marked(memory: Any, mark: Any) -> bool:
     if type(mark) is dict:
         return type(memory) is dict and memory.keys() == mark.keys() and all(_is_marked(memory[name], m) for name, m in mark.items())
     return memory is not None and mark is not None and mark() is memory
+
+
+def _like(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.device
