@@ -473,7 +473,7 @@ def test_other_gradients_in_a_step_are_keyed_donated_compiled_and_detached(recor
 
 
 @pytest.mark.parametrize(
-    "bad, message",
+    ("bad", "message"),
     [
         ({}, r"missing \['a.bias'"),
         ({"more": torch.ones(1)}, r"unexpected \['more'\]"),
