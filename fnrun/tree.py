@@ -204,6 +204,9 @@ def snapshot(tree: Any) -> Any:
     return optree.tree_map(copy, tree)
 
 
+_CONTAINERS = dict, list, tuple
+
+
 class Node(NamedTuple):
     """One level of a tree: what kind of node it is, and its children with their entries, in canonical order."""
 
@@ -214,8 +217,12 @@ class Node(NamedTuple):
 
 
 def node(value: Any) -> Node | None:
-    """`value` as a container with its exact kind (a tuple is not a list, a NamedTuple not a tuple), or None for a leaf."""
+    """`value` as a container with its exact kind (a tuple is not a list, a NamedTuple not a tuple), or None for a leaf.
+
+    One that only knows more than a plain container says so by `like`, as a batch that a stream speaks for.
+    """
     cls: Any = type(value)
+    cls = getattr(cls, "like", cls) if issubclass(cls, _CONTAINERS) and cls not in _CONTAINERS else cls
     if cls in SCALARS or isinstance(value, (torch.Tensor, np.ndarray)):
         return None
     if cls in (dict, OrderedDict, defaultdict):

@@ -16,7 +16,7 @@ PACKAGE = Path(fnrun.__file__).parent
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
     ["tree", "files", "tables", "counts", "undisturbed", "words"],
-    ["rng", "reports", "donation", "environment", "inplace", "waiting", "entering"],
+    ["rng", "reports", "donation", "environment", "inplace", "waiting", "entering", "rows"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
     ["steps"],

@@ -14,7 +14,7 @@ import numpy as np
 import optree
 import torch
 
-from fnrun import tree
+from fnrun import rows, tree
 from fnrun.counts import count
 from fnrun.data import ambient
 from fnrun.data.content import digest
@@ -106,6 +106,7 @@ class Arrays(Stream):
         sizes = [leaf[:1].nbytes * self.batch_size for leaf in leaves]
         # Not where a batch would begin in the middle of a cache line: kernels may give other bits there, and a resumed run cuts elsewhere.
         together = max(1, TOGETHER // max(1, sum(sizes))) if not any(size % 64 for size in sizes) else 1
+        lists = rows.ambiguous(self.tensors)
         following, gathered = (-1, 0), deque[Any]()
         for epoch, batch, after in walk(cursor, len(self), replay):
             if not gathered or following != (epoch, batch):  # each is given away once, for its taker may write to it
@@ -113,8 +114,8 @@ class Arrays(Stream):
                     block = torch.from_numpy(order.block)
                     indices = {device: block.to(device) for device in {leaf.device for leaf in leaves}}
                 if self.shuffle:
-                    rows = order.within(batch, together)
-                    found = [_picked(leaf, indices[leaf.device][rows]) for leaf in leaves]
+                    within = order.within(batch, together)
+                    found = [_picked(leaf, indices[leaf.device][within]) for leaf in leaves]
                 else:
                     found = [leaf[batch * self.batch_size : (batch + together) * self.batch_size].clone() for leaf in leaves]
                 gathered = deque(zip(*(each.split(self.batch_size) for each in found), strict=True))
@@ -122,6 +123,9 @@ class Arrays(Stream):
             made = structure.unflatten(gathered.popleft())
             if self.transform is not None:
                 made = _transformed(self.transform, made, key.fold_in(epoch, "batch", batch))
+                made = rows.tell(made, min(self.batch_size, self.rows - batch * self.batch_size))
+            elif lists:
+                made = rows.tell(made, None, columns=True)
             yield made, Cursor(*after, self.source)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch._C import _error_if_any_worker_fails, _remove_worker_pids, _set_worker_pids
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
+from fnrun import rows
 from fnrun.counts import count
 from fnrun.data import ambient
 from fnrun.data.arrays import Order, cut, passes
@@ -65,8 +66,9 @@ class Loader(Stream):
         asks = _Asks(self, key, cursor, replay)
         made = _in_workers(fetch, asks, self.workers, self.timeout) if self.workers else map(fetch.__getitem__, asks)
         try:
-            for batch, (_, _, after) in zip(made, walk(cursor, len(self), replay), strict=True):
-                yield batch, Cursor(*after, self.source)
+            for batch, (_, at, after) in zip(made, walk(cursor, len(self), replay), strict=True):
+                asked_for = min(self.batch_size, self.rows - at * self.batch_size)
+                yield rows.tell(batch, asked_for, columns=self.collate is default_collate), Cursor(*after, self.source)
         finally:
             getattr(made, "close", lambda: None)()
 

@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
-from fnrun import tree
+from torch.utils.data import default_collate
+
+from fnrun import rows, tree
 from fnrun.data.stream import Stream
 from fnrun.rng import Key
 from fnrun.state import Cursor
@@ -49,11 +51,13 @@ class Stateful(Stream):
                 )
             begin = self.first[0]
         epoch, batch, source = cursor.epoch, cursor.batch, self.source
+        columns = getattr(self.iterable, "collate_fn", None) is default_collate
         while True:
             items = self._pass(key.fold_in(epoch), batch)
             try:
                 for item, last, memo in items:
                     batch += 1
+                    item = rows.tell(item, None, columns=True) if columns else item
                     yield item, Cursor(epoch + 1, 0, source, memo) if last else Cursor(epoch, batch, source, memo)
             finally:
                 items.close()

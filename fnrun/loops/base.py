@@ -111,7 +111,7 @@ class Loop(Composed):
         """How many ticks this one counts as: of several batches at a time, so many."""
         return 1
 
-    def _examples(self, x: Any) -> int:
+    def _examples(self, x: Any, metrics: Any) -> int:
         return 1
 
     def _next_member(self, frame: Frame) -> str | None:
@@ -183,7 +183,7 @@ class Loop(Composed):
                 if len(state.position.frames) != depth + 1:
                     raise elsewhere(state, program)
                 taken = self._taken(x)
-                examples = self._examples(x)
+                examples = self._examples(x, metrics)
                 program.examples += examples
                 plain = self._plain(metrics) if afters or self.observers else {}
                 gathered = {

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from fnrun import metrics as folds, tree
+from fnrun import metrics as folds, rows, tree
 from fnrun.data import Batches
 from fnrun.donation import why_dead
 from fnrun.loops.base import Loop
 from fnrun.loops.composed import AnyStep, named, title
-from fnrun.metrics.totals import rates_last
+from fnrun.metrics.totals import rates_last, weight
 from fnrun.program import Here, Unwind
 from fnrun.state import Cursor, Frame, Position
 from fnrun.steps import PureStep, TrainStep
@@ -93,8 +93,13 @@ class OverData(Loop):
     def _plain(self, metrics: Any) -> dict[str, Any]:
         return metrics
 
-    def _examples(self, x: Any) -> int:
-        return folds.examples(x)
+    @functools.cached_property
+    def _known(self) -> Callable[[Any], int | None]:
+        return self.step.examples if isinstance(self.step, PureStep) else rows.known
+
+    def _examples(self, x: Any, metrics: Any) -> int:
+        known = self._known(x)
+        return weight(known, x, metrics) if known is None else known
 
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
         return folds.fold(totals, rates_last(metrics), examples)
@@ -166,7 +171,7 @@ class Training(OverData):
                     raise Unwind(finished(state), reason)
                 batch, after = program.next_batch(name, stream, state, cursor, replay=replay)
                 state, metrics = self._stepped(state, batch, at)
-                done.append((metrics, folds.examples(batch)))
+                done.append((metrics, self._examples(batch, metrics)))
                 cursor = after
         except Unwind:
             raise
@@ -252,8 +257,10 @@ class StepLoop(Training):
     def _taken(self, x: Any) -> int:
         return 1 if self.fused_steps == 1 else len(x)
 
-    def _examples(self, x: Any) -> int:
-        return folds.examples(x) if self.fused_steps == 1 else sum(map(folds.examples, x))
+    def _examples(self, x: Any, metrics: Any) -> int:
+        if self.fused_steps == 1:
+            return super()._examples(x, metrics)
+        return sum(super(StepLoop, self)._examples(batch, metrics) for batch in x)  # whose metrics are folds
 
     def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
         if self.fused_steps == 1:
@@ -325,6 +332,9 @@ class PredictLoop(EvalLoop):
 
     def _plain(self, metrics: Any) -> dict[str, Any]:
         return {}
+
+    def _examples(self, x: Any, metrics: Any) -> int:
+        return self._known(x) or 1  # nothing is averaged
 
     def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
         return {"outputs": metrics}

@@ -25,7 +25,8 @@ from fnrun.metrics.perplexity import Perplexity, perplexity
 from fnrun.metrics.quantiles import Quantiles, quantiles
 from fnrun.metrics.regression import R2, Moments, Pearson, RootMean, mae, mse, pearson, r2, rmse
 from fnrun.metrics.segmentation import iou, mean_iou
-from fnrun.metrics.totals import Means, Totals, compute, examples, fold, fold_each, settled, values
+from fnrun.metrics.totals import Means, Totals, compute, fold, fold_each, settled, values
+from fnrun.rows import examples
 
 __all__ = [
     "AUROC",

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fnrun import tree
+from fnrun import rows
 from fnrun.metrics.base import wide
 from fnrun.metrics.basic import Last, Max, Mean, Min, Sum
 from fnrun.tree import struct
@@ -134,6 +133,20 @@ def _rates(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 _RATE = re.compile(r"(^|/)lr(_\d+)?$")  # of the second optimizer in a step `lr_2`
+
+
+def weight(examples: int | None, batch: Any, metrics: Mapping[str, Any]) -> int:
+    """What a tick's plain metrics weigh: `examples`, that the batch has. Raises ValueError where that is None, not clear, and there are such metrics."""
+    if examples is not None:
+        return examples
+    newest = {"skipped", *_rates(tuple(metrics))}  # of which a mean is not asked for
+    if plain := [name for name, value in metrics.items() if not hasattr(value, "merge") and name not in newest]:
+        raise ValueError(
+            f"how many examples this batch has is not clear: {rows.shapes(batch)}; and {', '.join(plain[:5])} would be averaged over examples. "
+            f"Say it where the step is made, make_train_step or make_eval_step(..., {rows.REMEDY}); or let the step return folds, "
+            "metrics.mean(value, weight=n)"
+        )
+    return 1
 
 
 def fold_each(totals: Totals | None, ticks: Sequence[tuple[Mapping[str, Any], int]]) -> Totals | None:
@@ -322,20 +335,3 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
             )
         flat.update(part)
     return flat
-
-
-def examples(batch: Any) -> int:
-    """How many examples a batch has: the leading length of its first tensor that has one, else 1.
-
-    >>> examples({"image": torch.zeros(8, 3), "label": torch.zeros(8)}), examples(3.5)
-    (8, 1)
-    """
-    if type(batch) in (dict, tuple, list) and batch:  # the usual case, found out without a look at the whole tree
-        values = batch.values() if type(batch) is dict else batch
-        lengths = {value.shape[0] if type(value) is Tensor and value.ndim else None for value in values}
-        if len(lengths) == 1 and None not in lengths:
-            return lengths.pop()  # pyright: ignore[reportReturnType]
-    for leaf in (batch,) if isinstance(batch, Tensor) else tree.leaves(batch):
-        if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim:
-            return len(leaf)
-    return 1

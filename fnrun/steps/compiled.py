@@ -45,9 +45,10 @@ class CompiledCall:
         if (graphs := self._graphs.get(step)) is None:
             graphs = self._graphs[step] = _Graphs(step)
         if len(batches) > 1 and not _alike(batches):
-            return each(lambda state, batch: self(step, state, [batch], owner), state, batches)
+            return each(lambda state, batch: self(step, state, [batch], owner), state, batches, step.examples)
+        counts = [step.examples(batch) for batch in batches] if len(batches) > 1 else []
         graphs.rehearse(state, batches[0])
-        if graphs.reason is None and (result := graphs(state, batches, owner)) is not None:
+        if graphs.reason is None and (result := graphs(state, batches, counts, owner)) is not None:
             if "skipped" in result[1] and isinstance(step.gradients, Gradients):
                 step.gradients.tell(result[1])
             return result
@@ -83,7 +84,7 @@ class _Graphs:
             self.gradients(state, batch)
             self._left -= 1
 
-    def __call__(self, state: Any, batches: list[Any], owner: Owner | None) -> tuple[Any, Metrics] | None:
+    def __call__(self, state: Any, batches: list[Any], counts: list[Any], owner: Owner | None) -> tuple[Any, Metrics] | None:
         if isinstance(self.gradients, Gradients):
             self.gradients.shell.check()
         trained = self.update.trained if isinstance(self.update, Update) else tuple(state.params)
@@ -91,7 +92,7 @@ class _Graphs:
         whole = len(params) == len(state.params)
         kept = state.buffers, {} if whole else {name: p for name, p in state.params.items() if name not in params}
         self._like = _blind(state)
-        call = self._captured((params, state.opt_state), kept, batches, count, state.rng, inplace=owner is not None)
+        call = self._captured((params, state.opt_state), kept, (batches, counts), count, state.rng, inplace=owner is not None)
         self._like = None
         if call is None:
             return None
@@ -110,9 +111,9 @@ class _Graphs:
             owner.accept(new)
         return new, metrics
 
-    def _several(self, given: Any, kept: Any, batches: list[Any], count: Any, draws: Draws) -> tuple[Any, Metrics]:
+    def _several(self, given: Any, kept: Any, x: tuple[list[Any], list[Any]], count: Any, draws: Draws) -> tuple[Any, Metrics]:
         """Steps one after the other, for the compiler: `given` are trained parameters and optimizer state, `kept` buffers and frozen ones."""
-        (params, memory), (buffers, frozen), seen = given, kept, []
+        (params, memory), (buffers, frozen), (batches, counts), seen = given, kept, x, []
         state = carried(self._like, params={**params, **frozen}, buffers=buffers, opt_state=memory, rng=TracedKey(draws))
         for i, batch in enumerate(batches):
             step = count + i if i else count
@@ -120,7 +121,7 @@ class _Graphs:
             state, metrics = composed(self, state.replace(step=step), batch)  # pyright: ignore[reportArgumentType]
             seen.append(metrics)
         new = {name: state.params[name] for name in params}, {name: state.params[name] for name in frozen}
-        return ((new[0], state.opt_state), (state.buffers, new[1])), seen[0] if len(seen) == 1 else together(seen, batches)
+        return ((new[0], state.opt_state), (state.buffers, new[1])), seen[0] if len(seen) == 1 else together(seen, batches, counts)
 
 
 class _Unseen:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fnrun.rows import said
 from fnrun.state import check_model, no_state, weights_of
 from fnrun.steps.given import autocast as autocast_of, check_function, loss_and_metrics, reported
 from fnrun.steps.kinds import EvalStep, Function, Metrics
@@ -24,6 +25,7 @@ def make_eval_step(
     metric_fn: Callable[[nn.Module, Any], Any],
     *,
     weights: str | Callable[[Any], Any] = "params",
+    examples: Any = None,
     precision: str | None = None,
     host_random: bool = False,
 ) -> EvalStep:
@@ -31,7 +33,7 @@ def make_eval_step(
 
     `metric_fn(model, batch)` returns a dict of metrics, or what a `loss_fn` returns. `weights` says whose: the state's own (`"params"`), those
     that a hook remembers (its name, as `"ema"`), or a function of the state that returns `params` or `(params, buffers)`.
-    Randomness within is keyed by the training step and the batch's place in the pass; `host_random` as in `make_train_step`.
+    Randomness within is keyed by the training step and the batch's place in the pass; `examples` and `host_random` as in `make_train_step`.
     """
     check_model("make_eval_step", model)
     check_function("make_eval_step", metric_fn, 2, "metric_fn(model, batch)", "a dict of metrics, or a loss")
@@ -44,7 +46,7 @@ def make_eval_step(
             result = {"loss": loss, **metrics}
         return reported(result, reports)
 
-    return Function(eval_step, name=f"eval_step({type(model).__name__})")
+    return Function(eval_step, name=f"eval_step({type(model).__name__})", examples=said("make_eval_step", examples))
 
 
 def make_predict_step(

@@ -161,10 +161,10 @@ class Gradients:
 
     def _in_pieces(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
         joined, total, dtypes = Joined(self.name, self.shell, state.buffers), PairwiseSum(), []
-        for i, piece, rows in self.cut(batch):
+        for i, piece, n in self.cut(batch):
             moved: set[str] = set()
             with self.within(state.rng, "train", state.step, i) as reports:
-                grads, loss, buffers, metrics = self._of(state, piece, moved)
+                grads, loss, buffers, metrics = self._of(state, piece, n, moved)
                 metrics = _with(metrics, reports)
             if isinstance(buffers, Written):
                 raise ValueError(
@@ -173,7 +173,7 @@ class Gradients:
                 )
             dtypes = dtypes or [None] * len(grads)
             dtypes = [dtype if g is None else g.dtype for g, dtype in zip(grads, dtypes, strict=True)]
-            total.add(i, joined.part(grads, loss, rows, buffers, moved, metrics))
+            total.add(i, joined.part(grads, loss, n, buffers, moved, metrics))
         whole = total.result()
         if whole is None:
             raise ValueError(f"{self.name}: the batch has no examples, so no microbatch has")
@@ -201,8 +201,8 @@ class Gradients:
             self._told = True
             logger.warning("%s: a batch in which every weight of the loss is 0 makes no update (said once)", self.name)
 
-    def _of(self, state: Any, batch: Any, moved: set[str] | None = None) -> tuple[list[Any], Weighed, Any, Metrics]:
-        """The gradients of the mean of a batch or piece, what it weighs, the buffers (of which `moved` were written to), the metrics."""
+    def _of(self, state: Any, batch: Any, n: int | None = None, moved: set[str] | None = None) -> tuple[list[Any], Weighed, Any, Metrics]:
+        """The gradients of the mean of a batch, or of a piece of `n` examples, what it weighs, the buffers (of which `moved` were written to), the metrics."""
         shell = self.shell
         scale = None if self.loss_scale is None else self.loss_scale(state.opt_state)
         tensors = shell.tensors("params", state.params)
@@ -226,7 +226,7 @@ class Gradients:
                     f"{self.name}: the loss calls backward() itself, and a step takes the gradient of what loss_fn returns: add that loss to "
                     "it, or take gradients within by torch.autograd.grad"
                 )
-            weighed = self.cut.mean_of(loss, batch)
+            weighed = self.cut.mean_of(loss, batch, n)
             value = weighed.mean
             check_scalar(value)
             if shell.first.watching:

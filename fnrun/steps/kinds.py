@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from fnrun import rows
+
 Metrics = dict[str, Any]
 
 
@@ -35,6 +37,8 @@ class PureStep:
     fuses = False
     #: Of its update, in words, with its schedules; '' where none is known.
     optimizer_text = ""
+    #: How many examples a batch has, None where that is not clear: plain metrics are weighed by it.
+    examples: Callable[[Any], int | None] = staticmethod(rows.known)
 
     def __call__(self, state: Any, batch: Any, /) -> Any:
         raise NotImplementedError
@@ -43,12 +47,20 @@ class PureStep:
 class Function(PureStep):
     """A step that is `call`, and goes by the name of `like`."""
 
-    def __init__(self, call: Callable[..., Any], like: Callable[..., Any] | None = None, name: str = "") -> None:
-        self._call = call
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        like: Callable[..., Any] | None = None,
+        name: str = "",
+        examples: Callable[[Any], int | None] | None = None,
+    ) -> None:
         if like is not None:
-            functools.update_wrapper(self, like)
+            functools.update_wrapper(self, like)  # with its attributes, if it is one of these too
         else:
             self.__name__ = self.__qualname__ = name
+        self._call = call
+        if examples is not None:
+            self.examples = examples
 
     def __call__(self, state: Any, batch: Any, /) -> Any:
         return self._call(state, batch)

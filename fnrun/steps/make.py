@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fnrun.counts import count
+from fnrun.rows import said
 from fnrun.state import check_apart, check_model, check_optimizer
 from fnrun.steps.compiled import CompiledCall
 from fnrun.steps.given import autocast, check_function
@@ -31,6 +33,8 @@ def make_train_step(
     optimizer: Optimizer,
     *,
     microbatches: int = 1,
+    examples: Any = None,
+    split: Callable[[Any, int], Any] | None = None,
     precision: str | None = None,
     checkpoint_activations: str | Sequence[str] | None = None,
     compile: bool = False,
@@ -50,6 +54,11 @@ def make_train_step(
       memory for activations. The gradient is that of the whole batch, where the loss is a sum over examples and the module treats examples
       apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are added in a balanced
       tree over the pieces. A parameter or another buffer that the forward changes is refused (ValueError).
+    - `examples` says how many examples a batch has, where its arrays and lists differ in length: a key or path of it (`"x"`, `"inputs/ids"`,
+      `"0"`), a number, or a function `batch -> int`. Plain metrics are weighed by it, and microbatches cut what has this length. Several keys,
+      `("x", "y")`, are all that is per example: nothing else is cut, whatever its length.
+    - `split(batch, n)` cuts the batch in place of that: at most n pieces in a list, each a batch, None for one that is absent. For graphs and
+      packed sequences. How many examples a piece has says `examples` too.
     - `precision="bf16"` or `"fp16"` runs `loss_fn` under autocast; parameters keep their dtype. fp16 wants `optim.dynamic_loss_scale`.
     - `checkpoint_activations` names parts of the model whose activations are not kept for the backward but computed once more in it, for less
       memory and the same bits: `"blocks"`, its repeated blocks (entries of an `nn.ModuleList` or `nn.Sequential` that are of one class and have
@@ -63,7 +72,8 @@ def make_train_step(
     - What comes out is detached, and a gradient through a step is refused (ValueError): a batch, a state or a hyperparameter that requires
       grad, but under `torch.no_grad()`. `step.loss` and `optimizer.update` are differentiable.
 
-    Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model.
+    Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model, a batch of which
+    is not clear how it is cut.
 
     >>> import torch
     >>> from fnrun import TrainState, optim
@@ -86,7 +96,9 @@ def make_train_step(
     shell = Shell(model, name, watched=Surroundings.WATCHED)
     if not shell.trained:
         raise ValueError(f"{shell.name} has no parameter to train: all have requires_grad=False, or there are none")
-    cut = Cut(name, count("make_train_step: microbatches", microbatches))
+    cut = Cut(name, count("make_train_step: microbatches", microbatches), said("make_train_step", examples), split)
+    if split is not None:
+        _check_split(split, microbatches, examples)
     shell.check_hooks()
     _warn_of_eval_mode(model, name)
     within = Surroundings(name, host_random)
@@ -94,7 +106,17 @@ def make_train_step(
     recomputed = None if checkpoint_activations is None else Recomputed(name, shell, checkpoint_activations, host_random)
     gradients = Gradients(name, loss, optimizer.loss_scale, cut, within, recomputed)
     update = Update(name, optimizer, shell.params, shell.trained)
-    return TrainStep(loss, gradients, update, name, CompiledCall(name) if compile else one_by_one)
+    return TrainStep(loss, gradients, update, name, CompiledCall(name) if compile else one_by_one, cut.examples)
+
+
+def _check_split(split: Any, microbatches: int, examples: Any) -> None:
+    check_function("make_train_step: split=", split, 2, "split(batch, n)", "n pieces, each a batch")
+    if microbatches == 1:
+        raise ValueError("make_train_step: split= cuts a batch into microbatches, and there is one: microbatches=n, with n above 1")
+    if isinstance(examples, Integral):
+        raise ValueError(
+            f"make_train_step: examples={examples} is of a whole batch, and says nothing of the pieces of split=: give a key or a function"
+        )
 
 
 def _gone(options: dict[str, Any]) -> str:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-import optree
 import torch
 from torch import Tensor
 
-from fnrun import metrics as folds
+from fnrun import rows
 from fnrun.metrics.base import wide
 from fnrun.metrics.basic import Mean, Sum
+from fnrun.optim.lists import eager
+from fnrun.steps.draws import Uncapturable
 from fnrun.steps.given import detached_all
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.shell import Shell
+from fnrun.words import kind
 
 
 class PairwiseSum:
@@ -63,24 +64,68 @@ class Weighed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How a batch is cut: piece i of n holds rows `rows * i // n` to `rows * (i + 1) // n`; an empty one is absent."""
+    """How a batch is cut: piece i of n holds rows `rows * i // n` to `rows * (i + 1) // n`; an empty one is absent. Or as a user's `split` does."""
 
     name: str
     pieces: int = 1
-
-    def rows(self, batch: Any) -> int:
-        return folds.examples(batch)
+    examples: Callable[[Any], int | None] = rows.known
+    split: Callable[[Any, int], Any] | None = None
+    _seen: dict[str, bool] = dataclasses.field(default_factory=dict)  # by path, whether a part of the batches has been cut
 
     def __call__(self, batch: Any) -> Iterator[tuple[int, Any, int]]:
         """The number of each piece, the piece, its rows."""
-        rows = self.rows(batch)
-        edges = [rows * i // self.pieces for i in range(self.pieces + 1)]
+        return self._by_rows(batch) if self.split is None else self._by_split(batch)
+
+    def _by_rows(self, batch: Any) -> Iterator[tuple[int, Any, int]]:
+        n, option = self.examples(batch), self.examples if isinstance(self.examples, rows.Examples) else None
+        if n is None:
+            raise ValueError(f"{self._cannot(batch)}, and those of one length alone would be cut. {_SAY}")
+        sliced = rows.Sliced(batch, n, option if option is not None and option.named else None)
+        if option is None and sliced.others:
+            raise ValueError(f"{self._cannot(batch)}: {', '.join(sliced.others)} would not be cut, the rest in {n} examples. {_SAY}")
+        if not sliced.cuts and (n > 1 or not sliced.whole):
+            raise ValueError(f"{self._cannot(batch)}: no part of it has an entry for each of {n} examples. {_SAY}")
+        if option is None or not option.named:
+            self._note(batch, sliced.parts, n)
+        edges = [n * i // self.pieces for i in range(self.pieces + 1)]
         for i, (start, end) in enumerate(itertools.pairwise(edges)):
             if end > start:
-                yield i, _between(batch, rows, start, end), end - start
+                yield i, sliced[start:end], end - start
 
-    def mean_of(self, loss: Any, batch: Any) -> Weighed:
-        """The mean that a loss comes to for this piece, and what it weighs."""
+    def _cannot(self, batch: Any) -> str:
+        return f"{self.name}: microbatches={self.pieces} cannot tell how this batch is cut: {rows.shapes(batch)}"
+
+    def _note(self, batch: Any, parts: dict[str, bool], n: int) -> None:
+        """A length may fit by accident: what was cut in one batch and whole in another is refused."""
+        moved = [path or "the batch" for path, cut in parts.items() if self._seen.setdefault(path, cut) != cut]
+        if moved:
+            raise ValueError(
+                f"{self.name}: {', '.join(moved)} has an entry for each of the examples in some batches and not in others, so in some by accident; "
+                f"here are {n} examples: {rows.shapes(batch)}. Name all that is per example, and only that is cut: examples=('x', 'y')"
+            )
+
+    def _by_split(self, batch: Any) -> Iterator[tuple[int, Any, int]]:
+        assert self.split is not None
+        made = self.split(batch, self.pieces)
+        made = list(made) if isinstance(made, Iterator) else made
+        if not isinstance(made, (list, tuple)):
+            raise TypeError(
+                f"{self.name}: split(batch, {self.pieces}) returned {kind(made)}, and it returns a list of pieces, each a batch"
+            )
+        if len(made) > self.pieces:
+            raise ValueError(f"{self.name}: split(batch, {self.pieces}) returned {len(made)} pieces: at most {self.pieces}")
+        each = [None if piece is None else self.examples(piece) for piece in made]
+        for piece, n in zip(made, each, strict=True):
+            if piece is not None and n is None:
+                raise ValueError(
+                    f"{self.name}: how many examples a piece of split= has is not clear: {rows.shapes(piece)}. Say it: {rows.REMEDY}"
+                )
+        if isinstance(self.examples, rows.Examples) and (whole := self.examples(batch)) != (total := sum(n or 0 for n in each)):
+            raise ValueError(f"{self.name}: the pieces of split= have {total} examples together, and the batch has {whole}")
+        return ((i, piece, n) for i, (piece, n) in enumerate(zip(made, each, strict=True)) if n)
+
+    def mean_of(self, loss: Any, batch: Any, n: int | None) -> Weighed:
+        """The mean that a loss comes to for this piece, of `n` examples (None: a whole batch), and what it weighs."""
         if isinstance(loss, Tensor):
             return Weighed(loss, None)
         if isinstance(loss, Mean):
@@ -91,22 +136,12 @@ class Cut:
                 )
             return Weighed(loss.total / torch.where(weight == 0, 1, weight), weight)
         if isinstance(loss, Sum):
-            rows = self.rows(batch)
-            return Weighed(loss.total / rows, rows, divided=False)
+            n = n or rows.known(batch) or 1  # by which a sum is divided and multiplied again: a number of the usual size
+            return Weighed(loss.total / n, n, divided=False)
         return Weighed(loss, None)  # which is refused as what it is
 
 
-def _between(batch: Any, rows: int, start: int, end: int) -> Any:
-    """Rows of a batch: of tensors and arrays of that length, and of lists with an entry for each example."""
-
-    def entries(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == rows and not any(isinstance(v, (Tensor, np.ndarray)) for v in value)
-
-    def cut(leaf: Any) -> Any:
-        whole = isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim and len(leaf) == rows
-        return leaf[start:end] if whole or entries(leaf) else leaf
-
-    return optree.tree_map(cut, batch, is_leaf=entries)
+_SAY = f"Say it: {rows.REMEDY}; examples=('x', 'y') for all that is per example; or cut it yourself, split=f with f(batch, n) -> n pieces"
 
 
 # --- what pieces come to ------------------------------------------------------------------------------------------------
@@ -152,6 +187,11 @@ class Joined:
 
     def _note(self, name: str, value: Tensor) -> None:
         before = self._others.setdefault(name, value)
+        if before is not value and not eager():
+            raise Uncapturable(
+                f"the buffer {name!r} changes in each microbatch, and whether all leave it with one value depends on computed numbers: use "
+                "microbatches=1"
+            )
         if before is not value and not torch.equal(before, value):
             raise ValueError(
                 f"{self.name}: the buffer {name!r} comes out of each microbatch with another value, and none of them is that of the whole batch. "

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from fnrun import metrics as folds, tree
+from fnrun import metrics as folds, rows, tree
 from fnrun.donation import Owner
 from fnrun.inplace import Guard
 from fnrun.metrics.base import wide
+from fnrun.metrics.totals import weight
 from fnrun.optim.lists import eager
 from fnrun.optim.wrappers import choose
 from fnrun.state import carried, check_state, is_state
@@ -36,7 +37,8 @@ class TrainStep(PureStep):
     The step is their composition: `g, b, m = step.gradients(state, batch); s, more = step.update(state.replace(buffers=b), g)` and
     `(s, {**m, **more})`. A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other
     gradients; `gradients` come of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's
-    generators are seeded from the state's key around it), and what it returns is detached and checked. `call` says how the parts are put together: one after the other, or as one compiled graph.
+    generators are seeded from the state's key around it), and what it returns is detached and checked. `call` says how the parts are put together: one after the other, or as one compiled graph;
+    `examples` how many examples a batch has, by which loops weigh plain metrics.
 
     >>> from fnrun import TrainState, make_train_step, optim
     >>> model = torch.nn.Linear(3, 1)
@@ -55,6 +57,7 @@ class TrainStep(PureStep):
     update: Callable[[Any, Any], tuple[Any, Metrics]]
     name: str = "train_step"
     call: Callable[[TrainStep, Any, list[Any], Owner | None], tuple[Any, Metrics]] = None  # pyright: ignore[reportAssignmentType]
+    examples: Callable[[Any], int | None] = rows.known
 
     looks_at_step_only = True
 
@@ -80,7 +83,7 @@ class TrainStep(PureStep):
     def several(self, state: Any, batches: list[Any], /, *, owner: Owner | None = None) -> tuple[Any, Metrics]:
         """A step on each of the batches, in one call; their metrics as those of one, folds also where it is one."""
         state, metrics = self.call(self, state, batches, owner)
-        return state, metrics if len(batches) > 1 else together([metrics], batches)
+        return state, metrics if len(batches) > 1 else together([metrics], batches, [self.examples(batches[0])])
 
     @property
     def donates(self) -> bool:
@@ -104,18 +107,20 @@ class TrainStep(PureStep):
 
 def one_by_one(step: TrainStep, state: Any, batches: list[Any], owner: Owner | None) -> tuple[Any, Metrics]:
     """The parts one after the other, for each batch."""
-    return each(lambda state, batch: composed(step, state, batch, owner), state, batches)
+    return each(lambda state, batch: composed(step, state, batch, owner), state, batches, step.examples)
 
 
-def each(call: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batches: list[Any]) -> tuple[Any, Metrics]:
-    """`call(state, batch)` for one batch after the other; the metrics of several as those of one."""
+def each(
+    call: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batches: list[Any], examples: Callable[[Any], int | None]
+) -> tuple[Any, Metrics]:
+    """`call(state, batch)` for one batch after the other; the metrics of several as those of one, weighed by `examples(batch)`."""
     if len(batches) == 1:
         return call(state, batches[0])
     seen: list[Metrics] = []
     for batch in batches:
         state, metrics = call(state, batch)
         seen.append(metrics)
-    return state, together(seen, batches)
+    return state, together(seen, batches, list(map(examples, batches)))
 
 
 def composed(step: TrainStep, state: Any, batch: Any, owner: Owner | None = None) -> tuple[Any, Metrics]:
@@ -147,14 +152,15 @@ def _unless(skipped: torch.Tensor, step: TrainStep, state: Any, grads: Any, metr
     return carried(new, params=params, opt_state=opt_state), {**metrics, **more}
 
 
-def together(metrics: list[Metrics], batches: list[Any]) -> Metrics:
-    """The metrics of several steps as those of one: all of them folds."""
+def together(metrics: list[Metrics], batches: list[Any], examples: list[int | None]) -> Metrics:
+    """The metrics of several steps, on these batches of so many examples, as those of one: all of them folds."""
     totals: dict[str, Any] = {}
-    for values, batch in zip(metrics, batches, strict=True):
+    for values, batch, known in zip(metrics, batches, examples, strict=True):
+        n = weight(known, batch, values)
         for name, value in values.items():
             if not hasattr(value, "merge"):  # a mean over examples, each element on its own
-                plain, examples = wide(torch.as_tensor(value)), folds.examples(batch)
-                value = folds.Mean(plain * examples, torch.full_like(plain, examples))
+                plain = wide(torch.as_tensor(value))
+                value = folds.Mean(plain * n, torch.full_like(plain, n))
             totals[name] = totals[name].merge(value) if name in totals else value
     return totals
 

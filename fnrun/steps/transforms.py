@@ -37,7 +37,7 @@ class _Finite:
         self.fuses = getattr(call, "fuses", False)
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Any) -> tuple[Any, Metrics]:
-        return each(_checked(lambda state, batch: self.call(step, state, [batch], None)), state, batches)
+        return each(_checked(lambda state, batch: self.call(step, state, [batch], None)), state, batches, step.examples)
 
 
 def _checked(step: Step) -> Callable[[Any, Any], tuple[Any, Metrics]]:

@@ -138,7 +138,7 @@ def test_a_fold_of_several_values_is_named_by_each():
 
 def test_examples_of_a_batch():
     assert metrics.examples({"id": torch.tensor(3), "x": torch.zeros(5, 2)}) == 5
-    assert metrics.examples((np.zeros((4, 2)), torch.zeros(3))) == 4
+    assert metrics.examples((np.zeros((4, 2)), torch.zeros(4))) == 4
     assert metrics.examples(torch.zeros(7)) == 7
     assert metrics.examples("text") == metrics.examples(None) == 1
 

@@ -1,0 +1,377 @@
+"""How many examples a batch has, and which of its parts hold an entry for each of them.
+
+Tensors and arrays with a dimension count, and lists with an entry for each example. Numbers, texts, None and 0-d tensors do not; dictionaries and
+tuples are structure. Where what counts disagrees, nobody guesses: an option says it (`examples=`), or the stream that made the batch,
+whose word travels with it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Number
+from typing import Any, NamedTuple
+
+import numpy as np
+import optree
+import torch
+from optree.registry import __GLOBAL_NAMESPACE as EVERYWHERE  # pyright: ignore[reportPrivateUsage]
+from optree.utils import total_order_sorted
+from torch.utils import _pytree as torch_pytree
+
+from fnrun import tree
+from fnrun.counts import count
+from fnrun.words import bindable, kind
+
+# --- what of a batch counts ---------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A part of a batch that counts: an array, or a list as entries. What a `list` that is read as structure holds comes after it."""
+
+    path: tuple[Any, ...]
+    value: Any
+    kind: str
+
+
+def _array(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim > 0
+
+
+def _plain(value: Any) -> bool:
+    return (
+        value is None
+        or isinstance(value, (str, bytes, Number, np.generic))
+        or (isinstance(value, (torch.Tensor, np.ndarray)) and not value.ndim)
+    )
+
+
+def _kind(value: list[Any] | tuple[Any, ...]) -> str:
+    """What a list is.
+
+    - `values`: of numbers or texts. A tuple of texts, as torch's collate makes it, is one too.
+    - `entries`: of what is no tree, or of arrays of several lengths.
+    - `either`: of alike arrays or containers: examples, or columns as torch's collate makes them of tuples.
+    - `unclear`: of arrays `[n, a]`, `[n, b]`: as common as either.
+    - `structure`: anything else, as arrays of several dtypes or ranks.
+    """
+    if type(value) is tuple:
+        return "values" if value and all(isinstance(each, (str, bytes)) for each in value) else "structure"
+    if not isinstance(value, list) or not value:
+        return "structure"
+    if all(map(_plain, value)):
+        return "values"
+    first = value[0]
+    if not all(map(_array, value)):
+        alike = all(type(each) is type(first) for each in value) and not _plain(first) and not _array(first)
+        return "structure" if not alike else "entries" if optree.tree_is_leaf(first) else "either"
+    if any((type(each), each.dtype, each.ndim) != (type(first), first.dtype, first.ndim) for each in value):
+        return "structure"
+    if any(each.shape[0] != first.shape[0] for each in value):
+        return "entries"
+    return "unclear" if first.ndim == 2 and any(each.shape != first.shape for each in value) else "either"
+
+
+def _parts(value: Any, taken: Callable[[str, Any], bool], path: tuple[Any, ...] = ()) -> Iterator[Part]:
+    """What counts, from the top; `taken(kind, list)` says which lists are entries."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        if value.ndim:
+            yield Part(path, value, "array")
+        return
+    if isinstance(value, (list, tuple)) and (what := _kind(value)) != "structure":
+        if taken(what, value):
+            yield Part(path, value, what)
+            return
+        yield Part(path, value, "list")
+    for entry, child in _children(value):
+        yield from _parts(child, taken, (*path, entry))
+
+
+def _children(value: Any) -> Iterator[tuple[Any, Any]]:
+    if value is None or optree.tree_is_leaf(value):
+        if isinstance(value, Mapping):  # as a tokenizer's: no tree, but it can be looked into
+            yield from value.items()
+        return
+    children, _, entries, _ = optree.tree_flatten_one_level(value)
+    yield from zip(entries, children, strict=True)
+
+
+def _as_entries(what: str, value: Any) -> bool:
+    return True
+
+
+def _as_structure(what: str, value: Any) -> bool:
+    return what in ("values", "entries")
+
+
+def _as_columns(what: str, value: Any) -> bool:
+    """Of torch's collate: its lists are columns, but for those of texts."""
+    return what == "values" and all(isinstance(each, (str, bytes)) for each in value)
+
+
+def _lengths(batch: Any, taken: Callable[[str, Any], bool]) -> set[int]:
+    """The lengths of arrays and lists; of lists of numbers and texts only where there is nothing else."""
+    strong, weak = set[int](), set[int]()
+    for part in _parts(batch, taken):
+        if part.kind != "list":
+            (weak if part.kind == "values" else strong).add(len(part.value))
+    return strong or weak
+
+
+def examples(batch: Any) -> int:
+    """How many examples a batch has: the leading length of its tensors and arrays, and of its lists; 1 where nothing has one.
+
+    A list of arrays that are alike, as images, is a list of examples; one of different dtypes or ranks is structure, as `[inputs, labels]`.
+
+    Raises ValueError, with the shapes, where they disagree and the stream that made the batch did not say how many.
+
+    >>> examples({"image": torch.zeros(8, 3), "label": torch.zeros(8)}), examples(3.5)
+    (8, 1)
+    >>> examples([torch.zeros(3, 9, 9), torch.zeros(3, 7, 7)]), examples([torch.zeros(8, 4), torch.zeros(8)])
+    (2, 8)
+    """
+    if (rows := known(batch)) is None:
+        raise ValueError(f"how many examples this batch has is not clear: {shapes(batch)}")
+    return rows
+
+
+def known(batch: Any) -> int | None:
+    """`examples(batch)`, or None where that is not clear."""
+    cls = type(batch)
+    if cls is torch.Tensor and batch.ndim:
+        return batch.shape[0]
+    if cls in (dict, tuple, list) and batch:  # the usual case, found out without a look at the whole tree
+        values = batch.values() if cls is dict else batch
+        lengths = {value.shape[0] if type(value) is torch.Tensor and value.ndim else None for value in values}
+        if len(lengths) == 1 and None not in lengths and (cls is not list or len({(value.dtype, value.ndim) for value in batch}) > 1):
+            return lengths.pop()  # pyright: ignore[reportReturnType]
+    return _known(batch, *told(batch))
+
+
+def _known(batch: Any, told: int | None, columns: bool) -> int | None:
+    lists = {part.kind for part in _parts(batch, _as_entries)} - {"array", "values"}
+    readings = (_as_columns,) if columns else (_as_entries, _as_structure) if lists else (_as_entries,)
+    lengths = [_lengths(batch, reading) for reading in readings]
+    if not any(lengths):
+        return told or 1
+    agreed = [next(iter(found)) if len(found) == 1 else None for found in lengths]
+    if len(set(agreed)) == 1 and agreed[0] is not None:
+        return agreed[0]
+    if told is not None or ("unclear" in lists and None not in agreed):
+        return told
+    return next((rows for rows in agreed if rows is not None), None)
+
+
+def ambiguous(batch: Any) -> bool:
+    """Whether there is a list that can be read in two ways."""
+    return any(part.kind not in ("array", "values") for part in _parts(batch, _as_entries))
+
+
+def shapes(batch: Any) -> str:
+    """What of a batch counts, in words.
+
+    >>> shapes({"x": torch.zeros(8, 4), "anchors": torch.zeros(2, 4), "text": ["a", "b"]})
+    'anchors [2, 4], text a list of 2, x [8, 4]'
+    """
+    parts = [*_parts(batch, _as_entries)]
+    words = [f"{tree.join(part.path) or 'the batch'} {_shape(part.value)}" for part in parts[:12]]
+    return ", ".join(words) + (f" and {len(parts) - 12} more" if len(parts) > 12 else "") or kind(batch)
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return str(list(value.shape))
+    arrays = all(map(_array, value)) and f" of {', '.join(_shape(each) for each in value[:3])}{', ...' if len(value) > 3 else ''}"
+    return f"a {type(value).__name__.lower()} of {len(value)}" + (f" ({arrays[4:]})" if arrays else "")
+
+
+# --- what a stream knows of a batch -------------------------------------------------------------------------------------
+
+
+class _Dict(dict[Any, Any]):
+    """A dictionary with a stream's word of it."""
+
+    like, told = dict, (None, False)
+
+
+class _List(list[Any]):
+    like, told = list, (None, False)
+
+
+class _Tuple(tuple[Any, ...]):
+    like, told = tuple, (None, False)
+
+
+_MARKED: dict[type, Any] = {dict: _Dict, list: _List, tuple: _Tuple}
+
+
+def told(batch: Any) -> tuple[int | None, bool]:
+    """What the stream that made it said of a batch: how many examples, and whether torch's collate made its lists, which are columns then."""
+    return getattr(batch, "told" if type(batch) in (_Dict, _List, _Tuple) else "_fnrun_told", (None, False))
+
+
+def tell(batch: Any, rows: int | None, columns: bool = False) -> Any:
+    """The batch, with a stream's word of it where it does not speak for itself: of the same type, or a subclass that prints and compares alike."""
+    plainly = not ambiguous(batch) if columns else known(batch) == rows or _known(batch, rows, False) == known(batch)
+    return batch if plainly else _told(batch, rows, columns)
+
+
+def _told(batch: Any, rows: int | None, columns: bool) -> Any:
+    cls = type(batch)
+    if cls in _MARKED:
+        batch = _MARKED[cls](batch)
+    if type(batch) in (_Dict, _List, _Tuple):
+        batch.told = rows, columns
+    elif not isinstance(batch, (torch.Tensor, np.ndarray, dict, list, tuple)) and optree.tree_is_leaf(batch) and hasattr(batch, "__dict__"):
+        object.__setattr__(batch, "_fnrun_told", (rows, columns))  # an object of the user's, which goes as it is from hand to hand
+    return batch
+
+
+def _register(cls: Any) -> None:
+    def flatten(node: Any) -> tuple[Any, Any, Any]:
+        if cls is not _Dict:
+            return list(node), node.told, range(len(node))
+        keys = total_order_sorted(node)
+        return [node[key] for key in keys], (tuple(node), tuple(keys), node.told), keys
+
+    def unflatten(context: Any, children: Any) -> Any:
+        if cls is _Dict:
+            order, keys, said = context
+            values = dict(zip(keys, children, strict=True))
+            return _told({key: values[key] for key in order}, *said)
+        return _told(cls.like(children), *context)
+
+    def with_keys(node: Any) -> Any:
+        children, context, entries = flatten(node)
+        key = torch_pytree.MappingKey if cls is _Dict else torch_pytree.SequenceKey
+        return [(key(entry), child) for entry, child in zip(entries, children, strict=True)], context
+
+    entry = optree.MappingEntry if cls is _Dict else optree.SequenceEntry
+    optree.register_pytree_node(cls, flatten, unflatten, path_entry_type=entry, namespace=EVERYWHERE)
+    torch_pytree.register_pytree_node(
+        cls, lambda node: flatten(node)[:2], lambda children, context: unflatten(context, children), flatten_with_keys_fn=with_keys
+    )
+
+
+for _cls in _MARKED.values():
+    _register(_cls)
+
+
+# --- what a user says of his batches ------------------------------------------------------------------------------------
+
+REMEDY = "examples='x' (a key or path of the batch), a number, or a function of the batch"
+
+
+class Examples:
+    """The option `examples=`, called with a batch: how many it has, None where that is not clear.
+
+    It is a key or path of the batch (`"x"`, `"inputs/ids"`, `"0"`), several of them, a number, or a function `batch -> int`. `named` are the
+    paths where there are several: exactly those parts have an entry for each example.
+    """
+
+    def __init__(self, who: str, option: Any) -> None:
+        self.who, self.option, self.named = f"{who}: examples={option!r}", option, ()
+        if callable(option) and not isinstance(option, type):
+            self.who = f"{who}: examples="
+            if not bindable(option, None):
+                raise TypeError(f"{who}: examples= takes a function of the batch that returns a number, and not {kind(option)}")
+        elif isinstance(option, (list, tuple)):
+            self.named = tuple(option)
+            if not option or not all(isinstance(each, str) and each for each in option):
+                raise TypeError(f"{who}: examples= takes keys or paths of the batch, as ('x', 'inputs/ids'), and not {option!r}")
+        elif option is None or isinstance(option, (str, type)):
+            if not isinstance(option, str) or not option:
+                raise TypeError(f"{who}: examples= takes {REMEDY[9:]}, and not {kind(option)}")
+        else:
+            self.option = count(f"{who}: examples", option)
+
+    def __call__(self, batch: Any) -> int | None:
+        option = self.option
+        if isinstance(option, int):
+            return option
+        if callable(option):
+            return self._returned(option(batch))
+        paths = self.named or (option,)
+        lengths = {path: self._at(batch, path) for path in paths}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"{self.who}: they differ: {', '.join(f'{path} has {n}' for path, n in lengths.items())}; in {shapes(batch)}")
+        return lengths[paths[0]]
+
+    def _returned(self, value: Any) -> int:
+        try:
+            number = -1 if isinstance(value, bool) else operator.index(value)
+        except (TypeError, RuntimeError):
+            number = -1
+        if number < 0:
+            raise ValueError(f"{self.who} is a function of the batch that returns a number of examples, and it returned {kind(value)}")
+        return number
+
+    def _at(self, batch: Any, path: str) -> int:
+        _, part = self.find(batch, path)
+        if not any(each.kind != "list" for each in _parts(part, _as_entries)):
+            raise ValueError(f"{self.who}: {path!r} is {kind(part)}, which has no length; the batch has {shapes(batch)}")
+        if (rows := known(part)) is None:
+            raise ValueError(f"{self.who}: what is in {path!r} differs in its length: {shapes(part)}")
+        return rows
+
+    def find(self, batch: Any, path: str) -> tuple[tuple[Any, ...], Any]:
+        """The place of that path, in the tree's own terms, and what is there."""
+        at, found = (), batch
+        for entry in tree.split(path):
+            fields = getattr(type(found), "_fields", ())
+            name = str(fields.index(entry)) if entry in fields else entry
+            for key, child in _children(found):
+                if str(key) == name:
+                    at, found = (*at, key), child
+                    break
+            else:
+                raise ValueError(f"{self.who}: the batch has no {path!r}; it has {shapes(batch)}")
+        return at, found
+
+
+def said(who: str, option: Any) -> Callable[[Any], int | None]:
+    """How many examples a batch has, where `option` is what a user said of that, or None."""
+    return known if option is None else Examples(who, option)
+
+
+# --- cutting ------------------------------------------------------------------------------------------------------------
+
+
+class Sliced:
+    """A batch of so many examples, of which rows can be taken: `[start:end]` of each part with an entry for each, the rest whole.
+
+    `parts` says by path whether each part that counts is cut.
+    """
+
+    def __init__(self, batch: Any, rows: int, named: Examples | None = None) -> None:
+        self._told = told(batch)
+        columns = self._told[1]
+
+        def taken(what: str, value: Any) -> bool:
+            return _as_columns(what, value) if columns else what == "values" or len(value) == rows
+
+        found = [*_parts(batch, taken)]
+        places = [named.find(batch, path)[0] for path in named.named] if named is not None else None
+        self.parts: dict[str, bool] = {}
+        self.others: list[str] = []  # arrays and lists of examples that have another length
+        for part in found:
+            path, fits = tree.join(part.path), part.kind != "list" and len(part.value) == rows
+            if places is None:
+                if len(part.value) or fits:
+                    self.parts[path] = fits
+                if not fits and part.kind not in ("list", "values"):
+                    self.others.append(path)
+            elif part.kind != "list" and any(part.path[: len(place)] == place for place in places):
+                if not fits:
+                    raise ValueError(f"{named.who}: {path} has no entry for each of the {rows} examples: {shapes(batch)}")  # pyright: ignore[reportOptionalMemberAccess]
+                self.parts[path] = True
+        lists = {id(part.value) for part in found if part.kind not in ("array", "list")}
+        paths, self._leaves, self._spec = optree.tree_flatten_with_path(batch, is_leaf=lambda value: id(value) in lists)
+        self._cut = [self.parts.get(tree.join(path), False) for path in paths]
+        self.cuts = any(self._cut)
+        self.whole = not found and all(map(_plain, self._leaves))  # nothing in it has a length
+
+    def __getitem__(self, rows: slice) -> Any:
+        leaves = [leaf[rows] if cut else leaf for leaf, cut in zip(self._leaves, self._cut, strict=True)]
+        piece = optree.tree_unflatten(self._spec, leaves)
+        return piece if self._told == (None, False) else _told(piece, rows.stop - rows.start, self._told[1])
