@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import optree
@@ -199,23 +199,24 @@ class Flat:
         return leaves, spec
 
 
-def ops_for(*lists: Any) -> Ops:
-    """`foreach` where the tensors are plain, else `each`."""
-    return foreach if plain(*lists) else each
+def ops_for(*lists: Any, values: Mapping[str, Any] = MappingProxyType({})) -> Ops:
+    """`foreach` where the tensors are plain and the `values` numbers, else `each`."""
+    return foreach if plain(*lists) and not any(isinstance(value, Tensor) for value in values.values()) else each
+
+
+def _on_host(value: Any) -> bool:
+    """Whether it is a tensor whose elements the host may read: reading others would wait for a device, or lose a gradient."""
+    return type(value) is Tensor and value.is_cpu and eager() and not flows([value])
 
 
 def read(value: Any) -> Any:
-    """A number that is a tensor on the host, as a Python number; anything else as it is, because reading it would wait for a device."""
-    if type(value) is Tensor and value.is_cpu and eager() and not (value.requires_grad and torch.is_grad_enabled()):
-        return value.item()
-    return value
+    """A number that is a tensor on the host, as a Python number; anything else as it is."""
+    return value.item() if _on_host(value) else value
 
 
 def read_all(values: Tensor, like: list[Tensor]) -> list[Any]:
     """The numbers of a vector, one for each of the tensors `like` them: Python numbers where the host knows them, else scalars beside them."""
-    if type(values) is Tensor and values.is_cpu and eager() and not (values.requires_grad and torch.is_grad_enabled()):
-        return values.tolist()
-    return [value.to(x.device) for value, x in zip(values.unbind(), like, strict=True)]
+    return values.tolist() if _on_host(values) else [value.to(x.device) for value, x in zip(values.unbind(), like, strict=True)]
 
 
 def note(name: str, value: Any, owner: object = None) -> None:

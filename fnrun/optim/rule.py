@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from fnrun.donation import writable
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
-from fnrun.optim.lists import Flat, Ops, each, eager, flows, foreach, is_zero, note, plain, read
+from fnrun.optim.lists import Flat, Ops, each, flows, foreach, is_zero, note, plain, read
 from fnrun.rng import Key
 from fnrun.tree import struct
 
@@ -109,12 +109,12 @@ class _Constants:
 
     def at(self, hyper: Hyperparams, count: Any) -> dict[str, Any]:
         """The values now, `lr_scale` multiplied into `lr`."""
-        plain = eager()
-        if plain and hyper.leaves is self._leaves:
+        if hyper.leaves is self._leaves:
             return self._values
         values = self._settings.at(hyper, count)
         values["lr"] = values["lr"] * values.pop("lr_scale")
-        if plain and self._fixed and not any(isinstance(value, Tensor) for value in values.values()):
+        numbers = not any(isinstance(value, Tensor) for value in values.values())
+        if self._fixed and numbers and not any(value.requires_grad for value in hyper.leaves.values()):
             self._leaves, self._values = hyper.leaves, values
         return values
 
@@ -188,72 +188,49 @@ def _grouped(
 
 
 def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any) -> tuple[list[Any], Lists]:
-    """One update of all leaves at one age: by a fused kernel, by foreach kernels, or leaf by leaf out of place."""
+    """One update of leaves of one age: kind by kind, each by a fused kernel, by foreach kernels, or leaf by leaf out of place."""
     if not params:
         return params, slots
-    fusable = rule.fused is not None and (params[0].dtype in rule.on_cpu or not params[0].is_cpu) and rule.fusable(values, t)
-    if fusable:
-        tensors = [*params, *grads, *itertools.chain.from_iterable(slots.values())]
-        if _uniform(tensors, params) and not any(isinstance(value, Tensor) for value in values.values()):
-            return _fused(rule, params, grads, slots, values, t, uniform=True)
-    dtypes = {p.dtype for p in params}
-    if not dtypes.isdisjoint(_COMPLEX):
+    if len(set(map(_dtype, params))) > 1 or len(set(map(Tensor.get_device, params))) > 1:
+        return _grouped(rule, [(0, members) for members in _kinds(params)], params, grads, slots, values, t - 1)
+    if params[0].dtype.is_complex:
         return _as_real(rule, params, grads, slots, values, t)
-    if not plain(params, grads):
-        return _out_of_place(rule, params, grads, slots, values, t)
     tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
-    if (
-        (fusable or len(dtypes) > 1)
-        and rule.fused is not None
-        and dtypes <= _FUSED
-        and (not tensors or (tensors == ["lr"] and not flows([values["lr"]])))
-    ):
-        devices = set(map(Tensor.get_device, params))
-        if len(dtypes) == len(devices) == 1:
-            if params[0].device.type in ("cpu", "cuda") and not flows(*slots.values()):
-                return _fused(rule, params, grads, slots, values, t)
-        else:
-            return _kind_by_kind(rule, params, grads, slots, values, t)
-    if not tensors and not isinstance(t, Tensor):
-        new, slots = rule.update(foreach, params, grads, slots, values, t)
-        return list(new), slots
+    if plain(params, grads, *(slots.values() if rule.fused is not None else ())):
+        if rule.fused is not None and _takes(rule, params[0], tensors, values, t):
+            return _fused(rule, params, grads, slots, values, t)
+        if not tensors and not isinstance(t, Tensor):
+            new, slots = rule.update(foreach, params, grads, slots, values, t)
+            return list(new), slots
     return _out_of_place(rule, params, grads, slots, values, t)
-
-
-def _uniform(tensors: list[Tensor], params: list[Tensor]) -> bool:
-    """Whether all are as a fused kernel wants them: the usual case, found out in few passes."""
-    if not eager() or not _PLAIN.issuperset(map(type, tensors)) or flows(tensors) or False in map(Tensor.is_contiguous, tensors):
-        return False
-    first = params[0]
-    one_kind = len(set(map(_dtype, params))) == len(set(map(Tensor.get_device, params))) == 1
-    return one_kind and first.dtype in _FUSED and (first.is_cpu or first.is_cuda)
 
 
 _dtype = operator.attrgetter("dtype")
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_FUSED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
-
-
-def _kind_by_kind(
-    rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any
-) -> tuple[list[Any], Lists]:
-    """A fused call takes leaves of one dtype on one device."""
+def _kinds(params: list[Tensor]) -> Iterable[list[int]]:
+    """The places of the leaves of each dtype and device."""
     kinds: dict[Any, list[int]] = defaultdict(list)
     for i, p in enumerate(params):
         kinds[p.dtype, p.device].append(i)
-    return _grouped(rule, [(0, members) for members in kinds.values()], params, grads, slots, values, t - 1)
+    return kinds.values()
 
 
-def _fused(
-    rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any, uniform: bool = False
-) -> tuple[list[Any], Lists]:
+_FUSED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def _takes(rule: Rule, like: Tensor, tensors: list[str], values: dict[str, Any], t: Any) -> bool:
+    """Whether the fused kernel takes leaves like this one, and these values, of which some are tensors."""
+    if like.dtype not in (rule.on_cpu if like.is_cpu else _FUSED if like.is_cuda else ()):
+        return False
+    return (not tensors or (tensors == ["lr"] and not flows([values["lr"]]))) and rule.fusable(values, t)
+
+
+def _fused(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any) -> tuple[list[Any], Lists]:
     assert rule.fused is not None
     owned, n = writable([*params, *itertools.chain.from_iterable(slots.values())]), len(params)  # no rule with a fused kernel has scalars
     new, slots = owned[:n], {name: owned[n * i : n * (i + 1)] for i, name in enumerate(slots, start=1)}
-    if not uniform and not all(map(Tensor.is_contiguous, itertools.chain(new, grads, *slots.values()))):
+    if False in map(Tensor.is_contiguous, (*owned, *grads)):
         grads, slots = _like(new, grads), {name: _like(new, slot) for name, slot in slots.items()}
     rule.fused(new, grads, slots, values, t)
     return new, slots

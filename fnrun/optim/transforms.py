@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fnrun.optim.base import Transform
 from fnrun.optim.hyper import Hyper, Settings, constant
-from fnrun.optim.lists import Flat, eager, note, ops_for
+from fnrun.optim.lists import Flat, Ops, note, ops_for
 from fnrun.schedules import Schedule
 from fnrun.tree import struct
 
 
 def _with_settings(settings: Settings, apply: Any, keyed: bool = False) -> Transform:
-    """The transform that does `apply(grads, params, values, key)` to the lists of leaves that have a gradient."""
+    """The transform that does `apply(ops, grads, params, values, key)` to the lists of leaves that have a gradient; at least one has."""
 
     flatten = Flat()
 
@@ -26,22 +26,23 @@ def _with_settings(settings: Settings, apply: Any, keyed: bool = False) -> Trans
     def update(grads: Any, state: Any, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
         values, state = settings.now(state)
         leaves, spec = flatten(grads)
-        if any(g is None for g in leaves):
-            there = [i for i, g in enumerate(leaves) if g is not None]
-            weights = spec.flatten_up_to(params)
-            for i, g in zip(there, apply([leaves[i] for i in there], [weights[i] for i in there], values, key), strict=True):
-                leaves[i] = g
-            return spec.unflatten(leaves), state
-        return spec.unflatten(apply(leaves, spec.flatten_up_to(params), values, key)), state
+        there = [i for i, g in enumerate(leaves) if g is not None]
+        g, p = leaves, spec.flatten_up_to(params)
+        if len(there) < len(leaves):
+            g, p = [g[i] for i in there], [p[i] for i in there]
+        if there:
+            for i, new in zip(there, apply(ops_for(g, p, values=values), g, p, values, key), strict=True):
+                leaves[i] = new
+        return spec.unflatten(leaves), state
 
     return Transform(init, update, keyed=keyed, donatable=True)
 
 
-def global_norm(tensors: list[Tensor]) -> Tensor:
+def global_norm(ops: Ops, tensors: list[Tensor]) -> Tensor:
     """The Euclidean norm of all elements of all tensors: the norm of the norms, in the order of the list."""
-    norms = ops_for(tensors).norm(tensors)
+    norms = ops.norm(tensors)
     device, dtype = norms[0].device, norms[0].dtype
-    if eager() and any(n.dtype != dtype or n.device != device for n in norms):
+    if any(n.dtype != dtype or n.device != device for n in norms):
         norms = [n.to(device, torch.promote_types(n.dtype, torch.float32)) for n in norms]
     return torch.linalg.vector_norm(torch.stack(norms))
 
@@ -57,13 +58,11 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
     """
     constant("max_norm", max_norm)
 
-    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
-        if not grads:
-            return grads
-        norm = global_norm(grads)
+    def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        norm = global_norm(ops, grads)
         note("grad_norm", norm)
         note("clipped", (norm > h["max_norm"]).to(norm.dtype))
-        return _times(grads, (h["max_norm"] / norm).clamp(max=1.0))
+        return _times(ops, grads, (h["max_norm"] / norm).clamp(max=1.0))
 
     return _with_settings(Settings(max_norm=max_norm), apply)
 
@@ -72,12 +71,10 @@ def clip_by_norm(max_norm: Hyper) -> Transform:
     """Scale each leaf's gradient for itself so that its norm is at most `max_norm`. Reports `clipped`, the share of the leaves that it was."""
     constant("max_norm", max_norm)
 
-    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
-        if not grads:
-            return grads
-        factors = [(h["max_norm"] / norm).clamp(max=1.0) for norm in ops_for(grads).norm(grads)]
+    def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        factors = [(h["max_norm"] / norm).clamp(max=1.0) for norm in ops.norm(grads)]
         note("clipped", _share(factors))
-        return _times(grads, factors)
+        return _times(ops, grads, factors)
 
     return _with_settings(Settings(max_norm=max_norm), apply)
 
@@ -90,7 +87,7 @@ def clip_by_value(max_value: Hyper) -> Transform:
     """
     constant("max_value", max_value)
 
-    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+    def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         return [g.clamp(-h["max_value"], h["max_value"]).to(g.dtype) for g in grads]
 
     return _with_settings(Settings(max_value=max_value), apply)
@@ -104,9 +101,7 @@ def adaptive_clip(clipping: Hyper = 0.01, eps: Hyper = 1e-3) -> Transform:
     """
     constant("clipping", clipping)
 
-    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
-        if not grads:
-            return grads
+    def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         limits = [_unit_norm(p).clamp(min=h["eps"]) * h["clipping"] for p in params]
         factors = [(limit / _unit_norm(g).clamp(min=1e-6)).clamp(max=1.0) for limit, g in zip(limits, grads, strict=True)]
         note("clipped", _share([torch.where((factor < 1.0).any(), 0.0, 1.0) for factor in factors]))
@@ -125,22 +120,18 @@ def _share(factors: list[Tensor]) -> Tensor:
     return torch.stack([(factor < 1.0).to(torch.float32) for factor in factors]).mean()
 
 
-def _times(grads: list[Tensor], factor: Any) -> list[Tensor]:
-    scaled = ops_for(grads).mul(grads, factor)
+def _times(ops: Ops, grads: list[Tensor], factor: Any) -> list[Tensor]:
+    scaled = ops.mul(grads, factor)
     return [x if x.dtype == g.dtype else x.to(g.dtype) for x, g in zip(scaled, grads, strict=True)]
 
 
 def add_decayed_weights(weight_decay: Hyper) -> Transform:
     """g ← g + weight_decay · p: before an optimizer that is L2 regularization, as `weight_decay` of `sgd` and `adam`."""
 
-    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
-        return list(ops_for(grads, params, _tensors(h)).add(grads, params, alpha=h["weight_decay"])) if grads else grads
+    def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        return list(ops.add(grads, params, alpha=h["weight_decay"]))
 
     return _with_settings(Settings(weight_decay=weight_decay), apply)
-
-
-def _tensors(values: dict[str, Any]) -> list[Any]:
-    return [None] if any(isinstance(value, Tensor) for value in values.values()) else []  # None is not plain: no foreach kernel
 
 
 def scale(factor: Hyper) -> Transform:
@@ -150,8 +141,8 @@ def scale(factor: Hyper) -> Transform:
     {'x': tensor([-2.])}
     """
 
-    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
-        return _times(grads, h["factor"]) if grads else grads
+    def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+        return _times(ops, grads, h["factor"])
 
     return _with_settings(Settings(factor=factor), apply)
 
@@ -164,7 +155,7 @@ def scale_by_schedule(schedule: Schedule) -> Transform:
 def centralize() -> Transform:
     """Subtract from each row of the gradient its mean (Yong et al., 2020): over all dimensions but the first, of leaves that have two or more."""
 
-    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+    def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         return [g - g.mean(tuple(range(1, g.ndim)), keepdim=True) if g.ndim > 1 else g for g in grads]
 
     return _with_settings(Settings(), apply)
@@ -173,9 +164,7 @@ def centralize() -> Transform:
 def zero_nonfinite() -> Transform:
     """0 in place of each NaN and infinity of the gradient. Reports `nonfinite`, how many there were. See also `apply_if_finite`."""
 
-    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
-        if not grads:
-            return grads
+    def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         finite = [torch.isfinite(g) for g in grads]
         counts = [(~there).sum() for there in finite]
         note("nonfinite", torch.stack([count.to(counts[0].device) for count in counts]).sum().to(torch.float32))
@@ -191,7 +180,7 @@ def add_noise(eta: Hyper, gamma: float = 0.55) -> Transform:
     """
     constant("eta", eta)
 
-    def apply(grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
+    def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         if key is None:
             raise ValueError("add_noise draws random numbers: give optimizer.update the step's key (key=state.rng.fold_in(...))")
         generators: dict[Any, torch.Generator] = {}
@@ -231,7 +220,7 @@ def trace(decay: Hyper, nesterov: bool = False) -> Transform:
         there = [i for i, g in enumerate(leaves) if g is not None]
         if there:
             g, b = [leaves[i] for i in there], [sums[i] for i in there]
-            ops = ops_for(g, b, _tensors(values))
+            ops = ops_for(g, b, values=values)
             b = ops.add_(ops.mul(b, values["decay"]), g)
             passed = ops.add(g, ops.mul(b, values["decay"])) if nesterov else b
             for i, total, new in zip(there, b, passed, strict=True):
