@@ -14,6 +14,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.distributed.tensor
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
@@ -236,6 +237,22 @@ def test_value_and_grad():
     (value, aux), _ = fnrun.value_and_grad(lambda p: (p.sum(), {"p": p * 2}), has_aux=True)(torch.ones(2))
     assert aux["p"].tolist() == [2.0, 2.0]
     assert not aux["p"].requires_grad
+
+
+def test_gradients_with_respect_to_distributed_tensors():
+    """In one process, for values that are distributed and for those that were gathered."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        x = torch.arange(6.0).reshape(3, 2)
+        leaf = distributed.tensor.distribute_tensor(x, mesh, [distributed.tensor.Shard(0)])
+        for value in (lambda p: (p["x"] ** 3).sum(), lambda p: (p["x"].full_tensor() ** 3).sum()):
+            _, grads = fnrun.value_and_grad(value)({"x": leaf})
+            assert grads["x"].placements == leaf.placements
+            assert torch.equal(grads["x"].to_local(), 3 * x**2)
+    finally:
+        distributed.destroy_process_group()
 
 
 class TestErrors:

@@ -123,8 +123,9 @@ def eager() -> bool:
     return not _capturing.get() and kernels._C._functorch.peek_interpreter_stack() is None
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_LEAVES = _PLAIN | {type(None)}
+#: What an ordinary tensor is: no DTensor, and no other class that computes in its own way.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_LEAVES = PLAIN | {type(None)}
 _requires_grad = operator.attrgetter("requires_grad")
 
 
@@ -133,7 +134,7 @@ def plain(*lists: Any) -> bool:
     if not eager():
         return False
     for tensors in lists:
-        if not _PLAIN.issuperset(map(type, tensors)):
+        if not PLAIN.issuperset(map(type, tensors)):
             return False
     return not flows(*lists)
 

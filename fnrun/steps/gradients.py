@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fnrun import tree
-from fnrun.optim.lists import eager, read
+from fnrun.optim.lists import PLAIN, eager, read
 from fnrun.state import check_state
 from fnrun.steps.given import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
@@ -54,11 +54,14 @@ def value_and_grad(fn: Callable[[Any], Any], *, has_aux: bool = False) -> Callab
 
 def _backward(scalar: Tensor, leaves: list[Tensor], *, through_leaves: bool = False) -> list[Tensor | None]:
     """The gradients; `through_leaves` by way of their `grad`, where backwards within the backward put theirs too."""
-    if through_leaves:
-        _engine((scalar,), (_one(scalar),), False, False, (), True, accumulate_grad=True)
+    if not PLAIN.issuperset(map(type, (scalar, *leaves))):
+        if not through_leaves:
+            return list(torch.autograd.grad(scalar, leaves, allow_unused=True))
+        scalar.backward()
         return [leaf.grad for leaf in leaves]
-    # What `torch.autograd.grad` calls in the end; half of its time goes into what one scalar does not need.
-    return _engine((scalar,), (_one(scalar),), False, False, tuple(leaves), True, accumulate_grad=False)
+    # What `torch.autograd.grad` calls in the end for ordinary tensors; half of its time goes into what one scalar does not need.
+    grads = _engine((scalar,), (_one(scalar),), False, False, () if through_leaves else tuple(leaves), True, accumulate_grad=through_leaves)
+    return [leaf.grad for leaf in leaves] if through_leaves else grads
 
 
 def _one(like: Tensor) -> Tensor:
