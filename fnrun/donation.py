@@ -40,12 +40,12 @@ class DonatedStateError(RuntimeError):
 
 #: What is meant by attributes that a state has not.
 _INSTEAD = {
-    "to cuda cpu half float double bfloat16 type": "a state is immutable. Create it of a model that is there already: "
-    "TrainState.create(model.to(device), optimizer). To move this one, fnrun.tree.map(lambda leaf: leaf.to(device) "
-    "if isinstance(leaf, torch.Tensor) else leaf, state)",
-    "state_dict named_parameters parameters weights": "its tensors are in state.params and state.buffers, dictionaries by name",
+    "cuda cpu": "a state is immutable: state.to(device) is another one, on that device",
+    "half float double bfloat16 type": "a state of another dtype is that of another model: TrainState.create(model.to(dtype), optimizer)",
+    "state_dict named_parameters parameters": "its tensors are in state.params and state.buffers, dictionaries by name; state.load_into(model) "
+    "writes them into a module",
     "load_state_dict": "fnrun.checkpoint.load_from(path, state) and state.replace(params=...) give another state",
-    "train eval model module forward": "it holds tensors and no module: steps have the model, and fnrun.call(model, state.params, state.buffers, ...) calls it",
+    "train eval model module forward": "it holds tensors and no module: state.load_into(model) gives a module its weights, steps have the model, and fnrun.call(model, state.params, state.buffers, ...) calls it",
     "optimizer lr": "what the optimizer remembers is in state.opt_state; fnrun.optim.hyperparams(state.opt_state) reads numbers of it",
     "epoch epochs batch": "where each stream of data stands is in state.position.streams[name].epoch",
     "steps global_step": "it is state.step",

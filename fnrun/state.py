@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from fnrun.donation import Donatable, contents
 from fnrun.entering import BARE, Entered, entering
+from fnrun.placing import check_device, moved, write
 from fnrun.rng import Key
 from fnrun.tree import struct
 from fnrun.words import kind, uncalled
@@ -121,6 +122,16 @@ class Optimizes(Protocol):
     def init(self, params: Any, /) -> Any: ...
 
 
+class Weights(NamedTuple):
+    """What a model computes with, by name."""
+
+    params: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
 @struct
 class TrainState(Donatable, metaclass=Entered):
     """A training, whole: given the program and the data, everything that follows is a function of it.
@@ -173,6 +184,48 @@ class TrainState(Donatable, metaclass=Entered):
             if name not in BARE:
                 changes[name] = entering(changes[name], getattr(self, name, None), name)
         return made(type(self), {**contents(self), **changes})
+
+    def weights(self, weights: str | Callable[[Any], Any] = "params") -> Weights:
+        """Parameters and buffers as evaluation with these `weights` uses them: the state's own, of a hook ("ema"), or of a function of the state.
+
+        `fnrun.call(model, *state.weights("ema"), x)` computes with them. Raises ValueError for a name that no hook is remembered by.
+
+        >>> state = TrainState.create(nn.Linear(2, 1))
+        >>> params, buffers = state.weights()
+        >>> list(params), state.weights().params is state.params
+        (['weight', 'bias'], True)
+        """
+        return Weights(*weights_of(self, weights))
+
+    def load_into(self, model: M, weights: str | Callable[[Any], Any] = "params") -> M:
+        """`model`, with these weights written into its parameters and buffers: what training was for. `weights` as in `make_eval_step`.
+
+        The model's tensors stay the same objects, on their devices; tied ones stay tied. Names, shapes and dtypes are those of the state:
+        else ValueError says all that differs, and nothing is written.
+
+        >>> model = nn.Linear(2, 1)
+        >>> state = TrainState.create(nn.Linear(2, 1))
+        >>> torch.equal(state.load_into(model).weight, state.params["weight"])
+        True
+        """
+        check_model("state.load_into", model)
+        chosen = self.weights(weights)
+        params, buffers = chosen.params, chosen.buffers
+        if both := sorted(params.keys() & buffers.keys()):
+            raise ValueError(f"state.load_into: {both} are among the parameters and among the buffers")
+        write(f"state.load_into({type(model).__name__})", {**dict(model.named_parameters()), **buffers_of(model)}, {**params, **buffers})
+        return model
+
+    def to(self, device: str | int | torch.device, *more: Any, **options: Any) -> Self:
+        """The state with its tensors on a device, in all its fields; what an optimizer keeps in the host's memory on purpose stays there.
+
+        Steps compute where the state is, so they are made of a model that is there too. Raises TypeError for a dtype.
+
+        >>> TrainState.create(nn.Linear(2, 1)).to("meta").params["bias"].device
+        device(type='meta')
+        """
+        check_device("state.to", device, (*more, *options))
+        return made(type(self), moved(contents(self), device))
 
     def rewind(self) -> Self:
         """The state with its open frames given up and its stop cleared: a program called on it begins anew. Streams stay where they are."""

@@ -16,7 +16,7 @@ PACKAGE = Path(fnrun.__file__).parent
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
     ["tree", "files", "tables", "counts", "undisturbed", "words"],
-    ["rng", "reports", "donation", "environment", "inplace", "waiting", "entering", "rows"],
+    ["rng", "reports", "donation", "environment", "inplace", "waiting", "entering", "rows", "placing"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
     ["steps"],
@@ -31,6 +31,7 @@ FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 #: On one floor these may be imported by those beside them.
 BESIDE = {
     ("words", "tree"),
+    ("rng", "placing"),
     ("program", "loops"),
     ("program", "interrupts"),
     ("dry", "loops"),

@@ -217,9 +217,9 @@ def test_a_state_is_immutable_and_says_how_one_gets_another():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("to", [r"model.to\(device\)", "fnrun.tree.map"]),
-        ("cuda", [r"model.to\(device\)"]),
-        ("state_dict", ["state.params"]),
+        ("cuda", [r"state.to\(device\)"]),
+        ("half", [r"model.to\(dtype\)"]),
+        ("state_dict", ["state.params", r"state.load_into\(model\)"]),
         ("load_state_dict", ["load_from"]),
         ("optimizer", ["state.opt_state"]),
         ("epoch", ["state.position.streams"]),

@@ -19,6 +19,7 @@ from fnrun.checkpoint import codec, foreign, match, store
 from fnrun.checkpoint.directory import Checkpoints
 from fnrun.checkpoint.manifest import CheckpointError, text
 from fnrun.checkpoint.retention import Entry, Which
+from fnrun.placing import moved
 from fnrun.state import buffers_of, weights_of
 from fnrun.words import a
 
@@ -46,7 +47,7 @@ def load_from(
 
     `source` is a run, its checkpoints or one of them (`step` as in `restore`, `weights` as in `make_eval_step`), a state, or what `params_from` takes.
     Names, shapes and dtypes must be those of `like`: only with `dtype` floating-point tensors are cast, those that have it in `like`. Tensors are
-    copies, in the layout and on the device of `like`'s; `device` brings the whole state there, `like`'s own tensors too. Where the
+    copies, in the layout and on the device of `like`'s; `device` brings the whole state there, `like`'s own tensors too (`state.to`). Where the
     fresh optimizer state holds a copy of the parameters (schedule-free, lookahead), it holds one of the new ones: this is told by the values,
     so not where all parameters begin at zero.
 
@@ -98,18 +99,10 @@ def load_from(
 
 
 def _brought(state: Any, device: str | torch.device) -> Any:
-    """The state with all its tensors on a device; those that are one stay one."""
-    moved: dict[Any, Tensor] = {}
-
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        try:
-            return moved.setdefault(codec.identity(leaf), leaf.to(device))
-        except Exception as error:  # a device that is not there, or full
-            raise CheckpointError(f"load_from: the state cannot be brought to {device}: {error}") from error
-
-    return tree.map(move, state)
+    try:
+        return moved(state, device)
+    except Exception as error:  # a device that is not there, or full
+        raise CheckpointError(f"load_from: the state cannot be brought to {device}: {error}") from error
 
 
 Places = list[tuple[tuple[str, ...], Tensor]]  # each tensor, with the paths at which it may stand in a state

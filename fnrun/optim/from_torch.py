@@ -36,6 +36,10 @@ class TorchState:
     entries: dict[str, dict[str, Any]]
     there: Tensor
 
+    def on_host(self) -> Any:
+        """The counts of steps, which torch's classes leave there too (`Optimizer.load_state_dict`)."""
+        return self.there, [entry.get("step") for entry in self.entries.values()]
+
 
 def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> Optimizer:
     """The pure optimizer that does what `cls(params, **kwargs)` does, for any class of `torch.optim` or from elsewhere: bit for bit.

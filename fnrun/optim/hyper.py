@@ -49,6 +49,10 @@ class Hyperparams:
     count: Any
     leaves: dict[str, Tensor]
 
+    def on_host(self) -> Any:
+        """Numbers to be read without waiting for a device."""
+        return self.leaves
+
 
 class Settings:
     """Named hyperparameters of one transform or optimizer, and their values at a state."""

@@ -53,6 +53,9 @@ class Misses:
     total: Any
     each: Tensor
 
+    def on_host(self) -> Any:
+        return self.each
+
     @classmethod
     def none(cls, leaves: int) -> Misses:
         return cls(0, torch.zeros(leaves, dtype=torch.int64))
@@ -87,6 +90,9 @@ class RuleState:
     #: The fields in which leaves are known by their number, and the one in which they have names.
     numbered: ClassVar = ("scalars", "misses")
     named: ClassVar = "slots"
+
+    def on_host(self) -> Any:
+        return self.scalars
 
     def fitted(self, fresh: RuleState, places: Sequence[int | None]) -> RuleState:
         """For other parameters, those of the `fresh` state: a new one is as old as torch would have it, of no update."""
