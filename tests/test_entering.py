@@ -27,7 +27,7 @@ def loss(model, x):
     return model(x).square().mean()
 
 
-OPTIMIZER = optim.sgd(optim.leaf(0.1), momentum=0.9)
+OPTIMIZER = optim.sgd(optim.in_state(0.1), momentum=0.9)
 X = torch.linspace(-1, 2, 24).reshape(8, 3)
 
 

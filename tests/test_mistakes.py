@@ -383,7 +383,7 @@ CHAIN = optim.chain(optim.accumulate(2), optim.clip_by_global_norm(1.0), optim.a
         ),
         (schedules.warmup(0.1, 5), "warmup(0.1, steps=5)"),
         (optim.sgd(0.1, momentum=0.9), "sgd(lr=0.1, momentum=0.9)"),
-        (optim.adamw(optim.leaf(0.5)), "adamw(lr=leaf(0.5))"),
+        (optim.adamw(optim.in_state(0.5)), "adamw(lr=in_state(0.5))"),
         (CHAIN, f"chain(accumulate(2), clip_by_global_norm(1.0), adamw(lr={SCHEDULE}, weight_decay=0.1))"),
         (optim.clip_by_norm(2.0), "clip_by_norm(2.0)"),
         (optim.from_torch(torch.optim.AdamW, lr=0.1), "from_torch(AdamW, lr=0.1)"),

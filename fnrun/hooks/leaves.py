@@ -26,4 +26,6 @@ def check(who: str, opt_state: Any, name: str) -> None:
     """Raise ValueError where the optimizer has no such hyperparameter in its state."""
     if not named(opt_state, name):
         there = ", ".join(hyperparams(opt_state)) or "none"
-        raise ValueError(f"{who}: the optimizer's state has no hyperparameter {name!r}; there are: {there}. optim.leaf(value) makes one")
+        raise ValueError(
+            f"{who}: the optimizer's state has no hyperparameter {name!r}; there are: {there}. optim.in_state(value) makes one"
+        )

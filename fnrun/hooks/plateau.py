@@ -85,7 +85,7 @@ def reduce_on_plateau(
     """Multiply a hyperparameter by `factor`, down to `min_value`, when `monitor` has not improved for more than `patience` rounds in a row.
 
     It acts on `hyperparam` in the optimizer's state, in each group of a partition: `lr_scale`, by which every optimizer multiplies its rate,
-    or one made with `optim.leaf`. An improvement is one by more than `threshold`, a part of the best value's size (`"rel"`) or a difference
+    or one made with `optim.in_state`. An improvement is one by more than `threshold`, a part of the best value's size (`"rel"`) or a difference
     (`"abs"`); a NaN is none. For `cooldown` rounds after a reduction no round counts as bad. Rounds in which the metric is not computed
     (validation each n-th epoch) don't count at all.
 

@@ -6,7 +6,7 @@ from fnrun.optim.adam_variants import adamax, lamb, lion, nadam, radam
 from fnrun.optim.adaptive import adadelta, adagrad, rmsprop, rprop
 from fnrun.optim.base import Optimizer, Transform, Wrapper, chain
 from fnrun.optim.from_torch import from_torch
-from fnrun.optim.hyper import applied_updates, hyperparams, leaf, set_hyperparam
+from fnrun.optim.hyper import applied_updates, hyperparams, in_state, set_hyperparam
 from fnrun.optim.muon import muon
 from fnrun.optim.partition import decay_labels, layer_decay, masked, name_multipliers, partition, scaled_lr
 from fnrun.optim.schedule_free import schedule_free_adamw
@@ -53,9 +53,9 @@ __all__ = [
     "freeze_until",
     "from_torch",
     "hyperparams",
+    "in_state",
     "lamb",
     "layer_decay",
-    "leaf",
     "lion",
     "lookahead",
     "masked",
@@ -75,3 +75,8 @@ __all__ = [
     "trace",
     "zero_nonfinite",
 ]
+
+
+def __getattr__(name: str) -> None:
+    hint = ": optim.leaf(value) is optim.in_state(value) now" if name == "leaf" else ""
+    raise AttributeError(f"module 'fnrun.optim' has no attribute {name!r}{hint}")

@@ -1,4 +1,4 @@
-"""Hyperparameters: numbers and schedules are configuration, `leaf` makes one a tensor in the state."""
+"""Hyperparameters: numbers and schedules are configuration, `in_state` makes one a tensor in the state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fnrun.tree import join, node, struct
 from fnrun.words import bindable, kind, uncalled
 
 Number = float | Tensor
-Hyper = Any  # a number, a schedule `step -> number`, or a leaf
+Hyper = Any  # a number, a schedule `step -> number`, or one in the state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,19 +26,25 @@ class Leaf:
     value: Tensor
 
     def __repr__(self) -> str:
-        return f"leaf({self.value.item() if self.value.numel() == 1 else tuple(self.value.shape)})"
+        return f"in_state({self.value.item() if self.value.numel() == 1 else tuple(self.value.shape)})"
 
 
-def leaf(value: Number) -> Leaf:
+def in_state(value: Number) -> Leaf:
     """Make a hyperparameter a tensor in the optimizer state instead of configuration: saved, swept over (one value a member), differentiated.
 
     A number becomes a float64 scalar; a tensor is taken as it is (a copy). Read it with `hyperparams`, change it with `set_hyperparam`.
+    Raises ValueError for one that requires grad.
 
     >>> from fnrun import optim
-    >>> optimizer = optim.sgd(optim.leaf(0.1))
+    >>> optimizer = optim.sgd(optim.in_state(0.1))
     >>> hyperparams(optimizer.init({"x": torch.zeros(1)}))
     {'lr': tensor(0.1000, dtype=torch.float64), 'lr_scale': tensor(1., dtype=torch.float64)}
     """
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "optim.in_state: this tensor requires grad, and what enters a state is detached: give value.detach(). To differentiate by it call "
+            "optimizer.update(grads, set_hyperparam(opt_state, name, value), params), and step.loss for the gradients"
+        )
     return Leaf(value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64))
 
 
@@ -64,10 +70,10 @@ class Settings:
         for name, schedule in self.schedules:
             if isinstance(schedule, type) or uncalled(schedule) or not bindable(schedule, 0):
                 hint = f"call it, {uncalled(schedule)}(...)" if uncalled(schedule) else "a schedule is a function of one number, the step"
-                raise TypeError(f"{name} is a number, a schedule or optim.leaf(number), not {kind(schedule)}: {hint}")
+                raise TypeError(f"{name} is a number, a schedule or optim.in_state(number), not {kind(schedule)}: {hint}")
         for name, value in self.constants.items():
             if not isinstance(value, (int, float, Tensor)):
-                raise TypeError(f"{name} is a number, a schedule or optim.leaf(number), not {value!r} ({type(value).__name__})")
+                raise TypeError(f"{name} is a number, a schedule or optim.in_state(number), not {value!r} ({type(value).__name__})")
 
     @property
     def fixed(self) -> bool:
@@ -132,12 +138,12 @@ def _of_optimizer(part: Any) -> bool:
 
 
 def hyperparams(opt_state: Any) -> dict[str, Tensor]:
-    """The hyperparameters that live in the state, by name: `lr_scale` of each optimizer, and those made with `leaf`.
+    """The hyperparameters that live in the state, by name: `lr_scale` of each optimizer, and those made with `in_state`.
 
     In a partition the label comes first (`decay/lr_scale`). The place in a chain is named (`0/...`) only where names would be the same.
 
     >>> from fnrun import optim
-    >>> optimizer = optim.chain(optim.clip_by_global_norm(optim.leaf(1.0)), optim.adamw(1e-3))
+    >>> optimizer = optim.chain(optim.clip_by_global_norm(optim.in_state(1.0)), optim.adamw(1e-3))
     >>> sorted(hyperparams(optimizer.init({"x": torch.zeros(1)})))
     ['lr_scale', 'max_norm']
     """

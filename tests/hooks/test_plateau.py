@@ -106,7 +106,7 @@ def test_each_group_of_a_partition_has_its_own_value_and_its_own_floor():
 
 
 def test_it_acts_on_a_leaf_of_another_name():
-    optimizer = optim.sgd(0.1, momentum=optim.leaf(0.8))
+    optimizer = optim.sgd(0.1, momentum=optim.in_state(0.8))
     loop = fnrun.repeat(
         fnrun.sequence(val=fnrun.eval_loop(lambda state, batch: {"loss": 1.0})),
         2,

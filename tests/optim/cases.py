@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, Callable[[], optim.Optimizer]] = {
     "adam": lambda: optim.adam(CURVE, weight_decay=0.1),
     "amsgrad": lambda: optim.adam(1e-2, amsgrad=True),
     "adamw": lambda: optim.adamw(CURVE, betas=(schedules.linear(0.8, 0.95, 10), 0.99)),
-    "adamw_leaf": lambda: optim.adamw(optim.leaf(1e-2), weight_decay=optim.leaf(0.1)),
+    "adamw_leaf": lambda: optim.adamw(optim.in_state(1e-2), weight_decay=optim.in_state(0.1)),
     "nadam": lambda: optim.nadam(CURVE, weight_decay=0.1),
     "radam": lambda: optim.radam(CURVE, betas=(0.9, 0.95), decoupled_weight_decay=True, weight_decay=0.1),
     "adamax": lambda: optim.adamax(CURVE),

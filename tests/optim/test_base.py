@@ -57,7 +57,7 @@ def test_offers_of_the_optimizer_come_through_chains_and_wrappers() -> None:
         (lambda: optim.sgd(-0.1), ValueError, "lr is at least 0, not -0.1"),
         (lambda: optim.sgd(0.1, nesterov=True), ValueError, "nesterov wants a momentum and no dampening"),
         (lambda: optim.adamw(0.1, betas=(1.0, 0.9)), ValueError, "beta1 is from 0 up to, but not, 1, not 1.0"),
-        (lambda: optim.adamw("0.1"), TypeError, "lr is a number, a schedule or optim.leaf"),
+        (lambda: optim.adamw("0.1"), TypeError, "lr is a number, a schedule or optim.in_state"),
         (lambda: optim.accumulate(0), ValueError, "n is at least 1, not 0"),
         (lambda: optim.muon(0.1).init(P), ValueError, r"muon is for real matrices, and here is a torch.float32 leaf of shape \(2,\)"),
         (lambda: optim.schedule_free_adamw(0.1, betas=(0.0, 0.9)), ValueError, r"betas\[0\] is a number in \(0, 1\]"),

@@ -38,14 +38,14 @@ def test_lr_scale_acts_on_every_optimizer() -> None:
 
 
 def test_a_leaf_is_the_number_that_it_holds() -> None:
-    with_leaf = optim.adamw(optim.leaf(1e-2), weight_decay=optim.leaf(0.1), betas=(optim.leaf(0.8), 0.9))
+    with_leaf = optim.adamw(optim.in_state(1e-2), weight_decay=optim.in_state(0.1), betas=(optim.in_state(0.8), 0.9))
     plain = optim.adamw(1e-2, weight_decay=0.1, betas=(0.8, 0.9))
     assert tree.equal(cases.last(with_leaf, P, 5), cases.last(plain, P, 5))
 
 
 def test_gradients_flow_to_a_leaf_through_the_update() -> None:
     """d loss(p − lr g) / d lr = −g · loss'(p), here for a loss that is the sum."""
-    optimizer = optim.sgd(optim.leaf(0.1))
+    optimizer = optim.sgd(optim.in_state(0.1))
     rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     state = optim.set_hyperparam(optimizer.init(P), "lr", rate)
     grads = cases.grads(P, 0)
@@ -53,14 +53,14 @@ def test_gradients_flow_to_a_leaf_through_the_update() -> None:
     (slope,) = torch.autograd.grad(sum(p.sum() for p in new.values()), rate)
     assert slope == pytest.approx(-sum(g.double().sum().item() for g in grads.values()), rel=1e-5)
     for make in (optim.adamw, optim.adagrad, optim.nadam, optim.rmsprop, optim.lion):
-        optimizer = make(optim.leaf(0.1))
+        optimizer = make(optim.in_state(0.1))
         state = optim.set_hyperparam(optimizer.init(P), "lr", rate)
         new, _ = optimizer.update(grads, state, P)
         assert torch.autograd.grad(sum(p.sum() for p in new.values()), rate)[0].isfinite()
 
 
 def test_a_sweep_is_one_value_a_member() -> None:
-    optimizer = optim.adamw(optim.leaf(0.0))
+    optimizer = optim.adamw(optim.in_state(0.0))
     rates = torch.tensor([1e-2, 1e-3], dtype=torch.float64)
     grads = cases.grads(P, 0)
     together = torch.func.vmap(lambda lr: optimizer.update(grads, optim.set_hyperparam(optimizer.init(P), "lr", lr), P)[0])(rates)
@@ -69,8 +69,8 @@ def test_a_sweep_is_one_value_a_member() -> None:
 
 
 def test_names_are_short_and_carry_labels_and_places_only_where_needed() -> None:
-    group = optim.partition(optim.decay_labels, {"decay": optim.adamw(optim.leaf(0.1)), "no_decay": optim.sgd(0.1)})
-    optimizer = optim.chain(optim.accumulate(2), optim.scale(optim.leaf(1.0)), optim.scale(optim.leaf(2.0)), group)
+    group = optim.partition(optim.decay_labels, {"decay": optim.adamw(optim.in_state(0.1)), "no_decay": optim.sgd(0.1)})
+    optimizer = optim.chain(optim.accumulate(2), optim.scale(optim.in_state(1.0)), optim.scale(optim.in_state(2.0)), group)
     names = optim.hyperparams(optimizer.init(P))
     assert sorted(names) == ["0/factor", "1/factor", "decay/lr", "decay/lr_scale", "no_decay/lr_scale"]
     assert names["1/factor"] == 2.0
@@ -96,3 +96,17 @@ def test_momentum_and_betas_take_schedules() -> None:
         now, state = optimizer.update({"x": torch.tensor([1.0], dtype=torch.float64)}, state, now)
         seen.append(now["x"].item())
     assert seen == [-1.0, -2.5, -3.5]  # buffers 1, 1.5, and 1 again once the momentum is gone
+
+
+def test_the_old_name_says_the_new_one() -> None:
+    with pytest.raises(AttributeError, match=r"optim\.leaf\(value\) is optim\.in_state\(value\) now"):
+        optim.leaf(0.1)  # pyright: ignore[reportAttributeAccessIssue]
+    assert not hasattr(optim, "nonsense")
+
+
+def test_one_that_requires_grad_is_refused_for_no_gradient_would_reach_it() -> None:
+    rate = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(ValueError, match=r"optim\.in_state: this tensor requires grad, .*give value\.detach\(\)"):
+        optim.in_state(rate)
+    with torch.no_grad():
+        assert optim.in_state(rate).value.item() == rate.item()

@@ -24,7 +24,9 @@ TRANSFORMS = {
     "centralize": lambda: optim.centralize(),
     "add_noise": lambda: optim.add_noise(0.1),
     "zero_nonfinite": lambda: optim.zero_nonfinite(),
-    "leaf": lambda: optim.chain(optim.clip_by_global_norm(optim.leaf(0.5)), optim.trace(optim.leaf(0.9)), optim.scale(optim.leaf(3.0))),
+    "leaf": lambda: optim.chain(
+        optim.clip_by_global_norm(optim.in_state(0.5)), optim.trace(optim.in_state(0.9)), optim.scale(optim.in_state(3.0))
+    ),
 }
 every = pytest.mark.parametrize("name", TRANSFORMS)
 
