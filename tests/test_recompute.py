@@ -66,7 +66,7 @@ class Counting(nn.Module):
         if self.cached is None or self.length != x.shape[1]:
             self.cached, self.length = torch.arange(x.shape[1]).cos()[:, None], x.shape[1]
         if self.doubled is None:
-            self.doubled = 2 * self.layer.weight
+            self.doubled = self.layer.weight.sin()
         self.count += 1
         y = F.linear(x, self.doubled) * self.count.clone() * self.cached
         self.average = 0.9 * self.average + 0.1 * y.detach().mean((0, 1))

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.tensor
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
 import fnrun
@@ -712,6 +712,76 @@ def test_a_sum_over_pieces_is_one_tree_however_they_are_grouped():
     assert torch.equal(tree_sum(values), whole)
     assert torch.equal(tree_sum(values[2:4], at=2), values[2] + values[3]), "absent ones are skipped"
     assert torch.equal(tree_sum(values[:7]), ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + values[6]))
+
+
+def balanced(values):
+    """The sum by its definition: over numbers, None is absent, an odd one is passed up."""
+    while len(values) > 1:
+        pairs = itertools.zip_longest(values[::2], values[1::2])
+        values = [b if a is None else a if b is None else a + b for a, b in pairs]
+    return values[0]
+
+
+@given(
+    values=st.lists(st.none() | st.floats(-(2.0**20), 2.0**20, width=32).map(torch.tensor), min_size=1, max_size=23),
+    cuts=st.lists(st.integers(0, 23), max_size=5),
+)
+@example(values=[torch.tensor(v) for v in (1e8, 1.0, -1e8, 3.0, 1e-3, 7.0, 1e7, -2.5)], cuts=[3, 6])
+def test_sums_of_groups_join_to_the_bits_of_the_whole(values, cuts):
+    """Each group adds its own pieces, some of which are absent, and hands over complete subtrees."""
+    edges = sorted({0, len(values), *(cut for cut in cuts if cut < len(values))})
+    whole = PairwiseSum()
+    for start, end in itertools.pairwise(edges):
+        group = PairwiseSum(start)
+        for i in range(start, end):
+            if values[i] is not None:
+                group.add(i, values[i])
+        assert all(start <= place << level < (place + 1) << level <= end for level, place, _ in group.parts)
+        whole.join(group.parts)
+    expected, found = balanced(values), whole.result()
+    assert (found is None) if expected is None else torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [2] * 4, [4, 4], [3, 3, 2], [8]])
+def test_pieces_add_to_the_same_bits_whoever_adds_which(sizes):
+    values = [torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    whole, at = PairwiseSum(), 0
+    for size in sizes:
+        group = PairwiseSum(at)
+        for i in range(at, at + size):
+            group.add(i, values[i])
+            assert len(group.parts) <= 4
+        at += size
+        whole.join(group.parts)
+        assert len(whole.parts) <= 4
+    assert not torch.equal(sum(values[1:], values[0]), expected := balanced(values)), "the order is seen in the bits"
+    assert torch.equal(whole.result(), expected)
+
+
+def test_a_number_that_comes_too_late_is_refused():
+    total = PairwiseSum()
+    total.add(3, 1.0)
+    with pytest.raises(ValueError, match="at number 4, and 2 comes too late"):
+        total.join([(1, 1, 1.0)])
+
+
+def test_microbatches_keep_no_more_gradients_than_their_tree():
+    """log2(n) + 1 of them, that of the piece at hand with them."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(8)))
+    gradient = sum(p.nbytes for p in model.parameters())
+    x, peaks = torch.randn(8, 256), {}
+    for n in (1, 8):
+        step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), optim.sgd(0.1), microbatches=n)
+        state = fnrun.TrainState.create(model, optim.sgd(0.1))
+        for _ in range(3):  # which are looked at
+            step.gradients(state, x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step.gradients(state, x)
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        peaks[n] = max(itertools.accumulate(sizes)) / gradient
+    assert 1 <= peaks[1] < 1.3
+    assert 3.9 < peaks[8] < 4.3
 
 
 def test_at_most_log2_and_one_partial_sums_live_at_a_time():

@@ -16,7 +16,7 @@ from fnrun.optim.lists import PLAIN, eager, read
 from fnrun.state import check_state
 from fnrun.steps.given import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
-from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Weighed
+from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Part, Weighed
 from fnrun.steps.recompute import Recomputed
 from fnrun.steps.shell import Shell, not_checkpointed
 from fnrun.steps.surroundings import Surroundings
@@ -61,7 +61,7 @@ def _backward(scalar: Tensor, leaves: list[Tensor], *, through_leaves: bool = Fa
         return [leaf.grad for leaf in leaves]
     # What `torch.autograd.grad` calls in the end for ordinary tensors; half of its time goes into what one scalar does not need.
     grads = _engine((scalar,), (_one(scalar),), False, False, () if through_leaves else tuple(leaves), True, accumulate_grad=through_leaves)
-    return [leaf.grad for leaf in leaves] if through_leaves else grads
+    return [leaf.grad for leaf in leaves] if through_leaves else list(grads)
 
 
 def _one(like: Tensor) -> Tensor:
@@ -163,27 +163,29 @@ class Gradients:
         return grads, buffers, metrics
 
     def _in_pieces(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
-        joined, total, dtypes = Joined(self.name, self.shell, state.buffers), PairwiseSum(), []
+        joined, total = Joined(self.name, self.shell, state.buffers), PairwiseSum()
         for i, piece, n in self.cut(batch):
-            moved: set[str] = set()
-            with self.within(state.rng, "train", state.step, i) as reports:
-                grads, loss, buffers, metrics = self._of(state, piece, n, moved)
-                metrics = _with(metrics, reports)
-            if isinstance(buffers, Written):
-                raise ValueError(
-                    f"{self.name}: the forward changes the parameters {sorted(buffers.params)}, and each microbatch would change them in its "
-                    "own way: use microbatches=1, or optim.accumulate"
-                )
-            dtypes = dtypes or [None] * len(grads)
-            dtypes = [dtype if g is None else g.dtype for g, dtype in zip(grads, dtypes, strict=True)]
-            total.add(i, joined.part(grads, loss, n, buffers, moved, metrics))
+            total.add(i, self._piece(joined, state, i, piece, n))
         whole = total.result()
         if whole is None:
             raise ValueError(f"{self.name}: the batch has no examples, so no microbatch has")
-        grads, buffers, metrics = joined.result(whole, dtypes)
+        grads, buffers, metrics = joined.result(whole)
         if isinstance(whole.weight, Tensor):
             grads, metrics = self._weighed(whole.weight, grads, metrics)
         return grads, buffers, metrics
+
+    def _piece(self, joined: Joined, state: Any, i: int, piece: Any, n: int) -> Part:
+        """A function of its own, so that what a piece leaves in variables is gone when the next one begins."""
+        moved: set[str] = set()
+        with self.within(state.rng, "train", state.step, i) as reports:
+            grads, loss, buffers, metrics = self._of(state, piece, n, moved)
+            metrics = _with(metrics, reports)
+        if isinstance(buffers, Written):
+            raise ValueError(
+                f"{self.name}: the forward changes the parameters {sorted(buffers.params)}, and each microbatch would change them in its "
+                "own way: use microbatches=1, or optim.accumulate"
+            )
+        return joined.part(grads, loss, n, buffers, moved, metrics)
 
     def _weighed(self, weight: Tensor, grads: list[Any], metrics: Metrics) -> tuple[list[Any], Metrics]:
         """Of a batch whose whole weight is 0 there are no gradients, so no update. Whether it is waits for a device, but in a graph."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,29 +24,53 @@ from fnrun.words import kind
 class PairwiseSum:
     """A sum over the numbers 0..n-1 as a tree: neighbours (0, 1), (2, 3), ... join, then pairs of those; an odd one is passed up.
 
-    Values come in the order of their numbers, some may be absent. They join by `+`, at most log2(n) + 1 of them live at a time.
+    Values come in the order of their numbers, some may be absent. They join by `+`, at most log2(n) + 1 of them live at a time. Whoever adds
+    the numbers from `start` on alone has `parts`, complete subtrees. Who joins the parts of all, in order, has the bits of the whole sum,
+    however the numbers were shared.
+
+    >>> left, right, whole = PairwiseSum(), PairwiseSum(3), PairwiseSum()
+    >>> for i in range(8):
+    ...     (left if i < 3 else right).add(i, [i])
+    >>> left.parts, right.parts
+    ([(1, 0, [0, 1]), (0, 2, [2])], [(0, 3, [3]), (2, 1, [4, 5, 6, 7])])
+    >>> whole.join(left.parts)
+    >>> whole.join(right.parts)
+    >>> whole.result()
+    [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
-    def __init__(self) -> None:
-        self._parts: list[tuple[int, Any]] = []  # (level, value), each level once
-        self._next = 0
+    def __init__(self, start: int = 0) -> None:
+        self._nodes: list[tuple[int, int, Any]] = []  # (level, place, value), from the left
+        self._next = start
 
     def add(self, number: int, value: Any) -> None:
-        while self._next < number:
-            self._push(None)
-        self._push(value)
+        self.join([(0, number, value)])
 
-    def _push(self, value: Any) -> None:
-        level = 0
-        while self._parts and self._parts[-1][0] == level:
-            value, level = _joined(self._parts.pop()[1], value), level + 1
-        self._parts.append((level, value))
-        self._next += 1
+    def join(self, parts: Iterable[tuple[int, int, Any]]) -> None:
+        """Add sums over the numbers `place * 2**level` to `(place + 1) * 2**level - 1`, as (level, place, value)."""
+        for level, place, value in parts:
+            first = place << level
+            if first < self._next:
+                raise ValueError(f"the sum is at number {self._next}, and {first} comes too late: numbers are added in their order")
+            while self._next < first:
+                self._push(0, self._next, None)
+            self._push(level, place, value)
+
+    @property
+    def parts(self) -> list[tuple[int, int, Any]]:
+        """The sums so far: complete subtrees, as `join` takes them."""
+        return [node for node in self._nodes if node[2] is not None]
+
+    def _push(self, level: int, place: int, value: Any) -> None:
+        self._next = (place + 1) << level
+        while place % 2 and self._nodes and self._nodes[-1][:2] == (level, place - 1):
+            value, level, place = _joined(self._nodes.pop()[2], value), level + 1, place // 2
+        self._nodes.append((level, place, value))
 
     def result(self) -> Any:
         value = None
-        for _, part in reversed(self._parts):
-            value = _joined(part, value)
+        while self._nodes:
+            value = _joined(self._nodes.pop()[2], value)
         return value
 
 
@@ -148,7 +172,7 @@ _SAY = f"Say it: {rows.REMEDY}; examples=('x', 'y') for all that is per example;
 
 
 class Part:
-    """What a piece came to, or several together: sums, weighted."""
+    """What a piece came to, or several together: sums, weighted, in memory of their own."""
 
     __slots__ = ("buffers", "divided", "grads", "metrics", "moved", "rows", "weight")
 
@@ -157,12 +181,15 @@ class Part:
         self.buffers, self.moved, self.metrics = buffers, moved, metrics
 
     def __add__(self, other: Part) -> Part:
-        grads = [b if a is None else a if b is None else a + b for a, b in zip(self.grads, other.grads, strict=True)]
+        """In the memory of this part: both are done for, so that no third gradient is there beside theirs."""
+        for i, (a, b) in enumerate(zip(self.grads, other.grads, strict=True)):
+            self.grads[i] = b if a is None else a if b is None else a.add_(b)
         metrics = dict(self.metrics)
         for name, value in other.metrics.items():
             metrics[name] = metrics[name].merge(value) if name in metrics else value
-        weight, rows = self.weight + other.weight, self.rows + other.rows
-        return Part(grads, weight, self.divided, rows, self.buffers + other.buffers, self.moved | other.moved, metrics)
+        self.weight, self.rows, self.metrics = self.weight + other.weight, self.rows + other.rows, metrics
+        self.buffers, self.moved = self.buffers + other.buffers, self.moved | other.moved
+        return self
 
 
 class Joined:
@@ -174,10 +201,16 @@ class Joined:
         self._names = [name for name in self.averages if name in buffers]
         self._first: dict[str, Tensor] = {}
         self._others: dict[str, Tensor] = {}
+        self._dtypes: list[Any] = []
 
     def part(self, grads: list[Any], loss: Weighed, rows: int, buffers: Mapping[str, Tensor], moved: set[str], metrics: Metrics) -> Part:
+        """Of the piece with these gradients, which are written over in their list."""
         weight = rows if loss.weight is None else loss.weight
-        grads = [None if g is None else _summable(g) * weight for g in grads]
+        self._dtypes = self._dtypes or [None] * len(grads)
+        for i, g in enumerate(grads):  # one after the other, so that never two of them are whole
+            if g is not None:
+                self._dtypes[i] = g.dtype
+                grads[i] = _summable(g) * weight
         for name in self.counts & buffers.keys():
             self._first.setdefault(name, buffers[name])
         for name in moved - self.counts - self.averages.keys():
@@ -199,9 +232,11 @@ class Joined:
                 "(register_buffer(..., persistent=False) for what is a cache)"
             )
 
-    def result(self, whole: Part, dtypes: list[Any]) -> tuple[list[Any], dict[str, Tensor], Metrics]:
+    def result(self, whole: Part) -> tuple[list[Any], dict[str, Tensor], Metrics]:
         weight: Any = whole.weight if whole.divided else 1
-        grads = [None if g is None else (g / weight).to(dtype) for g, dtype in zip(whole.grads, dtypes, strict=True)]
+        grads = whole.grads
+        for i, (g, dtype) in enumerate(zip(grads, self._dtypes, strict=True)):
+            grads[i] = None if g is None else (g / weight).to(dtype)
         averages = dict(zip(self._names, whole.buffers, strict=True))
         buffers: dict[str, Tensor] = {}
         for name, before in self.buffers.items():

@@ -271,8 +271,9 @@ class _Structure:
     """
 
     def __init__(self, model: nn.Module, named: dict[str, torch.Tensor]) -> None:
-        self.model, self.named, self.params = model, named, dict(model.named_parameters())
-        self.kept = list(self.params.values())
+        self.model, self.named = model, named
+        parameters = dict(model.named_parameters())
+        self.params, self.kept = tuple(parameters), list(parameters.values())
         self.kinds = [(p.shape, p.dtype) for p in self.kept]
         self.trained = list(map(_requires_grad, self.kept))
         self._held: list[dict[str, Any]] = [held for m in model.modules() for held in (m._parameters, m._modules)]
