@@ -140,10 +140,14 @@ def known(batch: Any) -> int | None:
     cls = type(batch)
     if cls is torch.Tensor and batch.ndim:
         return batch.shape[0]
-    if cls in (dict, tuple, list) and batch:  # the usual case, found out without a look at the whole tree
-        values = batch.values() if cls is dict else batch
+    if cls in _USUAL and batch:  # found out without a look at the whole tree
+        values = batch.values() if cls in (dict, _Dict) else batch
         lengths = {value.shape[0] if type(value) is torch.Tensor and value.ndim else None for value in values}
-        if len(lengths) == 1 and None not in lengths and (cls is not list or len({(value.dtype, value.ndim) for value in batch}) > 1):
+        if (
+            len(lengths) == 1
+            and None not in lengths
+            and (cls not in (list, _List) or (cls is _List and batch.told[1]) or len({(value.dtype, value.ndim) for value in batch}) > 1)
+        ):
             return lengths.pop()  # pyright: ignore[reportReturnType]
     return _known(batch, *told(batch))
 
@@ -191,18 +195,19 @@ def _shape(value: Any) -> str:
 class _Dict(dict[Any, Any]):
     """A dictionary with a stream's word of it."""
 
-    like, told = dict, (None, False)
+    _fnrun_like, told = dict, (None, False)
 
 
 class _List(list[Any]):
-    like, told = list, (None, False)
+    _fnrun_like, told = list, (None, False)
 
 
 class _Tuple(tuple[Any, ...]):
-    like, told = tuple, (None, False)
+    _fnrun_like, told = tuple, (None, False)
 
 
 _MARKED: dict[type, Any] = {dict: _Dict, list: _List, tuple: _Tuple}
+_USUAL = frozenset({*_MARKED, *_MARKED.values()})
 
 
 def told(batch: Any) -> tuple[int | None, bool]:
@@ -212,8 +217,8 @@ def told(batch: Any) -> tuple[int | None, bool]:
 
 def tell(batch: Any, rows: int | None, columns: bool = False) -> Any:
     """The batch, with a stream's word of it where it does not speak for itself: of the same type, or a subclass that prints and compares alike."""
-    plainly = not ambiguous(batch) if columns else known(batch) == rows or _known(batch, rows, False) == known(batch)
-    return batch if plainly else _told(batch, rows, columns)
+    speaks = rows is None or (now := known(batch)) == rows or _known(batch, rows, columns) == now
+    return batch if speaks and not (columns and ambiguous(batch)) else _told(batch, rows, columns)
 
 
 def _told(batch: Any, rows: int | None, columns: bool) -> Any:
@@ -239,7 +244,7 @@ def _register(cls: Any) -> None:
             order, keys, said = context
             values = dict(zip(keys, children, strict=True))
             return _told({key: values[key] for key in order}, *said)
-        return _told(cls.like(children), *context)
+        return _told(cls._fnrun_like(children), *context)
 
     def with_keys(node: Any) -> Any:
         children, context, entries = flatten(node)

@@ -219,10 +219,10 @@ class Node(NamedTuple):
 def node(value: Any) -> Node | None:
     """`value` as a container with its exact kind (a tuple is not a list, a NamedTuple not a tuple), or None for a leaf.
 
-    One that only knows more than a plain container says so by `like`, as a batch that a stream speaks for.
+    One that only knows more than a plain container says so by `_fnrun_like`, as a batch that a stream speaks for.
     """
     cls: Any = type(value)
-    cls = getattr(cls, "like", cls) if issubclass(cls, _CONTAINERS) and cls not in _CONTAINERS else cls
+    cls = getattr(cls, "_fnrun_like", cls) if issubclass(cls, _CONTAINERS) and cls not in _CONTAINERS else cls
     if cls in SCALARS or isinstance(value, (torch.Tensor, np.ndarray)):
         return None
     if cls in (dict, OrderedDict, defaultdict):

@@ -427,14 +427,18 @@ def test_the_lists_of_torchs_collate_are_columns(n):
 
     step, state = made(loss, microbatches=2)
     pairs = x_of(n), x_of(n, 1)
-    for stream in (data.loader(TensorDataset(*pairs), n), data.arrays(list(pairs), n)):
+    for stream in (
+        data.loader(TensorDataset(*pairs), n),
+        data.arrays(list(pairs), n),
+        data.arrays(list(pairs), n, transform=lambda batch, key: [batch[0] + 1, batch[1]]),
+    ):
         batch = first(stream)
         assert isinstance(batch, list)
         assert metrics.examples(batch) == n
         seen.clear()
         grads, _, _ = step.gradients(state, batch)
         assert seen == [(n // 2, n // 2), (n - n // 2, n - n // 2)]
-        torch.testing.assert_close(grads, whole_gradient(loss, pairs), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grads, whole_gradient(loss, tuple(batch)), rtol=1e-12, atol=1e-12)
     assert metrics.examples(first(data.loader(TensorDataset(pairs[0]), n))) == n
     assert metrics.examples(tree.map(torch.Tensor.float, first(data.loader(TensorDataset(*pairs), n)))) == n
 

@@ -123,7 +123,7 @@ class Arrays(Stream):
             made = structure.unflatten(gathered.popleft())
             if self.transform is not None:
                 made = _transformed(self.transform, made, key.fold_in(epoch, "batch", batch))
-                made = rows.tell(made, min(self.batch_size, self.rows - batch * self.batch_size))
+                made = rows.tell(made, min(self.batch_size, self.rows - batch * self.batch_size), columns=lists)
             elif lists:
                 made = rows.tell(made, None, columns=True)
             yield made, Cursor(*after, self.source)

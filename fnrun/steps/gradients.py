@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fnrun import tree
 from fnrun.optim.lists import PLAIN, eager, read
+from fnrun.rows import shapes
 from fnrun.state import check_state
 from fnrun.steps.given import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
@@ -178,7 +179,11 @@ class Gradients:
         """A function of its own, so that what a piece leaves in variables is gone when the next one begins."""
         moved: set[str] = set()
         with self.within(state.rng, "train", state.step, i) as reports:
-            grads, loss, buffers, metrics = self._of(state, piece, n, moved)
+            try:
+                grads, loss, buffers, metrics = self._of(state, piece, n, moved)
+            except Exception as error:
+                error.add_note(f"raised in microbatch {i} of {self.cut.pieces}, which is {shapes(piece)}")
+                raise
             metrics = _with(metrics, reports)
         if isinstance(buffers, Written):
             raise ValueError(
