@@ -68,7 +68,7 @@ _leaves = st.one_of(
     st.just(("epoch",)),
     st.tuples(st.just("steps"), st.integers(0, 5)),
     st.just(("eval",)),
-    st.tuples(st.just("eval steps"), st.integers(1, 3)),
+    st.tuples(st.just("eval steps"), st.integers(1, 3), st.booleans()),
 )
 programs = st.recursive(
     _leaves,
@@ -108,7 +108,7 @@ class Build:
         if kind == "eval":
             return fnrun.eval_loop(evaluate, **common), self.stream()
         if kind == "eval steps":
-            return fnrun.eval_loop(evaluate, steps=rest[0], **common), self.stream()
+            return fnrun.eval_loop(evaluate, steps=rest[0], again=rest[1], **common), self.stream()
         inner, data = self(rest[0])
         if kind == "repeat":
             return fnrun.repeat(inner, rest[1], **training), data

@@ -14,7 +14,7 @@ import torch
 import fnrun
 from fnrun import data, hooks, optim
 from fnrun.loops import Loop
-from fnrun.testing import assert_same, states_seen
+from fnrun.testing import assert_resumable, assert_same, states_seen
 from tests.programs import Counter, fresh, train
 
 
@@ -75,6 +75,39 @@ class TestEvaluation:
         loop = fnrun.repeat(fnrun.eval_loop(lambda state, batch: seen.append(batch[0].item()) or {"x": 0.0}, steps=2), 3)
         loop(fresh(), batches(3))
         assert seen == [0.0, 1.0, 2.0, 0.0, 1.0, 2.0]
+
+    @pytest.mark.parametrize(("steps", "expected"), [(2, [0.0, 1.0]), (3, [0.0, 1.0, 2.0]), (9, [0.0, 1.0, 2.0]), (0, [])])
+    @pytest.mark.parametrize("make", [fnrun.eval_loop, fnrun.predict_loop])
+    def test_with_steps_and_again_it_takes_the_same_batches_each_time(self, make, steps, expected):
+        """A stream that has fewer is taken whole: no batch counts twice."""
+        seen = []
+        loop = make(lambda state, batch: seen.append(batch[0].item()) or {"x": 0.0}, steps=steps, again=True)
+        state, _ = fnrun.repeat(loop, 3)(fresh(), batches(3))
+        assert seen == expected * 3
+        assert state.position.streams == {}
+
+    def test_again_begins_a_shuffled_stream_at_the_same_place_and_leaves_others_where_they_stand(self):
+        shared, seen = data.arrays(torch.arange(12.0), 2, shuffle=True, name="all"), []
+        val = fnrun.eval_loop(lambda state, batch: seen.append(batch.tolist()) or {"x": batch.sum()}, steps=2, again=True)
+        program = fnrun.repeat(fnrun.sequence(train=fnrun.step_loop(train, 4), val=val), 4)
+        state, _ = program(fresh(), {"train": shared, "val": shared})
+        assert (len(seen), seen[:2] * 4) == (8, seen)
+        assert (state.position.streams["all"].epoch, state.position.streams["all"].batch) == (2, 4)
+
+    def test_again_is_killed_and_goes_on_in_the_middle_of_a_validation(self):
+        val = fnrun.eval_loop(lambda state, batch: {"x": batch.sum() * state.params["x"].sum()}, steps=3, again=True)
+        program = fnrun.repeat(fnrun.sequence(train=fnrun.step_loop(train, 2), val=val), 2)
+        streams = {"train": batches(3), "val": data.arrays(torch.arange(20.0), 4, shuffle=True)}
+        assert_resumable(program, fresh(), streams)
+
+    def test_again_is_for_a_number_of_batches(self):
+        with pytest.raises(ValueError, match=r"eval_loop: again=True is for steps=n"):
+            fnrun.eval_loop(lambda state, batch: {}, again=True)
+        with pytest.raises(TypeError, match="again= is True or False, and not 3"):
+            fnrun.eval_loop(lambda state, batch: {}, steps=2, again=3)  # pyright: ignore[reportArgumentType]
+        loop = fnrun.eval_loop(lambda state, batch: {"x": batch.sum()}, steps=2, again=True)
+        assert "eval_loop, the first 2 batches" in str(loop)
+        assert "eval_loop" in str(loop.dry_run(fresh(), batches(3)))
 
     def test_a_pass_takes_no_position_from_training_over_the_same_stream(self):
         shared = data.arrays(torch.arange(6.0), 2, shuffle=True, name="all")

@@ -22,7 +22,7 @@ from fnrun.data.order import permutation
 from fnrun.data.stream import Stream, walk
 from fnrun.rng import Key
 from fnrun.state import Cursor
-from fnrun.words import a
+from fnrun.words import a, kind
 
 #: So many rows of the order are computed at once: a NumPy call on 32 numbers costs nearly as much as one on thousands.
 BLOCK = 65_536
@@ -38,16 +38,27 @@ def passes(rows: int, batch_size: int, drop_last: bool) -> int:
     return rows // batch_size if drop_last else -(-rows // batch_size)
 
 
-def cut(batch_size: int, shuffle: bool, drop_last: bool) -> str:
+def cut(batch_size: int, shuffle: bool, drop_last: bool, seed: int | None) -> str:
     """How rows become batches, in words."""
-    order = "shuffled" if shuffle else "in order"
+    order = "in order" if not shuffle else "shuffled" if seed is None else f"shuffled by seed {seed}"
     return f"{batch_size} a batch, {order}{', short last batch dropped' if drop_last else ''}"
 
 
-class Order:
-    """The rows of each batch, in order or shuffled by the key of the pass; computed in blocks of batches."""
+def check_seed(who: str, seed: Any, shuffle: bool) -> None:
+    """Raise where `seed` is none, or has nothing to do."""
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"{who}: seed is an int, and not {kind(seed)}")
+    if not shuffle:
+        raise ValueError(f"{who}: seed={seed} is for the order, and that is the data's own without shuffle=True")
 
-    def __init__(self, key: Key, rows: int, batch_size: int, shuffle: bool) -> None:
+
+class Order:
+    """The rows of each batch, in order or shuffled by the key of the pass (of a `seed` if there is one); computed in blocks of batches."""
+
+    def __init__(self, key: Key, rows: int, batch_size: int, shuffle: bool, seed: int | None) -> None:
+        key = key if seed is None else Key(seed)
         self.key, self.rows, self.batch_size, self.shuffle = key, rows, batch_size, shuffle
         self.per_block = max(1, BLOCK // batch_size)
         self.at: tuple[int, int] = (-1, 0)  # the epoch and the first batch of the block at hand
@@ -84,9 +95,10 @@ class Arrays(Stream):
     drop_last: bool
     transform: Callable[[Any, Key], Any] | None
     name: str | None
+    seed: int | None = None
 
     def brief(self) -> str:
-        return f"arrays of {self.rows} rows, {cut(self.batch_size, self.shuffle, self.drop_last)}"
+        return f"arrays of {self.rows} rows, {cut(self.batch_size, self.shuffle, self.drop_last, self.seed)}"
 
     @cached_property
     def _source(self) -> str:
@@ -101,7 +113,7 @@ class Arrays(Stream):
 
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
         leaves, structure = optree.tree_flatten(self.tensors)
-        order = Order(key, self.rows, self.batch_size, self.shuffle)
+        order = Order(key, self.rows, self.batch_size, self.shuffle, self.seed)
         indices: dict[torch.device, torch.Tensor] = {}
         sizes = [leaf[:1].nbytes * self.batch_size for leaf in leaves]
         # Not where a batch would begin in the middle of a cache line: kernels may give other bits there, and a resumed run cuts elsewhere.
@@ -161,6 +173,7 @@ def arrays(
     drop_last: bool = False,
     transform: Callable[[Any, Key], Any] | None = None,
     name: str | None = None,
+    seed: int | None = None,
 ) -> Arrays:
     """The stream of a pytree of tensors or NumPy arrays that share their leading length: a batch is one gather a leaf, of tensors.
 
@@ -169,12 +182,13 @@ def arrays(
     the array's dtype; of uint16 an embedding wants `transform=lambda batch, key: batch.long()`.
     A batch owns its memory: what is done to it in place does not reach `tensors`. `transform(batch, key)` makes of it what the step is
     given; its randomness comes from `key`, or from torch's ambient generators, which are seeded from it.
-    `shuffle` draws a new order for each pass. The short last batch comes as it is, unless `drop_last`; so a `batch_size` above the
+    `shuffle` draws a new order for each pass, from the state's key: with a `seed` from that alone, so that runs of other seeds see the same
+    order. What is random in `transform` follows the state's key all the same. The short last batch comes as it is, unless `drop_last`; so a `batch_size` above the
     number of rows gives one short batch, and with `drop_last` is an error.
     The content must not change while a run lasts: a digest of it, made at each start, tells whether a run is resumed on other data. Up to
     64 MiB it is of the whole content; above, of 256 blocks of rows, 64 MiB together unless single rows are larger than 256 KiB.
 
-    Raises ValueError for lengths that differ (with the paths), empty data, a batch size below 1, and what no tensor can be made of. An
+    Raises ValueError for lengths that differ (with the paths), empty data, a batch size below 1, a seed without `shuffle`, and what no tensor can be made of. An
     array in another byte order or of negative strides is copied; a mapped one is refused.
 
     >>> stream = arrays({"x": torch.arange(5), "y": np.arange(5.0)}, 2)
@@ -190,8 +204,9 @@ def arrays(
     if len(set(lengths.values())) > 1:
         raise ValueError("the arrays differ in their length: " + ", ".join(f"{path or '(root)'} has {n}" for path, n in lengths.items()))
     rows = lengths[paths[0]]
+    check_seed("data.arrays", seed, shuffle)
     passes(rows, batch_size, drop_last)
-    return Arrays(tensors, rows, batch_size, shuffle, drop_last, transform, name)
+    return Arrays(tensors, rows, batch_size, shuffle, drop_last, transform, name, seed)
 
 
 def _tensor(path: str, leaf: Any) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, default_collat
 from fnrun import rows
 from fnrun.counts import count
 from fnrun.data import ambient
-from fnrun.data.arrays import Order, cut, passes
+from fnrun.data.arrays import Order, check_seed, cut, passes
 from fnrun.data.stream import Stream, walk
 from fnrun.rng import Key
 from fnrun.state import Cursor
@@ -43,9 +43,10 @@ class Loader(Stream):
     collate: Callable[[list[Any]], Any]
     name: str | None
     timeout: float | None = None
+    seed: int | None = None
 
     def brief(self) -> str:
-        return f"{type(self.dataset).__name__} of {self.rows} examples, {cut(self.batch_size, self.shuffle, self.drop_last)}"
+        return f"{type(self.dataset).__name__} of {self.rows} examples, {cut(self.batch_size, self.shuffle, self.drop_last, self.seed)}"
 
     @cached_property
     def _source(self) -> str:
@@ -83,6 +84,7 @@ def loader(
     collate: Callable[[list[Any]], Any] | None = None,
     timeout: float | None = None,
     name: str | None = None,
+    seed: int | None = None,
 ) -> Loader:
     """The stream of a map-style `torch.utils.data.Dataset`, or of anything with `len()` and `[index]`, fetched by `workers` processes.
 
@@ -90,6 +92,9 @@ def loader(
     pass, and for `collate` (torch's default if not given) from that of the batch. So what is random in them is the same with any number of
     workers and after a resume; in this process the generators are left as they were. A data set with `__getitems__` is given whole
     batches, and seeded once for each. `dataset[index]` must not depend on what was fetched before: an example may be fetched twice.
+
+    `shuffle` draws a new order for each pass, from the state's key: with a `seed` from that alone, so that runs of other seeds see the same
+    order. What is random in the examples follows the state's key all the same.
 
     A batch of a worker lies in shared memory, and keeps a file open as long as it, or a view of it, is held: keep `tensor.clone()`.
     Workers live as long as the iteration, across passes. They leave Ctrl-C and signals to the process group to the parent. What is raised
@@ -100,7 +105,7 @@ def loader(
     `fingerprint`, an attribute or a method of the data set, tells the source of this stream from another of the same length. The short last batch
     comes as it is, unless `drop_last`; so a `batch_size` above the number of examples gives one short batch, and with `drop_last` is an error.
 
-    Raises ValueError for an empty data set, a batch size below 1, a negative number of workers, or a timeout that is no number of seconds
+    Raises ValueError for an empty data set, a batch size below 1, a negative number of workers, a seed without `shuffle`, or a timeout that is no number of seconds
     above 0 or has no workers to wait for; TypeError for an iterable-style data set.
 
     >>> stream = loader(torch.utils.data.TensorDataset(torch.arange(5)), 2)
@@ -117,8 +122,9 @@ def loader(
             raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}; None waits for ever")
         if not workers:
             raise ValueError("timeout= is for workers: a data set that hangs in this process cannot be left alone; give workers=1 or more")
+    check_seed("data.loader", seed, shuffle)
     passes(len(dataset), batch_size, drop_last)
-    return Loader(dataset, len(dataset), batch_size, shuffle, drop_last, workers, collate or default_collate, name, timeout)
+    return Loader(dataset, len(dataset), batch_size, shuffle, drop_last, workers, collate or default_collate, name, timeout, seed)
 
 
 class _Ask(NamedTuple):
@@ -141,7 +147,7 @@ class _Asks:
 
     def __iter__(self) -> Iterator[_Ask]:
         stream = self.stream
-        order = Order(self.key, stream.rows, stream.batch_size, stream.shuffle)
+        order = Order(self.key, stream.rows, stream.batch_size, stream.shuffle, stream.seed)
         for epoch, batch, _ in walk(self.cursor, len(stream), self.replay):
             order.fill(epoch, batch)
             yield _Ask(epoch, batch, batch * stream.batch_size, order.block[order.within(batch)].tolist())

@@ -71,20 +71,24 @@ def step_loop(
     return check_watching(loop)
 
 
-def eval_loop(eval_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = ()) -> Loop:
+def eval_loop(eval_step: AnyStep, *, steps: int | None = None, again: bool = False, observers: Sequence[Observer] = ()) -> Loop:
     """`eval_step` (`(state, batch) -> metrics`) over one pass from the beginning: the state as it came, the metrics folded.
 
-    With `steps=n` it takes n batches, going on through its own stream from call to call.
+    With `steps=n` it takes n batches, going on through its own stream from call to call; with `again=True` too, the same n each time, those that
+    the stream begins with (all of a pass that has fewer), so that the metrics of two calls compare. Raises ValueError for `again` alone.
     """
-    return EvalLoop(step=eval_step, steps=None if steps is None else count("steps", steps, 0), observers=observers)
+    return EvalLoop(step=eval_step, steps=None if steps is None else count("steps", steps, 0), again=again, observers=observers)
 
 
-def predict_loop(predict_step: AnyStep, *, steps: int | None = None, observers: Sequence[Observer] = (), keep: bool = True) -> Loop:
+def predict_loop(
+    predict_step: AnyStep, *, steps: int | None = None, again: bool = False, observers: Sequence[Observer] = (), keep: bool = True
+) -> Loop:
     """`predict_step` (`(state, batch) -> outputs`) over one pass: the state as it came, and a list with each batch's outputs, in order.
 
-    With `keep=False` the list is empty: for outputs that an observer writes as they come (`observers.predictions`), and that would not fit.
+    `steps` and `again` are as in `eval_loop`. With `keep=False` the list is empty: for outputs that an observer writes as they come (`observers.predictions`), and that would not fit.
     """
-    return PredictLoop(step=predict_step, steps=None if steps is None else count("steps", steps, 0), observers=observers, keep=keep)
+    taken = None if steps is None else count("steps", steps, 0)
+    return PredictLoop(step=predict_step, steps=taken, again=again, observers=observers, keep=keep)
 
 
 def repeat(

@@ -22,6 +22,7 @@ from fnrun.program import Here, Unwind
 from fnrun.state import Cursor, Frame, Position
 from fnrun.steps import PureStep, TrainStep
 from fnrun.waiting import Interrupted
+from fnrun.words import kind
 
 #: So many ticks at most go straight on.
 STRAIGHT = 64
@@ -286,11 +287,21 @@ class StepLoop(Training):
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class EvalLoop(OverData):
     steps: int | None = None
+    again: bool = False
 
     kind = "eval_loop"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.again, bool):
+            raise TypeError(f"{self.kind}: again= is True or False, and not {kind(self.again)}")
+        if self.again and self.steps is None:
+            raise ValueError(
+                f"{self.kind}: again=True is for steps=n, the same n batches each time; without steps= a call is one pass from the beginning"
+            )
+
     def title(self) -> str:
-        return "eval_loop" + (f", {self.steps} batches" if self.steps is not None else "")
+        return self.kind + (f", {'the first ' * self.again}{self.steps} batches" if self.steps is not None else "")
 
     def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return dataclasses.replace(self, steps=1, observers=parts["observers"])  # it has no hooks
@@ -301,13 +312,15 @@ class EvalLoop(OverData):
     def _length(self, state: Any, data: Any, at: Here) -> int | None:
         frame = state.position.frames[at.depth]
         left = self._left_in_pass(state, frame, data, at)
-        return self.steps if self.steps is not None or left is None else frame.ticks + left
+        if self.steps is not None and (left is None or not self.again):
+            return self.steps
+        return None if left is None else frame.ticks + left if self.steps is None else min(frame.ticks + left, self.steps)
 
     def _passing(self, at: Here) -> bool:
-        return self.steps is None or at.over_batch
+        return self.steps is None or self.again or at.over_batch
 
     def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
-        if self.steps is not None:
+        if self.steps is not None and (frame.ticks >= self.steps or not self.again):
             return frame.ticks >= self.steps
         return frame.ticks > 0 and self._cursor(state, frame, data, at).batch == 0
 

@@ -1,10 +1,13 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch.utils.data import TensorDataset
 
-from fnrun import data
+from fnrun import Key, data, tree
+from fnrun.data.order import permutation
 from fnrun.state import Cursor
 from tests.data.streams import KEY, same, take, unhurried
 
@@ -104,3 +107,45 @@ def test_closing_closes_what_is_inside():
     next(iterator)
     iterator.close()
     assert inner.closed
+
+
+SEEDED = {
+    "arrays": lambda seed, **options: data.arrays(torch.arange(10), 3, seed=seed, **options),
+    "loader": lambda seed, **options: data.loader(TensorDataset(torch.arange(10)), 3, seed=seed, **options),
+}
+
+
+def order(stream, key, batches=8):
+    return [leaf.tolist() for batch, _ in itertools.islice(stream.iterate(key, Cursor()), batches) for leaf in tree.leaves(batch)]
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_with_a_seed_the_order_is_that_of_its_key_whatever_the_state_s(kind):
+    stream = SEEDED[kind](7, shuffle=True)
+    rows = [permutation(Key(7).fold_in(epoch, "order"), 10, np.arange(10)).tolist() for epoch in range(2)]
+    expected = [each[at : at + 3] for each in rows for at in range(0, 10, 3)]
+    assert order(stream, Key(0)) == order(stream, Key(1).fold_in("data", "train")) == expected
+    assert order(SEEDED[kind](8, shuffle=True), Key(0)) != expected
+    unseeded = SEEDED[kind](None, shuffle=True)
+    assert order(unseeded, Key(0)) != order(unseeded, Key(1))
+    batch, after = next(stream.iterate(Key(3), Cursor(epoch=1, batch=2)))
+    assert [leaf.tolist() for leaf in tree.leaves(batch)] == expected[6:7]
+    assert (after.epoch, after.batch) == (1, 3)
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_the_source_tells_the_seed_and_a_seed_has_something_to_do(kind):
+    make = SEEDED[kind]
+    assert "3 a batch, shuffled by seed 7" in make(7, shuffle=True).source
+    assert make(7, shuffle=True).source != make(8, shuffle=True).source
+    assert "seed" not in make(None, shuffle=True).source
+    with pytest.raises(ValueError, match=rf"data\.{kind}: seed=7 is for the order"):
+        make(7)
+    with pytest.raises(TypeError, match="seed is an int, and not True"):
+        make(True, shuffle=True)
+
+
+def test_what_a_transform_draws_follows_the_state_s_key_all_the_same():
+    stream = data.arrays(torch.zeros(4, 2), 4, shuffle=True, seed=7, transform=lambda batch, key: batch + torch.rand(4, 2))
+    one, two = (next(stream.iterate(key, Cursor()))[0] for key in (Key(0), Key(1)))
+    assert not torch.equal(one, two)
