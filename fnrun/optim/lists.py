@@ -8,6 +8,7 @@ A trailing underscore says that the first list is the rule's own and not needed 
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -126,6 +127,7 @@ def eager() -> bool:
 #: What an ordinary tensor is: no DTensor, and no other class that computes in its own way.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _LEAVES = PLAIN | {type(None)}
+is_none = functools.partial(operator.is_, None)
 _requires_grad = operator.attrgetter("requires_grad")
 
 

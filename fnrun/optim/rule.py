@@ -7,7 +7,6 @@ import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from fnrun.donation import writable
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
-from fnrun.optim.lists import Flat, Ops, each, flows, foreach, is_zero, note, plain, read
+from fnrun.optim.lists import Flat, Ops, each, flows, foreach, is_none, is_zero, note, plain, read
 from fnrun.rng import Key
 from fnrun.tree import struct
 
@@ -119,13 +118,13 @@ class _Constants:
             return self._values
         values = self._settings.at(hyper, count)
         values["lr"] = values["lr"] * values.pop("lr_scale")
-        numbers = not any(isinstance(value, Tensor) for value in values.values())
-        if self._fixed and numbers and not any(value.requires_grad for value in hyper.leaves.values()):
+        if (
+            self._fixed
+            and not any(isinstance(value, Tensor) for value in values.values())
+            and not any(leaf.requires_grad for leaf in hyper.leaves.values())
+        ):
             self._leaves, self._values = hyper.leaves, values
         return values
-
-
-_is_none = partial(operator.is_, None)
 
 
 def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], Any] | None = None) -> Optimizer:
@@ -149,7 +148,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         values = constants.at(state.hyper, count)
         note("lr", values["lr"], owner)
         misses = state.misses
-        missing = any(map(_is_none, flat))
+        missing = any(map(is_none, flat))
         if missing or not is_zero(read(misses.total)):
             groups = list(_by_age(flat, misses))
             misses = misses.record(flat) if missing else misses
@@ -202,7 +201,7 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     if params[0].dtype.is_complex:
         return _as_real(rule, params, grads, slots, values, t)
     tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
-    if plain(params, grads, *(slots.values() if rule.fused is not None else ())):
+    if plain([*params, *grads, *(itertools.chain.from_iterable(slots.values()) if rule.fused is not None else ())]):
         if rule.fused is not None and _takes(rule, params[0], tensors, values, t):
             return _fused(rule, params, grads, slots, values, t)
         if not tensors and not isinstance(t, Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Transform
 from fnrun.optim.hyper import Hyper, Settings, constant
-from fnrun.optim.lists import Flat, Ops, note, ops_for
+from fnrun.optim.lists import Flat, Ops, is_none, note, ops_for
 from fnrun.schedules import Schedule
 from fnrun.tree import struct
 
@@ -26,13 +26,16 @@ def _with_settings(settings: Settings, apply: Any, keyed: bool = False) -> Trans
     def update(grads: Any, state: Any, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
         values, state = settings.now(state)
         leaves, spec = flatten(grads)
-        there = [i for i, g in enumerate(leaves) if g is not None]
         g, p = leaves, spec.flatten_up_to(params)
-        if len(there) < len(leaves):
+        there = None
+        if any(map(is_none, leaves)):
+            there = [i for i, x in enumerate(leaves) if x is not None]
             g, p = [g[i] for i in there], [p[i] for i in there]
-        if there:
-            for i, new in zip(there, apply(ops_for(g, p, values=values), g, p, values, key), strict=True):
-                leaves[i] = new
+        new = apply(ops_for(g, p, values=values), g, p, values, key) if g else g
+        if there is None:
+            return spec.unflatten(new), state
+        for i, x in zip(there, new, strict=True):
+            leaves[i] = x
         return spec.unflatten(leaves), state
 
     return Transform(init, update, keyed=keyed, donatable=True)
