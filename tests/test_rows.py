@@ -405,6 +405,18 @@ def test_a_step_by_hand_and_in_a_loop_take_a_streams_word():
     assert fnrun.eval_loop(evaluate)(state, data.loader(Sequences(3, 1, 2, 5, 1), 3, collate=pack))[1]["size"] == (9 + 4) / 5
 
 
+@pytest.mark.parametrize(
+    "stream",
+    [data.arrays({"x": x_of(8)}, 4, transform=with_anchors), data.loader(Sequences(3, 1, 2, 5), 4, collate=pack)],
+    ids=["anchors", "packed"],
+)
+def test_a_number_alone_does_not_say_what_is_cut(stream):
+    """Of a stream: of packed sequences it would be the one column that happens to have an entry for each."""
+    step, state = made(lambda model, batch: model(next(iter(batch.values()))).mean(), microbatches=2)
+    with pytest.raises(ValueError, match=r"cannot tell how this batch is cut.*examples=\('x', 'y'\)"):
+        step(state, first(stream))
+
+
 def test_an_object_of_the_users_own_has_a_streams_word_too():
     class Packed:
         def __init__(self, examples):
@@ -472,3 +484,13 @@ def test_skipping_goes_around_hand_written_steps_too():
 def test_unknown_kinds_are_looked_through():
     assert rows.shapes({"x": torch.zeros(8, 4), "o": object()}) == "x [8, 4]"
     assert rows.shapes(object()) == "an object"
+
+
+def test_an_error_in_a_piece_says_which_and_its_shapes():
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"]).expand(-1, 10), torch.zeros(len(batch["x"])).long(), batch["weights"])
+
+    step, state = made(loss, microbatches=2)
+    with pytest.raises(RuntimeError, match="weight tensor") as caught:
+        step(state, {"x": x_of(10), "weights": torch.ones(10).double()})
+    assert caught.value.__notes__ == ["raised in microbatch 0 of 2, which is weights [5], x [5, 4]"]

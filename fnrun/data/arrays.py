@@ -181,7 +181,8 @@ def arrays(
     rows alone come into memory. A file of tokens is `arrays(np.memmap("tokens.bin", np.uint16, "r").reshape(-1, 1024), 8)`. Batches have
     the array's dtype; of uint16 an embedding wants `transform=lambda batch, key: batch.long()`.
     A batch owns its memory: what is done to it in place does not reach `tensors`. `transform(batch, key)` makes of it what the step is
-    given; its randomness comes from `key`, or from torch's ambient generators, which are seeded from it.
+    given; its randomness comes from `key`, or from torch's ambient generators, which are seeded from it. Where lengths differ in what it makes, the
+    batch knows how many rows it was made of (`metrics.examples(batch)`).
     `shuffle` draws a new order for each pass, from the state's key: with a `seed` from that alone, so that runs of other seeds see the same
     order. What is random in `transform` follows the state's key all the same. The short last batch comes as it is, unless `drop_last`; so a `batch_size` above the
     number of rows gives one short batch, and with `drop_last` is an error.
