@@ -49,7 +49,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "fnrun, compiled, donated": {"compile": True, "donate": True},
     "fnrun, blocks checkpointed": {"checkpoint_activations": "blocks"},
     "fnrun, donated, blocks checkpointed": {"donate": True, "checkpoint_activations": "blocks"},
-    "fnrun, compiled, blocks checkpointed": {"compile": True, "checkpoint_activations": "blocks"},
     "fnrun, 8 microbatches": {"microbatches": 8},
 }
 #: The smallest block that glibc maps by itself and gives back at once; fixed, because otherwise it grows with what was freed before.

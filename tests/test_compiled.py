@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from typing import Any
 
@@ -385,6 +386,17 @@ def test_attention_is_in_the_graph(p: float, recorded: list[Any]) -> None:
         ends.append(step(TrainState.create(model, optim.sgd(0.1)), X[:8].view(2, 4, 6))[0].params)
     assert recorded
     torch.testing.assert_close(dict(ends[1]), dict(ends[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_keeps_no_mask_of_the_call_that_it_was_recorded_in(recorded: list[Any]) -> None:
+    model = nn.Sequential(nn.Linear(6, 37), nn.Dropout(0.5), nn.Linear(37, 1))
+    step = fnrun.make_train_step(model, lambda m, b: m(b).square().mean(), optim.sgd(0.1), compile=True)
+    state = TrainState.create(model, optim.sgd(0.1))
+    for _ in range(4):  # of which one is compared with what the step's Python does then
+        state, _ = step(state, X[:7])
+    assert recorded
+    gc.collect()
+    assert not [tensor for tensor in gc.get_objects() if type(tensor) is torch.Tensor and tensor.shape == (7, 37)]
 
 
 def test_a_generator_of_the_loss_is_in_no_graph(recorded: list[Any]) -> None:

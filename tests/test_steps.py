@@ -807,6 +807,29 @@ def test_at_most_log2_and_one_partial_sums_live_at_a_time():
     assert Counted.most <= 7  # and while two join
 
 
+def test_statistics_of_a_norm_written_by_hand_are_not_lost_in_pieces():
+    """Its kernel writes to buffers and counts no write: a look at their values tells."""
+
+    class Norm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("var", torch.ones(4))
+
+        def forward(self, x):
+            return F.batch_norm(self.layer(x), self.mean, self.var, training=True)
+
+    model, x = Norm(), torch.randn(8, 4)
+    state = fnrun.TrainState.create(model, optim.sgd(0.1))
+    whole, pieces = (
+        fnrun.make_train_step(model, lambda model, x: (model(x) - x).square().mean(), optim.sgd(0.1), microbatches=n) for n in (1, 2)
+    )
+    assert not torch.equal(whole(state, x)[0].buffers["mean"], state.buffers["mean"])
+    with pytest.raises(ValueError, match=r"the buffer '(mean|var)' comes out of each microbatch with another value"):
+        pieces(state, x)
+
+
 def test_buffers_that_are_averages_are_averaged_by_examples():
     step, state = made(optim.sgd(0.1), microbatches=3)
     one, _ = made(optim.sgd(0.1))

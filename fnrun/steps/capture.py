@@ -140,6 +140,7 @@ class _Graph:
         self._tensors = [i for i in recording.inputs if i not in self.counters]
         self._numbers = [i for i in recording.inputs if i in self.counters]
         self._recorded, self._write, self._draws = recorded, recording.own, recording.draws
+        self._draws.forget()
         self.calls = 0
 
     def check(self, fn: Any, leaves: list[Any], in_spec: Any, count: int) -> None:
@@ -292,7 +293,7 @@ class _Recording:
         examples = self.examples(count)
         self.seen = self._result(self(*examples), self.plan, examples)
         self.draws.finish()
-        self._given = len(self.draws.values)
+        self._given = self.draws.count
         return make_fx(self, tracing_mode="real", _allow_non_fake_inputs=True)(*self.examples(count))
 
     def examples(self, count: int, draws: Draws | None = None) -> list[Tensor]:

@@ -65,7 +65,8 @@ class Draws:
     """The draws of one call, in order: found in a first run, and then inputs of the graph."""
 
     def __init__(self) -> None:
-        self.values: list[Tensor] = []  # what the first run drew
+        self._values: list[Tensor] | None = []  # what the first run drew
+        self.count = 0  # how many these are
         self._events: list[Any] = []  # ("enter", what its key is folded with), a _Draw, or "exit"
         self._order: list[int] = []  # which value each random operation of a run takes
         self._memo: dict[Any, int] = {}
@@ -110,9 +111,22 @@ class Draws:
 
         return _Operations(give)
 
+    @property
+    def values(self) -> list[Tensor]:
+        """What the first run drew."""
+        return self._drawn(_first) if self._values is None else self._values
+
+    def forget(self) -> None:
+        """Keep no values: they are drawn anew where somebody asks for them once more."""
+        self._values, self._given = None, None
+        self._memo.clear()
+
     def again(self, key: Key, count: int) -> list[Tensor]:
         """What the call whose first step is `count` draws."""
-        if not self.values:
+        return self._drawn(lambda data: key.scope(*[count + datum.after if isinstance(datum, _Step) else datum for datum in data]))
+
+    def _drawn(self, scope_of: Callable[[tuple[Any, ...]], Scope]) -> list[Tensor]:
+        if not self.count:
             return []
         drawn: list[Tensor] = []
         scopes: list[Scope] = []
@@ -123,8 +137,7 @@ class Draws:
                 elif event == "exit":
                     scopes.pop().__exit__()
                 else:
-                    data = [count + datum.after if isinstance(datum, _Step) else datum for datum in event[1]]
-                    scope = key.scope(*data)
+                    scope = scope_of(event[1])
                     scope.__enter__()
                     scopes.append(scope)
         finally:
@@ -178,11 +191,13 @@ class Draws:
             raise Uncapturable("it sets torch's generator between two draws")
         result = operation(*args, **options)
         self._state = _ambient_state()
-        self._memo[place] = len(self.values)
-        self._order.append(len(self.values))
+        self._memo[place] = self.count
+        self._order.append(self.count)
+        self.count += 1
         self._events.append(draw)
         value = result[1] if name == "native_dropout" else result
-        self.values.append(value.detach().clone())
+        assert self._values is not None
+        self._values.append(value.detach().clone())
         return result
 
 
@@ -196,6 +211,11 @@ class _Operations(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         return self._random(func, args, kwargs)
+
+
+def _first(data: tuple[Any, ...]) -> Scope:
+    """What a first run draws in: different keys have different numbers in it, too."""
+    return Key(0).scope(repr(data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +247,7 @@ class TracedKey:
 class _TracedScope:
     def __init__(self, key: TracedKey, collecting: collect | None) -> None:
         self.key, self._collect = key, collecting
-        self._scope = Key(0).scope(repr(key.data))  # so that different keys have different numbers in the first run too
+        self._scope = _first(key.data)
 
     def __enter__(self) -> Any:
         self.key.draws.enter(self.key.data)

@@ -227,7 +227,7 @@ class Gradients:
         def forward_and_backward() -> tuple[
             Any, Any, Metrics
         ]:  # both with the state's tensors: a checkpointed part runs again in the backward
-            if self.recomputed is None:
+            if self.recomputed is None or not eager():  # inductor would round what is computed twice in another way
                 loss, metrics = self.loss.forward(batch)
             else:
                 loss, metrics = self.recomputed.run(self.loss.forward, batch, state.buffers)

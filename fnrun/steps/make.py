@@ -64,7 +64,7 @@ def make_train_step(
       memory and the same bits: `"blocks"`, its repeated blocks (entries of an `nn.ModuleList` or `nn.Sequential` that are of one class and have
       parts of their own), or a list of patterns that occur in paths of modules (`["encoder.layer"]`; globs with a `*`); of two of which one is
       within the other the outer one. Forward hooks on modules within a part run again in the second computation, those on the part itself once.
-      `step.loss` and the steps that evaluate do without.
+      `step.loss`, steps that evaluate and compiled graphs do without.
     - `compile` makes the whole step one graph (inductor), for each shape of the batch one, static: eager's numbers up to rounding, and the
       same bits from run to run. What depends on a tensor's value in Python cannot be captured: then it runs as without, with a warning.
     - `host_random` seeds Python's and NumPy's generators too (100 us a step), for a model that draws from them.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fnrun import rng
+from fnrun import rng, tree
 from fnrun.state import buffers_of
 from fnrun.steps.watch import FirstCalls, reentrant, versions
 from fnrun.undisturbed import undisturbed
@@ -68,6 +68,7 @@ class Shell:
             self._changing = [a for a in borrowed if a.kept or a.unset]
             #: Buffers of torch's norms that a call in training writes to: the averages that they keep, and their counts of calls.
             self.statistics = _statistics(modules)
+            self._uncounted: set[str] = set()  # what calls write to without counting it
             self._overrides = any(_overrides(module) for module in modules.values())
             self.first = FirstCalls(self.whose, model, named, len(parameters), self._slots, watched)
             self.written, self._keys = self.first.written, self.first.keys
@@ -101,7 +102,8 @@ class Shell:
     ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """`fn()` while the module holds these tensors; the buffers that it leaves behind, and the parameters that it wrote to.
 
-        The names of buffers that it wrote to, by counts of writes that not all kernels of norms keep, are added to `moved`.
+        The names of buffers that it wrote to are added to `moved`: by counts of writes, and, as kernels of norms do not keep these, by values in
+        the first calls.
 
         What is passed in is as it was. Raises ValueError, with the name, for a buffer that the call makes, or takes away: the state has no
         place for it. Raises RuntimeError where a call begins to write to a parameter that the first ones left alone: the write is done.
@@ -112,11 +114,14 @@ class Shell:
                 self.structure.check(self.whose, train, kinds=True)
                 if train:
                     self.check_hooks()
-            before = versions(params)
+            before, watched = versions(params), self.first.left
             outcome = self.first.run(self._run, fn, tensors, train) if self.first.left else self._run(fn, tensors, train)
             if moved is not None:
-                pairs = zip(self.buffers, tensors[len(params) :], strict=True)
-                moved.update(name for name, given in pairs if given._version or outcome[1][name] is not given)
+                pairs = list(zip(self.buffers, tensors[len(params) :], strict=True))
+                if watched:
+                    self._uncounted.update(name for name, now in pairs if not now._version and not tree.equal(now, buffers[name]))
+                moved.update(name for name, now in pairs if now._version or outcome[1][name] is not now)
+                moved.update(self._uncounted)
             if before != (after := versions(params)):
                 counts = zip(self.params, before or (), after or (), strict=True)
                 self._late([name for name, a, b in counts if a != b and name not in self.written])
