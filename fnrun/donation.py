@@ -272,7 +272,7 @@ class Owner:
         owned = self._tensors
         if not self._owning:
             tensors, self._copied = copies(tensors), True
-        elif not owned.keys() >= set(map(id, tensors)):
+        elif not all(map(owned.__contains__, map(id, tensors))):
             tensors, self._copied = [t if id(t) in owned else t.clone() for t in tensors], True
         self._given += tensors
         return tensors

@@ -59,9 +59,10 @@ class Captured:
         self._counters: frozenset[int] = frozenset()
         self._constants: Counter[Any] = Counter()
 
-    def __call__(self, given: Any, kept: Any, x: Any, count: int, key: Key, *, inplace: bool) -> Call | None:
+    def __call__(self, given: Any, kept: Any, x: Any, count: int, key: Key, check: Callable[[], None], *, inplace: bool) -> Call | None:
         """The call of the graph for these arguments, ready to be made; it is captured first where it is new. None where it cannot be.
 
+        `check` raises for arguments of a structure that the caller refuses; it is called where a graph is captured.
         With `inplace` the graph writes what becomes of the tensors in `given` over them.
         """
         if self.reason is not None:
@@ -71,8 +72,10 @@ class Captured:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         constants = tuple(_constants(leaves, self._counters))
         shapes = tuple(map(_shape, tensors)), tuple(map(Tensor.stride, tensors)), tuple(map(_dtype, tensors)), tuple(map(_device, tensors))
+        graph = self.graphs.get((spec, shapes, constants, inplace))
+        if graph is None:
+            check()
         try:
-            graph = self.graphs.get((spec, shapes, constants, inplace))
             if graph is None:
                 own = len(optree.tree_leaves(given))
                 graph = self._capture(leaves, own, inplace, spec, count, (spec, shapes, inplace))
@@ -119,9 +122,11 @@ class Call(NamedTuple):
 
     def owning(self, writable: Callable[[list[Tensor]], list[Tensor]]) -> Call:
         """The call with other tensors in `given`: those to write over."""
-        places = self.graph.own
-        for i, tensor in zip(places, writable([self.leaves[i] for i in places]), strict=True):
-            self.leaves[i] = tensor
+        leaves, places = self.leaves, self.graph.own
+        given = [leaves[i] for i in places]
+        if (tensors := writable(given)) is not given:
+            for i, tensor in zip(places, tensors, strict=True):
+                leaves[i] = tensor
         return self
 
     def __call__(self) -> Any:

@@ -35,8 +35,6 @@ class CompiledCall:
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None) -> tuple[Any, Metrics]:
         check_state(step.name, state, batches[0], "batch")
-        if isinstance(step.update, Update):
-            step.update.check(state)
         if torch.is_grad_enabled():
             for batch in batches:
                 check_unasked(step.name, state, batch)
@@ -91,8 +89,8 @@ class _Graphs:
         count, params = state.step, {name: state.params[name] for name in trained}
         whole = len(params) == len(state.params)
         kept = state.buffers, {} if whole else {name: p for name, p in state.params.items() if name not in params}
-        self._like = _blind(state)
-        call = self._captured((params, state.opt_state), kept, (batches, counts), count, state.rng, inplace=owner is not None)
+        self._like = state
+        call = self._captured((params, state.opt_state), kept, (batches, counts), count, state.rng, self._check, inplace=owner is not None)
         self._like = None
         if call is None:
             return None
@@ -111,10 +109,14 @@ class _Graphs:
             owner.accept(new)
         return new, metrics
 
+    def _check(self) -> None:
+        if isinstance(self.update, Update):
+            self.update.check(self._like)
+
     def _several(self, given: Any, kept: Any, x: tuple[list[Any], list[Any]], count: Any, draws: Draws) -> tuple[Any, Metrics]:
         """Steps one after the other, for the compiler: `given` are trained parameters and optimizer state, `kept` buffers and frozen ones."""
         (params, memory), (buffers, frozen), (batches, counts), seen = given, kept, x, []
-        state = carried(self._like, params={**params, **frozen}, buffers=buffers, opt_state=memory, rng=TracedKey(draws))
+        state = carried(_blind(self._like), params={**params, **frozen}, buffers=buffers, opt_state=memory, rng=TracedKey(draws))
         for i, batch in enumerate(batches):
             step = count + i if i else count
             draws.name(step, i)
