@@ -517,6 +517,102 @@ def test_gradients_of_another_shape_or_name_are_refused(bad, message):
         step.update(state, spoiled(state, rows_of(4))[0])
 
 
+def test_an_optimizer_state_of_other_shapes_is_refused():
+    step, state = made(optim.adamw(1e-2), lambda model, x: model(x).square().mean(), nn.Linear(4, 4))
+    other = optim.adamw(1e-2).init({"weight": torch.zeros(2, 4), "bias": torch.zeros(4)})
+    with pytest.raises(
+        ValueError, match=r"opt_state/slots/exp_avg/weight has the shape \(2, 4\), and for these parameters it would be \(4, 4\)"
+    ):
+        step(state.replace(opt_state=other), rows_of(4))
+    with pytest.raises(ValueError, match=r"a gradient has the shape \(3,\), and its parameter \(4,\)"):
+        optim.sgd(0.1).update({"bias": torch.ones(3)}, optim.sgd(0.1).init({"bias": torch.ones(4)}), {"bias": torch.ones(4)})
+
+
+class Normed(nn.Linear):
+    """A module that writes to its parameters."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.div_(self.weight.norm(dim=1, keepdim=True))
+        return super().forward(x)
+
+
+def square(model, x):
+    return model(x).square().mean()
+
+
+def test_what_a_forward_writes_to_parameters_stands_among_the_buffers():
+    step, state = made(optim.sgd(0.1), square, Normed(4, 4))
+    kept = fnrun.snapshot(state.params)
+    copied = dataclasses.replace(step, gradients=lambda s, b: (lambda g, b, m: (g, {**b}, m))(*step.gradients(s, b)))
+    for _ in range(5):
+        _, (buffers, _) = step.loss(state.params, state.buffers, rows_of(4))
+        assert set(buffers) == {"weight"}
+        assert tree.equal(copied(state, rows_of(4)), step(state, rows_of(4)))
+    assert tree.equal(state.params, kept)
+    own = dataclasses.replace(step, update=lambda s, g: step.update(s, g))
+    assert tree.equal(own(state, rows_of(4)), step(state, rows_of(4)))
+
+
+def noisy(step, size=1.0):
+    def gradients(state, batch):
+        grads, buffers, found = step.gradients(state, batch)
+        return {name: grad + size * torch.randn_like(grad) for name, grad in grads.items()}, buffers, found
+
+    return dataclasses.replace(step, gradients=gradients)
+
+
+def watched(step):
+    return dataclasses.replace(step, gradients=lambda state, batch: step.gradients(state, batch))
+
+
+def test_transforms_that_draw_do_not_draw_the_same():
+    step, state = made(optim.sgd(0.1), square, nn.Linear(4, 4))
+    none, one, two, between = (
+        s.gradients(state, rows_of(4))[0]["weight"] for s in (step, noisy(step), noisy(noisy(step)), watched(noisy(step)))
+    )
+    assert not torch.allclose(two - one, one - none, atol=1e-2)
+    assert torch.equal(one, between), "what draws nothing changes nothing"
+    assert repr(watched(noisy(step))) == "<watched(noisy(train_step(Linear)))>"
+
+
+def test_a_transform_that_reads_the_position_sees_it_at_each_step():
+    def by_ticks(step):
+        def gradients(state, batch):
+            grads, buffers, found = step.gradients(state, batch)
+            return grads, buffers, {**found, "ticks": state.position.ticks}
+
+        return dataclasses.replace(step, gradients=gradients)
+
+    step, state = made(optim.sgd(0.1), square, nn.Linear(4, 4))
+    _, found = fnrun.epoch_loop(by_ticks(step))(state, [rows_of(4)] * 5)
+    assert found["ticks"] == 2
+
+
+def test_a_compiled_step_with_other_gradients_follows_the_modules_structure(recorded):
+    model = nn.Linear(4, 4)
+    step, state = made(optim.sgd(0.1), square, model, compile=True)
+    for _ in range(5):
+        watched(step)(state, rows_of(4))
+    model.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="has changed since the step was made"):
+        watched(step)(state, rows_of(4))
+
+
+def test_a_number_that_python_reads_of_a_tensor_is_said_with_its_place(recorded):
+    def clipped(step):
+        def gradients(state, batch):
+            grads, buffers, found = step.gradients(state, batch)
+            factor = min(1.0, 1.0 / grads["weight"].norm().item())
+            return {name: grad * factor for name, grad in grads.items()}, buffers, found
+
+        return dataclasses.replace(step, gradients=gradients)
+
+    step, state = made(optim.sgd(0.1), square, nn.Linear(4, 4), compile=True)
+    with pytest.warns(UserWarning, match=r"Python reads a number of a tensor \(test_steps.py:\d+: factor = min.*: keep it a tensor"):
+        clipped(step)(state, rows_of(4))
+
+
 def test_buffers_of_other_names_are_refused():
     step, state = made(model=Everything())
     other = dataclasses.replace(step, gradients=lambda state, batch: (step.gradients(state, batch)[0], {}, {}))

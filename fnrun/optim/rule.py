@@ -196,6 +196,9 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     """One update of leaves of one age: kind by kind, each by a fused kernel, by foreach kernels, or leaf by leaf out of place."""
     if not params:
         return params, slots
+    if list(map(_shape, grads)) != list(map(_shape, params)):  # a fused kernel would read on behind a gradient that is too short
+        shapes = next((tuple(g.shape), tuple(p.shape)) for g, p in zip(grads, params, strict=True) if g.shape != p.shape)
+        raise ValueError("a gradient has the shape {}, and its parameter {}".format(*shapes))
     if len(set(map(_dtype, params))) > 1 or len(set(map(Tensor.get_device, params))) > 1:
         return _grouped(rule, [(0, members) for members in _kinds(params)], params, grads, slots, values, t - 1)
     if params[0].dtype.is_complex:
@@ -210,7 +213,7 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     return _out_of_place(rule, params, grads, slots, values, t)
 
 
-_dtype = operator.attrgetter("dtype")
+_dtype, _shape = operator.attrgetter("dtype"), operator.attrgetter("shape")
 
 
 def _kinds(params: list[Tensor]) -> Iterable[list[int]]:

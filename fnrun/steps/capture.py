@@ -14,9 +14,11 @@ import copy
 import logging
 import operator
 import random
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +87,7 @@ class Captured:
             if graph.calls in graph.LOOKS:
                 graph.check(self.fn, leaves, spec, count)
         except Exception as error:  # of whatever kind: the same call without the compiler says whether it is the step's own
-            self.reason = (f"{type(error).__name__}: " * (not isinstance(error, Uncapturable)) + str(error).strip()).splitlines()[0]
+            self.reason = _reason(error)
             self.graphs.clear()
             return None
         return Call(graph, leaves, count, key)
@@ -106,6 +108,18 @@ class Captured:
             self.graphs.clear()
             self._counters = graph.counters
         return graph
+
+
+def _reason(error: Exception) -> str:
+    if "aten._local_scalar_dense" in str(error):  # of make_fx, in words about make_fx
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_OWN)]
+        where = f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
+        return f"Python reads a number of a tensor{where}, by float(), .item(), if or a format: keep it a tensor (torch.where, torch.clamp)"
+    return (f"{type(error).__name__}: " * (not isinstance(error, Uncapturable)) + str(error).strip()).splitlines()[0]
+
+
+_NOT_OWN = (f"{Path(torch.__file__).parent}", f"{Path(__file__).parents[1]}", "<")
 
 
 def _constants(leaves: list[Any], counters: frozenset[int]) -> list[Any]:

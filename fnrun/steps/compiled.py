@@ -17,7 +17,7 @@ from fnrun.state import carried, check_state, made
 from fnrun.steps.capture import Captured
 from fnrun.steps.draws import Draws, TracedKey, Uncapturable
 from fnrun.steps.given import check_unasked
-from fnrun.steps.gradients import Gradients
+from fnrun.steps.gradients import Gradients, Loss
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.train import TrainStep, composed, each, one_by_one, together
@@ -63,6 +63,7 @@ class _Graphs:
 
     def __init__(self, step: TrainStep) -> None:
         self.gradients, self.update, self.name = step.gradients, step.update, step.name
+        self._loss = step.loss
         self.told = False
         self._captured = Captured(self._several, step.name)
         self._like: Any = None  # a state of the kind that is trained
@@ -76,15 +77,15 @@ class _Graphs:
 
     def rehearse(self, state: Any, batch: Any) -> None:
         """The first calls without the compiler, for it sees only what a call computes; they are thrown away."""
-        if isinstance(self.gradients, Gradients):
-            self._left = self.gradients.shell.first.left
+        if isinstance(self._loss, Loss):
+            self._left = self._loss.shell.first.left
         while self._left:
             self.gradients(state, batch)
             self._left -= 1
 
     def __call__(self, state: Any, batches: list[Any], counts: list[Any], owner: Owner | None) -> tuple[Any, Metrics] | None:
-        if isinstance(self.gradients, Gradients):
-            self.gradients.shell.check()
+        if isinstance(self._loss, Loss):
+            self._loss.shell.check()
         trained = self.update.trained if isinstance(self.update, Update) else tuple(state.params)
         count, params = state.step, {name: state.params[name] for name in trained}
         whole = len(params) == len(state.params)

@@ -81,19 +81,11 @@ _engine: Any = torch.autograd.Variable._execution_engine.run_backward  # pyright
 # --- of a model's loss --------------------------------------------------------------------------------------------------
 
 
-class Written(dict[str, Tensor]):
-    """Buffers, and beside them the `params` that the forward wrote to: the update begins with these values."""
-
-    def __init__(self, buffers: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-        super().__init__(buffers)
-        self.params = params
-
-
 class Loss:
     """The part `step.loss` of a step: `(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`.
 
-    The module as a function, differentiable in whatever requires grad. `params` and `buffers` are dictionaries of tensors by name; the loss
-    is what `loss_fn` returns, a scalar or a fold. A module that uses `torch.utils.checkpoint` itself is refused where gradients are to be taken
+    The module as a function, differentiable in whatever requires grad. `params` and `buffers` are dictionaries of tensors by name, which stay
+    as they are; the loss is what `loss_fn` returns, a scalar or a fold. Among the new buffers are the parameters that the forward wrote to. A module that uses `torch.utils.checkpoint` itself is refused where gradients are to be taken
     (RuntimeError); `checkpoint_activations=` plays no part here. Randomness comes from `key` (for the bits of a step `state.rng.fold_in("train", state.step)`);
     without one a random draw is an error.
     """
@@ -104,13 +96,15 @@ class Loss:
     def __call__(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, *, key: Any = None) -> Any:
         shell = self.shell
         tensors = shell.tensors("params", params, apart=False)
+        if shell.written:
+            tensors = [t.clone() if name in shell.written else t for name, t in zip(shell.params, tensors, strict=True)]
         with self.within.undrawn() if key is None else self.within(key) as reports:
-            (loss, metrics), buffers, _ = not_checkpointed(
+            (loss, metrics), buffers, written = not_checkpointed(
                 self.shell.whose,
                 lambda: shell.run(lambda: self.forward(batch), tensors, buffers, train=True),
                 [tensors, dict(buffers), batch],
             )
-        return loss, (buffers, reported(metrics, reports))
+        return loss, ({**buffers, **written}, reported(metrics, reports))
 
     def forward(self, batch: Any) -> tuple[Any, Metrics]:
         """Within `shell.run`: the loss and its metrics."""
@@ -125,7 +119,8 @@ class Loss:
 class Gradients:
     """The part `step.gradients` of a step: `(state, batch) -> (grads, buffers, metrics)`.
 
-    `grads` are by name, detached, of the loss itself (never scaled), None for a parameter that the loss does not reach.
+    `grads` are by name, detached, of the loss itself (never scaled), None for a parameter that the loss does not reach. `buffers` are as the
+    forward left them, and with them the parameters that it wrote to, which the update begins with.
     """
 
     def __init__(
@@ -185,9 +180,9 @@ class Gradients:
                 error.add_note(f"raised in microbatch {i} of {self.cut.pieces}, which is {shapes(piece)}")
                 raise
             metrics = _with(metrics, reports)
-        if isinstance(buffers, Written):
+        if len(buffers) > len(self.shell.buffers):
             raise ValueError(
-                f"{self.name}: the forward changes the parameters {sorted(buffers.params)}, and each microbatch would change them in its "
+                f"{self.name}: the forward changes the parameters {sorted(buffers.keys() - set(self.shell.buffers))}, and each microbatch would change them in its "
                 "own way: use microbatches=1, or optim.accumulate"
             )
         return joined.part(grads, loss, n, buffers, moved, metrics)
@@ -255,7 +250,7 @@ class Gradients:
         if scale is not None:
             grads = unscaled(grads, scale)
         if written:
-            buffers = Written(buffers, written)
+            buffers = {**buffers, **written}
         return grads, weighed, buffers, metrics
 
 

@@ -105,7 +105,7 @@ def make_train_step(
     loss = Loss(shell, loss_fn, autocast(precision, shell.device_type), within)
     recomputed = None if checkpoint_activations is None else Recomputed(name, shell, checkpoint_activations, host_random)
     gradients = Gradients(name, loss, optimizer.loss_scale, cut, within, recomputed)
-    update = Update(name, optimizer, shell.params, shell.trained)
+    update = Update(name, optimizer, shell)
     return TrainStep(loss, gradients, update, name, CompiledCall(name) if compile else one_by_one, cut.examples)
 
 

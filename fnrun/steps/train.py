@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from fnrun.optim.lists import eager
 from fnrun.optim.wrappers import choose
 from fnrun.state import carried, check_state, is_state
 from fnrun.steps.given import detached, detached_all, reported
-from fnrun.steps.gradients import Gradients, Written
+from fnrun.steps.gradients import Gradients
 from fnrun.steps.kinds import Metrics, PureStep
 from fnrun.steps.surroundings import Surroundings
-from fnrun.steps.update import Update
+from fnrun.steps.update import Update, with_written
 from fnrun.words import kind
 
 
@@ -59,23 +59,22 @@ class TrainStep(PureStep):
     call: Callable[[TrainStep, Any, list[Any], Owner | None], tuple[Any, Metrics]] = None  # pyright: ignore[reportAssignmentType]
     examples: Callable[[Any], int | None] = rows.known
 
-    looks_at_step_only = True
-
     def __post_init__(self) -> None:
-        setattr_ = functools.partial(object.__setattr__, self)
-        setattr_("__name__", self.name)
-        setattr_("__qualname__", self.name)
-        if self.call is None:
-            setattr_("call", one_by_one)
-        if not isinstance(self.gradients, (Gradients, Keyed)):
-            setattr_("gradients", KeyedGradients("gradients", self.gradients, self.name))
-        elif isinstance(self.gradients, Gradients) and self.gradients.loss is not self.loss:
+        if isinstance(self.gradients, Gradients) and self.gradients.loss is not self.loss:
             raise TypeError(
                 f"{self.name}: its gradients are those of another loss, and would stay so. Make the step anew with another loss_fn, or replace "
                 "its gradients too"
             )
+        changes: dict[str, Any] = {} if self.call is not None else {"call": one_by_one}
+        name = self.name
+        if not isinstance(self.gradients, (Gradients, Keyed)):
+            changes["gradients"] = part = KeyedGradients("gradients", self.gradients, name)
+            name = f"{part.title}({name})"
         if not isinstance(self.update, (Update, Keyed)):
-            setattr_("update", KeyedUpdate("update", self.update, self.name))
+            changes["update"] = part = KeyedUpdate("update", self.update, name)
+            name = f"{part.title}({name})"
+        for field, value in {**changes, "name": name, "__name__": name, "__qualname__": name}.items():
+            object.__setattr__(self, field, value)
 
     def __call__(self, state: Any, batch: Any, /, *, owner: Owner | None = None) -> tuple[Any, Metrics]:
         return self.call(self, state, [batch], owner)
@@ -89,6 +88,10 @@ class TrainStep(PureStep):
     def donates(self) -> bool:
         """Whether the update may write the new state over the old one: the optimizer's own can."""
         return isinstance(self.update, Update) and self.update.optimizer.donatable and getattr(self.call, "donates", True)
+
+    @property
+    def looks_at_step_only(self) -> bool:
+        return isinstance(self.gradients, Gradients) and isinstance(self.update, Update)
 
     @property
     def fuses(self) -> bool:
@@ -136,8 +139,7 @@ def composed(step: TrainStep, state: Any, batch: Any, owner: Owner | None = None
     if not isinstance(step.gradients, Gradients):
         update.check_grads(state, grads)
     if owner is not None:  # what was computed must not lie in what is written over now
-        metrics, apart = owner.share(metrics), owner.share(dict(buffers))
-        buffers = Written(apart, buffers.params) if isinstance(buffers, Written) else apart
+        metrics, buffers = owner.share(metrics), owner.share(buffers)
         if not isinstance(step.gradients, Gradients):
             grads = owner.share(grads)
     state, more = update.updated(state, grads, buffers, owner)
@@ -166,23 +168,38 @@ def together(metrics: list[Metrics], batches: list[Any], examples: list[int | No
 
 
 class Keyed:
-    """A part that somebody put into a step: torch's generators are seeded from the state's key around it, its reports are metrics."""
+    """A part that somebody put into a step: torch's generators are seeded around it, its reports are metrics.
+
+    The seed is of the state's key, the step and the function's name, so that what two transforms draw is not the same; where one stands in itself,
+    of how many are around it too.
+    """
 
     def __init__(self, part: str, fn: Callable[..., Any], name: str) -> None:
         self.part, self.fn, self.name = part, fn, name
+        self.label: str = getattr(fn, "__qualname__", type(fn).__qualname__)
+        self.title = self.label.partition(".<locals>")[0]
         self._within = Surroundings(f"{name}: its {part}")
         self._guard = Guard(f"the {part} of {name}, {kind(fn)},")
 
     def __call__(self, state: Any, given: Any) -> Any:
         check_state(f"{self.name}: its {self.part}", state, given, "batch")
         marks = self._guard.look(state)
-        with self._within(state.rng, self.part, state.step) as reports:
-            result = self.fn(state, given)
+        within = _parts_at_work.get()
+        token = _parts_at_work.set((*within, self.label))
+        try:
+            with self._within(state.rng, self.part, self.label, within.count(self.label), state.step) as reports:
+                result = self.fn(state, given)
+        finally:
+            _parts_at_work.reset(token)
         self._guard.check(marks)
         return self.checked(result, state, reports)
 
     def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:
         raise NotImplementedError
+
+
+#: The labels of the parts that are being called, outermost first.
+_parts_at_work: ContextVar[tuple[str, ...]] = ContextVar("parts_at_work", default=())
 
 
 class KeyedGradients(Keyed):
@@ -193,8 +210,11 @@ class KeyedGradients(Keyed):
                 f"name, and {kind(self.fn)} returned {kind(result)}"
             )
         grads, buffers, metrics = result
-        if buffers.keys() != state.buffers.keys():
-            missing, extra = sorted(state.buffers.keys() - buffers.keys()), sorted(buffers.keys() - state.buffers.keys())
+        if buffers.keys() - state.params.keys() != state.buffers.keys():
+            missing, extra = (
+                sorted(state.buffers.keys() - buffers.keys()),
+                sorted(buffers.keys() - state.buffers.keys() - state.params.keys()),
+            )
             raise ValueError(
                 f"the gradients of {self.name}: {kind(self.fn)} returned other buffers than the state has: missing {missing}, unexpected {extra}. "
                 "They are what the forward made of state.buffers: return those of step.gradients, or state.buffers itself"
@@ -205,8 +225,9 @@ class KeyedGradients(Keyed):
 
 class KeyedUpdate(Keyed):
     def __call__(self, state: Any, given: Any) -> Any:
-        if isinstance(state.buffers, Written):
-            state = carried(state, params={**state.params, **state.buffers.params}, buffers=dict(state.buffers))
+        if not state.buffers.keys().isdisjoint(state.params):
+            params, buffers = with_written(state.params, state.buffers)
+            state = carried(state, params=params, buffers=buffers)
         return super().__call__(state, given)
 
     def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:

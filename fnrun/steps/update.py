@@ -15,8 +15,8 @@ from fnrun.inplace import Guard
 from fnrun.reports import collect
 from fnrun.state import check_state, made
 from fnrun.steps.given import check_cut, detached_all
-from fnrun.steps.gradients import Written
 from fnrun.steps.kinds import Metrics
+from fnrun.steps.shell import Shell
 from fnrun.words import kind
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class Update:
     """The part `step.update` of a step: `(state, grads) -> (state, metrics)`."""
 
-    def __init__(self, name: str, optimizer: Optimizer, params: tuple[str, ...], trained: tuple[str, ...]) -> None:
-        self.name, self.optimizer, self.trained = name, optimizer, trained
-        self._whole = len(trained) == len(params)
+    def __init__(self, name: str, optimizer: Optimizer, shell: Shell) -> None:
+        self.name, self.optimizer, self.trained = name, optimizer, shell.trained
+        self._whole, self._buffers = len(shell.trained) == len(shell.params), frozenset(shell.buffers)
         self._guard = Guard(name)
         self._known: list[Any] = []  # structures of optimizer states that this step can go on with
         self._made: Any = None  # what marks the one that it made last, which needs no look
@@ -42,8 +42,8 @@ class Update:
         """The update of `state` with these buffers; in the state's own memory as far as it is the owner's."""
         self.check(state)
         memory, every = state.opt_state, state.params
-        if isinstance(buffers, Written):
-            every, buffers = {**every, **buffers.params}, dict(buffers)
+        if not self._buffers.issuperset(buffers):
+            every, buffers = with_written(every, buffers)
         kept = contents(state)
         if all(grad is None for grad in grads.values()):
             return made(type(state), {**kept, "params": every, "buffers": buffers, "step": kept["step"] + 1}), {}
@@ -79,11 +79,12 @@ class Update:
         memory = state.opt_state
         if _is_marked(memory, self._made):
             return
-        structure = optree.tree_structure(memory)
-        if structure in self._known:
+        leaves, structure = optree.tree_flatten(memory)
+        shapes = list(map(_shape, leaves))
+        if (structure, shapes) in self._known:
             return
-        params = {name: state.params[name] for name in self.trained if name in state.params}
-        wanted, held = tree.paths({"opt_state": self.optimizer.init(params)}), tree.paths({"opt_state": memory})
+        fresh = self.optimizer.init({name: state.params[name] for name in self.trained if name in state.params})
+        wanted, held = tree.paths({"opt_state": fresh}), tree.paths({"opt_state": memory})
         if wanted != held:
             missing, extra = [p for p in wanted if p not in held][:5], [p for p in held if p not in wanted][:5]
             raise ValueError(
@@ -91,7 +92,12 @@ class Update:
                 f"{'It was created without an optimizer. ' if memory is None else ''}Create the state with the same optimizer, and freeze "
                 "parameters before both; to go on with another optimizer, state.replace(opt_state=optimizer.init(state.params))"
             )
-        self._known.append(structure)
+        for path, shape, leaf in zip(held, shapes, tree.leaves(fresh), strict=True):
+            if shape and _shape(leaf) not in (shape, ()):
+                raise ValueError(
+                    f"{self.name}: the state's {path} has the shape {shape}, and for these parameters it would be {_shape(leaf)}"
+                )
+        self._known.append((structure, shapes))
 
     def check_grads(self, state: Any, grads: Any) -> None:
         """Raise ValueError, with the names, for gradients that are not those of the trained parameters: kernels that write in place do not look."""
@@ -122,6 +128,12 @@ class Update:
         return f"{self.name}: the optimizer ({', '.join(named)})"
 
 
+def with_written(params: Mapping[str, Any], buffers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and buffers, where the forward wrote to parameters, which then are among the buffers that it left."""
+    written = {name: buffers[name] for name in buffers.keys() & params.keys()}
+    return {**params, **written}, {name: value for name, value in buffers.items() if name not in written}
+
+
 def _mark(memory: Any) -> Any:
     """What an optimizer state is known by later: weak references to the structs in it. None for what has no such thing."""
     if type(memory) is tuple:
@@ -143,6 +155,10 @@ def _is_marked(memory: Any, mark: Any) -> bool:
     if type(mark) is dict:
         return type(memory) is dict and memory.keys() == mark.keys() and all(_is_marked(memory[name], m) for name, m in mark.items())
     return memory is not None and mark is not None and mark() is memory
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else ()
 
 
 def _like(tensor: torch.Tensor) -> tuple[Any, ...]:
