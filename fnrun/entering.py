@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,20 +95,16 @@ def check_uncut(hyperparameters: Any) -> None:
             )
 
 
-def asks(value: Any) -> bool:
-    """Whether a gradient is asked for through what a step is given: a tensor in it requires grad, where gradients are recorded."""
+def asks(value: Any, how: Callable[[Any], Any] = _requires_grad) -> bool:
+    """Whether a gradient is asked for through what a step is given: a tensor in it requires grad, or whatever else `how` says of a tensor."""
     kind = type(value)
     if kind is torch.Tensor:
-        return value.requires_grad
+        return bool(how(value))
     if kind is dict:
         value = value.values()
     elif kind is not tuple and kind is not list:
-        return any(map(_requiring, tree.leaves(value)))
+        value = tree.leaves(value)
     try:
-        return True in map(_requires_grad, value)
+        return any(map(how, value))
     except AttributeError:
-        return any(map(_requiring, tree.leaves(list(value))))
-
-
-def _requiring(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        return any(how(leaf) for leaf in tree.leaves(list(value)) if isinstance(leaf, torch.Tensor))

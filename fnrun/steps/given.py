@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,11 +28,17 @@ def reported(metrics: Mapping[str, Any], reports: dict[str, Any]) -> Metrics:
 
 
 def check_unasked(who: str, state: Any, batch: Any) -> None:
-    """Raise ValueError where a gradient is asked for through a step, which has none: what it is given requires grad."""
-    if asks(batch):
+    """Raise ValueError where a gradient is asked for through a step, which has none: what it is given was computed of what requires grad.
+
+    A leaf of the batch may require grad: for a penalty on the gradient to it.
+    """
+    if asks(batch, _grad_fn):
         raise _asked(who, f"a tensor of the batch, {_which(batch)},")
     if asks(state.params) or asks(state.buffers):
         raise _asked(who, f"a tensor of the state, {_which({'params': state.params, 'buffers': state.buffers})},")
+
+
+_grad_fn = operator.attrgetter("grad_fn")
 
 
 def check_cut(who: str, params: Any) -> None:
