@@ -118,20 +118,40 @@ def _high_water() -> float:
 
 def allocated_peak(name: str) -> float:
     """The most bytes of tensors that were alive at once in the third of three passes. The first two compile, make what is made once, and look at what is looked at in first calls."""
+    return _peak(lambda: training(name)[1], lambda passes: next(passes))
+
+
+def _peak(prepare: Callable[[], Any], action: Callable[[Any], Any], warm: int = 2, whole: bool = True) -> float:
+    """The most bytes of tensors alive at once in `action(prepare())`, after `warm` others; without `whole` over those alive when it begins."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        _, passes = training(name)
-        for _ in range(2):
-            next(passes)
+        prepared = prepare()
+        for _ in range(warm):
+            action(prepared)
         with torch.profiler.record_function("measured"):
-            next(passes)
+            action(prepared)
     events: Any = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     (begin,) = [event.start_ns() for event in events if event.name() == "measured"]
-    alive, peak = 0, 0
+    alive, before, peak = 0, 0, 0
     for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
         alive += event.nbytes()
         if event.start_ns() >= begin:
             peak = max(peak, alive)
-    return peak
+        else:
+            before = alive
+    return peak - (0 if whole else before)
+
+
+def gradients_at_once() -> str:
+    """What `step.gradients` has alive at its peak, in gradients, of a network whose activations are nothing beside them."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(16)))
+    optimizer, x = optim.sgd(0.1), torch.randn(16, 512)
+    state, size = fnrun.TrainState.create(model, optimizer), sum(p.nbytes for p in model.parameters())
+    rows = []
+    for n in (1, 2, 4, 8, 16):
+        step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), optimizer, microbatches=n)
+        peak = _peak(lambda: state, lambda state, step=step: step.gradients(state, x), warm=3, whole=False)
+        rows.append([str(n), f"{peak / size:.2f}", str(n.bit_length())])
+    return table(["microbatches", "gradients at once", "log2(n) + 1"], rows)
 
 
 def memory(name: str, measure: str) -> float:
@@ -179,6 +199,7 @@ def main() -> None:
         print(compared(short, ["bare, foreach AdamW", "bare, fused AdamW"], "ms a step", 1e3))
         print(f"\n### {kind}, peak memory\n")
         print(memories(list(times)), flush=True)
+    print(f"\n### gradients that microbatches keep\n\n{gradients_at_once()}")
 
 
 if __name__ == "__main__":
