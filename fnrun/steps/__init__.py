@@ -1,8 +1,23 @@
 """Steps: pure functions `(state, batch) -> (state, metrics)`, made of a module, a loss and an optimizer, or written by hand.
 
-From top to bottom: `kinds` says what a step is, `surroundings` what it runs in, `shell` calls a module with other tensors (`watch` looks at
-its first calls), `gradients` takes the gradient of a batch, in `pieces` if it must be, `train` puts loss, gradients and update together,
-`compiled` does that as one graph (`capture`), `evaluate` and `handwritten` make other steps, `transforms` make steps of steps.
+From top to bottom, each of what stands above it:
+
+    kinds          what a step is
+    given          what a user's functions are given and return: detached, of the right kinds, or refused in words
+    surroundings   what a step runs in: generators seeded from its key, its reports collected
+    watch          the first calls of a module, looked at: what it does besides outputs and buffers
+    shell          a module as a function of its tensors
+    recompute      parts of a module whose activations are computed again in the backward
+    pieces         a batch in microbatches, and what they come to together
+    gradients      a loss, and its gradient for a batch or its pieces
+    update         the optimizer alone
+    train          the step as a value: a loss, gradients, an update, and how they are combined
+    draws          what a graph draws at random, drawn outside of it
+    capture        a function of tensors as one graph
+    compiled       a step's parts combined as one graph
+    make           the training step of a model, a loss function and an optimizer
+    evaluate, handwritten   other steps
+    transforms     steps made of steps
 """
 
 from fnrun.steps.evaluate import make_eval_step, make_predict_step

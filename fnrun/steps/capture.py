@@ -79,8 +79,8 @@ class Captured:
             check()
         try:
             if graph is None:
-                own = len(optree.tree_leaves(given))
-                graph = self._capture(leaves, own, inplace, spec, count, (spec, shapes, inplace))
+                n_own = len(optree.tree_leaves(given))
+                graph = self._capture(leaves, n_own, inplace, spec, count, (spec, shapes, inplace))
                 constants = tuple(_constants(leaves, self._counters))
                 self.graphs[spec, shapes, constants, inplace] = graph
             graph.calls += 1
@@ -92,7 +92,7 @@ class Captured:
             return None
         return Call(graph, leaves, count, key)
 
-    def _capture(self, leaves: list[Any], own: int, inplace: bool, spec: Any, count: int, kind: Any) -> _Graph:
+    def _capture(self, leaves: list[Any], n_own: int, inplace: bool, spec: Any, count: int, kind: Any) -> _Graph:
         self._constants[kind] += 1
         if self._constants[kind] > self.CONSTANTS:
             raise Uncapturable("numbers or texts in its batches change from one to the next, and each would need a graph of its own")
@@ -103,7 +103,7 @@ class Captured:
                 stacklevel=6,
             )
         logger.info("%s: compiling, for a shape of batch that is new", self.name)
-        graph = _captured(self.fn, leaves, own, inplace, spec, count, self._counters)
+        graph = _captured(self.fn, leaves, n_own, inplace, spec, count, self._counters)
         if graph.counters != self._counters:  # what was a constant of the graphs before is none
             self.graphs.clear()
             self._counters = graph.counters
@@ -136,7 +136,7 @@ class Call(NamedTuple):
 
     def owning(self, writable: Callable[[list[Tensor]], list[Tensor]]) -> Call:
         """The call with other tensors in `given`: those to write over."""
-        leaves, places = self.leaves, self.graph.own
+        leaves, places = self.leaves, self.graph.own_places
         given = [leaves[i] for i in places]
         if (tensors := writable(given)) is not given:
             for i, tensor in zip(places, tensors, strict=True):
@@ -153,12 +153,12 @@ class _Graph:
     #: At these calls the graph is compared with what the step's Python does by then: early, and later ever more seldom.
     LOOKS = frozenset(3 * 10**i for i in range(9))
 
-    def __init__(self, run: Any, recording: _Recording, recorded: GraphModule, own: int) -> None:
+    def __init__(self, run: Any, recording: _Recording, recorded: GraphModule, n_own: int) -> None:
         self.counters, self._run, self._plan, self._spec = recording.counters, run, recording.plan, recording.spec
-        self.own = [i for i in recording.inputs if i < own and i not in self.counters]  # the tensors of `given`
+        self.own_places = [i for i in recording.inputs if i < n_own and i not in self.counters]  # the tensors of `given`
         self._tensors = [i for i in recording.inputs if i not in self.counters]
         self._numbers = [i for i in recording.inputs if i in self.counters]
-        self._recorded, self._write, self._draws = recorded, recording.own, recording.draws
+        self._recorded, self._write, self._draws = recorded, recording.n_own, recording.draws
         self._draws.forget()
         self.calls = 0
 
@@ -243,12 +243,12 @@ def _number(value: Any) -> Tensor:
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
-def _captured(fn: Any, leaves: list[Any], own: int, inplace: bool, spec: Any, count: int, counters: frozenset[int]) -> _Graph:
-    """Record and compile; `counters` are the leaves that are known to be numbers that change, more may be found. With `inplace` the tensors among the first `own` leaves are written over. Raises whatever `fn` or the compiler raises, or the graph in its first call."""
+def _captured(fn: Any, leaves: list[Any], n_own: int, inplace: bool, spec: Any, count: int, counters: frozenset[int]) -> _Graph:
+    """Record and compile; `counters` are the leaves that are known to be numbers that change, more may be found. With `inplace` the tensors among the first `n_own` leaves are written over. Raises whatever `fn` or the compiler raises, or the graph in its first call."""
     python, numpy = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]  # pyright: ignore[reportArgumentType,reportCallIssue]
     with _computing_for_real():
         while True:
-            recording = _Recording(fn, leaves, own if inplace else 0, spec, counters)
+            recording = _Recording(fn, leaves, n_own if inplace else 0, spec, counters)
             graph = recording.record(count)
             if not recording.changed:
                 break
@@ -267,7 +267,7 @@ def _captured(fn: Any, leaves: list[Any], own: int, inplace: bool, spec: Any, co
                 run(*recording.examples(count))
             except Exception as error:  # some kernels are refused only now
                 raise Uncapturable(f"its graph fails when it is called: {type(error).__name__}: {error}") from error
-    return _Graph(run, recording, graph, own)
+    return _Graph(run, recording, graph, n_own)
 
 
 def _without_alpha(graph: GraphModule) -> GraphModule:
@@ -296,8 +296,8 @@ def _computing_for_real() -> Iterator[None]:
 class _Recording:
     """The function of tensors alone that is recorded, and what it found out about its outputs."""
 
-    def __init__(self, fn: Any, leaves: list[Any], own: int, spec: Any, counters: frozenset[int]) -> None:
-        self.fn, self.leaves, self.own, self.in_spec = fn, leaves, own, spec
+    def __init__(self, fn: Any, leaves: list[Any], n_own: int, spec: Any, counters: frozenset[int]) -> None:
+        self.fn, self.leaves, self.n_own, self.in_spec = fn, leaves, n_own, spec
         self.inputs = [*sorted(counters), *(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))]
         self.changed: frozenset[int] = frozenset()
         self.counters = counters
@@ -340,6 +340,7 @@ class _Recording:
             )
 
     def __call__(self, count: Tensor, *tensors: Tensor) -> list[Tensor]:
+        """The call as a function of tensors alone: the arguments' in the order of `inputs`, then what it draws, if that is known."""
         leaves = list(self.leaves)
         if self._given is None:
             drawing = self.draws.found()
@@ -348,8 +349,6 @@ class _Recording:
             drawing, tensors = self.draws.given(list(tensors[at:])), tensors[:at]
         for i, tensor in zip(self.inputs, tensors, strict=True):
             leaves[i] = tensor
-        places = {id(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
-        memory = {storage(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
         given, kept, x = optree.tree_unflatten(self.in_spec, leaves)
         with drawing:
             result: Any = self.fn(given, kept, x, count, self.draws)
@@ -359,8 +358,13 @@ class _Recording:
         news, new_spec = optree.tree_flatten(new)
         if old_spec != new_spec:
             raise Uncapturable(f"the state does not keep its structure: {old_spec} becomes {new_spec}")
-        rest, _ = optree.tree_flatten(metrics)
         self.spec = optree.tree_structure(result)
+        return self._outputs(tensors, olds, news, optree.tree_leaves(metrics))
+
+    def _outputs(self, tensors: tuple[Tensor, ...], olds: list[Any], news: list[Any], metrics: list[Any]) -> list[Tensor]:
+        """The tensors that the graph puts out, and with them the plan of how they become the result; what is written over is no output."""
+        places = {id(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
+        memory = {storage(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
         outputs: list[Tensor] = []
         overwritten: list[tuple[Tensor, Tensor]] = []
         self.plan, changed = [], set()
@@ -378,12 +382,12 @@ class _Recording:
                 self.plan.append(("constant", value))
             elif id(value) in places or (memory.get(storage(value)) == i and value.shape == old.shape):
                 self.plan.append(("input", places.get(id(value), i)))
-            elif i < self.own and value.shape == old.shape and value.dtype == old.dtype:
+            elif i < self.n_own and value.shape == old.shape and value.dtype == old.dtype:
                 overwritten.append((old, value))
                 self.plan.append(("input", i))
             else:
                 output("output", value)
-        for value in rest:
+        for value in metrics:
             if isinstance(value, Tensor):
                 output("output", value)
             else:

@@ -20,17 +20,16 @@ from fnrun.steps.given import check_unasked
 from fnrun.steps.gradients import Gradients, Loss
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.surroundings import Surroundings
-from fnrun.steps.train import TrainStep, composed, each, one_by_one, together
+from fnrun.steps.train import IN_TURN, TrainStep, composed, each, together
 from fnrun.steps.update import Update
 
 
-class CompiledCall:
-    """How a step's parts are put together where they are compiled. What cannot be captured runs without, with one warning."""
+class Compiled:
+    """A step's parts combined as one graph. What cannot be captured runs without, with one warning."""
 
     donates = fuses = True
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self._graphs: weakref.WeakKeyDictionary[TrainStep, _Graphs] = weakref.WeakKeyDictionary()
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None) -> tuple[Any, Metrics]:
@@ -52,7 +51,7 @@ class CompiledCall:
             return result
         failed_now = not graphs.told
         graphs.told = True
-        result = one_by_one(step, state, batches, owner)  # first, for what it raises is the step's own and no matter of the compiler
+        result = IN_TURN(step, state, batches, owner)  # first, for what it raises is the step's own and no matter of the compiler
         if failed_now:
             warnings.warn(f"{step.name} is not compiled and goes on without: {graphs.reason}", stacklevel=4)
         return result
@@ -67,7 +66,7 @@ class _Graphs:
         self.told = False
         self._captured = Captured(self._several, step.name)
         self._like: Any = None  # a state of the kind that is trained
-        self._left = Surroundings.WATCHED
+        self._rehearsals = Surroundings.WATCHED
         self._guard = Guard(step.name)
         self._culprit = self.update.culprit if isinstance(self.update, Update) else None
 
@@ -78,10 +77,10 @@ class _Graphs:
     def rehearse(self, state: Any, batch: Any) -> None:
         """The first calls without the compiler, for it sees only what a call computes; they are thrown away."""
         if isinstance(self._loss, Loss):
-            self._left = self._loss.shell.first.left
-        while self._left:
+            self._rehearsals = self._loss.shell.first.remaining
+        while self._rehearsals:
             self.gradients(state, batch)
-            self._left -= 1
+            self._rehearsals -= 1
 
     def __call__(self, state: Any, batches: list[Any], counts: list[Any], owner: Owner | None) -> tuple[Any, Metrics] | None:
         if isinstance(self._loss, Loss):
@@ -120,7 +119,7 @@ class _Graphs:
         state = carried(_blind(self._like), params={**params, **frozen}, buffers=buffers, opt_state=memory, rng=TracedKey(draws))
         for i, batch in enumerate(batches):
             step = count + i if i else count
-            draws.name(step, i)
+            draws.note_step(step, i)
             state, metrics = composed(self, state.replace(step=step), batch)  # pyright: ignore[reportArgumentType]
             seen.append(metrics)
         new = {name: state.params[name] for name in params}, {name: state.params[name] for name in frozen}

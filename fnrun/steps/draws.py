@@ -78,7 +78,7 @@ class Draws:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Draws) and self._events == other._events and self._order == other._order
 
-    def name(self, step: Tensor, after: int) -> None:
+    def note_step(self, step: Tensor, after: int) -> None:
         """`step` is the number of a step, so many after the first."""
         self._steps[id(step)] = step, after
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fnrun.rows import said
-from fnrun.state import check_model, no_state, weights_of
+from fnrun.state import check_model, is_state, no_state, weights_of
 from fnrun.steps.given import autocast as autocast_of, check_function, loss_and_metrics, reported
 from fnrun.steps.kinds import EvalStep, Function, Metrics
 from fnrun.steps.shell import Shell
@@ -81,10 +81,9 @@ def _evaluation(
     autocast = autocast_of(precision, shell.device_type) or nullcontext
 
     def run(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-        try:
-            frames, _ = state.position.frames, state.rng
-        except AttributeError:
-            raise no_state(name, state, batch, "batch") from None
+        if not is_state(state) or not hasattr(state, "rng"):
+            raise no_state(name, state, batch, "batch")
+        frames = state.position.frames
         params, buffers = weights_of(state, weights)
         place = frames[-1].ticks if frames else 0
         with within(state.rng, "eval", state.step, place) as reports, torch.no_grad(), autocast():

@@ -155,7 +155,7 @@ class Gradients:
         if not loss.divided:
             grads = [None if g is None else g * loss.weight for g in grads]
         elif loss.weight is not None:
-            grads, metrics = self._weighed(loss.weight, grads, metrics)
+            grads, metrics = self._unless_weightless(loss.weight, grads, metrics)
         return grads, buffers, metrics
 
     def _in_pieces(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
@@ -167,7 +167,7 @@ class Gradients:
             raise ValueError(f"{self.name}: the batch has no examples, so no microbatch has")
         grads, buffers, metrics = joined.result(whole)
         if isinstance(whole.weight, Tensor):
-            grads, metrics = self._weighed(whole.weight, grads, metrics)
+            grads, metrics = self._unless_weightless(whole.weight, grads, metrics)
         return grads, buffers, metrics
 
     def _piece(self, joined: Joined, state: Any, i: int, piece: Any, n: int) -> Part:
@@ -187,7 +187,7 @@ class Gradients:
             )
         return joined.part(grads, loss, n, buffers, moved, metrics)
 
-    def _weighed(self, weight: Tensor, grads: list[Any], metrics: Metrics) -> tuple[list[Any], Metrics]:
+    def _unless_weightless(self, weight: Tensor, grads: list[Any], metrics: Metrics) -> tuple[list[Any], Metrics]:
         """Of a batch whose whole weight is 0 there are no gradients, so no update. Whether it is waits for a device, but in a graph."""
         skipped = read(weight == 0)
         if isinstance(skipped, Tensor) and eager():

@@ -34,8 +34,6 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
     if fn is None:
         return lambda fn: step(fn, host_random=host_random)
     check_function("step", fn, 2, "(state, batch)", "(state, metrics)")
-    inner = fn
-
     name = getattr(fn, "__qualname__", repr(fn))
     within, guard = Surroundings(name, host_random), Guard(f"the step {name}")
 
@@ -47,7 +45,7 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
         except AttributeError:
             raise no_state(name, state, batch, "batch") from None
         with surroundings as reports:
-            result: Any = inner(state, batch)
+            result: Any = fn(state, batch)
         guard.check(marks)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(f"{name} returned {type(result).__name__}: a step returns (state, metrics), metrics a dict")

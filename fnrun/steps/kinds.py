@@ -24,18 +24,18 @@ class EvalStep(Protocol):
 
 
 class PureStep:
-    """The base of what is known to be a step, in which no loop of the program around it stands.
+    """The base of what fnrun knows to be a step and no loop, with what a loop may make use of. A user's function is a step too, and none of these.
 
     A type and not an attribute: `functools.wraps` copies attributes to a wrapper, which may do anything.
     """
 
     #: The new state may be written over the old one.
     donates = False
-    #: Where in the program the state stands is no input of it, but for the count of steps.
+    #: Of `state.position` it reads nothing, so that a loop may bring that up to date later.
     looks_at_step_only = False
-    #: Several steps may be one call.
+    #: It has `several(state, batches)`: many steps as one call.
     fuses = False
-    #: Of its update, in words, with its schedules; '' where none is known.
+    #: The optimizer with its schedules in words, '' where it is not known.
     optimizer_text = ""
     #: How many examples a batch has, None where that is not clear: plain metrics are weighed by it.
     examples: Callable[[Any], int | None] = staticmethod(rows.known)

@@ -12,14 +12,14 @@ from torch import nn
 from fnrun.counts import count
 from fnrun.rows import said
 from fnrun.state import check_apart, check_model, check_optimizer
-from fnrun.steps.compiled import CompiledCall
+from fnrun.steps.compiled import Compiled
 from fnrun.steps.given import autocast, check_function
 from fnrun.steps.gradients import Gradients, Loss
 from fnrun.steps.pieces import Cut
 from fnrun.steps.recompute import Recomputed
 from fnrun.steps.shell import Shell
 from fnrun.steps.surroundings import Surroundings
-from fnrun.steps.train import TrainStep, one_by_one
+from fnrun.steps.train import IN_TURN, TrainStep
 from fnrun.steps.update import Update
 from fnrun.words import kind
 
@@ -106,7 +106,7 @@ def make_train_step(
     recomputed = None if checkpoint_activations is None else Recomputed(name, shell, checkpoint_activations, host_random)
     gradients = Gradients(name, loss, optimizer.loss_scale, cut, within, recomputed)
     update = Update(name, optimizer, shell)
-    return TrainStep(loss, gradients, update, name, CompiledCall(name) if compile else one_by_one, cut.examples)
+    return TrainStep(loss, gradients, update, name, Compiled() if compile else IN_TURN, cut.examples)
 
 
 def _check_split(split: Any, microbatches: int, examples: Any) -> None:

@@ -216,7 +216,7 @@ class Joined:
         for name in moved - self.counts - self.averages.keys():
             self._note(name, buffers[name])
         averages = [_summable(buffers[name]) * rows for name in self._names]
-        return Part(grads, weight, loss.divided, rows, _Tensors(averages), moved, {k: _weighed(v, rows) for k, v in metrics.items()})
+        return Part(grads, weight, loss.divided, rows, _Tensors(averages), moved, {k: _foldable(v, rows) for k, v in metrics.items()})
 
     def _note(self, name: str, value: Tensor) -> None:
         before = self._others.setdefault(name, value)
@@ -267,7 +267,7 @@ class _PlainMean(NamedTuple):
         return _PlainMean(self.total + other.total, self.rows + other.rows)
 
 
-def _weighed(value: Any, rows: int) -> Any:
+def _foldable(value: Any, rows: int) -> Any:
     if hasattr(value, "merge"):
         return value
     return _PlainMean((wide(value.detach()) if isinstance(value, Tensor) else value) * rows, rows)

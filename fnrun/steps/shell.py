@@ -61,6 +61,7 @@ class Shell:
                     else:
                         self._slots.append((container, key, index[id(tensor)]))
             places = {i: (container, key) for container, key, i in self._slots}
+            #: Where each parameter, each buffer is put: the first of its slots.
             self._owners = [places[i] for i in range(len(parameters))]
             self._places = [places[len(parameters) + i] for i in range(len(buffers))]
             borrowed = [_Attributes(path, module) for path, module in modules.items()]
@@ -85,7 +86,7 @@ class Shell:
             except KeyError:
                 pass
             else:
-                if apart and what == "params" and (self.first.left or self.written):
+                if apart and what == "params" and (self.first.remaining or self.written):
                     found = [t.detach().clone() if name in self.written else t.detach() for name, t in zip(names, found, strict=True)]
                 return found
         missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
@@ -110,12 +111,12 @@ class Shell:
         """
         with rng.ambient_lock, self._made_modes():
             tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))] if self.buffers or buffers else params
-            if self.first.left and not _at_work:
+            if self.first.remaining and not _at_work:
                 self.structure.check(self.whose, train, kinds=True)
                 if train:
                     self.check_hooks()
-            before, watched = versions(params), self.first.left
-            outcome = self.first.run(self._run, fn, tensors, train) if self.first.left else self._run(fn, tensors, train)
+            before, watched = versions(params), self.first.remaining
+            outcome = self.first.run(self._run, fn, tensors, train) if self.first.remaining else self._run(fn, tensors, train)
             if moved is not None:
                 pairs = list(zip(self.buffers, tensors[len(params) :], strict=True))
                 if watched:
@@ -146,7 +147,7 @@ class Shell:
                 if changed:
                     self._switch(modes)
                 result = fn()
-                values = self._left()  # no comprehension here: since 3.12 they are inlined, with handlers of their own
+                values = self._buffers_after()  # no comprehension here: since 3.12 they are inlined, with handlers of their own
                 written = self._rewritten() if self.written else _NONE
                 strays = self._strays(values)
             finally:
@@ -189,7 +190,7 @@ class Shell:
                 strays += attributes.new_buffers()
         return strays
 
-    def _left(self) -> list[Any]:
+    def _buffers_after(self) -> list[Any]:
         return [container.get(key) for container, key in self._places]
 
     def _rewritten(self) -> dict[str, torch.Tensor]:

@@ -27,9 +27,10 @@ class Surroundings:
     WATCHED = 3
 
     def __init__(self, name: str, host_random: bool = False) -> None:
-        self.name, self.host, self.left = name, host_random, 0 if host_random else self.WATCHED
+        self.name, self.host, self.remaining = name, host_random, 0 if host_random else self.WATCHED
 
     def __call__(self, key: Any, *data: int | str) -> Any:
+        """What a call runs in that draws from `key` folded with `data`. The key of a call that becomes a graph makes its own."""
         return _Within(self, key.fold_path(*data)) if type(key) is Key else key.within(*data)
 
     def undrawn(self) -> Any:
@@ -37,7 +38,7 @@ class Surroundings:
         return _Undrawn(self.name)
 
     def look(self) -> Any:
-        self.left -= 1
+        self.remaining -= 1
         return random.getstate(), np.random.get_state(legacy=False), len(sys.modules)
 
     def compare(self, before: Any) -> None:
@@ -69,7 +70,9 @@ class _Within(Scope):
     def __enter__(self) -> dict[str, Any]:
         super().__enter__()
         try:
-            self._before = self._surroundings.look() if self._surroundings.left else None  # under the scope's lock, which keeps others out
+            self._before = (
+                self._surroundings.look() if self._surroundings.remaining else None
+            )  # under the scope's lock, which keeps others out
             self._collect = collect()
             return self._collect.__enter__()
         except BaseException:

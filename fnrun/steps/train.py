@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +23,29 @@ from fnrun.steps.kinds import Metrics, PureStep
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.update import Update, with_written
 from fnrun.words import kind
+
+
+class Combine(Protocol):
+    """How the parts of a step become a step: for several batches one after the other, whose metrics then are those of one."""
+
+    #: The new state may be written over the old one, by the owner that it is given.
+    donates: bool
+    #: Several steps are one call.
+    fuses: bool
+
+    def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None, /) -> tuple[Any, Metrics]: ...
+
+
+class InTurn:
+    """The parts one after the other, for each batch."""
+
+    donates, fuses = True, False
+
+    def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None, /) -> tuple[Any, Metrics]:
+        return each(lambda state, batch: composed(step, state, batch, owner), state, batches, step.examples)
+
+
+IN_TURN = InTurn()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +79,7 @@ class TrainStep(PureStep):
     gradients: Callable[[Any, Any], tuple[Any, Any, Metrics]]
     update: Callable[[Any, Any], tuple[Any, Metrics]]
     name: str = "train_step"
-    call: Callable[[TrainStep, Any, list[Any], Owner | None], tuple[Any, Metrics]] = None  # pyright: ignore[reportAssignmentType]
+    combine: Combine = IN_TURN
     examples: Callable[[Any], int | None] = rows.known
 
     def __post_init__(self) -> None:
@@ -65,8 +88,7 @@ class TrainStep(PureStep):
                 f"{self.name}: its gradients are those of another loss, and would stay so. Make the step anew with another loss_fn, or replace "
                 "its gradients too"
             )
-        changes: dict[str, Any] = {} if self.call is not None else {"call": one_by_one}
-        name = self.name
+        changes, name = dict[str, Any](), self.name
         if not isinstance(self.gradients, (Gradients, Keyed)):
             changes["gradients"] = part = KeyedGradients("gradients", self.gradients, name)
             name = f"{part.title}({name})"
@@ -77,17 +99,17 @@ class TrainStep(PureStep):
             object.__setattr__(self, field, value)
 
     def __call__(self, state: Any, batch: Any, /, *, owner: Owner | None = None) -> tuple[Any, Metrics]:
-        return self.call(self, state, [batch], owner)
+        return self.combine(self, state, [batch], owner)
 
     def several(self, state: Any, batches: list[Any], /, *, owner: Owner | None = None) -> tuple[Any, Metrics]:
         """A step on each of the batches, in one call; their metrics as those of one, folds also where it is one."""
-        state, metrics = self.call(self, state, batches, owner)
+        state, metrics = self.combine(self, state, batches, owner)
         return state, metrics if len(batches) > 1 else together([metrics], batches, [self.examples(batches[0])])
 
     @property
     def donates(self) -> bool:
         """Whether the update may write the new state over the old one: the optimizer's own can."""
-        return isinstance(self.update, Update) and self.update.optimizer.donatable and getattr(self.call, "donates", True)
+        return isinstance(self.update, Update) and self.update.optimizer.donatable and self.combine.donates
 
     @property
     def looks_at_step_only(self) -> bool:
@@ -95,7 +117,7 @@ class TrainStep(PureStep):
 
     @property
     def fuses(self) -> bool:
-        return getattr(self.call, "fuses", False)
+        return self.combine.fuses
 
     @property
     def optimizer_text(self) -> str:
@@ -106,11 +128,6 @@ class TrainStep(PureStep):
 
 
 # --- put together -------------------------------------------------------------------------------------------------------
-
-
-def one_by_one(step: TrainStep, state: Any, batches: list[Any], owner: Owner | None) -> tuple[Any, Metrics]:
-    """The parts one after the other, for each batch."""
-    return each(lambda state, batch: composed(step, state, batch, owner), state, batches, step.examples)
 
 
 def each(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fnrun.steps.given import check_function
-from fnrun.steps.kinds import Function, Metrics, PureStep, Step
-from fnrun.steps.train import TrainStep, each
+from fnrun.steps.kinds import Function, Metrics, PureStep
+from fnrun.steps.train import Combine, TrainStep, each
 
 
 def skip_nonfinite(step: Any) -> Any:
@@ -22,26 +23,22 @@ def skip_nonfinite(step: Any) -> Any:
     """
     check_function("skip_nonfinite", step, 2, "step(state, batch)", "(state, metrics)")
     if isinstance(step, TrainStep):
-        return dataclasses.replace(step, call=_Finite(step.call))
-    wrapped = _checked(step)
+        return dataclasses.replace(step, combine=_Finite(step.combine))
+    wrapped = functools.partial(_finite, step)
     return Function(wrapped, like=step) if isinstance(step, PureStep) else wrapped
 
 
 class _Finite:
-    """How a step's parts are put together, with a look at what comes out."""
+    """A step's parts combined as before, with a look at what comes out."""
 
     donates = False
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
-        self.fuses = getattr(call, "fuses", False)
+    def __init__(self, combine: Combine) -> None:
+        self.combine, self.fuses = combine, combine.fuses
 
-    def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Any) -> tuple[Any, Metrics]:
-        return each(_checked(lambda state, batch: self.call(step, state, [batch], None)), state, batches, step.examples)
-
-
-def _checked(step: Step) -> Callable[[Any, Any], tuple[Any, Metrics]]:
-    return lambda state, batch: _finite(step, state, batch)
+    def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Any, /) -> tuple[Any, Metrics]:
+        one = functools.partial(_finite, lambda state, batch: self.combine(step, state, [batch], None))
+        return each(one, state, batches, step.examples)
 
 
 def _finite(step: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batch: Any) -> tuple[Any, Metrics]:

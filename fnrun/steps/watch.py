@@ -287,7 +287,7 @@ class FirstCalls:
     def __init__(
         self, whose: str, model: nn.Module, originals: Mapping[str, Tensor], params: int, slots: Sequence[tuple[Any, str, int]], left: int
     ) -> None:
-        self.whose, self.model, self.left = whose, model, left
+        self.whose, self.model, self.remaining = whose, model, left
         self.originals, self.params, self.slots = originals, params, slots
         #: Parameters that calls write to, known to all steps of the model: they get copies, and what is in these afterwards is the new value.
         self.written: set[str] = _written.setdefault(model, set()) if left else set()
@@ -353,7 +353,7 @@ class FirstCalls:
             self.written.update(name for name, place in zip(names, places, strict=False) if place in seen.written)
         self._check_originals(seen, {**dict(zip(names, tensors, strict=True)), **after}, set(map(memory, tensors)))
         self._tell(carried, seen.moved)
-        self.left -= 1  # not for a call that raised
+        self.remaining -= 1  # not for a call that raised
         return result, after, {**written, **new}
 
     def check_graph(self, loss: Tensor, trained: Sequence[Tensor], batch: Any) -> None:
