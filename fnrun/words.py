@@ -47,6 +47,16 @@ def uncalled(value: Any) -> str | None:
     return f"{module.split('.')[1]}.{value.__name__}"
 
 
+def unknown(who: str, given: Mapping[str, Any], ours: Mapping[str, str]) -> TypeError:
+    """The error for keyword arguments that there are not; `ours` says what stands for names of other libraries.
+
+    >>> print(unknown("repeat", {"epochs": 3}, {"epochs": "it is times= here"}))
+    repeat() got an unexpected keyword argument 'epochs': it is times= here
+    """
+    name = next(iter(given))
+    return TypeError(f"{who}() got an unexpected keyword argument {name!r}{': ' + ours[name] if name in ours else ''}")
+
+
 def called(module: str) -> str:
     """The call of the public function of `module` that is at work, in words: with the arguments that are not its defaults; '' outside of any.
 

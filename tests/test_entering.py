@@ -192,3 +192,23 @@ class TestGradientsThroughAStep:
         (ours,) = torch.autograd.grad(reached(lr), lr)
         low, high = (reached(torch.tensor(0.1 + d, dtype=torch.float64)) for d in (-1e-6, 1e-6))
         assert ours.item() == pytest.approx(((high - low) / 2e-6).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optim.sgd(0.1), optim.accumulate(2, optim.sgd(0.1)), optim.freeze()], ids=["sgd", "accumulate", "freeze"]
+)
+def test_gradients_that_require_grad_are_named_whatever_the_optimizer_does_with_them(optimizer: optim.Optimizer) -> None:
+    model = nn.Linear(4, 3)
+    step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), optimizer)
+    state = fnrun.TrainState.create(model, optimizer)
+    params = {name: p.clone().requires_grad_() for name, p in state.params.items()}
+    loss, _ = step.loss(params, state.buffers, torch.ones(2, 4))
+    grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
+    with pytest.raises(ValueError, match=r"the gradient of 'weight', one of 2, requires grad, .*Give it detached.*optimizer\.update"):
+        step.update(state, grads)
+    with pytest.raises(ValueError, match="the gradient of 'bias' requires grad"):
+        step.update(state, {"weight": None, "bias": grads["bias"]})
+    with torch.no_grad():
+        new, _ = step.update(state, grads)
+    detached, _ = step.update(state, {name: grad.detach() for name, grad in grads.items()})
+    assert fnrun.tree.equal(new, detached)

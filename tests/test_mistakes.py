@@ -403,6 +403,17 @@ def test_a_program_prints_optimizers_and_schedules():
     assert f"      train_step(Linear)\n        optimizer {CHAIN}" in str(fit)
 
 
+def test_a_step_prints_what_it_was_asked_for_and_errors_call_it_by_its_short_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    step = fnrun.make_train_step(model, loss_fn, OPTIMIZER, microbatches=4, precision="bf16", checkpoint_activations="blocks", compile=True)
+    options = "4 microbatches, autocast to bfloat16, 2 parts computed twice, compiled"
+    assert repr(step) == f"<train_step(Sequential), {options}>"
+    assert step.name == "train_step(Sequential)"
+    for each in (step, fnrun.skip_nonfinite(step)):
+        assert f"  train_step(Sequential), {options}\n    optimizer" in str(fnrun.epoch_loop(each))
+    assert repr(STEP) == "<train_step(Linear)>"
+
+
 def test_a_state_prints_in_one_line():
     state, _ = fnrun.epoch_loop(STEP, hooks=[hooks.ema(0.9)])(STATE, BATCHES)
     for shown in (state, fnrun.tree.map(str, state), state.replace(params={"w": torch.zeros(1000, 1000)}, stop="enough")):
@@ -438,6 +449,12 @@ def test_a_state_prints_in_one_line():
         (lambda: schedules.multiply(None), ["multiply takes schedules and numbers, and not None"]),
         (lambda: hooks.when(None, hooks.ema(0.9)), ["condition is a function of the state, and not None"]),
         (lambda: LOOP(STATE, BATCHES, interrupt="1h"), ["interrupt= takes a function", "'1h'"]),
+        (lambda: data.loader(BATCHES, 2, num_workers=2), ["data.loader", "'num_workers': it is workers= here"]),
+        (lambda: data.loader(BATCHES, batch_size=2, collate_fn=list), ["'collate_fn': it is collate= here"]),
+        (lambda: data.loader(BATCHES, 2, pin_memory=True), ["'pin_memory': stream.to"]),
+        (lambda: data.loader(BATCHES, 2, wrokers=2), ["data.loader", "unexpected keyword argument 'wrokers'$"]),
+        (lambda: data.arrays(torch.ones(4), 2, collate_fn=list), ["data.arrays", "'collate_fn': transform=f"]),
+        (lambda: fnrun.repeat(LOOP, epochs=3), ["repeat", "'epochs': it is times= here"]),
     ],
 )
 def test_other_makers(make, words):

@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import optree
@@ -22,7 +22,7 @@ from fnrun.data.order import permutation
 from fnrun.data.stream import Stream, walk
 from fnrun.rng import Key
 from fnrun.state import Cursor
-from fnrun.words import a, kind
+from fnrun.words import a, kind, unknown
 
 #: So many rows of the order are computed at once: a NumPy call on 32 numbers costs nearly as much as one on thousands.
 BLOCK = 65_536
@@ -165,6 +165,9 @@ def _transformed(transform: Callable[[Any, Key], Any], batch: Any, key: Key) -> 
     return made
 
 
+ALONE = "the rows are in memory, and no worker fetches them; data.loader has workers="
+
+
 def arrays(
     tensors: Any,
     batch_size: int,
@@ -174,6 +177,7 @@ def arrays(
     transform: Callable[[Any, Key], Any] | None = None,
     name: str | None = None,
     seed: int | None = None,
+    **others: Never,
 ) -> Arrays:
     """The stream of a pytree of tensors or NumPy arrays that share their leading length: a batch is one gather a leaf, of tensors.
 
@@ -197,6 +201,9 @@ def arrays(
     >>> batch, after.epoch, after.batch
     ({'x': tensor([4]), 'y': tensor([4.], dtype=torch.float64)}, 1, 0)
     """
+    if others:
+        collated = "transform=f makes f(batch, key) of each batch"
+        raise unknown("data.arrays", others, {"collate": collated, "collate_fn": collated, "workers": ALONE, "num_workers": ALONE})
     paths, leaves = tree.paths(tensors), tree.leaves(tensors)
     if not leaves:
         raise ValueError("data.arrays was given no array")

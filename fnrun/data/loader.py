@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from multiprocessing import forkserver, resource_tracker
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import torch
 from torch._C import _error_if_any_worker_fails, _remove_worker_pids, _set_worker_pids
@@ -28,6 +28,7 @@ from fnrun.data.stream import Stream, walk
 from fnrun.rng import Key
 from fnrun.state import Cursor
 from fnrun.waiting import Interrupted, asked
+from fnrun.words import unknown
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -74,6 +75,20 @@ class Loader(Stream):
             getattr(made, "close", lambda: None)()
 
 
+#: What stands for the arguments of torch's `DataLoader`.
+OURS = {
+    "num_workers": "it is workers= here",
+    "collate_fn": "it is collate= here",
+    "generator": "the order comes of the state's key, with seed= of that alone",
+    "worker_init_fn": "the generators in a worker are seeded for each example; what else a worker needs is made in the data set's __getitem__",
+    "pin_memory": "stream.to(device) copies from pinned memory, one batch ahead",
+    "persistent_workers": "workers live as long as the iteration, across passes",
+    "prefetch_factor": "each worker is two batches ahead",
+    "sampler": "give a data set in the order of the sampler, torch.utils.data.Subset(dataset, indices), or data.stateful a loader that has one",
+    "batch_sampler": "data.stateful takes a loader that has one, and that says where it stands (torchdata's StatefulDataLoader)",
+}
+
+
 def loader(
     dataset: Any,
     batch_size: int,
@@ -85,6 +100,7 @@ def loader(
     timeout: float | None = None,
     name: str | None = None,
     seed: int | None = None,
+    **others: Never,
 ) -> Loader:
     """The stream of a map-style `torch.utils.data.Dataset`, or of anything with `len()` and `[index]`, fetched by `workers` processes.
 
@@ -113,6 +129,8 @@ def loader(
     >>> next(stream.iterate(Key(0), Cursor(batch=1)))[0]
     [tensor([2, 3])]
     """
+    if others:
+        raise unknown("data.loader", others, OURS)
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise TypeError(
             f"{type(dataset).__name__} has no len() or no [index]; if it has state_dict() and load_state_dict(), use data.stateful"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 
@@ -88,6 +88,12 @@ class Stream:
     def brief(self) -> str:
         """What it is made of, without its content."""
         raise NotImplementedError
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            f"{self!r} is iterated by a loop, which knows the position: fnrun.epoch_loop(step)(state, stream). "
+            "To look at one batch: next(stream.iterate(fnrun.Key(0), fnrun.Cursor()))[0]"
+        )
 
     def to(self: Batches, device: torch.device | str) -> OnDevice:
         """The same stream, name, source and positions, with each batch copied to `device` one batch ahead."""

@@ -10,7 +10,7 @@ composed.py     how a program is drawn and counted, and functions that say which
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 from fnrun.counts import count
 from fnrun.loops.base import AnyHook, Loop
@@ -19,7 +19,7 @@ from fnrun.loops.over_data import EpochLoop, EvalLoop, PredictLoop, StepLoop
 from fnrun.loops.over_loops import Every, InOrder, Repeat, Workflow
 from fnrun.loops.parts import check_watching
 from fnrun.program import Observer
-from fnrun.words import kind
+from fnrun.words import kind, unknown
 
 
 def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), donate: bool = False) -> Loop:
@@ -98,11 +98,14 @@ def repeat(
     until: Callable[[Any], bool] | None = None,
     hooks: Sequence[AnyHook] = (),
     observers: Sequence[Observer] = (),
+    **others: Never,
 ) -> Loop:
     """`step` (a loop, as a rule) so many times over the same data, or until `until(state)` holds; the metrics are the last round's.
 
     `repeat(step, 1)` is `step`. A state saved at the end of a `repeat(step, 10)` and given to `repeat(step, 15)` does five more.
     """
+    if others:
+        raise unknown("repeat", others, dict.fromkeys(("epochs", "num_epochs", "max_epochs", "n", "rounds"), "it is times= here"))
     check_step("repeat", step, "repeat(step, times): what is repeated comes first")
     if until is not None and not callable(until):
         raise TypeError(f"repeat: until is a function of the state, until=lambda state: state.step >= 100, and not {kind(until)}")

@@ -153,7 +153,8 @@ def title(step: Any) -> str:
 
 def drawn(name: str, step: Any, depth: int) -> Iterator[str]:
     indent = "  " * depth
-    yield f"{indent}{name + ': ' if name else ''}{title(step)}"
+    options = f", {step.options_text}" if isinstance(step, PureStep) and step.options_text else ""
+    yield f"{indent}{name + ': ' if name else ''}{title(step)}{options}"
     if isinstance(step, Composed):
         for inner_name, inner in step.inner():
             yield from drawn(inner_name, inner, depth + 1)

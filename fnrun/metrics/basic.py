@@ -93,6 +93,9 @@ class Max:
 def mean(values: Any, weight: Any = None) -> Mean:
     """The mean over all elements of `values`, each with its `weight` (a number, or a tensor that broadcasts to `values`; 1 if not given).
 
+    Broadcasting aligns shapes at the last dimension, as in torch: a weight for each row of `values` [B, T] is `weight[:, None]`.
+    Raises ValueError, with the shapes, for a weight that does not broadcast.
+
     >>> whole = mean(torch.tensor([1.0, 2.0, 3.0]))
     >>> whole.merge(mean(torch.tensor([7.0]))).compute()
     tensor(3.2500, dtype=torch.float64)
@@ -101,9 +104,24 @@ def mean(values: Any, weight: Any = None) -> Mean:
     if weight is None:
         return Mean(values.sum(), values.new_full((), values.numel()))
     weight = torch.as_tensor(weight, device=values.device).to(values.dtype)
-    if torch.broadcast_shapes(weight.shape, values.shape) != values.shape:
-        raise ValueError(f"mean: weights of shape {tuple(weight.shape)} do not broadcast to values of shape {tuple(values.shape)}")
+    if not _broadcasts(weight.shape, values.shape):
+        raise ValueError(
+            f"mean: weights of shape {tuple(weight.shape)} do not broadcast to values of shape {tuple(values.shape)}, for shapes are aligned at "
+            f"the last dimension: {_remedy(weight.shape, values.shape)}"
+        )
     return Mean((values * weight).sum(), weight.expand_as(values).sum())
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+
+
+def _remedy(weight: torch.Size, values: torch.Size) -> str:
+    if weight == values[: len(weight)]:
+        return f"weight[{', '.join([':'] * len(weight) + ['None'] * (len(values) - len(weight)))}] is one for each row"
+    if values == weight[: len(values)]:
+        return 'give a value for each weight (reduction="none" in torch\'s losses), or one weight for each value'
+    return "give one weight, or one for each value"
 
 
 def sum(values: Any) -> Sum:

@@ -154,7 +154,7 @@ def set_hyperparam(opt_state: Any, path: str, value: Number) -> Any:
     """The state with one hyperparameter changed: `path` is a name of `hyperparams`, or its end, which then means all that end so.
 
     The new value takes dtype and device of the old one and broadcasts to its shape; a tensor's gradient flows through.
-    Raises KeyError, with the names that there are, where nothing matches.
+    Raises ValueError, with the names that there are, where nothing matches: a number or a schedule is none, `in_state(number)` is one.
 
     >>> from fnrun import optim
     >>> state = optim.adamw(1e-3).init({"x": torch.zeros(1)})
@@ -164,7 +164,10 @@ def set_hyperparam(opt_state: Any, path: str, value: Number) -> Any:
     named = _named(opt_state)
     wanted = {place for name, place, _ in named if name == path or name.endswith("/" + path)}
     if not wanted:
-        raise KeyError(f"no hyperparameter {path!r} in this state; there are: {', '.join(name for name, *_ in named) or 'none'}")
+        raise ValueError(
+            f"set_hyperparam: no hyperparameter {path!r} in this state; there are: {', '.join(name for name, *_ in named) or 'none'}. A number or "
+            "a schedule that an optimizer is made with is not in the state; optim.in_state(number) is: optim.sgd(optim.in_state(0.1))"
+        )
     leaves, spec = optree.tree_flatten(opt_state)
     places = optree.treespec_paths(spec)
     changed = [_cast(value, old) if join(place) in wanted else old for place, old in zip(places, leaves, strict=True)]

@@ -28,6 +28,7 @@ class Compiled:
     """A step's parts combined as one graph. What cannot be captured runs without, with one warning."""
 
     donates = fuses = True
+    text = "compiled"
 
     def __init__(self) -> None:
         self._graphs: weakref.WeakKeyDictionary[TrainStep, _Graphs] = weakref.WeakKeyDictionary()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,6 +46,13 @@ def check_cut(who: str, params: Any) -> None:
     """Raise ValueError where new parameters require grad: no tensor did but of what the optimizer was made of."""
     if asks(params):
         raise _asked(who, "a hyperparameter of the optimizer, or what its schedule returns,")
+
+
+def check_cut_grads(who: str, grads: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the names, for gradients that require grad, as those of `torch.autograd.grad(..., create_graph=True)` do."""
+    names = [name for name, grad in grads.items() if isinstance(grad, torch.Tensor) and grad.requires_grad]
+    if names:
+        raise _asked(f"{who}: its update", f"the gradient of {names[0]!r}{f', one of {len(names)},' if len(names) > 1 else ''}")
 
 
 def _which(value: Any) -> str:
@@ -116,10 +124,10 @@ def check_dense(who: str, grads: Mapping[str, Any]) -> None:
         )
 
 
-def autocast(precision: str | None, device_type: str) -> Callable[[], Any] | None:
+def autocast(precision: str | None, device_type: str) -> functools.partial[Any] | None:
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if precision is None:
         return None
     if precision not in dtypes:
         raise ValueError(f"precision is None, 'bf16' or 'fp16', not {precision!r}")
-    return lambda: torch.autocast(device_type, dtypes[precision])
+    return functools.partial(torch.autocast, device_type, dtypes[precision])

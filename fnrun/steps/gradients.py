@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -90,7 +91,7 @@ class Loss:
     without one a random draw is an error.
     """
 
-    def __init__(self, shell: Shell, loss_fn: Callable[..., Any], autocast: Callable[[], Any] | None, within: Surroundings) -> None:
+    def __init__(self, shell: Shell, loss_fn: Callable[..., Any], autocast: functools.partial[Any] | None, within: Surroundings) -> None:
         self.shell, self.loss_fn, self.autocast, self.within = shell, loss_fn, autocast, within
 
     def __call__(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, *, key: Any = None) -> Any:
@@ -147,6 +148,15 @@ class Gradients:
         with _NOTHING if recorded else torch.enable_grad():
             grads, buffers, metrics = (self._whole if self.cut.pieces == 1 else self._in_pieces)(state, batch)
         return dict(zip(self.shell.trained, grads, strict=True)), buffers, metrics
+
+    def options(self) -> list[str]:
+        """How they are computed, in words, where that was chosen."""
+        chosen = [f"{self.cut.pieces} microbatches"] if self.cut.pieces > 1 else []
+        if self.loss.autocast is not None:
+            chosen.append(f"autocast to {str(self.loss.autocast.args[1]).removeprefix('torch.')}")
+        if self.recomputed is not None:
+            chosen.append(f"{len(self.recomputed.parts)} parts computed twice")
+        return chosen
 
     def _whole(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
         with self.within(state.rng, "train", state.step) as reports:

@@ -37,6 +37,8 @@ class PureStep:
     fuses = False
     #: The optimizer with its schedules in words, '' where it is not known.
     optimizer_text = ""
+    #: What it was asked for besides, in words: how it is cut, computed, compiled.
+    options_text = ""
     #: How many examples a batch has, None where that is not clear: plain metrics are weighed by it.
     examples: Callable[[Any], int | None] = staticmethod(rows.known)
 

@@ -32,6 +32,8 @@ class Combine(Protocol):
     donates: bool
     #: Several steps are one call.
     fuses: bool
+    #: What it does besides, in words, for who prints the step.
+    text: str
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None, /) -> tuple[Any, Metrics]: ...
 
@@ -39,7 +41,7 @@ class Combine(Protocol):
 class InTurn:
     """The parts one after the other, for each batch."""
 
-    donates, fuses = True, False
+    donates, fuses, text = True, False, ""
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None, /) -> tuple[Any, Metrics]:
         return each(lambda state, batch: composed(step, state, batch, owner), state, batches, step.examples)
@@ -123,8 +125,13 @@ class TrainStep(PureStep):
     def optimizer_text(self) -> str:
         return repr(self.update.optimizer) if isinstance(self.update, Update) else ""
 
+    @property
+    def options_text(self) -> str:
+        own = self.gradients.options() if isinstance(self.gradients, Gradients) else []
+        return ", ".join([*own, *([self.combine.text] if self.combine.text else [])])
+
     def __repr__(self) -> str:
-        return f"<{self.name}>"
+        return f"<{self.name}{', ' if self.options_text else ''}{self.options_text}>"
 
 
 # --- put together -------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class _Finite:
     donates = False
 
     def __init__(self, combine: Combine) -> None:
-        self.combine, self.fuses = combine, combine.fuses
+        self.combine, self.fuses, self.text = combine, combine.fuses, combine.text
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Any, /) -> tuple[Any, Metrics]:
         one = functools.partial(_finite, lambda state, batch: self.combine(step, state, [batch], None))

@@ -14,7 +14,7 @@ from fnrun.donation import Owner, contents
 from fnrun.inplace import Guard
 from fnrun.reports import collect
 from fnrun.state import check_state, made
-from fnrun.steps.given import check_cut, detached_all
+from fnrun.steps.given import check_cut, check_cut_grads, detached_all
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.shell import Shell
 from fnrun.words import kind
@@ -100,7 +100,10 @@ class Update:
         self._known.append((structure, shapes))
 
     def check_grads(self, state: Any, grads: Any) -> None:
-        """Raise ValueError, with the names, for gradients that are not those of the trained parameters: kernels that write in place do not look."""
+        """Raise ValueError, with the names, for gradients that are not those of the trained parameters, or that require grad.
+
+        Kernels that write in place do not look, and an optimizer that gathers gradients would keep their graph in the state.
+        """
         who = f"{self.name}: the gradients"
         if not isinstance(grads, Mapping):
             raise TypeError(f"{who} are a dictionary by the names of the trained parameters, and not {kind(grads)}")
@@ -110,6 +113,8 @@ class Update:
                 f"{who} are those of other parameters than are trained: missing {missing}, unexpected {extra}. None stands for one that is not to "
                 "be updated"
             )
+        if torch.is_grad_enabled():
+            check_cut_grads(self.name, grads)
         for name, grad in grads.items():
             param = state.params[name]
             if grad is None or (isinstance(grad, torch.Tensor) and _like(grad) == _like(param)):

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch.utils.data import TensorDataset
 
+import fnrun
 from fnrun import Key, data, tree
 from fnrun.data.order import permutation
 from fnrun.state import Cursor
@@ -149,3 +150,12 @@ def test_what_a_transform_draws_follows_the_state_s_key_all_the_same():
     stream = data.arrays(torch.zeros(4, 2), 4, shuffle=True, seed=7, transform=lambda batch, key: batch + torch.rand(4, 2))
     one, two = (next(stream.iterate(key, Cursor()))[0] for key in (Key(0), Key(1)))
     assert not torch.equal(one, two)
+
+
+def test_who_iterates_a_stream_is_told_how_one_looks_at_a_batch():
+    rows = TensorDataset(torch.arange(4))
+    for stream in (listed(2), data.arrays(torch.arange(4), 2), data.loader(rows, 2), data.arrays(torch.arange(4), 2).to("cpu")):
+        with pytest.raises(TypeError, match=r"is iterated by a loop, .*To look at one batch: (.*)$") as error:
+            list(stream)  # pyright: ignore[reportArgumentType]
+        batch = eval(str(error.value).partition("one batch: ")[2], {"fnrun": fnrun, "stream": stream, "next": next})
+        assert tree.equal(batch, take(stream, 1)[0][0])

@@ -82,3 +82,19 @@ def test_folds_go_through_vmap():
     for i in range(4):
         for all_folds, one in zip(together, member(scores[i], labels[i]), strict=True):
             assert close(all_folds.compute()[i], one.compute())
+
+
+def test_weights_that_do_not_broadcast_are_told_with_what_to_do():
+    values, rows = torch.arange(6.0).view(2, 3), torch.tensor([1.0, 3.0])
+    with pytest.raises(ValueError, match=r"weights of shape \(2,\) do not broadcast to values of shape \(2, 3\), .*: weight\[:, None\] is"):
+        metrics.mean(values, rows)
+    assert metrics.mean(values, rows[:, None]).compute() == (values * rows[:, None]).sum() / 12
+    with pytest.raises(ValueError, match=r"\(2, 3\) .* \(2, 3, 5, 1\), .*: weight\[:, :, None, None\] is"):
+        metrics.mean(torch.ones(2, 3, 5, 1), torch.ones(2, 3))
+    for single in (torch.ones(2), torch.ones(())):
+        with pytest.raises(ValueError, match=r"\(2, 3\) do not broadcast .*give a value for each weight \(reduction=\"none\""):
+            metrics.mean(single, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"\(4,\) do not broadcast to values of shape \(2, 3\), .*one for each value"):
+        metrics.mean(values, torch.ones(4))
+    for weight in (2.0, torch.ones(3), torch.ones(1, 3), torch.ones(2, 1)):
+        assert metrics.mean(values, weight).compute() == 2.5

@@ -91,6 +91,23 @@ def test_console_prints_a_line_of_the_logger(caplog):
     assert caplog.messages == ["epoch 3   step 50    train: loss 0.5123  lr 1.00e-5  val: accuracy 1.0000"]
 
 
+def test_the_line_of_a_whole_loop_is_told_from_those_of_its_steps(caplog):
+    def log(name):
+        return observers.log(name=name)
+
+    step = fnrun.step(lambda state, batch: (state, {"loss": float(state.step)}))
+    train = fnrun.epoch_loop(step, observers=[log("a")])
+    loop = fnrun.repeat(fnrun.sequence(train=train, observers=[log("b")]), 2, observers=[log("c")])
+    with caplog.at_level(logging.INFO, logger="fnrun"):
+        loop(fresh(), {"train": [torch.zeros(1)] * 2})
+    assert [line.partition("  0:00")[0] for line in caplog.messages[-4:]] == [
+        "epoch 2   step 3     train: loss 2.0000",
+        "epoch 2   step 4     train: loss 3.0000",
+        "epoch 2   step 4     whole loop  train: loss 2.5000",
+        "epoch 2   step 4     round 2  train: loss 2.5000",
+    ]
+
+
 def test_without_configured_logging_the_console_is_the_standard_output():
     import subprocess
     import sys

@@ -84,7 +84,7 @@ def test_a_name_sets_all_that_end_so() -> None:
     one = optim.hyperparams(optim.set_hyperparam(state, "decay/lr_scale", 0.5))
     assert (one["decay/lr_scale"].item(), one["no_decay/lr_scale"].item()) == (0.5, 1.0)
     assert optim.hyperparams(state)["decay/lr_scale"].item() == 1.0
-    with pytest.raises(KeyError, match=r"no hyperparameter 'lr_scal' in this state; there are: decay/lr_scale, no_decay/lr_scale"):
+    with pytest.raises(ValueError, match=r"no hyperparameter 'lr_scal' in this state; there are: decay/lr_scale, no_decay/lr_scale"):
         optim.set_hyperparam(state, "lr_scal", 0.5)
 
 
@@ -110,3 +110,11 @@ def test_one_that_requires_grad_is_refused_for_no_gradient_would_reach_it() -> N
         optim.in_state(rate)
     with torch.no_grad():
         assert optim.in_state(rate).value.item() == rate.item()
+
+
+def test_a_number_is_no_hyperparameter_of_the_state_and_what_makes_it_one_is_named() -> None:
+    for optimizer in (optim.sgd(0.1), optim.adamw(schedules.cosine(0.1, 10)), optim.freeze()):
+        with pytest.raises(
+            ValueError, match=r"no hyperparameter 'lr' .* optim\.in_state\(number\) is: optim\.sgd\(optim\.in_state\(0\.1\)\)$"
+        ):
+            optim.set_hyperparam(optimizer.init(P), "lr", 0.2)

@@ -9,20 +9,24 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fnrun.observers.media import Media
-from fnrun.state import LoopState
+from fnrun.state import Frame, LoopState
 
 #: What every line has besides metrics, in each sink under these names.
 FIELDS = frozenset({"ticks", "at", "step", "epoch", "clock"})
 
 
 class Record(NamedTuple):
-    """One line: when in the run (`Position.order`, step, and the epoch at work, from 1), metrics by name, and what was timed."""
+    """One line: when in the run (`Position.order`, step, and the epoch at work, from 1), metrics by name, and what was timed.
+
+    `of` tells whole loops from the ticks within them: "round 3" of a line of a repeat, "whole loop" of one of a sequence or a workflow, else "".
+    """
 
     order: tuple[int, ...]
     step: int
     epoch: int
     metrics: dict[str, Any]
     clock: dict[str, float]
+    of: str = ""
 
 
 class Sink(Protocol):
@@ -50,7 +54,12 @@ def record(state: LoopState, metrics: Mapping[str, Any], clock: Mapping[str, flo
     prefix = f"{path}/" if path else ""
     named = {prefix + name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
     check_names(named)
-    return Record(state.position.order, state.step, max(epochs, default=0), named, dict(clock or {}))
+    return Record(state.position.order, state.step, max(epochs, default=0), named, dict(clock or {}), _of(state.position.frames[-1]))
+
+
+def _of(frame: Frame) -> str:
+    kind = frame.loop.partition(" ")[0]
+    return f"round {frame.ticks}" if kind == "repeat" else "whole loop" if kind in ("sequence", "workflow") else ""
 
 
 def check_names(metrics: Mapping[str, Any]) -> None:

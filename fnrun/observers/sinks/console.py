@@ -84,6 +84,7 @@ class _Console:
             if short not in self.hide:
                 groups.setdefault(group, []).append(f"{short} {shown(value)}")
         parts = [f"epoch {record.epoch}".ljust(8), f"step {record.step}".ljust(9)]
+        parts += [record.of] if record.of else []
         for group, values in groups.items():
             parts += [f"{group}: {values[0]}" if group else values[0], *values[1:]]
         parts += [CLOCK[name](record.clock[name]) for name in self.clock if name in record.clock]
