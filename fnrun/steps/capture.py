@@ -115,7 +115,7 @@ def _reason(error: Exception) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_OWN)]
         where = f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
-        return f"Python reads a number of a tensor{where}, by float(), .item(), if or a format: keep it a tensor (torch.where, torch.clamp)"
+        return f"what it does depends on a value: Python reads a number of a tensor{where}, by float(), .item(), if or a format: keep it a tensor"
     return (f"{type(error).__name__}: " * (not isinstance(error, Uncapturable)) + str(error).strip()).splitlines()[0]
 
 
