@@ -25,6 +25,8 @@ def detached_all(value: Any) -> Any:
 
 def reported(metrics: Mapping[str, Any], reports: dict[str, Any]) -> Metrics:
     """The metrics, and the reports of other names behind them."""
+    if not reports:
+        return metrics if type(metrics) is dict else dict(metrics)
     return {**metrics, **{name: value for name, value in reports.items() if name not in metrics}}
 
 
@@ -35,7 +37,7 @@ def check_unasked(who: str, state: Any, batch: Any) -> None:
     """
     if asks(batch, _grad_fn):
         raise _asked(who, f"a tensor of the batch, {_which(batch)},")
-    if asks(state.params) or asks(state.buffers):
+    if asks(state.params) or (state.buffers and asks(state.buffers)):
         raise _asked(who, f"a tensor of the state, {_which({'params': state.params, 'buffers': state.buffers})},")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import optree
@@ -25,7 +24,6 @@ from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.watch import described, leaves as leaves_of
 
 logger = logging.getLogger("fnrun")
-_NOTHING = nullcontext()
 
 
 def value_and_grad(fn: Callable[[Any], Any], *, has_aux: bool = False) -> Callable[[Any], tuple[Any, Any]]:
@@ -142,11 +140,13 @@ class Gradients:
 
     def __call__(self, state: Any, batch: Any) -> tuple[dict[str, Any], dict[str, Tensor], Metrics]:
         check_state(self.name, state, batch, "batch")
-        recorded = torch.is_grad_enabled()
-        if recorded:
+        take = self._whole if self.cut.pieces == 1 else self._in_pieces
+        if torch.is_grad_enabled():
             check_unasked(self.name, state, batch)
-        with _NOTHING if recorded else torch.enable_grad():
-            grads, buffers, metrics = (self._whole if self.cut.pieces == 1 else self._in_pieces)(state, batch)
+            grads, buffers, metrics = take(state, batch)
+        else:
+            with torch.enable_grad():
+                grads, buffers, metrics = take(state, batch)
         return dict(zip(self.shell.trained, grads, strict=True)), buffers, metrics
 
     def options(self) -> list[str]:
@@ -161,7 +161,8 @@ class Gradients:
     def _whole(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
         with self.within(state.rng, "train", state.step) as reports:
             grads, loss, buffers, metrics = self._of(state, batch)
-            metrics = {name: detached_all(value) for name, value in _with(metrics, reports).items()}
+            metrics = _with(metrics, reports)
+        metrics = {name: detached_all(value) for name, value in metrics.items()}
         if not loss.divided:
             grads = [None if g is None else g * loss.weight for g in grads]
         elif loss.weight is not None:
@@ -228,6 +229,7 @@ class Gradients:
             for i, leaf in zip(self._trained, leaves, strict=True):
                 tensors[i] = leaf
         shell.hook(self._trained, leaves)
+        first = shell.first
 
         def forward_and_backward() -> tuple[
             Any, Any, Metrics
@@ -236,7 +238,8 @@ class Gradients:
                 loss, metrics = self.loss.forward(batch)
             else:
                 loss, metrics = self.recomputed.run(self.loss.forward, batch, state.buffers)
-            if shell.first.watching and any(leaf.grad is not None for leaf in leaves):
+            watching = first.watching
+            if watching and any(leaf.grad is not None for leaf in leaves):
                 raise ValueError(
                     f"{self.name}: the loss calls backward() itself, and a step takes the gradient of what loss_fn returns: add that loss to "
                     "it, or take gradients within by torch.autograd.grad"
@@ -244,15 +247,15 @@ class Gradients:
             weighed = self.cut.mean_of(loss, batch, n)
             value = weighed.mean
             check_scalar(value)
-            if shell.first.watching:
-                shell.first.check_graph(value, leaves, batch)
-            grads = _backward(value if scale is None else value * scale, leaves, through_leaves=shell.first.reentrant)
+            if watching:
+                first.check_graph(value, leaves, batch)
+            grads = _backward(value if scale is None else value * scale, leaves, through_leaves=first.reentrant)
             if grads[0] is None and all(grad is None for grad in grads):
                 raise ValueError(
                     f"{self.name}: the loss reaches no trained parameter of {shell.name}: does it call the model that it is given? "
                     f"It has a gradient to {', '.join(map(described, leaves_of(value)))}"
                 )
-            if shell.first.watching:
+            if watching:
                 check_dense(self.name, dict(zip(shell.trained, grads, strict=True)))
             return grads, weighed, {"loss": loss, **metrics}
 
@@ -265,6 +268,8 @@ class Gradients:
 
 
 def _with(metrics: Metrics, reports: dict[str, Any]) -> Metrics:
+    if not reports:
+        return metrics
     if "skipped" in reports:
         raise ValueError("report: 'skipped' is the name of what says that a batch made no update; call the value something else")
     return reported(metrics, reports)

@@ -24,7 +24,6 @@ from fnrun.undisturbed import undisturbed
 
 #: The shells whose modules hold other tensors at this moment, under the ambient lock: a loss may call a step of its own.
 _at_work: list[Shell] = []
-_NOTHING = contextlib.nullcontext()
 _NONE: dict[str, torch.Tensor] = {}
 
 
@@ -109,24 +108,32 @@ class Shell:
         What is passed in is as it was. Raises ValueError, with the name, for a buffer that the call makes, or takes away: the state has no
         place for it. Raises RuntimeError where a call begins to write to a parameter that the first ones left alone: the write is done.
         """
-        with rng.ambient_lock, self._made_modes():
-            tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))] if self.buffers or buffers else params
-            if self.first.remaining and not _at_work:
-                self.structure.check(self.whose, train, kinds=True)
-                if train:
-                    self.check_hooks()
-            before, watched = versions(params), self.first.remaining
-            outcome = self.first.run(self._run, fn, tensors, train) if self.first.remaining else self._run(fn, tensors, train)
-            if moved is not None:
-                pairs = list(zip(self.buffers, tensors[len(params) :], strict=True))
-                if watched:
-                    self._uncounted.update(name for name, now in pairs if not now._version and not tree.equal(now, buffers[name]))
-                moved.update(name for name, now in pairs if now._version or outcome[1][name] is not now)
-                moved.update(self._uncounted)
-            if before != (after := versions(params)):
-                counts = zip(self.params, before or (), after or (), strict=True)
-                self._late([name for name, a, b in counts if a != b and name not in self.written])
-            return outcome
+        with rng.ambient_lock:
+            if self._overrides and not _at_work:
+                with self._in_made_modes():
+                    return self._called(fn, params, buffers, train, moved)
+            return self._called(fn, params, buffers, train, moved)
+
+    def _called(
+        self, fn: Callable[[], Any], params: list[torch.Tensor], buffers: Mapping[str, torch.Tensor], train: bool, moved: set[str] | None
+    ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))] if self.buffers or buffers else params
+        if self.first.remaining and not _at_work:
+            self.structure.check(self.whose, train, kinds=True)
+            if train:
+                self.check_hooks()
+        before, watched = versions(params), self.first.remaining
+        outcome = self.first.run(self._run, fn, tensors, train) if self.first.remaining else self._run(fn, tensors, train)
+        if moved is not None:
+            pairs = list(zip(self.buffers, tensors[len(params) :], strict=True))
+            if watched:
+                self._uncounted.update(name for name, now in pairs if not now._version and not tree.equal(now, buffers[name]))
+            moved.update(name for name, now in pairs if now._version or outcome[1][name] is not now)
+            moved.update(self._uncounted)
+        if before != (after := versions(params)):
+            counts = zip(self.params, before or (), after or (), strict=True)
+            self._late([name for name, a, b in counts if a != b and name not in self.written])
+        return outcome
 
     def _run(
         self, fn: Callable[[], Any], tensors: list[torch.Tensor], train: bool
@@ -237,12 +244,9 @@ class Shell:
                 "between steps, in a hook: state.replace(params=...)"
             )
 
-    def _made_modes(self) -> Any:
-        """Where modules have their own `train` and `eval`, calls begin in the modes of when the shell was made: they may build and drop caches."""
-        return self._in_made_modes() if self._overrides and not _at_work else _NOTHING
-
     @contextlib.contextmanager
     def _in_made_modes(self) -> Iterator[None]:
+        """Where modules have their own `train` and `eval`, calls begin in the modes of when the shell was made: they may build and drop caches."""
         found = [(module, module.training) for module, _ in self.modes]
         if found == self.modes:
             yield

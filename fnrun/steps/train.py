@@ -44,6 +44,8 @@ class InTurn:
     donates, fuses, text = True, False, ""
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None, /) -> tuple[Any, Metrics]:
+        if len(batches) == 1:
+            return composed(step, state, batches[0], owner)
         return each(lambda state, batch: composed(step, state, batch, owner), state, batches, step.examples)
 
 

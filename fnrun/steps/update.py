@@ -45,7 +45,10 @@ class Update:
         if not self._buffers.issuperset(buffers):
             every, buffers = with_written(every, buffers)
         kept = contents(state)
-        if all(grad is None for grad in grads.values()):
+        for grad in grads.values():
+            if grad is not None:
+                break
+        else:
             return made(type(state), {**kept, "params": every, "buffers": buffers, "step": kept["step"] + 1}), {}
         params = every if self._whole else {name: every[name] for name in self.trained}
         with collect() as reports:
