@@ -14,7 +14,7 @@ from fnrun import tree
 
 #: Fields by which no tensors enter.
 BARE = frozenset({"rng", "step", "position", "stop"})
-#: The attribute of a tensor in an optimizer's state through which a gradient was asked for when it was put in.
+#: The attribute of a tensor in a state through which a gradient was asked for when it was put in: a hyperparameter, or a leaf that requires grad.
 _CUT = "_cut_by_a_state"
 any_cut = False  # by any state of this process, which hardly ever happens
 _requires_grad = operator.attrgetter("requires_grad")
@@ -74,8 +74,9 @@ def _entered(name: str, leaf: Any) -> Any:
             f"state.{name}: torch.func differentiates by a tensor that is put into a state, and what enters a state is detached: differentiate "
             "a function of the tensors themselves (step.loss, fnrun.call, optimizer.update)"
         )
+    asked = torch.is_grad_enabled() and (name == "opt_state" or leaf.is_leaf)
     leaf = leaf.detach()
-    if name == "opt_state" and torch.is_grad_enabled():
+    if asked:
         global any_cut
         any_cut = True
         setattr(leaf, _CUT, True)
@@ -84,15 +85,20 @@ def _entered(name: str, leaf: Any) -> Any:
 
 def check_uncut(hyperparameters: Any) -> None:
     """Raise ValueError where one of these leaves required grad when it was put into a state: a gradient through it would lack a part, in silence."""
+    if (path := cut(hyperparameters)) is not None:
+        raise ValueError(
+            f"the hyperparameter {tree.split(path)[-1]} required grad when it was put into a state, and what enters a state is detached: put in "
+            "value.detach(). To differentiate by it call optimizer.update(grads, opt_state, params) with an opt_state of set_hyperparam "
+            "that was in no state, and step.loss for the gradients"
+        )
+
+
+def cut(tensors: Any) -> str | None:
+    """The path of the first leaf through which a gradient was asked for when it was put into a state."""
     if not any_cut:
-        return
-    for path, leaf in zip(tree.paths(hyperparameters), tree.leaves(hyperparameters), strict=True):
-        if isinstance(leaf, torch.Tensor) and _CUT in leaf.__dict__:
-            raise ValueError(
-                f"the hyperparameter {tree.split(path)[-1]} required grad when it was put into a state, and what enters a state is detached: put in "
-                "value.detach(). To differentiate by it call optimizer.update(grads, opt_state, params) with an opt_state of set_hyperparam "
-                "that was in no state, and step.loss for the gradients"
-            )
+        return None
+    pairs = zip(tree.paths(tensors), tree.leaves(tensors), strict=True)
+    return next((path for path, leaf in pairs if isinstance(leaf, torch.Tensor) and _CUT in leaf.__dict__), None)
 
 
 def asks(value: Any, how: Callable[[Any], Any] = _requires_grad) -> bool:

@@ -310,7 +310,7 @@ def is_state(state: Any) -> bool:
 
 def check_state(who: str, state: Any, data: Any, what: str) -> None:
     """Raise TypeError, with what to write, where a step cannot work on it."""
-    if not is_state(state) or not hasattr(state, "opt_state"):
+    if not hasattr(state, "opt_state") or not hasattr(state, "position") or isinstance(state, type):
         raise no_state(who, state, data, what)
 
 

@@ -165,6 +165,16 @@ class TestGradientsThroughAStep:
         with pytest.raises(ValueError, match=r"a tensor of the state, 'params/0\.weight', requires grad"):
             step(state, X)
 
+    @pytest.mark.parametrize("compile", [False, True])
+    def test_by_leaves_that_are_put_into_a_state(self, compile):
+        module = model()
+        step, state = make_train_step(module, loss, OPTIMIZER, compile=compile), TrainState.create(module, OPTIMIZER)
+        put = {name: p.clone().requires_grad_() for name, p in state.params.items()}
+        with pytest.raises(ValueError, match=r"a tensor that was put into the state, 'params/.*', requires grad"):
+            step(state.replace(params=put), X)
+        assert step(state.replace(params=tree.map(torch.detach, put)), X)[0].step == 1
+        assert step(state.replace(params=dict(module.named_parameters())), X)[0].step == 1, "a module's own are as everybody has them"
+
     def test_a_loss_may_differentiate_by_its_inputs(self):
         def penalty(model, x):
             x = x.detach().requires_grad_()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fnrun import tree
+from fnrun import entering, tree
 from fnrun.entering import asks
 from fnrun.steps.kinds import Metrics
 from fnrun.words import a, bindable, kind, uncalled
@@ -20,7 +20,9 @@ def detached(leaf: Any) -> Any:
 
 
 def detached_all(value: Any) -> Any:
-    return detached(value) if isinstance(value, (torch.Tensor, float, int)) else tree.map(detached, value)
+    if isinstance(value, torch.Tensor):
+        return value.detach() if value.requires_grad else value
+    return value if isinstance(value, (float, int)) else tree.map(detached, value)
 
 
 def reported(metrics: Mapping[str, Any], reports: dict[str, Any]) -> Metrics:
@@ -37,6 +39,8 @@ def check_unasked(who: str, state: Any, batch: Any) -> None:
     """
     if asks(batch, _grad_fn):
         raise _asked(who, f"a tensor of the batch, {_which(batch)},")
+    if entering.any_cut and (path := entering.cut({"params": state.params, "buffers": state.buffers})) is not None:
+        raise _asked(who, f"a tensor that was put into the state, {path!r},")
     if asks(state.params) or (state.buffers and asks(state.buffers)):
         raise _asked(who, f"a tensor of the state, {_which({'params': state.params, 'buffers': state.buffers})},")
 

@@ -161,7 +161,8 @@ class Gradients:
     def _whole(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
         with self.within(state.rng, "train", state.step) as reports:
             grads, loss, buffers, metrics = self._of(state, batch)
-            metrics = _with(metrics, reports)
+            if reports:
+                metrics = _with(metrics, reports)
         metrics = {name: detached_all(value) for name, value in metrics.items()}
         if not loss.divided:
             grads = [None if g is None else g * loss.weight for g in grads]
@@ -268,8 +269,6 @@ class Gradients:
 
 
 def _with(metrics: Metrics, reports: dict[str, Any]) -> Metrics:
-    if not reports:
-        return metrics
     if "skipped" in reports:
         raise ValueError("report: 'skipped' is the name of what says that a batch made no update; call the value something else")
     return reported(metrics, reports)

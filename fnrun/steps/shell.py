@@ -167,6 +167,8 @@ class Shell:
                 f"{self.name}: the call made or took away the buffers {strays}, and the state cannot follow: give them a tensor in "
                 "__init__, or run the module once before you create the state and the step"
             )
+        if not self.buffers:
+            return result, {}, written
         # All are new, also those that nobody wrote to: batch norm's kernels write without counting up `_version`, so one cannot tell.
         return result, {name: b.detach() if b.requires_grad else b for name, b in zip(self.buffers, values, strict=True)}, written  # pyright: ignore[reportOptionalMemberAccess,reportReturnType]  # fmt: skip
 
@@ -190,8 +192,11 @@ class Shell:
                 container[key] = None
 
     def _strays(self, values: list[Any]) -> list[str]:
-        strays = [name for name, value in zip(self.buffers, values, strict=True) if value is None]
-        strays += [path for container, key, path in self._empty if path and container.get(key) is not None]
+        strays: list[str] = []
+        if self.buffers:
+            strays += [name for name, value in zip(self.buffers, values, strict=True) if value is None]
+        if self._empty:
+            strays += [path for container, key, path in self._empty if path and container.get(key) is not None]
         for attributes, _, _, buffers, count in self._borrowed:
             if len(buffers) != count:
                 strays += attributes.new_buffers()

@@ -40,8 +40,9 @@ class Update:
 
     def updated(self, state: Any, grads: Mapping[str, Any], buffers: Any, owner: Owner | None) -> tuple[Any, Metrics]:
         """The update of `state` with these buffers; in the state's own memory as far as it is the owner's."""
-        self.check(state)
         memory, every = state.opt_state, state.params
+        if not _is_marked(memory, self._made):
+            self.check(state)
         if not self._buffers.issuperset(buffers):
             every, buffers = with_written(every, buffers)
         kept = contents(state)
@@ -80,8 +81,6 @@ class Update:
     def check(self, state: Any) -> None:
         """Raise ValueError where the state does not hold what the optimizer remembers of these parameters: looked at for each new structure."""
         memory = state.opt_state
-        if _is_marked(memory, self._made):
-            return
         leaves, structure = optree.tree_flatten(memory)
         shapes = list(map(_shape, leaves))
         if (structure, shapes) in self._known:
