@@ -18,7 +18,7 @@ def report(name: str, value: Any) -> None:
 
     Callable from anywhere inside a step: a module's forward, an optimizer's update. Outside a step it does nothing.
     Of several reports under one name the last one counts, and a metric that the step returns under that name comes before it.
-    From within `torch.func.vmap` around which the step stands it has all members' values, stacked in front.
+    Where a step calls it within `torch.func.vmap`, the metric has the values of all members, stacked in front.
     Raises ValueError for the name `loss`, which is the loss's own.
 
     >>> report("attention/entropy", 1.5)      # outside a step: nothing happens

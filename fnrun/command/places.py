@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -50,7 +51,16 @@ def what_is_at(path: Path) -> str:
     below = [os.path.relpath(run, path) for _, run in zip(range(4), runs_below(path), strict=False)]
     if below:
         return f"it holds runs: {', '.join(below[:3])}{', ...' if len(below) > 3 else ''}"
+    loose = [child.name for child in sorted(path.iterdir()) if _holds_checkpoints(child)]
+    if loose:
+        return f"it holds checkpoints, in {', '.join(loose[:3])}{', ...' if len(loose) > 3 else ''}, and a run is what fnrun.main or Run.create makes"
     return "it is an empty directory" if not any(path.iterdir()) else "it is a directory with no run in or below it"
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.is_dir() and any(is_checkpoint(child) for child in path.iterdir())
+    return False
 
 
 def _of(run: Path) -> str:

@@ -95,6 +95,12 @@ def test_a_config_of_another_program_is_no_run(runs, tmp_path, capsys):
     assert told(capsys, "ls", tmp_path / "hydra" / "config.yaml")[0] == 2
 
 
+def test_checkpoints_without_a_run_are_told_from_runs(runs, tmp_path, capsys):
+    shutil.copytree(runs / "whole" / "checkpoints", tmp_path / "readme")
+    told_of = f"no runs in or below {tmp_path}: it holds checkpoints, in readme, and a run is what fnrun.main or Run.create makes\n"
+    assert told(capsys, "ls", tmp_path) == (0, told_of, "")
+
+
 def test_a_run_is_not_searched_for_others(runs, tmp_path, capsys):
     shutil.copytree(runs / "whole", tmp_path / "whole")
     shutil.copytree(runs / "other", tmp_path / "whole" / "other")
