@@ -49,10 +49,11 @@ def make_train_step(
     - Submodules run in the train/eval modes that they have now. Buffers (batch statistics) come back in the new state.
     - A parameter with `requires_grad=False` is not trained; one that the loss does not reach is left alone, as in torch.
     - The loss may be a fold: `metrics.mean(values, weight)`, as a mean over the tokens that are no padding, or `metrics.sum(values)`, which is
-      not divided. A batch in which every weight is 0 makes no update, and the metric `skipped` is 1. A scalar is a mean over the batch's examples.
+      not divided. A batch in which every weight is 0 makes no update, and the metric `skipped` is 1. A scalar is taken for a mean over the batch's
+      examples. Of one that is another mean, as with `ignore_index=` or class weights, or a sum, microbatches have another gradient, in silence.
     - `microbatches=n` cuts the batch into n pieces, rows `rows * i // n` to `rows * (i + 1) // n`, computed one after the other: n times less
-      memory for activations. The gradient is that of the whole batch, where the loss is a sum over examples and the module treats examples
-      apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are added in a balanced
+      memory for activations. The gradient is that of the whole batch, where the loss is a fold or a mean over examples and the module treats
+      examples apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are added in a balanced
       tree over the pieces. A parameter or another buffer that the forward changes is refused (ValueError).
     - `examples` says how many examples a batch has, where its arrays and lists differ in length: a key or path of it (`"x"`, `"inputs/ids"`,
       `"0"`), a number, or a function `batch -> int`. Plain metrics are weighed by it, and microbatches cut what has this length. Several keys,
