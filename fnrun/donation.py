@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import operator
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -85,11 +86,14 @@ class Donatable:
     def donate(self) -> Self:
         """This state, to be written over: `fit(state.donate(), data)` spares the copy that a loop with `donate=True` begins with.
 
-        What is returned is for the next call of a loop and holds the same tensors; this object is dead at once.
+        What is returned is for the next call of a loop and holds the same tensors; this object is dead at once. What somebody else holds too,
+        another state with the same parameters, is not written over.
         """
-        given = type(self)(**contents(self))
-        object.__setattr__(given, "_owner", Owner.of(given))
+        kept = contents(self)
         _end(self, "this state was given away by state.donate()")
+        given = type(self)(**kept)
+        del kept  # which holds all of it too
+        object.__setattr__(given, "_owner", Owner.of(given))
         return given
 
 
@@ -190,10 +194,10 @@ class Owner:
 
     @classmethod
     def of(cls, state: Any) -> Owner:
-        """The owner of a state that is given away: of all its tensors, but for those of which two are in the same memory."""
+        """The owner of a state that is given away: of all its tensors, but for those that others hold or of which two are in the same memory."""
         owner = cls()
         times = Counter(map(storage, tensors_of(contents(state))))
-        owner._given, owner._copied = [t for t in tensors_of([state.params, state.opt_state]) if times[storage(t)] == 1], True
+        owner._given, owner._copied = [t for t in _held_here([state.params, state.opt_state]) if times[storage(t)] == 1], True
         owner.accept(state)
         owner.enlist(state)
         return owner
@@ -276,6 +280,21 @@ class Owner:
             tensors, self._copied = [t if id(t) in owned else t.clone() for t in tensors], True
         self._given += tensors
         return tensors
+
+
+def _held_here(parts: list[Any]) -> Iterator[Tensor]:
+    """The tensors that nothing holds but these parts, which their own containers hold."""
+    for part in parts:
+        if sys.getrefcount(part) > 4:  # held by its container, by the list, by the loop and by the question
+            continue
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, dict):
+            yield from _held_here(list(part.values()))
+        elif isinstance(part, (tuple, list)):
+            yield from _held_here(list(part))
+        elif dataclasses.is_dataclass(part):
+            yield from _held_here([getattr(part, name) for name in fields(type(part))])
 
 
 @functools.cache

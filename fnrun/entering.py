@@ -101,6 +101,17 @@ def cut(tensors: Any) -> str | None:
     return next((path for path, leaf in pairs if isinstance(leaf, torch.Tensor) and _CUT in leaf.__dict__), None)
 
 
+def differentiates() -> bool:
+    """Whether a transform of torch.func differentiates what is computed here, forward or backward, or a forward gradient is computed."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    gradients = {functorch.TransformType.Grad, functorch.TransformType.Jvp}
+    return any(interpreter.key() in gradients for interpreter in functorch.get_interpreter_stack())
+
+
 def asks(value: Any, how: Callable[[Any], Any] = _requires_grad) -> bool:
     """Whether a gradient is asked for through what a step is given: a tensor in it requires grad, or whatever else `how` says of a tensor."""
     kind = type(value)

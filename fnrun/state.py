@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from fnrun.donation import Donatable, contents
 from fnrun.entering import BARE, Entered, entering
 from fnrun.placing import check_device, moved, write
-from fnrun.rng import Key
+from fnrun.rng import Key, ambient_lock
 from fnrun.tree import struct
 from fnrun.words import kind, uncalled
 
@@ -164,6 +164,11 @@ class TrainState(Donatable, metaclass=Entered):
         check_model("TrainState.create", model)
         if optimizer is not None:
             check_optimizer("TrainState.create", optimizer, needs=("init",))
+        with ambient_lock:  # not while another thread has the tensors of a step in the module
+            return cls._of(model, optimizer, seed, fields)
+
+    @classmethod
+    def _of(cls, model: nn.Module, optimizer: Optimizes | None, seed: int, fields: dict[str, Any]) -> Self:
         named = dict(model.named_parameters())
         for name, tensor in [*named.items(), *model.named_buffers()]:
             if is_lazy(tensor):

@@ -147,6 +147,26 @@ def test_a_state_that_is_given_away_is_dead_at_once() -> None:
         _ = given.params
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda a: a.replace(rng=Key(7)),
+        lambda a: tree.map(lambda leaf: leaf, a),
+        lambda a: dataclasses.replace(a, params=dict(a.params)),
+        lambda a: a.params,
+        lambda a: [a.params["0.weight"], a.opt_state.slots],
+    ],
+)
+def test_what_others_hold_is_not_given_away(kept: Any) -> None:
+    step, _, state = made(optim.adamw(1e-2))
+    start, _ = fnrun.epoch_loop(step)(state, BATCHES)
+    other = kept(start)
+    bits = snapshot(other)
+    expected = fnrun.epoch_loop(step)(snapshot(start), BATCHES)
+    assert_same(fnrun.epoch_loop(step, donate=True)(start.donate(), BATCHES), expected, "given away, the program ends differently")
+    assert_same(other, bits, "what somebody else held was written over")
+
+
 def test_what_shares_memory_is_not_given_away() -> None:
     step, _, state = made(optim.adamw(1e-2))
     shared = state.replace(memory={"mine": {"view": state.params["0.weight"][0]}})

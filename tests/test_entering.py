@@ -175,6 +175,20 @@ class TestGradientsThroughAStep:
         assert step(state.replace(params=tree.map(torch.detach, put)), X)[0].step == 1
         assert step(state.replace(params=dict(module.named_parameters())), X)[0].step == 1, "a module's own are as everybody has them"
 
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch by torch
+    def test_by_transforms_of_functions_and_forward(self):
+        module = model()
+        step, state = make_train_step(module, loss, OPTIMIZER), TrainState.create(module, OPTIMIZER)
+        evaluate = fnrun.make_eval_step(module, loss)
+        predict = fnrun.make_predict_step(module, lambda model, x: model(x).sum())
+        for call in (lambda x: step(state, x)[1]["loss"], lambda x: evaluate(state, x)["loss"], lambda x: predict(state, x)):
+            with pytest.raises(ValueError, match=r"within torch\.func\.grad, torch\.func\.jvp or forward differentiation"):
+                torch.func.grad(call)(X)
+            with pytest.raises(ValueError, match="within"):
+                torch.func.jvp(call, (X,), (X,))
+            with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="within"):
+                call(torch.autograd.forward_ad.make_dual(X, X))
+
     def test_a_loss_may_differentiate_by_its_inputs(self):
         def penalty(model, x):
             x = x.detach().requires_grad_()

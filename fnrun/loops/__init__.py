@@ -56,8 +56,7 @@ def step_loop(
     """`step` over so many batches, going over into the stream's next pass; not beyond `state.step == until_step`.
 
     `donate` as in `epoch_loop`. With `fused_steps=k` a step of `make_train_step(..., compile=True)` does k steps in one compiled call: hooks,
-    observers and interrupts act between the calls. Their randomness is keyed by the first of the k, so with dropout the bits are not those of
-    single steps. Raises TypeError for another step, ValueError for a hook or an observer that would act in between.
+    observers and interrupts act between the calls. What each step draws is what it draws by itself. Raises TypeError for another step, ValueError for a hook or an observer that would act in between.
     """
     loop = StepLoop(
         step=step,

@@ -12,12 +12,13 @@ import torch
 from fnrun import entering
 from fnrun.donation import Owner, contents, fields, writable
 from fnrun.inplace import Guard
+from fnrun.metrics.basic import Mean
 from fnrun.optim import hyperparams
 from fnrun.state import carried, check_state, made
 from fnrun.steps.capture import Captured
 from fnrun.steps.draws import Draws, TracedKey, Uncapturable
 from fnrun.steps.given import check_unasked
-from fnrun.steps.gradients import Gradients, Loss
+from fnrun.steps.gradients import Loss
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.train import IN_TURN, TrainStep, composed, each, together
@@ -47,8 +48,9 @@ class Compiled:
         counts = [step.examples(batch) for batch in batches] if len(batches) > 1 else []
         graphs.rehearse(state, batches[0])
         if graphs.reason is None and (result := graphs(state, batches, counts, owner)) is not None:
-            if "skipped" in result[1] and isinstance(step.gradients, Gradients):
-                step.gradients.tell(result[1])
+            loss = result[1].get("loss")
+            if isinstance(loss, Mean) and isinstance(step.loss, Loss) and loss.weight.is_cpu and not loss.weight:
+                return result[0], {**step.loss.of_nothing(), "skipped": result[1]["skipped"]}
             return result
         failed_now = not graphs.told
         graphs.told = True

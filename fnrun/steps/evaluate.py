@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fnrun.entering import differentiates
 from fnrun.rows import said
 from fnrun.state import check_model, is_state, no_state, weights_of
 from fnrun.steps.given import autocast as autocast_of, check_function, loss_and_metrics, reported
@@ -83,6 +84,11 @@ def _evaluation(
     def run(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         if not is_state(state) or not hasattr(state, "rng"):
             raise no_state(name, state, batch, "batch")
+        if differentiates():
+            raise ValueError(
+                f"{name} is computed without gradients, and one within torch.func.grad, torch.func.jvp or forward differentiation would be 0: "
+                "differentiate fnrun.call(model, params, buffers, ...), or step.loss of a training step"
+            )
         frames = state.position.frames
         params, buffers = weights_of(state, weights)
         place = frames[-1].ticks if frames else 0

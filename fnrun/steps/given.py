@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fnrun import entering, tree
-from fnrun.entering import asks
+from fnrun.entering import asks, differentiates
 from fnrun.steps.kinds import Metrics
 from fnrun.words import a, bindable, kind, uncalled
 
@@ -37,6 +37,8 @@ def check_unasked(who: str, state: Any, batch: Any) -> None:
 
     A leaf of the batch may require grad: for a penalty on the gradient to it.
     """
+    if differentiates():
+        raise _asked(who, "within torch.func.grad, torch.func.jvp or forward differentiation: what it is given")
     if asks(batch, _grad_fn):
         raise _asked(who, f"a tensor of the batch, {_which(batch)},")
     if entering.any_cut and (path := entering.cut({"params": state.params, "buffers": state.buffers})) is not None:
@@ -117,7 +119,10 @@ def check_scalar(loss: Any) -> None:
         hint = "take its mean or sum" if isinstance(loss, torch.Tensor) else "loss_fn returns it, or (loss, metrics), as it was computed"
         raise ValueError(f"a loss is a scalar tensor, this one is {what}: {hint}")
     if not loss.requires_grad:
-        raise ValueError("the loss depends on no trained parameter: was it detached, or made under torch.no_grad() or inference_mode()?")
+        raise ValueError(
+            "the loss depends on no trained parameter: was it detached, or made under torch.no_grad() or inference_mode()? The folds of "
+            "fnrun.metrics are, but for metrics.mean and metrics.sum"
+        )
 
 
 def check_dense(who: str, grads: Mapping[str, Any]) -> None:

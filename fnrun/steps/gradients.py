@@ -91,6 +91,7 @@ class Loss:
 
     def __init__(self, shell: Shell, loss_fn: Callable[..., Any], autocast: functools.partial[Any] | None, within: Surroundings) -> None:
         self.shell, self.loss_fn, self.autocast, self.within = shell, loss_fn, autocast, within
+        self._told = False
 
     def __call__(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, *, key: Any = None) -> Any:
         shell = self.shell
@@ -104,6 +105,13 @@ class Loss:
                 [tensors, dict(buffers), batch],
             )
         return loss, ({**buffers, **written}, reported(metrics, reports))
+
+    def of_nothing(self) -> Metrics:
+        """The metrics of a batch in which every weight is 0: no loss, which would be a NaN. That there is one is said once."""
+        if not self._told:
+            self._told = True
+            logger.warning("%s: a batch in which every weight of the loss is 0 makes no update (said once)", self.shell.whose)
+        return {"skipped": 1.0}
 
     def forward(self, batch: Any) -> tuple[Any, Metrics]:
         """Within `shell.run`: the loss and its metrics."""
@@ -136,7 +144,6 @@ class Gradients:
         places = {name: i for i, name in enumerate(shell.params)}
         self._trained = [places[name] for name in shell.trained]
         self._all = len(shell.trained) == len(shell.params)
-        self._told = False
 
     def __call__(self, state: Any, batch: Any) -> tuple[dict[str, Any], dict[str, Tensor], Metrics]:
         check_state(self.name, state, batch, "batch")
@@ -200,23 +207,13 @@ class Gradients:
         return joined.part(grads, loss, n, buffers, moved, metrics)
 
     def _unless_weightless(self, weight: Tensor, grads: list[Any], metrics: Metrics) -> tuple[list[Any], Metrics]:
-        """Of a batch whose whole weight is 0 there are no gradients, so no update. Whether it is waits for a device, but in a graph."""
+        """Of a batch whose whole weight is 0 there are no gradients, so no update, nor metrics. Whether it is waits for a device, but in a graph."""
         skipped = read(weight == 0)
-        if isinstance(skipped, Tensor) and eager():
-            skipped = bool(skipped)
-        metrics = {**metrics, "skipped": skipped.double() if isinstance(skipped, Tensor) else float(skipped)}
-        if isinstance(skipped, Tensor):  # who puts the parts together selects by it
-            return grads, metrics
-        self.tell(metrics)
-        return [None] * len(grads) if skipped else grads, metrics
-
-    def tell(self, metrics: Metrics) -> None:
-        """Say once that a batch made no update, where the host knows it."""
-        skipped = metrics.get("skipped")
-        skipped = getattr(skipped, "total", skipped)
-        if not self._told and skipped is not None and not getattr(skipped, "is_cuda", False) and float(skipped):
-            self._told = True
-            logger.warning("%s: a batch in which every weight of the loss is 0 makes no update (said once)", self.name)
+        if isinstance(skipped, Tensor) and not eager():  # who puts the parts together selects by it
+            return grads, {**metrics, "skipped": skipped.double()}
+        if not skipped:
+            return grads, {**metrics, "skipped": 0.0}
+        return [None] * len(grads), self.loss.of_nothing()
 
     def _of(self, state: Any, batch: Any, n: int | None = None, moved: set[str] | None = None) -> tuple[list[Any], Weighed, Any, Metrics]:
         """The gradients of the mean of a batch, or of a piece of `n` examples, what it weighs, the buffers (of which `moved` were written to), the metrics."""

@@ -49,7 +49,7 @@ def make_train_step(
     - Submodules run in the train/eval modes that they have now. Buffers (batch statistics) come back in the new state.
     - A parameter with `requires_grad=False` is not trained; one that the loss does not reach is left alone, as in torch.
     - The loss may be a fold: `metrics.mean(values, weight)`, as a mean over the tokens that are no padding, or `metrics.sum(values)`, which is
-      not divided. A batch in which every weight is 0 makes no update, and the metric `skipped` is 1. A scalar is taken for a mean over the batch's
+      not divided. A batch in which every weight is 0 makes no update, and its only metric is `skipped`, 1. A scalar is taken for a mean over the batch's
       examples. Of one that is another mean, as with `ignore_index=` or class weights, or a sum, microbatches have another gradient, in silence.
     - `microbatches=n` cuts the batch into n pieces, rows `rows * i // n` to `rows * (i + 1) // n`, computed one after the other: n times less
       memory for activations. The gradient is that of the whole batch, where the loss is a fold or a mean over examples and the module treats
@@ -70,8 +70,9 @@ def make_train_step(
       same bits from run to run. What depends on a tensor's value in Python cannot be captured: then it runs as without, with a warning.
     - `host_random` seeds Python's and NumPy's generators too (100 us a step), for a model that draws from them.
 
-    - What comes out is detached, and a gradient through a step is refused (ValueError): a batch, a state or a hyperparameter that requires
-      grad, but under `torch.no_grad()`. `step.loss` and `optimizer.update` are differentiable.
+    - What comes out is detached, and a gradient through a step is refused (ValueError), but under `torch.no_grad()`: a batch that was computed
+      of what requires grad, leaves that were put into the state, a hyperparameter that requires grad, transforms of torch.func that
+      differentiate. A leaf of the batch may require grad, for a penalty within the loss. `step.loss` and `optimizer.update` are differentiable.
 
     Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model, a batch of which
     is not clear how it is cut.

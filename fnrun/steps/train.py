@@ -185,10 +185,14 @@ def together(metrics: list[Metrics], batches: list[Any], examples: list[int | No
     totals: dict[str, Any] = {}
     for values, batch, known in zip(metrics, batches, examples, strict=True):
         n = weight(known, batch, values)
+        skipped = values.get("skipped")
+        done = True if skipped is None else torch.as_tensor(skipped) == 0
         for name, value in values.items():
-            if not hasattr(value, "merge"):  # a mean over examples, each element on its own
+            if not hasattr(value, "merge"):  # a mean over examples, each element on its own; of an update that was not made there is none
                 plain = wide(torch.as_tensor(value))
                 value = folds.Mean(plain * n, torch.full_like(plain, n))
+                if done is not True and name != "skipped":
+                    value = folds.Mean(torch.where(done, value.total, 0), torch.where(done, value.weight, 0))
             totals[name] = totals[name].merge(value) if name in totals else value
     return totals
 

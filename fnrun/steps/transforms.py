@@ -49,5 +49,5 @@ def _finite(step: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batch: 
     loss = loss if isinstance(loss, torch.Tensor) or not hasattr(loss, "compute") else loss.compute()
     tensors = [t for t in (torch.as_tensor(loss), *new.params.values()) if t.is_floating_point() or t.is_complex()]
     if all(bool(torch.isfinite(t).all()) for t in tensors):
-        return new, {"skipped": 0.0, **metrics}
+        return new, {**metrics, "skipped": metrics.get("skipped", 0.0)}
     return state.replace(step=new.step), {"skipped": 1.0}
