@@ -54,7 +54,7 @@ def ours(make: Callable[[], optim.Optimizer], n: int, side: int, donated: bool) 
     def overwriting() -> None:
         nonlocal params, state
         before = TrainState(params, {}, state, Key(0))
-        params, state = owner.update("an update", before, lambda: optimizer.update(grads, state, params))
+        params, state = owner.update((0, "an update"), before, lambda: optimizer.update(grads, state, params))
         owner.accept(TrainState(params, {}, state, Key(0)))
 
     return overwriting if donated else update

@@ -59,7 +59,7 @@ class Donatable:
 
     __slots__ = ("__weakref__", "_owner", "_why_dead")
 
-    _why_dead: str
+    _why_dead: str | tuple[int, str]
     _owner: Owner
 
     def __new__(cls, *args: Any, **options: Any) -> Self:  # and not `__post_init__`, which a subclass may have for itself
@@ -140,13 +140,14 @@ def contents(state: Any) -> dict[str, Any]:
 def why_dead(state: Any) -> str | None:
     """What became of a dead state, None for one that is alive (or was never donatable)."""
     try:
-        return object.__getattribute__(state, "_why_dead")
+        why = object.__getattribute__(state, "_why_dead")
     except AttributeError:
         return None
+    return why if isinstance(why, str) else "this state was donated: step {} ({}) wrote the next one over it".format(*why)
 
 
-def _end(state: Any, why: str) -> None:
-    """Take a state's fields away: touching one says why."""
+def _end(state: Any, why: str | tuple[int, str]) -> None:
+    """Take a state's fields away: touching one says why, or which step it was, by number and name."""
     delete = object.__delattr__
     for name in fields(type(state)):
         try:  # noqa: SIM105 -- at a third of the time
@@ -228,7 +229,10 @@ class Owner:
         """`value` with copies of the tensors in it that lie in this owner's memory, one of each: for who keeps it."""
         if isinstance(value, Tensor):
             return value.clone() if storage(value) in self._memory else value
-        if self._memory.isdisjoint(map(storage, tensors_of(value))):
+        if type(value) is dict and _PLAIN.issuperset(map(type, value.values())):  # what metrics and buffers are: no look at a tree
+            if self._memory.isdisjoint(map(storage, value.values())):
+                return value
+        elif self._memory.isdisjoint(map(storage, tensors_of(value))):
             return value
         made: dict[int, Tensor] = {}
 
@@ -239,14 +243,17 @@ class Owner:
 
         return tree.map(own, value)
 
-    def update(self, by: str, state: Any, kernels: Callable[[], T]) -> T:
-        """`kernels()`, which are handed this owner. Where they may write over `state`, whoever carries its tensors is dead before they begin."""
+    def update(self, by: tuple[int, str], state: Any, kernels: Callable[[], T]) -> T:
+        """`kernels()`, which are handed this owner. Where they may write over `state`, whoever carries its tensors is dead before they begin.
+
+        `by` are the number of the step and its name.
+        """
         self._owning, self._copied, self._given = self._owns(state), False, []
         if self._owning:
             states, self._states = self._states, []
             for ref in states:
-                if (each := ref()) is not None and why_dead(each) is None and self._carries(each):
-                    _end(each, f"this state was donated: {by} wrote the next one over it")
+                if (each := ref()) is not None and self._carries(each):
+                    _end(each, by)
         else:
             self._tensors, self._memory, self._states = {}, frozenset(), []
         token = _writes.set(self)
@@ -262,13 +269,19 @@ class Owner:
         """
         if state.params is not self._params or state.opt_state is not self._opt_state:
             return False
-        pairs = itertools.zip_longest(_rest(type(state))(state), self._apart)
+        rest = _rest(type(state))(state)
+        if all(map(operator.is_, rest, self._apart)):
+            return True
+        pairs = itertools.zip_longest(rest, self._apart)
         changed = [now for now, before in pairs if now is not before and not isinstance(now, (int, str))]
         return not changed or self._memory.isdisjoint(map(storage, tensors_of(changed)))
 
     def _carries(self, state: Any) -> bool:
-        if state.params is self._params or state.opt_state is self._opt_state:
-            return True
+        try:
+            if state.params is self._params or state.opt_state is self._opt_state:
+                return True
+        except DonatedStateError:  # dead already
+            return False
         return not self._memory.isdisjoint(map(storage, tensors_of([state.params, state.opt_state])))
 
     def writable(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -301,6 +314,9 @@ def _held_here(parts: list[Any]) -> Iterator[Tensor]:
 def _rest(cls: Any) -> Callable[[Any], tuple[Any, ...]]:
     """What gets the fields of a state that are not written over."""
     return operator.attrgetter(*(name for name in fields(cls) if name not in DONATED and name != "position"))
+
+
+_PLAIN = frozenset({Tensor})
 
 
 #: Of the programs at work here: several where a hook runs one.

@@ -103,7 +103,7 @@ class _Graphs:
             ((params, memory), (buffers, frozen)), metrics = call()
             self._guard.check(marks, self._culprit)
         else:
-            by = f"step {count + len(batches) - 1} ({self.name})"
+            by = count + len(batches) - 1, self.name
             ((params, memory), (buffers, frozen)), metrics = owner.update(by, state, lambda: call.owning(writable)())
         params = params if whole else {**every["params"], **frozen, **params}
         every.update(params=params, buffers=buffers, opt_state=memory, step=count + len(batches))

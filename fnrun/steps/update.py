@@ -59,8 +59,7 @@ class Update:
                 if marks:
                     self._guard.check(marks, self.culprit)
             else:
-                by = f"step {kept['step']} ({self.name})"
-                params, memory = owner.update(by, state, lambda: self._optimize(kept, grads, memory, params))
+                params, memory = owner.update((kept["step"], self.name), state, lambda: self._optimize(kept, grads, memory, params))
         if torch.is_grad_enabled():
             check_cut(self.name, params)
         self._made = _mark(memory)

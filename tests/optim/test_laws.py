@@ -259,7 +259,7 @@ def test_donation_changes_only_memory(name: str) -> None:
         pointers = {n: p.data_ptr() for n, p in now.params.items()}
         grads, memory, params = cases.grads(now.params, step), now.opt_state, now.params
         after, memory = owner.update(
-            "a step", now, lambda grads=grads, memory=memory, params=params: optimizer.update(grads, memory, params)
+            (step, "a step"), now, lambda grads=grads, memory=memory, params=params: optimizer.update(grads, memory, params)
         )
         now = TrainState(after, {}, memory, Key(0))
         owner.accept(now)
