@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -283,6 +285,206 @@ def test_a_part_that_would_write_twice_to_what_is_not_its_buffer_is_refused(what
     with pytest.raises(ValueError, match=rf"the forward of 'blocks.1' writes to '{name}'.*leave it out"):
         step(state, X)
     assert tree.fingerprint(state) == before
+
+
+# --- what a part reads and writes besides its own ---------------------------------------------------------------------------
+
+
+class Plain:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class Data:
+    """As torch_geometric's: what looks like attributes is in a dictionary of an object that it holds."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.__dict__["store"] = Plain(x)
+        self.store.x = {"pair": (x, 1)}
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["store"].x["pair"][0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__["store"].x["pair"] = value, 2
+
+
+class Net(nn.Module):
+    """`blocks` of one class, whose forward is `fn(block, x)`, with a module around them; `between` acts before each."""
+
+    def __init__(self, fn: Any, wrap: Any, between: Any) -> None:
+        super().__init__()
+        self.stem, self.scale = nn.Linear(8, 8), None
+        self.blocks = nn.ModuleList(Reading(fn, self) for _ in range(3))
+        self.wrap, self.between = wrap, between
+        self.register_buffer("buffer", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        held = self.wrap(self.stem(x))
+        for i, block in enumerate(self.blocks):
+            self.between(self, i)
+            held = block(held)
+        return held if isinstance(held, torch.Tensor) else held.x
+
+
+class Reading(nn.Module):
+    def __init__(self, fn: Any, top: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.fn, self.around = nn.Linear(8, 8), fn, weakref.ref(top)
+
+    def forward(self, held: Any) -> Any:
+        return self.fn(self, held)
+
+
+def replacing(block: Any, held: Any) -> Any:
+    held.x = held.x + block.layer(held.x).tanh()
+    return held
+
+
+def overwriting(block: Any, held: Any) -> Any:
+    held.x.relu_()
+    return replacing(block, held)
+
+
+def nothing(top: Any, i: int) -> None: ...
+
+
+def rescaled(top: Any, i: int) -> None:
+    top.scale = torch.tensor(0.5 * (i + 1))
+
+
+def rebound(top: Any, i: int) -> None:
+    top.buffer = top.buffer * 1.1
+
+
+def by(read: Callable[[Any], Any]) -> Any:
+    return lambda block, x: x + block.layer(x).tanh() * read(block.around())
+
+
+@pytest.mark.parametrize("wrap", [Plain, Slotted, Data, lambda x: types.SimpleNamespace(x=x)])
+@pytest.mark.parametrize("fn", [replacing, overwriting])
+def test_objects_that_a_part_is_given_and_changes_are_what_they_were(wrap: Any, fn: Any) -> None:
+    ends = [end(lambda: Net(fn, wrap, nothing), mean_square, which) for which in (None, "blocks")]
+    assert_same(*ends, "checkpointing changes the step")
+
+
+@pytest.mark.parametrize(
+    ("fn", "between"),
+    [
+        (by(lambda top: top.scale), rescaled),
+        (by(lambda top: top.buffer), rebound),
+        (lambda block, x: Reversed.apply(block.layer(x).tanh(), block.around().scale), rescaled),
+    ],
+)
+def test_a_part_reads_from_the_modules_around_it_what_they_held(fn: Any, between: Any) -> None:
+    ends = [end(lambda: Net(fn, lambda x: x, between), mean_square, which) for which in (None, "blocks")]
+    assert_same(*ends, "checkpointing changes the step")
+
+
+class Reversed(torch.autograd.Function):
+    """Its scale changes the gradient and no value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(scale)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return -grad * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("fn", [lambda x, s: x * s, Reversed.apply, lambda x, s: x.roll(1) if s > 1.2 else x.exp()])
+def test_a_part_that_reads_what_nobody_can_put_back_is_refused(fn: Any) -> None:
+    elsewhere: list[torch.Tensor] = []
+    model = Net(
+        lambda block, x: fn(block.layer(x).tanh(), elsewhere[-1]), lambda x: x, lambda top, i: elsewhere.append(torch.tensor(0.5 + i))
+    )
+    step = fnrun.make_train_step(model, mean_square, optim.sgd(0.1), checkpoint_activations="blocks")
+    with pytest.raises(
+        ValueError, match=r"the second computation of 'blocks\.\d' does not find what the first one found.*checkpoint_activations="
+    ):
+        step(fnrun.TrainState.create(model, optim.sgd(0.1)), X)
+
+
+class Adding(nn.Module):
+    """What comes after a part writes to the part's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(8, 8), nn.ModuleList(nn.Sequential(nn.Sigmoid(), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x += block(x)
+        return x
+
+
+def heads(head: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(nn.Sequential(head(), nn.Linear(8, 8)) for _ in range(3))))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [heads(lambda: nn.ReLU(inplace=True)), heads(lambda: nn.Dropout(0.3, inplace=True)), heads(lambda: nn.ELU(inplace=True)), Adding],
+)
+@pytest.mark.parametrize("options", [{}, {"microbatches": 2}, {"precision": "bf16"}])
+def test_inputs_that_are_written_to_in_place_are_copied(make: Any, options: dict[str, Any]) -> None:
+    ends = [end(make, mean_square, which, **options) for which in (None, "blocks")]
+    assert_same(*ends, "checkpointing changes the step")
+
+
+def test_a_part_that_begins_to_write_to_its_input_is_refused() -> None:
+    calls = iter(range(1000))
+    model = Net(lambda block, x: block.layer(x.relu_() if next(calls) > 60 else x.relu()), lambda x: x, nothing)
+    step = fnrun.make_train_step(model, mean_square, optim.sgd(0.1), checkpoint_activations="blocks")
+    state = fnrun.TrainState.create(model, optim.sgd(0.1))
+    while next(calls) < 60:
+        state, _ = step(state, X)
+    with pytest.raises(ValueError, match=r"an input of 'blocks\.\d' was written to in place.*checkpoint_activations="):
+        step(state, X)
+
+
+def test_what_a_part_is_given_is_freed_after_the_step_without_the_collector() -> None:
+    held: list[weakref.ref[Any]] = []
+
+    def kept(x: torch.Tensor) -> Plain:
+        held.append(weakref.ref(data := Plain(x)))
+        return data
+
+    model = Net(replacing, kept, nothing)
+    step = fnrun.make_train_step(model, mean_square, optim.sgd(0.1), checkpoint_activations="blocks")
+    state = fnrun.TrainState.create(model, optim.sgd(0.1))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            state, _ = step(state, X)
+        assert held[-1]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_backward_through_a_part_after_the_step_is_refused() -> None:
+    kept: list[torch.Tensor] = []
+
+    def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        kept.append(model(x).sum())
+        return mean_square(model, x)
+
+    model = twice(Block)
+    step = fnrun.make_train_step(model, loss_fn, optim.sgd(0.1), checkpoint_activations="blocks")
+    step(fnrun.TrainState.create(model, optim.sgd(0.1)), X)
+    with pytest.raises(RuntimeError, match="a backward through '1' after the step is over"):
+        kept[-1].backward()
 
 
 # --- which parts --------------------------------------------------------------------------------------------------------

@@ -257,7 +257,8 @@ class Gradients:
                 check_dense(self.name, dict(zip(shell.trained, grads, strict=True)))
             return grads, weighed, {"loss": loss, **metrics}
 
-        (grads, weighed, metrics), buffers, written = shell.run(forward_and_backward, tensors, state.buffers, train=True, moved=moved)
+        run = forward_and_backward if self.recomputed is None else functools.partial(self.recomputed.over, forward_and_backward)
+        (grads, weighed, metrics), buffers, written = shell.run(run, tensors, state.buffers, train=True, moved=moved)
         if scale is not None:
             grads = unscaled(grads, scale)
         if written:

@@ -1,24 +1,28 @@
 """Activation checkpointing: parts of a model whose activations are not kept for the backward, but computed once more in it.
 
 The parts' `forward` is another one for the length of a forward, so any model works unchanged. Inputs are kept, and what the part's modules hold
-as it begins; the second computation is given all of it again, and leaves nothing behind: buffers, attributes, reports and generators are
-afterwards as the first one left them. So the gradient is that of the step without checkpointing, bit for bit.
+as it begins, those around it, and the objects that it is given; the second computation is given all of it again, and leaves nothing behind:
+buffers, attributes, reports and generators are afterwards as the first one left them. So the gradient is that of the step without checkpointing,
+bit for bit. What a part reads elsewhere may be another thing by then: in the first forwards what the second computation saves for the backward
+is compared with what the first one saved, and a difference is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
+import itertools
 import random
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import optree
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from fnrun.reports import collect
 from fnrun.steps.shell import Shell
@@ -108,16 +112,42 @@ class Recomputed:
 
     def __init__(self, name: str, shell: Shell, which: Any, host: bool) -> None:
         self.parts = [_Part(name, path, module, shell, host) for path, module in chosen(name, shell.model, which)]
+        self._calls: list[_Call] = []
+        self._copies: dict[int, tuple[Any, Any, Tensor]] = {}
 
     def run(self, fn: Callable[[Any], Any], batch: Any, buffers: Mapping[str, Tensor]) -> Any:
         """`fn(batch)`, a forward within `shell.run` that began with these buffers."""
         own = [part.module.__dict__.get("forward") for part in self.parts]
         try:
             for part in self.parts:
-                part.enter(buffers)
+                part.enter(buffers, self._calls, self._copies)
             return fn(batch)
         finally:
             self._leave(own)
+
+    def over(self, fn: Callable[[], Any]) -> Any:
+        """`fn()`, a forward and its backward: afterwards nothing of them is kept, and errors of torch's about second computations name the part."""
+        try:
+            return fn()
+        except CheckpointError as error:
+            latest = next((call for call in self._calls if call.latest), None)
+            if latest is None:  # of a checkpoint of the model's own
+                raise
+            raise ValueError(latest.part.differs()) from error
+        except RuntimeError as error:
+            moved = next((call for call in self._calls if call.moved() - call.copied), None)
+            if moved is None:
+                raise
+            raise ValueError(moved.part.writes()) from error
+        finally:
+            self._forget()
+
+    @undisturbed
+    def _forget(self) -> None:
+        for call in self._calls:  # an object that a part is given may hold the graph that holds the call
+            call.clear()
+        self._calls.clear()
+        self._copies.clear()
 
     @undisturbed
     def _leave(self, own: list[Any]) -> None:
@@ -130,40 +160,58 @@ class Recomputed:
 class _Part:
     """A module whose forward is checkpointed while it is entered."""
 
+    #: In so many forwards with the part its second computation is compared with the first.
+    LOOKS = 3
+
     def __init__(self, name: str, path: str, module: nn.Module, shell: Shell, host: bool) -> None:
         self.name, self.path, self.module, self.shell, self.host = name, path, module, shell, host
-        self.modules = list(module.modules())
-        self.slots, self.elsewhere = shell.slots_of(self.modules)
+        modules = dict(shell.model.named_modules())
+        parents = ["", *itertools.accumulate(path.split(".")[:-1], lambda a, b: f"{a}.{b}")]
+        own = list(module.modules())
+        self.modules = [*own, *(modules[parent] for parent in parents)]  # and those around it, which it may read
+        self.slots, self.elsewhere = shell.slots_of(own)
+        #: Which of its inputs are written to, by it or by what comes after: it keeps copies of them.
+        self.written: set[int] = set()
+        self.looks, self._used = self.LOOKS, False
 
     def others(self) -> list[Tensor]:
         """What the shell holds besides the part's buffers."""
         return [container[key] for container, key, _ in self.elsewhere]
 
-    def enter(self, buffers: Mapping[str, Tensor]) -> None:
+    def enter(self, buffers: Mapping[str, Tensor], calls: list[_Call], copies: dict[Any, Any]) -> None:
+        if self._used and self.looks:
+            self.looks -= 1
+        self._used = False
         forward = self.module.forward
-        self.module.__dict__["forward"] = lambda *args, **kwargs: self._checkpointed(forward, args, kwargs, buffers)
+        self.module.__dict__["forward"] = lambda *args, **kwargs: self._checkpointed(forward, args, kwargs, buffers, calls, copies)
 
-    def _checkpointed(self, forward: Callable[..., Any], args: Any, kwargs: Any, buffers: Mapping[str, Tensor]) -> Any:
+    def _checkpointed(self, forward: Any, args: Any, kwargs: Any, buffers: Mapping[str, Tensor], calls: list[_Call], copies: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        inputs: Any = (args, kwargs)
-        leaves, spec = optree.tree_flatten(inputs)  # torch looks after the tensors that it is given, and not after those in lists
-        del inputs
-        before, values = Contents(self.modules), self._values(buffers)
-        host = _host() if self.host else None
+        self._used = True
+        call = _Call(self, args, kwargs, buffers, copies)
+        calls.append(call)
 
-        def compute(*leaves: Any) -> Any:
-            nonlocal args
+        def compute(*given: Tensor) -> Any:
+            nonlocal args, kwargs
             if args is not None:
-                given, args = args, None
-                return forward(*given, **kwargs)
-            given, named = optree.tree_unflatten(spec, leaves)
-            with _Again(self, before, values, host):
-                return forward(*given, **named)
+                first, named, args, kwargs = args, kwargs, None, None
+                with _looking(call.seen) if self.looks else contextlib.nullcontext():
+                    return forward(*first, **named)
+            for each in calls:
+                each.latest = each is call
+            with _Again(call, given) as (again, named):
+                return forward(*again, **named)
 
-        return checkpoint(compute, *leaves, use_reentrant=False)
+        given, call.given = call.given, []
+        result = checkpoint(compute, *given, use_reentrant=False)
+        moved = call.moved()
+        self.written |= moved
+        if moved - call.copied:
+            raise ValueError(self.writes())
+        return result
 
-    def _values(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def values(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of the part's buffers as it begins: those of the state, unless something has written to them in this forward."""
         held = {name: container[key] for container, key, name in self.slots}
         first = self.shell.first.watching  # which looks at what is read
@@ -171,39 +219,168 @@ class _Part:
             name: t.clone() if first or t._version or name not in buffers else buffers[name] for name, t in held.items() if t is not None
         }
 
+    def differs(self) -> str:
+        return (
+            f"{self.name}: the second computation of {self.path!r} does not find what the first one found, so its gradient would be another one: "
+            "something that its forward reads has changed meanwhile, and is neither an argument nor held by its modules or those around it (a global "
+            "or a closure's variable, a tensor that is written to in place, a generator). Pass it as an argument, as a new tensor each time, or leave the part out "
+            "of checkpoint_activations="
+        )
+
+    def writes(self) -> str:
+        return (
+            f"{self.name}: an input of {self.path!r} was written to in place, by its forward or later in the loss, which the first calls did not "
+            "do, so its activations cannot be computed again: write in every call, or leave it out of checkpoint_activations="
+        )
+
+
+class _Call:
+    """One call of a part: what it found. Tensors that it was given are with torch, which frees them and counts writes to them."""
+
+    def __init__(
+        self, part: _Part, args: Any, kwargs: Any, buffers: Mapping[str, Tensor], copies: dict[int, tuple[Any, Any, Tensor]]
+    ) -> None:
+        tensors: list[Tensor] = []
+        self.part, self.latest = part, False
+        self.seen: list[_Values] = []
+        self.inputs: Contents | None = Contents((args, tuple(kwargs.items())), tensors)
+        self.before: Contents | None = Contents(part.modules)
+        self.values, self.host = part.values(buffers), _host() if part.host else None
+        self._counts = [_Count(t) for t in tensors]
+        places = range(len(tensors)) if part.looks == part.LOOKS else part.written
+        self.copied = {i for i in places if i < len(tensors) and not _overlaps(tensors[i])}
+        self.given = [_copy(t, copies) if i in self.copied else t for i, t in enumerate(tensors)]
+
+    def moved(self) -> set[int]:
+        """Inputs that were written to since."""
+        return {i for i, count in enumerate(self._counts) if count.moved()}
+
+    def clear(self) -> None:
+        self.inputs = self.before = None
+        self.values = {}
+
+
+class _Count:
+    """How often a tensor has been written to, without its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._alias = tensor.detach()  # which counts with it,
+        self._before = versions([self._alias])
+        if self._before and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+            self._alias.data = tensor.new_empty(0)  # also when it holds something else
+
+    def moved(self) -> bool:
+        return versions([self._alias]) != self._before
+
+
+def _copy(tensor: Tensor, copies: dict[int, tuple[Any, Any, Tensor]]) -> Tensor:
+    """One for all parts that are given the tensor with this value."""
+    ref, count, copy = copies.get(id(tensor), (lambda: None, None, tensor))
+    if ref() is not tensor or count != versions([tensor]):
+        copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        copies[id(tensor)] = weakref.ref(tensor), versions([tensor]), copy
+    return copy
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether entries share memory (`expand`), as in no tensor that an operation writes to."""
+    return tensor.layout is torch.strided and 0 in tensor.stride()
+
 
 class _Again:
     """The second computation of a part: it finds what the first one found, and leaves nothing behind."""
 
-    def __init__(self, part: _Part, before: Contents, values: Mapping[str, Tensor], host: Any) -> None:
-        self.part, self.before, self.values, self.host = part, before, values, host
+    def __init__(self, call: _Call, given: Sequence[Tensor]) -> None:
+        self.call, self.given = call, given
 
     @undisturbed
-    def __enter__(self) -> None:
-        part = self.part
-        self._reports, self._now = collect(), Contents(part.modules)
+    def __enter__(self) -> tuple[Any, dict[str, Any]]:
+        call, part = self.call, self.call.part
+        if call.inputs is None or call.before is None:
+            raise RuntimeError(
+                f"{part.name}: a backward through {part.path!r} after the step is over, when its module has its own tensors back"
+            )
+        part.written |= call.moved()
+        given = [t.clone() if i in call.copied & part.written else t for i, t in enumerate(self.given)]
+        self._seen: list[_Values] = []
+        self._looking = _looking(self._seen) if call.seen else contextlib.nullcontext()
+        self._reports, self._now = collect(), (call.before.now(), call.inputs.now())
         self._counts = versions(part.others()) if part.shell.first.watching else None
-        self._host = None if self.host is None else _set_host(self.host)
+        self._host = None if call.host is None else _set_host(call.host)
         self._reports.__enter__()
-        self.before.put_back()
-        fresh = {name: value.clone() for name, value in self.values.items()}
+        call.before.put_back()
+        args, named = call.inputs.put_back(given)
+        fresh = {name: value.clone() for name, value in call.values.items()}
         for container, key, name in part.slots:
             if name in fresh:
                 container[key] = fresh[name]
+        self._looking.__enter__()
+        return args, dict(named)
 
     @undisturbed
     def __exit__(self, *exc: object) -> None:
-        self._now.put_back()
+        part = self.call.part
+        self._looking.__exit__(*exc)
+        for contents in self._now:
+            contents.put_back()
         self._reports.__exit__()
         if self._host is not None:
             _set_host(self._host)
-        if self._counts is not None and self._counts != (now := versions(self.part.others())):
-            pairs = zip(self.part.elsewhere, self._counts, now or (), strict=True)
+        if self._counts is not None and self._counts != (now := versions(part.others())):
+            pairs = zip(part.elsewhere, self._counts, now or (), strict=True)
             names = sorted({name for (_, _, name), a, b in pairs if a != b})
             raise ValueError(
-                f"{self.part.name}: the forward of {self.part.path!r} writes to {', '.join(map(repr, names))}, and where its activations are "
+                f"{part.name}: the forward of {part.path!r} writes to {', '.join(map(repr, names))}, and where its activations are "
                 "checkpointed it would do so twice: leave it out of checkpoint_activations="
             )
+        if any(
+            first != second for first, second in zip(self.call.seen, self._seen, strict=False)
+        ):  # it may stop when it has what is needed
+            raise ValueError(part.differs())
+
+
+class _Values:
+    """The values of a tensor that a backward needs, as two numbers: to compare those of two computations without keeping the first."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.sums = None
+        if (
+            type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.dtype is not torch.uint8
+        ):  # bytes: workspaces
+            self.sums = _sums(tensor)
+        exact = tensor.device.type == "cpu"  # other kernels may add in another order each time
+        self.tolerance = 1e-9 if exact else 0.05 if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else 1e-3
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Values) or self.sums is None or other.sums is None:
+            return True
+        (a, size), (b, _) = self.sums.tolist(), other.sums.tolist()
+        return abs(a - b) <= self.tolerance * size**0.5
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """A sum with weights that differ from entry to entry, and the sum of squares."""
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().reshape(-1)
+    dtype = torch.float32 if flat.device.type == "mps" else torch.float64
+    weights = (torch.arange(min(len(flat), 1 << 20), dtype=dtype, device=flat.device) * 0.7391 + 1).sin()
+    sums = flat.new_zeros(2, dtype=dtype)
+    for piece in flat.split(1 << 20):
+        values = piece.to(dtype).nan_to_num(1.25, 3.5, -2.5)
+        sums += torch.stack([values @ weights[: len(values)], values @ values])
+    return sums
+
+
+def _looking(seen: list[_Values]) -> Any:
+    """Within it `seen` fills with what is saved for the backward; what is done with that stays as it is."""
+    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def looked(tensor: Tensor) -> Any:
+        seen.append(_Values(tensor))
+        return pack(tensor)
+
+    return torch.autograd.graph.saved_tensors_hooks(looked, unpack)
 
 
 def _host() -> Any:

@@ -7,14 +7,14 @@ of the submodules before and after (`Attributes`). Later calls go unwatched.
 
 from __future__ import annotations
 
-import copy
 import gc
 import operator
 import random
 import warnings
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -458,25 +458,187 @@ class _Again:
 
 
 class Contents:
-    """What modules hold at one moment: attributes, parameters, buffers, modes; of lists and dictionaries among them what is in these too."""
+    """What objects hold at one moment, and what is held in that: attributes (of modules parameters, buffers and modes too), and entries of lists,
+    dictionaries and sets. Submodules are looked at where they are given.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._held = [(m.__dict__, dict(m.__dict__)) for m in modules]
-        self._within = [(v, copy.copy(v)) for _, held in self._held for v in held.values() if type(v) in (list, dict, deque, set)]
+    With a list of `tensors` those that objects hold are not kept alive but put there, each once; who puts back gives others in their places.
+    What modules hold is kept as it is.
+    """
+
+    def __init__(self, objects: Iterable[Any], tensors: list[Tensor] | None = None) -> None:
+        self._held: list[tuple[Any, Any]] = []  # dictionaries of attributes, and containers, with their entries
+        self._looked: set[int] = set()
+        own = self._of_modules = []
+        self.objects = tuple(objects)
+        for each in self.objects:
+            self._look(each, 0)
+        self._held += own
+        if tensors is not None:
+            places: dict[int, _Place] = {}
+
+            def place(tensor: Tensor) -> _Place:
+                if id(tensor) not in places:
+                    places[id(tensor)] = _Place(len(tensors))
+                    tensors.append(tensor)
+                return places[id(tensor)]
+
+            kept = {id(holder) for holder, _ in own}
+            self._held = [(holder, entries if id(holder) in kept else _mapped(entries, place)) for holder, entries in self._held]
+            self.objects = _mapped(self.objects, place)
+        del self._of_modules, self._looked
 
     @undisturbed
-    def put_back(self) -> None:
-        for value, content in self._within:
-            _refill(value, content)
-        for attributes, held in self._held:
-            attributes.update(held)
-            for key in attributes.keys() - held.keys():
-                del attributes[key]
+    def put_back(self, tensors: Sequence[Tensor] | None = None) -> Any:
+        """Everything as it was: the objects, `tensors` in the places of theirs."""
+        if tensors is None:
+            for holder, entries in self._held:
+                _refill(holder, entries)
+            return self.objects
+
+        def given(place: Any) -> Any:
+            return tensors[place.index] if isinstance(place, _Place) else place
+
+        for holder, entries in self._held:
+            _refill(holder, _mapped(entries, given))
+        return _mapped(self.objects, given)
+
+    def now(self) -> Contents:
+        """What the same objects hold now."""
+        found = Contents(())
+        found._held = [(holder, _entries(holder)) for holder, _ in self._held]
+        return found
+
+    def _look(self, value: Any, depth: int) -> None:
+        if type(value) in _ATOMS or isinstance(value, (Tensor, type)) or id(value) in self._looked:
+            return
+        if depth == _NESTED or len(self._looked) > _LOOKS:
+            return
+        self._looked.add(id(value))
+        within: Any = ()
+        if isinstance(value, nn.Module):
+            held = value.__dict__
+            self._of_modules += [(each, dict(each)) for each in (held, held["_parameters"], held["_buffers"], held["_modules"])]
+            within = [v for k, v in held.items() if k not in _OURS]
+        elif isinstance(value, (tuple, frozenset)):
+            within = value
+        else:
+            if isinstance(value, _CONTAINERS):
+                entries = _entries(value)
+                self._held.append((value, entries))
+                within = [*(entries.values() if isinstance(entries, dict) else entries)][:_ENTRIES]
+            for holder in _attributes(value):
+                entries = _entries(holder)
+                self._held.append((holder, entries))
+                within = [*within, *entries.values()]
+        for each in within:
+            self._look(each, depth + 1)
 
 
-def _refill(value: Any, content: Any) -> None:
-    value.clear()
-    value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
+class _Place:
+    """Of a tensor, among those that are given when contents are put back."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class _Slots:
+    """The attributes of an object that are no entries of its `__dict__`."""
+
+    def __init__(self, value: Any, members: dict[str, Any]) -> None:
+        self.value, self.members = value, members
+
+    def entries(self) -> dict[str, Any]:
+        return {name: member.__get__(self.value) for name, member in self.members.items() if _is_set(self.value, member)}
+
+    def refill(self, entries: Mapping[str, Any]) -> None:
+        for name, member in self.members.items():
+            if name in entries:
+                member.__set__(self.value, entries[name])
+            elif _is_set(self.value, member):
+                member.__delete__(self.value)
+
+
+def _is_set(value: Any, member: Any) -> bool:
+    try:
+        member.__get__(value)
+    except AttributeError:
+        return False
+    return True
+
+
+def _attributes(value: Any) -> Iterator[Any]:
+    """The dictionary of an object's attributes, and its slots."""
+    held = getattr(value, "__dict__", None)
+    if type(held) is dict:
+        yield held
+    members = {
+        f"{cls.__qualname__}.{name}": member
+        for cls in type(value).__mro__
+        if "__slots__" in cls.__dict__
+        for name, member in cls.__dict__.items()
+        if type(member) is MemberDescriptorType
+    }
+    if members:
+        yield _Slots(value, members)
+
+
+def _entries(holder: Any) -> Any:
+    if isinstance(holder, _Slots):
+        return holder.entries()
+    if isinstance(holder, dict):
+        return dict(_base(holder).items(holder))
+    return list(_base(holder).__iter__(holder))
+
+
+def _refill(holder: Any, entries: Any) -> None:
+    if isinstance(holder, _Slots):
+        return holder.refill(entries)
+    if type(holder) is dict:
+        holder.update(entries)
+        if len(holder) > len(entries):
+            for key in holder.keys() - entries.keys():
+                del holder[key]
+        return None
+    base = _base(holder)  # whose methods a class may have made its own
+    base.clear(holder)
+    if base in (dict, OrderedDict):
+        for key, value in entries.items():
+            base.__setitem__(holder, key, value)
+    else:
+        (base.update if base is set else base.extend)(holder, entries)
+    return None
+
+
+def _base(holder: Any) -> Any:
+    return next(base for base in _CONTAINERS if isinstance(holder, base))
+
+
+def _mapped(value: Any, fn: Callable[[Any], Any]) -> Any:
+    """`value` with `fn` of the tensors, or places, that stand in it: entries of a container, and what is in tuples there."""
+    if isinstance(value, dict):
+        return {key: _mapped_within(each, fn) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_mapped_within(each, fn) for each in value]
+    return _mapped_within(value, fn)
+
+
+def _mapped_within(value: Any, fn: Callable[[Any], Any]) -> Any:
+    if isinstance(value, (Tensor, _Place)):
+        return fn(value)
+    if not isinstance(value, tuple):
+        return value
+    entries = [_mapped_within(each, fn) for each in value]
+    if all(a is b for a, b in zip(entries, value, strict=True)):
+        return value
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+
+
+#: The more special class first.
+_CONTAINERS = (OrderedDict, dict, list, deque, set)
+_ATOMS = frozenset({*_SIMPLE, float, FunctionType, MethodType, BuiltinFunctionType, ModuleType, np.ndarray, torch.Generator})
+_NESTED = 10
 
 
 def _random() -> Any:
