@@ -672,8 +672,10 @@ def test_what_wraps_a_step_is_a_function():
     step, state = made()
     wrapper = functools.wraps(step)(lambda state, batch: step(state, batch))
     assert not isinstance(wrapper, fnrun.steps.TrainStep)
-    with pytest.warns(UserWarning, match="donate=True"):
+    with pytest.warns(UserWarning, match=r"donate=True.*put what it does into a part, dataclasses.replace\(step, gradients=...\)"):
         fnrun.epoch_loop(wrapper, donate=True)
+    with pytest.raises(TypeError, match=r"fused_steps.*dataclasses.replace\(step, gradients=...\)"):
+        fnrun.step_loop(wrapper, 4, fused_steps=2)
     assert tree.equal(wrapper(state, rows_of(8)), step(state, rows_of(8)))
 
 

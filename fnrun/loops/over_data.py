@@ -189,7 +189,7 @@ class Training(OverData):
         if self.donate and not self._donates:
             warnings.warn(
                 f"donate=True: {title(self.step)} cannot write the new state over the old one, so it goes on in new memory. Steps of "
-                "make_train_step can, with an optimizer of fnrun.optim; what wraps a step may need the old state",
+                f"make_train_step can, with an optimizer of fnrun.optim; what wraps a step may need the old state{_way_out(self.step)}",
                 stacklevel=4,
             )
 
@@ -224,7 +224,9 @@ class StepLoop(Training):
         if self.fused_steps == 1:
             return
         if not (isinstance(self.step, PureStep) and self.step.fuses):
-            raise TypeError(f"fused_steps: {title(self.step)} is no compiled step; make_train_step(..., compile=True) makes one")
+            raise TypeError(
+                f"fused_steps: {title(self.step)} is no compiled step; make_train_step(..., compile=True) makes one{_way_out(self.step)}"
+            )
         for part in (*self.hooks, *self.observers):
             every = getattr(part, "every", self.fused_steps)
             if every % self.fused_steps:
@@ -357,6 +359,13 @@ class PredictLoop(EvalLoop):
 
     def _result(self, totals: Any) -> Any:
         return list(totals or ())
+
+
+def _way_out(step: Any) -> str:
+    """What to write instead of a function around a step."""
+    if isinstance(step, PureStep):
+        return ""
+    return ". A function around a step is not known to be one: put what it does into a part, dataclasses.replace(step, gradients=...)"
 
 
 def _unshared(leaf: Any) -> Any:
