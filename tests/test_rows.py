@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
-from collections import UserDict
+from collections import OrderedDict, UserDict
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import optree
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as torch_pytree
 from torch.utils.data import TensorDataset
 
@@ -182,6 +186,36 @@ def test_a_length_that_fits_by_accident_is_refused(sizes):
         [agreeing(state, batch) for batch in (one, other)]
 
 
+@pytest.mark.filterwarnings("ignore:.*is not compiled")
+@pytest.mark.parametrize("options", [{}, {"compile": True}], ids=["eager", "compiled"])
+def test_what_is_the_very_same_in_two_batches_is_no_examples(options):
+    """Class weights of the batch's length: the batches never differ in length, but they bring the same tensor each."""
+    weights, array = torch.ones(10), np.ones(10)
+    for same in (lambda i: weights, lambda i: weights[:], lambda i: array[:]):
+        if options and not isinstance(same(0), torch.Tensor):
+            continue
+        batches = [{"x": x_of(10, i), "weights": same(i)} for i in range(2)]
+        step, state = made(squares, microbatches=2, **options)
+        state, _ = step(state, batches[0])
+        step(state, batches[0])
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"weights is the very same in this batch and the one before.*examples=\('x', 'y'\)"):
+                step(state, batches[1])
+    for batches, examples in (
+        ([{"x": x_of(10, i), "weights": weights} for i in range(2)], ("x",)),
+        ([{"x": x, "noise": x_of(10, i)} for x in [x_of(10)] for i in range(2)], "x"),
+        ([{"x": each} for each in x_of(20).split(10)], None),
+    ):
+        step, state = made(squares, microbatches=2, examples=examples)
+        for batch in batches:
+            state, _ = step(state, batch)
+    memory = {"x": x_of(10), "y": x_of(10)}
+    step, state = made(squares, microbatches=2)
+    for i in range(2):  # filled anew
+        memory["x"].copy_(x_of(10, i))
+        state, _ = step(state, {**memory, "y": x_of(10, i)})
+
+
 def test_lists_are_cut_as_lists():
     seen = []
 
@@ -275,6 +309,76 @@ def test_wrong_pieces_are_refused():
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
             made(of_sequences, **options)
+
+
+def test_pieces_that_lose_or_double_rows_are_refused_without_a_word():
+    x = {"x": x_of(11)}
+    for split, total in [
+        (lambda b, n: [{"x": b["x"][i * (11 // n) : (i + 1) * (11 // n)]} for i in range(n)], 8),
+        (lambda b, n: [b] * n, 44),
+    ]:
+        step, state = made(squares, microbatches=4, split=split)
+        with pytest.raises(ValueError, match=rf"pieces of split= have {total} examples together, and the batch has 11: x \[11, 4\]"):
+            step(state, x)
+    step, state = made(lambda model, batch: model(batch.data).mean(), microbatches=2, split=lambda b, n: [b, None])
+    opaque = type("Opaque", (), {"__slots__": (), "data": property(lambda self: x_of(3))})()
+    step(state, opaque)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_a_metric_of_one_value_an_example_is_no_mean(n):
+    def loss(model, batch):
+        return squares(model, batch), {"id": batch["id"], "classes": torch.arange(4.0)}
+
+    batch = {"x": x_of(8), "id": torch.arange(8.0)}
+    step, state = made(loss, microbatches=n)
+    with pytest.raises(ValueError, match=r"the metric 'id' has shape \[\d\].*metrics\.collect"):
+        step(state, batch)
+    folds, _ = made(lambda m, b: (squares(m, b), {"id": metrics.collect(b["id"])}), microbatches=n)
+    assert folds(state, batch)[1]["id"].compute().tolist() == list(range(8))
+    with pytest.raises(ValueError, match=r"fused steps: the metric 'id' has shape \[8\] for 8 examples"):
+        made(loss)[0].several(state, [batch, batch])
+    with pytest.raises(ValueError, match=r"fused steps: the metric 'id' has shape \[3\], and had \[8\]"):
+        made(loss)[0].several(state, [batch, {name: value[:3] for name, value in batch.items()}])
+    classes = made(lambda m, b: (squares(m, b), {"c": torch.arange(3.0)}), microbatches=n)[0](state, batch)[1]["c"]
+    assert classes.tolist() == [0, 1, 2], "a value for each class"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_buffer_that_counts_examples_is_not_that_of_a_piece(n, dtype):
+    class Buffer(nn.Linear):
+        def __init__(self, change):
+            super().__init__(4, 1)
+            self.change = change
+            self.register_buffer("kept", torch.zeros((), dtype=dtype))
+
+        def forward(self, x):
+            self.kept.copy_(self.change(self.kept, x, self.weight.detach()))
+            return super().forward(x)
+
+    def run(change):
+        model = Buffer(change)
+        step = fnrun.make_train_step(model, squares, optim.sgd(0.1), microbatches=n)
+        return step(fnrun.TrainState.create(model, optim.sgd(0.1)), {"x": x_of(8).float()})[0].buffers["kept"].item()
+
+    assert run(lambda kept, x, w: kept + 1) == 1
+    assert run(lambda kept, x, w: kept + 0 * len(x)) == 0
+    for change in (lambda kept, x, w: kept + len(x), lambda kept, x, w: kept + x.numel() / 4):
+        if n == 1:
+            assert run(change) == 8
+            continue
+        with pytest.raises(ValueError, match="the buffer 'kept' counts, and a microbatch of"):
+            run(change)
+
+
+def test_the_vectors_of_spectral_norm_are_those_of_the_whole_batch():
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    ends = []
+    for n in (1, 4):
+        step = fnrun.make_train_step(model, squares, optim.sgd(0.1), microbatches=n)
+        ends.append(step(fnrun.TrainState.create(model, optim.sgd(0.1)), {"x": x_of(8).float()})[0].buffers)
+    torch.testing.assert_close(dict(ends[0]), dict(ends[1]))
 
 
 @pytest.mark.parametrize("option", [0, -1, True, 2.5, "", (), ("x", 1), dict, lambda: 3])
@@ -455,6 +559,162 @@ def test_the_lists_of_torchs_collate_are_columns(n):
     assert metrics.examples(tree.map(torch.Tensor.float, first(data.loader(TensorDataset(*pairs), n)))) == n
 
 
+class Pictures:
+    """Images `[3, height, 5]` of several heights, a label, and `boxes` of several numbers."""
+
+    def __init__(self, n, height=lambda i: 2 + i):
+        self.n, self.height = n, height
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return torch.full((3, self.height(i), 5), float(i)), i % 2, {"boxes": torch.ones(i + 1, 4), "id": i}
+
+
+def unzipped(examples):
+    return tuple(zip(*examples, strict=True))
+
+
+class Unzipped(NamedTuple):
+    images: Any
+    labels: Any
+    targets: Any
+
+
+@pytest.mark.parametrize("height", [lambda i: 2 + i, lambda i: 5], ids=["ragged", "alike"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_tuples_of_as_many_things_as_were_asked_for_are_examples(n, height):
+    """As torchvision's detection collates; 11 examples by 4, so that the last batch has as many as an image has channels."""
+    seen = []
+
+    def loss(model, batch):
+        images, labels, targets = batch
+        assert all(len(image) == 3 for image in images)
+        assert len(images) == len(labels) == len(targets)
+        seen.extend(target["id"] for target in targets)
+        values = torch.stack([image.mean() for image in images])
+        return model(values[:, None].expand(-1, 4).double()).square().mean(), {"mean": values.mean()}
+
+    step, state = made(loss, microbatches=n)
+    collates = [unzipped, lambda e: list(map(list, unzipped(e))), lambda e: Unzipped(*unzipped(e))]
+    for collate in collates if height(0) != height(1) else collates[:1]:
+        step = made(loss, microbatches=n)[0]
+        stream = data.loader(Pictures(11, height), 4, collate=collate)
+        for each in (stream, stream.to("cpu")):
+            seen.clear()
+            assert fnrun.epoch_loop(step)(state, each)[1]["mean"].item() == pytest.approx(5.0)
+            assert sorted(set(seen)) == list(range(11))
+    step = made(loss, microbatches=n)[0]
+    assert fnrun.epoch_loop(step)(state, data.loader(Pictures(6, height), 3, collate=unzipped))[1]["mean"].item() == 2.5
+    hand, _ = made(loss, microbatches=2, examples=lambda batch: len(batch[1]))
+    batch = unzipped([Pictures(4, height)[i] for i in range(4)])
+    torch.testing.assert_close(hand.gradients(state, batch)[0], whole_gradient(lambda m, b: loss(m, b)[0], batch), rtol=1e-12, atol=1e-12)
+
+
+def test_a_tuple_of_tuples_that_nobody_counted_is_not_clear():
+    batch = unzipped([Pictures(4)[i][:2] for i in range(4)])
+    with pytest.raises(ValueError, match=r"is not clear: 0/0 \[3, 2, 5\]"):
+        metrics.examples(batch)
+    assert metrics.examples(((torch.zeros(8), torch.zeros(8)), (torch.zeros(8), torch.zeros(8)))) == 8
+
+
+class InFirst(NamedTuple):
+    tokens: Any
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        pad_sequence,
+        lambda e: pad_sequence(e).numpy(),
+        lambda e: {"x": pad_sequence(e)},
+        lambda e: InFirst(pad_sequence(e)),
+        lambda e: SimpleNamespace(x=pad_sequence(e)),
+        lambda e: OrderedDict(x=pad_sequence(e)),
+    ],
+    ids=["tensor", "array", "dict", "named tuple", "object", "ordered"],
+)
+@pytest.mark.filterwarnings("ignore:.*is not compiled")
+def test_time_first_batches_count_and_are_not_cut_along_time(collate):
+    stream = data.loader(Sequences(3, 1, 2, 5, 1), 3, collate=collate)
+    for each in (stream, stream.to("cpu")):
+        assert [metrics.examples(first(each, i)) for i in range(2)] == [3, 2]
+    for options in ({}, {"compile": True}):
+        step, state = made(lambda model, batch: model(next(iter(tree.leaves(batch)))).mean(), microbatches=2, **options)
+        with pytest.raises(ValueError, match=r"cannot tell how this batch is cut: .*\[5, 2, 4\].*examples='x'.*split=f"):
+            step(state, first(stream, 1))
+
+
+def test_a_step_that_is_told_cuts_time_first_batches():
+    def loss(model, batch):
+        return model(batch).exp().sum(0).square().mean()  # over time, then over examples
+
+    batch = first(data.loader(Sequences(3, 1, 2, 5), 4, collate=pad_sequence))
+    split = made(loss, microbatches=3, split=lambda b, n: b.tensor_split(n, dim=1), examples=lambda b: b.shape[1])[0]
+    torch.testing.assert_close(split.gradients(made(loss)[1], batch)[0], whole_gradient(loss, batch), rtol=1e-12, atol=1e-12)
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    x: Any
+    y: Any
+
+
+class Plain:
+    def __init__(self, x, y):
+        self.x, self.y, self.owner = x, y, self  # fields may go round in circles
+
+
+@pytest.mark.parametrize("kind", [Slotted, lambda x, y: SimpleNamespace(x=x, y=y), Plain, lambda x, y: UserDict(x=x, y=y)])
+def test_batches_that_are_objects_count_by_their_fields_and_are_split_by_hand(kind):
+    def get(batch):
+        return (batch["x"], batch["y"]) if isinstance(batch, UserDict) else (batch.x, batch.y)
+
+    def loss(model, batch):
+        x, y = get(batch)
+        return (model(x)[:, 0] - y).square().mean(), {"n": float(len(x))}
+
+    batches = [kind(x_of(n, n), torch.ones(n)) for n in (8, 3)]
+    step, state = made(loss)
+    assert [metrics.examples(batch) for batch in batches] == [8, 3]
+    assert fnrun.epoch_loop(step)(state, batches)[1]["n"] == pytest.approx((64 + 9) / 11)
+    with pytest.raises(ValueError, match=r"not clear: x \[8, 4\], y \[3\]"):
+        metrics.examples(kind(x_of(8), torch.zeros(3)))
+    for batch in (batches[0], {"a": torch.zeros(8), "b": batches[0]}):
+        with pytest.raises(ValueError, match=r"x, (b/)?y lies in an object.*split=f"):
+            made(loss, microbatches=2)[0](state, batch)
+
+    def split(batch, n):
+        return [kind(*each) for each in zip(*(column.tensor_split(n) for column in get(batch)), strict=True)]
+
+    got = made(loss, microbatches=3, split=split)[0].gradients(state, batches[0])[0]
+    torch.testing.assert_close(got, whole_gradient(lambda m, b: loss(m, b)[0], batches[0]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.jagged, "nested"])
+def test_sparse_and_nested_tensors_are_batches_and_are_cut(layout):
+    parts = [x_of(k, k) for k in (2, 4, 2, 3, 1)]
+
+    def make():
+        if layout in (torch.sparse_coo, torch.sparse_csr):
+            return x_of(5).relu().to_sparse(layout=layout)
+        return torch.nested.nested_tensor(parts, layout=torch.strided if layout == "nested" else layout)
+
+    def loss(model, batch):
+        if not batch["x"].is_nested:
+            return (batch["x"] @ model.weight.t() + model.bias).square().mean(), {}
+        return torch.stack([model(each).square().mean() for each in batch["x"].unbind()]).mean(), {}
+
+    step, state = made(loss, microbatches=2)
+    assert metrics.examples({"x": make()}) == 5
+    ends = [fnrun.epoch_loop(s)(state, [{"x": make()}, {"x": make()}])[0] for s in (step, made(loss)[0])]
+    torch.testing.assert_close(dict(ends[0].params), dict(ends[1].params), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"is a (sparse|nested) tensor, and rows are gathered from dense ones"):
+        data.arrays(make(), 2)
+
+
 def test_texts_of_torchs_collate_are_cut_with_the_rest():
     class Named:
         def __len__(self):
@@ -472,8 +732,15 @@ def test_texts_of_torchs_collate_are_cut_with_the_rest():
 def test_plain_batches_stay_as_they_are():
     assert type(first(data.arrays({"x": x_of(8)}, 4, transform=lambda batch, key: {"x": batch["x"] + 1}))) is dict
     assert type(first(data.loader(TensorDataset(x_of(8), torch.zeros(8)), 4))) is list
+
+
+def test_a_collate_that_leaves_examples_out_says_so():
+    """Nobody can tell two examples of three from two steps of time for three."""
     filtered = first(data.loader(Sequences(3, 3, 3), 3, collate=lambda examples: {"x": torch.stack(examples[1:])}))
-    assert metrics.examples(filtered) == 2, "what counts agrees"
+    assert metrics.examples(filtered) == 3
+    assert made(squares, examples="x")[0].examples(filtered) == 2
+    with pytest.raises(ValueError, match=r"no part|x would not be cut, the rest in 3 examples"):
+        made(squares, microbatches=2)[0](made(squares)[1], filtered)
 
 
 def test_skipping_goes_around_hand_written_steps_too():

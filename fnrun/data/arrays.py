@@ -185,8 +185,8 @@ def arrays(
     rows alone come into memory. A file of tokens is `arrays(np.memmap("tokens.bin", np.uint16, "r").reshape(-1, 1024), 8)`. Batches have
     the array's dtype; of uint16 an embedding wants `transform=lambda batch, key: batch.long()`.
     A batch owns its memory: what is done to it in place does not reach `tensors`. `transform(batch, key)` makes of it what the step is
-    given; its randomness comes from `key`, or from torch's ambient generators, which are seeded from it. Where lengths differ in what it makes, the
-    batch knows how many rows it was made of (`metrics.examples(batch)`).
+    given; its randomness comes from `key`, or from torch's ambient generators, which are seeded from it. What it
+    makes counts as many examples as rows it was made of, whatever its lengths (`metrics.examples(batch)`).
     `shuffle` draws a new order for each pass, from the state's key: with a `seed` from that alone, so that runs of other seeds see the same
     order. What is random in `transform` follows the state's key all the same. The short last batch comes as it is, unless `drop_last`; so a `batch_size` above the
     number of rows gives one short batch, and with `drop_last` is an error.
@@ -224,6 +224,10 @@ def _tensor(path: str, leaf: Any) -> torch.Tensor:
     if not isinstance(leaf, torch.Tensor):
         raise ValueError(
             f"{where} is {a(type(leaf).__name__)}, not a tensor or an array (torch.tensor(values) and np.array(values) make one of a list)"
+        )
+    if leaf.is_nested or leaf.layout is not torch.strided:
+        raise ValueError(
+            f"{where} is a {'nested' if leaf.is_nested else 'sparse'} tensor, and rows are gathered from dense ones: data.loader fetches any"
         )
     if not leaf.ndim:
         raise ValueError(f"{where} is a single number: its leading dimension must be the rows")

@@ -17,7 +17,7 @@ BLOCKS = 256
 
 def digest(data: Any) -> str:
     """16 hex digits that stand for structure, shapes, dtypes and content of a pytree; of a leaf that is not data, its type."""
-    leaves = tree.leaves(data)
+    leaves = [part for leaf in tree.leaves(data) for part in _dense(leaf)]
     total = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, (torch.Tensor, np.ndarray)))
     found = hashlib.sha256(repr(tree.paths(data)).encode())
     for leaf in leaves:
@@ -28,6 +28,16 @@ def digest(data: Any) -> str:
         else:
             found.update(tree.fingerprint(leaf).encode() if type(leaf) in tree.SCALARS else type(leaf).__name__.encode())
     return found.hexdigest()[:16]
+
+
+def _dense(leaf: Any) -> list[Any]:
+    """The tensors that a sparse or nested one consists of."""
+    if isinstance(leaf, torch.Tensor) and leaf.is_nested:
+        return list(leaf.unbind())
+    if isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided:
+        coo = leaf.to_sparse_coo().coalesce()
+        return [torch.tensor(coo.shape), coo.indices(), coo.values()]
+    return [leaf]
 
 
 def _parts(leaf: Any, share: float | None) -> list[Any]:

@@ -113,7 +113,8 @@ def loader(
     order. What is random in the examples follows the state's key all the same.
 
     A batch of a worker lies in shared memory, and keeps a file open as long as it, or a view of it, is held: keep `tensor.clone()`.
-    A batch of `collate` in which lengths differ knows how many examples it was made of (`metrics.examples(batch)`).
+    A batch of `collate` counts as many examples as it was made of, whatever its lengths (`metrics.examples(batch)`); where `collate` leaves some
+    out, or an example is a whole batch, the steps want `examples=`.
     Workers live as long as the iteration, across passes. They leave Ctrl-C and signals to the process group to the parent. What is raised
     in the data set arrives with its own traceback and a note that names the example. A worker that dies is a RuntimeError, and says how.
     A batch that is not there after `timeout` seconds of waiting is a TimeoutError: so a disk that hangs ends a run, which can be resumed.

@@ -13,6 +13,7 @@ from fnrun import tree
 from fnrun.data.content import digest
 from fnrun.inplace import Guard
 from fnrun.rng import Key
+from fnrun.rows import retold
 from fnrun.state import Cursor
 from fnrun.words import a, kind
 
@@ -209,7 +210,7 @@ class _Copy:
 
     def __call__(self, batch: Any) -> Any:
         if self.stream is None:
-            return tree.map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+            return retold(tree.map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch), batch)
 
         def to_cuda(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -217,7 +218,7 @@ class _Copy:
             return (leaf.pin_memory() if leaf.device.type == "cpu" else leaf).to(self.device, non_blocking=True)
 
         with torch.cuda.stream(self.stream):
-            return tree.map(to_cuda, batch)
+            return retold(tree.map(to_cuda, batch), batch)
 
     def arrived(self, batch: Any) -> Any:
         """The batch, safe to use in the current stream."""

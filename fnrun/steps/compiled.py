@@ -18,7 +18,7 @@ from fnrun.state import carried, check_state, made
 from fnrun.steps.capture import Captured
 from fnrun.steps.draws import Draws, TracedKey, Uncapturable
 from fnrun.steps.given import check_unasked
-from fnrun.steps.gradients import Loss
+from fnrun.steps.gradients import Gradients, Loss
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.train import IN_TURN, TrainStep, composed, each, together
@@ -41,6 +41,9 @@ class Compiled:
                 check_unasked(step.name, state, batch)
             if entering.any_cut:  # the graph has tensors of its own in their places
                 entering.check_uncut(hyperparams(state.opt_state))
+        if isinstance(step.gradients, Gradients):
+            for batch in batches:
+                step.gradients.cut.check(batch)
         if (graphs := self._graphs.get(step)) is None:
             graphs = self._graphs[step] = _Graphs(step)
         if len(batches) > 1 and not _alike(batches):

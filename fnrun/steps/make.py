@@ -54,8 +54,9 @@ def make_train_step(
     - `microbatches=n` cuts the batch into n pieces, rows `rows * i // n` to `rows * (i + 1) // n`, computed one after the other: n times less
       memory for activations. The gradient is that of the whole batch, where the loss is a fold or a mean over examples and the module treats
       examples apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are added in a balanced
-      tree over the pieces. A parameter or another buffer that the forward changes is refused (ValueError).
-    - `examples` says how many examples a batch has, where its arrays and lists differ in length: a key or path of it (`"x"`, `"inputs/ids"`,
+      tree over the pieces. Refused (ValueError) are a parameter that the forward changes, a buffer that differs between pieces or counts what
+      is in them (one that goes up by one in each call is kept), and a metric with a value for each example.
+    - `examples` says how many examples a batch has, where its lengths and the stream that made it do not: a key or path of it (`"x"`, `"inputs/ids"`,
       `"0"`), a number, or a function `batch -> int`. Plain metrics are weighed by it, and microbatches cut what has this length. Several keys,
       `("x", "y")`, are all that is per example: nothing else is cut, whatever its length.
     - `split(batch, n)` cuts the batch in place of that: at most n pieces in a list, each a batch, None for one that is absent. For graphs and

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fnrun import rows
 from fnrun.metrics.base import wide
 from fnrun.metrics.basic import Mean, Sum
-from fnrun.optim.lists import eager
+from fnrun.optim.lists import PLAIN, eager
 from fnrun.steps.draws import Uncapturable
 from fnrun.steps.given import detached_all
 from fnrun.steps.kinds import Metrics
@@ -78,6 +81,28 @@ def _joined(a: Any, b: Any) -> Any:
     return b if a is None else a if b is None else a + b
 
 
+def _mark(leaf: Any) -> Any:
+    """Which memory a tensor or an array lies in, and how often it was written to; None for what does not say.
+
+    It keeps no memory alive, and a reference to the storage keeps its address from being given to another.
+    """
+    if isinstance(leaf, np.ndarray):
+        owner = leaf
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        return weakref.ref(owner), (leaf.ctypes.data, leaf.shape, leaf.strides)
+    if type(leaf) not in PLAIN or leaf.layout is not torch.strided or leaf.is_nested:
+        return None
+    writes = -1 if leaf.is_inference() else leaf._version
+    return StorageWeakRef(leaf.untyped_storage()), (leaf.storage_offset(), leaf.shape, leaf.stride(), writes)
+
+
+def _same(now: Any, before: Any) -> bool:
+    if isinstance(now[0], weakref.ref) or isinstance(before[0], weakref.ref):
+        return now[1] == before[1] and isinstance(before[0], weakref.ref) and now[0]() is before[0]()  # arrays are equal by element
+    return now == before
+
+
 class Weighed(NamedTuple):
     """The mean of a piece's loss; its weight (None: its rows); whether the whole is divided by the weights' sum."""
 
@@ -95,26 +120,62 @@ class Cut:
     examples: Callable[[Any], int | None] = rows.known
     split: Callable[[Any, int], Any] | None = None
     _seen: dict[str, bool] = dataclasses.field(default_factory=dict)  # by path, whether a part of the batches has been cut
+    _lists: dict[str, bool] = dataclasses.field(default_factory=dict)  # by path, whether a list of them was one of examples
+    _last: dict[str, Any] = dataclasses.field(default_factory=dict)  # by path, which memory was cut in the last batch
 
     def __call__(self, batch: Any) -> Iterator[tuple[int, Any, int]]:
         """The number of each piece, the piece, its rows."""
         return self._by_rows(batch) if self.split is None else self._by_split(batch)
 
     def _by_rows(self, batch: Any) -> Iterator[tuple[int, Any, int]]:
-        n, option = self.examples(batch), self.examples if isinstance(self.examples, rows.Examples) else None
-        if n is None:
-            raise ValueError(f"{self._cannot(batch)}, and those of one length alone would be cut. {_SAY}")
-        sliced = rows.Sliced(batch, n, option if option is not None and option.named else None)
-        if option is None and sliced.others:
-            raise ValueError(f"{self._cannot(batch)}: {', '.join(sliced.others)} would not be cut, the rest in {n} examples. {_SAY}")
-        if not sliced.cuts and (n > 1 or not sliced.whole):
-            raise ValueError(f"{self._cannot(batch)}: no part of it has an entry for each of {n} examples. {_SAY}")
-        if option is None or not option.named:
-            self._note(batch, sliced.parts, n)
+        sliced, n = self.sliced(batch)
         edges = [n * i // self.pieces for i in range(self.pieces + 1)]
         for i, (start, end) in enumerate(itertools.pairwise(edges)):
             if end > start:
                 yield i, sliced[start:end], end - start
+
+    def check(self, batch: Any) -> None:
+        """What a cut raises, for who calls the step as a graph, which sees no more of a batch than its shapes."""
+        if self.pieces > 1 and self.split is None:
+            self.sliced(batch)
+
+    def sliced(self, batch: Any) -> tuple[rows.Sliced, int]:
+        """The batch, of which rows can be taken, and how many it has. Raises ValueError where it is not clear how it is cut."""
+        n, option = self.examples(batch), self.examples if isinstance(self.examples, rows.Examples) else None
+        if n is None:
+            raise ValueError(f"{self._cannot(batch)}, and those of one length alone would be cut. {_SAY}")
+        sliced = rows.Sliced(batch, n, option if option is not None and option.named else None, option is not None, self._lists)
+        if sliced.hidden:
+            raise ValueError(
+                f"{self._cannot(batch)}: {', '.join(sliced.hidden)} lies in an object, and those are not cut. Cut it yourself, split=f with "
+                "f(batch, n) -> n pieces, or give a dictionary"
+            )
+        if option is None and sliced.others:
+            raise ValueError(
+                f"{self._cannot(batch)}: {', '.join(path or 'it' for path in sliced.others)} would not be cut, the rest in {n} examples. {_SAY}"
+            )
+        if not sliced.cut and (n > 1 or not sliced.whole):
+            raise ValueError(f"{self._cannot(batch)}: no part of it has an entry for each of {n} examples. {_SAY}")
+        self._lists.update(sliced.lists)
+        if option is None or not option.named:
+            self._note(batch, sliced.parts, n)
+            if eager():
+                self._look(batch, sliced, "" if option is None or callable(option.option) else str(option.option))
+        return sliced, n
+
+    def _look(self, batch: Any, sliced: rows.Sliced, named: str) -> None:
+        """What is the same in two batches is no example's, if the rest is new, and has the batch's length by accident, as class weights."""
+        now = {path: mark for path, leaf in sliced.cut.items() if (mark := _mark(leaf)) is not None}
+        both = [path for path in now if path in self._last]
+        same = [path for path in both if _same(now[path], self._last[path])]
+        if len(same) < len(both) and (same := [path for path in same if path != named]):
+            raise ValueError(
+                f"{self.name}: {', '.join(path or 'the batch' for path in same)} is the very same in this batch and the one before, while others "
+                f"are new: so it has the batch's length by accident, and would be cut: {rows.shapes(batch)}. "
+                "Name all that is per example, and only that is cut: examples=('x', 'y')"
+            )
+        self._last.clear()
+        self._last.update(now)
 
     def _cannot(self, batch: Any) -> str:
         return f"{self.name}: microbatches={self.pieces} cannot tell how this batch is cut: {rows.shapes(batch)}"
@@ -144,8 +205,14 @@ class Cut:
                 raise ValueError(
                     f"{self.name}: how many examples a piece of split= has is not clear: {rows.shapes(piece)}. Say it: {rows.REMEDY}"
                 )
-        if isinstance(self.examples, rows.Examples) and (whole := self.examples(batch)) != (total := sum(n or 0 for n in each)):
-            raise ValueError(f"{self.name}: the pieces of split= have {total} examples together, and the batch has {whole}")
+        whole, total = self.examples(batch) if rows.counts(batch) else None, sum(n or 0 for n in each)
+        if isinstance(self.examples, rows.Examples):
+            whole = self.examples(batch)
+        if whole is not None and whole != total:
+            raise ValueError(
+                f"{self.name}: the pieces of split= have {total} examples together, and the batch has {whole}: {rows.shapes(batch)}. Where "
+                f"that counts what is no example, say how many a batch and each piece have: {rows.REMEDY}"
+            )
         return ((i, piece, n) for i, (piece, n) in enumerate(zip(made, each, strict=True)) if n)
 
     def mean_of(self, loss: Any, batch: Any, n: int | None) -> Weighed:
@@ -192,6 +259,36 @@ class Part:
         return self
 
 
+class Shapes:
+    """The shapes of plain metrics in several parts of so many examples, which are averaged element by element."""
+
+    def __init__(self, who: str) -> None:
+        self.who, self._seen = who, dict[str, tuple[tuple[int, ...], bool, int]]()
+
+    def add(self, metrics: Mapping[str, Any], rows: int) -> None:
+        """Of one part. Raises ValueError, with the metric's name, where its shape is another than in the part before."""
+        for name, value in metrics.items():
+            if not isinstance(value, Tensor) or not (value.ndim or name in self._seen):
+                continue
+            shape = tuple(value.shape)
+            before, each, parts = self._seen.get(name, (shape, True, 0))
+            if before != shape:
+                raise ValueError(f"{self.who}: the metric {name!r} has shape {list(shape)}, and had {list(before)} before it. {_NO_MEAN}")
+            self._seen[name] = shape, each and value.ndim > 0 and shape[0] == rows, parts + 1
+
+    def check(self) -> None:
+        """Raises ValueError for a metric that has had a value for each example, in all of several parts."""
+        for name, (shape, each, parts) in self._seen.items():
+            if each and parts > 1:
+                raise ValueError(f"{self.who}: the metric {name!r} has shape {list(shape)} for {shape[0]} examples. {_NO_MEAN}")
+
+
+_NO_MEAN = (
+    "Metrics are averaged element by element, and a value for each example would be averaged with those of other examples. Give its mean, or a fold "
+    "of all values: metrics.mean(values), metrics.collect(values) to keep them in order, metrics.quantiles(values)"
+)
+
+
 class Joined:
     """How the pieces of one step come together; `buffers` are the step's own."""
 
@@ -202,10 +299,12 @@ class Joined:
         self._first: dict[str, Tensor] = {}
         self._others: dict[str, Tensor] = {}
         self._dtypes: list[Any] = []
+        self._shapes = Shapes(f"{name}: microbatches")
 
     def part(self, grads: list[Any], loss: Weighed, rows: int, buffers: Mapping[str, Tensor], moved: set[str], metrics: Metrics) -> Part:
         """Of the piece with these gradients, which are written over in their list."""
         weight = rows if loss.weight is None else loss.weight
+        self._shapes.add(metrics, rows)
         self._dtypes = self._dtypes or [None] * len(grads)
         for i, g in enumerate(grads):  # one after the other, so that never two of them are whole
             if g is not None:
@@ -214,11 +313,11 @@ class Joined:
         for name in self.counts & buffers.keys():
             self._first.setdefault(name, buffers[name])
         for name in moved - self.counts - self.averages.keys():
-            self._note(name, buffers[name])
+            self._note(name, buffers[name], rows)
         averages = [_summable(buffers[name]) * rows for name in self._names]
         return Part(grads, weight, loss.divided, rows, _Tensors(averages), moved, {k: _foldable(v, rows) for k, v in metrics.items()})
 
-    def _note(self, name: str, value: Tensor) -> None:
+    def _note(self, name: str, value: Tensor, rows: int) -> None:
         before = self._others.setdefault(name, value)
         if before is not value and not eager():
             raise Uncapturable(
@@ -231,8 +330,14 @@ class Joined:
                 "What is averaged over examples are the mean and variance of torch's norms: use microbatches=1, or keep it out of the state "
                 "(register_buffer(..., persistent=False) for what is a cache)"
             )
+        if before is not value and _counted(self.buffers[name], value, rows):
+            raise ValueError(
+                f"{self.name}: the buffer {name!r} counts, and a microbatch of {rows} examples counts for less than the whole batch. What goes up by "
+                "one in each call may do so: use microbatches=1, or count in the loss as a metric, metrics.sum"
+            )
 
     def result(self, whole: Part) -> tuple[list[Any], dict[str, Tensor], Metrics]:
+        self._shapes.check()
         weight: Any = whole.weight if whole.divided else 1
         grads = whole.grads
         for i, (g, dtype) in enumerate(zip(grads, self._dtypes, strict=True)):
@@ -245,6 +350,21 @@ class Joined:
             else:
                 buffers[name] = self._first.get(name, self._others.get(name, before))
         return grads, buffers, {name: detached_all(_value(value)) for name, value in whole.metrics.items()}
+
+
+def _counted(before: Tensor, after: Tensor, rows: int) -> bool:
+    """Whether a buffer that each piece leaves with one value may be a count of what is in a piece.
+
+    A whole number that changes other than by one, or numbers that all change by one amount. What depends on the parameters or on the calls alone,
+    as the vectors of spectral norm, is that of the whole batch.
+    """
+    if after.dtype == torch.bool or before.shape != after.shape or not after.numel():
+        return False
+    change = (after - before).double() if not after.is_complex() else (after - before).abs().double()
+    if not after.dtype.is_floating_point:
+        return bool(((change != 0) & (change != 1)).any())
+    first = change.flatten()[0]
+    return bool((change == first).all() & (first != 0) & ((first != 1) | (rows == 1)))
 
 
 class _Tensors(list[Any]):

@@ -20,6 +20,7 @@ from fnrun.state import carried, check_state, is_state
 from fnrun.steps.given import detached, detached_all, reported
 from fnrun.steps.gradients import Gradients
 from fnrun.steps.kinds import Metrics, PureStep
+from fnrun.steps.pieces import Shapes
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.update import Update, with_written
 from fnrun.words import kind
@@ -182,9 +183,10 @@ def _unless(skipped: torch.Tensor, step: TrainStep, state: Any, grads: Any, metr
 
 def together(metrics: list[Metrics], batches: list[Any], examples: list[int | None]) -> Metrics:
     """The metrics of several steps, on these batches of so many examples, as those of one: all of them folds."""
-    totals: dict[str, Any] = {}
+    totals, shapes = dict[str, Any](), Shapes("fused steps")
     for values, batch, known in zip(metrics, batches, examples, strict=True):
         n = weight(known, batch, values)
+        shapes.add(values, n)
         skipped = values.get("skipped")
         done = True if skipped is None else torch.as_tensor(skipped) == 0
         for name, value in values.items():
@@ -194,6 +196,7 @@ def together(metrics: list[Metrics], batches: list[Any], examples: list[int | No
                 if done is not True and name != "skipped":
                     value = folds.Mean(torch.where(done, value.total, 0), torch.where(done, value.weight, 0))
             totals[name] = totals[name].merge(value) if name in totals else value
+    shapes.check()
     return totals
 
 
