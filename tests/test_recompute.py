@@ -473,6 +473,26 @@ def test_what_a_part_is_given_is_freed_after_the_step_without_the_collector() ->
         gc.enable()
 
 
+def test_a_part_that_is_compiled_by_itself_stays_one_graph() -> None:
+    def run(which: Any) -> tuple[Any, list[str]]:
+        graphs: list[str] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph.code)
+            return graph.forward
+
+        def make() -> nn.Module:
+            model = twice(lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()))
+            for block in model.children():
+                block.compile(backend=backend)
+            return model
+
+        torch.compiler.reset()
+        return end(make, mean_square, which), graphs
+
+    assert_same(run(None), run("blocks"), "checkpointing changes the step, or the graphs")
+
+
 def test_a_backward_through_a_part_after_the_step_is_refused() -> None:
     kept: list[torch.Tensor] = []
 

@@ -117,7 +117,7 @@ class Recomputed:
 
     def run(self, fn: Callable[[Any], Any], batch: Any, buffers: Mapping[str, Tensor]) -> Any:
         """`fn(batch)`, a forward within `shell.run` that began with these buffers."""
-        own = [part.module.__dict__.get("forward") for part in self.parts]
+        own = [part.module.__dict__.get(part.entry) for part in self.parts]
         try:
             for part in self.parts:
                 part.enter(buffers, self._calls, self._copies)
@@ -152,9 +152,9 @@ class Recomputed:
     @undisturbed
     def _leave(self, own: list[Any]) -> None:
         for part, forward in zip(self.parts, own, strict=True):
-            part.module.__dict__.pop("forward", None)
+            part.module.__dict__.pop(part.entry, None)
             if forward is not None:
-                part.module.__dict__["forward"] = forward
+                part.module.__dict__[part.entry] = forward
 
 
 class _Part:
@@ -165,6 +165,8 @@ class _Part:
 
     def __init__(self, name: str, path: str, module: nn.Module, shell: Shell, host: bool) -> None:
         self.name, self.path, self.module, self.shell, self.host = name, path, module, shell, host
+        #: What a call of the module calls: compiled ones stay as they are within.
+        self.entry = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         modules = dict(shell.model.named_modules())
         parents = ["", *itertools.accumulate(path.split(".")[:-1], lambda a, b: f"{a}.{b}")]
         own = list(module.modules())
@@ -182,11 +184,11 @@ class _Part:
         if self._used and self.looks:
             self.looks -= 1
         self._used = False
-        forward = self.module.forward
-        self.module.__dict__["forward"] = lambda *args, **kwargs: self._checkpointed(forward, args, kwargs, buffers, calls, copies)
+        forward = getattr(self.module, self.entry)
+        self.module.__dict__[self.entry] = lambda *args, **kwargs: self._checkpointed(forward, args, kwargs, buffers, calls, copies)
 
     def _checkpointed(self, forward: Any, args: Any, kwargs: Any, buffers: Mapping[str, Tensor], calls: list[_Call], copies: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():  # of a graph around it
             return forward(*args, **kwargs)
         self._used = True
         call = _Call(self, args, kwargs, buffers, copies)
@@ -380,7 +382,7 @@ def _looking(seen: list[_Values]) -> Any:
         seen.append(_Values(tensor))
         return pack(tensor)
 
-    return torch.autograd.graph.saved_tensors_hooks(looked, unpack)
+    return torch.autograd.graph.saved_tensors_hooks(torch.compiler.disable(looked), unpack)  # pyright: ignore[reportArgumentType]
 
 
 def _host() -> Any:

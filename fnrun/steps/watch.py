@@ -518,7 +518,7 @@ class Contents:
         if isinstance(value, nn.Module):
             held = value.__dict__
             self._of_modules += [(each, dict(each)) for each in (held, held["_parameters"], held["_buffers"], held["_modules"])]
-            within = [v for k, v in held.items() if k not in _OURS]
+            within = [v for k, v in held.items() if k not in _OURS and type(v) not in _ATOMS]
         elif isinstance(value, (tuple, frozenset)):
             within = value
         else:
@@ -585,6 +585,8 @@ def _attributes(value: Any) -> Iterator[Any]:
 
 
 def _entries(holder: Any) -> Any:
+    if type(holder) is dict:
+        return holder.copy()
     if isinstance(holder, _Slots):
         return holder.entries()
     if isinstance(holder, dict):
