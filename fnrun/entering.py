@@ -43,7 +43,11 @@ def entering(value: Any, held: Any, name: str) -> Any:
         new = [each for key, each in value.items() if held.get(key) is not each]
     else:
         new = value
-    return tree.map(lambda leaf: _entered(name, leaf), value) if _brings(new) else value
+    try:
+        brings = _brings(new)
+    except RecursionError:  # what holds itself is refused where it is saved, in words
+        return value
+    return tree.map(lambda leaf: _entered(name, leaf), value) if brings else value
 
 
 def _brings(value: Any) -> bool:

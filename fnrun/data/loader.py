@@ -314,7 +314,13 @@ def _in_workers(fetch: _Fetch, asks: _Asks, workers: int, timeout: float | None)
 
 def _ask_to_end(live: Any) -> None:
     """Give the workers a moment for what they fetch; torch would wait 5 seconds for each that hangs, one after the other."""
-    live._workers_done_event.set()
+    lock = live._workers_done_event._cond
+    if lock.acquire(timeout=SETTLES):
+        lock.release()
+        live._workers_done_event.set()
+    else:  # a worker that was killed while it looked at the event holds its lock for ever
+        _kill(live._workers)
+        live._workers_done_event = threading.Event()
     for queue in live._index_queues:
         queue.put(None)
     end = time.monotonic() + SETTLES

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -242,6 +243,22 @@ def test_a_worker_that_an_interrupt_ended_is_no_error(text):
             next(iterator)
     finally:
         waiting.interrupts.reset(token)
+
+
+def test_a_worker_that_died_with_a_lock_held_keeps_nobody_waiting(monkeypatch):
+    """Workers look at an event that is behind a lock, and may be killed at any moment."""
+    made, module = [], sys.modules["fnrun.data.loader"]
+    started = module._started
+    monkeypatch.setattr(module, "_started", lambda *args: made.append(started(*args)) or made[-1])
+    iterator = data.loader(Pid(50), 2, workers=1).iterate(KEY, Cursor())
+    pid = int(next(iterator)[0][0])
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    made[0]._workers_done_event._cond.acquire()  # as it would have been
+    closing = threading.Thread(target=iterator.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
 
 
 class Hanging(Augmented):
