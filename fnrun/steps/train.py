@@ -1,4 +1,4 @@
-"""The training step as a value: a loss, its gradient, an update, and how the three are put together."""
+"""The training step as a value: a loss, its gradient, an update, and how the three are combined."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ class TrainStep(PureStep):
     """A training step `(state, batch) -> (state, metrics)` made of parts, each a pure function that can be called and replaced alone.
 
     - `loss(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`: the module as a function, differentiable in anything.
-    - `gradients(state, batch) -> (grads, buffers, metrics)`: by name, detached, None where the loss does not reach, of the loss itself
-      (never scaled); `buffers` as the forward left them.
+    - `gradients(state, batch) -> (grads, buffers, metrics)`: of the trained parameters by name, detached, None where the loss does not reach,
+      of the loss itself (never scaled); `buffers` as the forward left them, and with them the parameters that it wrote to.
     - `update(state, grads) -> (state, metrics)`: the optimizer alone: new `params` and `opt_state`, `step + 1`; what it reported.
 
     The step is their composition: `g, b, m = step.gradients(state, batch); s, more = step.update(state.replace(buffers=b), g)` and
     `(s, {**m, **more})`. A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other
     gradients; `gradients` come of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's
-    generators are seeded from the state's key around it), and what it returns is detached and checked. `call` says how the parts are put together: one after the other, or as one compiled graph;
-    `examples` how many examples a batch has, by which loops weigh plain metrics.
+    generators are seeded from the state's key around it), and what it returns is detached and checked. `combine` says how the parts become a
+    step, one after the other or as one graph; `examples` how many examples a batch has, by which loops weigh plain metrics.
 
     >>> from fnrun import TrainState, make_train_step, optim
     >>> model = torch.nn.Linear(3, 1)
