@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -688,6 +689,18 @@ def test_a_compiled_step_skips_what_is_not_finite(recorded):
     assert seen == {"skipped": 1.0}
     assert end.step == 2
     assert tree.equal(end.replace(step=1), skipping(state, rows_of(8))[0])
+
+
+def test_a_compiled_step_lets_go_of_a_state_that_it_refused(recorded):
+    step, state = made(optim.adamw(1e-2), square, nn.Linear(4, 4), compile=True)
+    refused = state.replace(opt_state=optim.sgd(0.1, momentum=0.9).init(state.params))
+    held = weakref.ref(refused)
+    with contextlib.suppress(ValueError):
+        step(refused, rows_of(4))
+        raise AssertionError
+    del refused
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

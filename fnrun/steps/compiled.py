@@ -1,4 +1,4 @@
-"""The parts of a step put together as one compiled graph, for one step or several at a time."""
+"""The parts of a step combined as one compiled graph, for one step or several at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from fnrun import entering
 from fnrun.donation import Owner, contents, fields, writable
-from fnrun.inplace import Guard
+from fnrun.inplace import FIRST, Guard
 from fnrun.metrics.basic import Mean
 from fnrun.optim import hyperparams
 from fnrun.state import carried, check_state, made
@@ -20,7 +20,6 @@ from fnrun.steps.draws import Draws, TracedKey, Uncapturable
 from fnrun.steps.given import check_unasked
 from fnrun.steps.gradients import Gradients, Loss
 from fnrun.steps.kinds import Metrics
-from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.train import IN_TURN, TrainStep, composed, each, together
 from fnrun.steps.update import Update
 
@@ -72,7 +71,7 @@ class _Graphs:
         self.told = False
         self._captured = Captured(self._several, step.name)
         self._like: Any = None  # a state of the kind that is trained
-        self._rehearsals = Surroundings.WATCHED
+        self._rehearsals = FIRST
         self._guard = Guard(step.name)
         self._culprit = self.update.culprit if isinstance(self.update, Update) else None
 
@@ -96,8 +95,12 @@ class _Graphs:
         whole = len(params) == len(state.params)
         kept = state.buffers, {} if whole else {name: p for name, p in state.params.items() if name not in params}
         self._like = state
-        call = self._captured((params, state.opt_state), kept, (batches, counts), count, state.rng, self._check, inplace=owner is not None)
-        self._like = None
+        try:
+            call = self._captured(
+                (params, state.opt_state), kept, (batches, counts), count, state.rng, self._check, inplace=owner is not None
+            )
+        finally:
+            self._like = None  # also where the state is refused: nobody would let go of it
         if call is None:
             return None
         every = contents(state)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fnrun.entering import differentiates
+from fnrun.inplace import FIRST
 from fnrun.rows import said
 from fnrun.state import check_model, is_state, no_state, weights_of
 from fnrun.steps.given import autocast as autocast_of, check_function, loss_and_metrics, reported
@@ -77,7 +78,7 @@ def _evaluation(
         hint = f": the name of the hook, weights={named!r}" if isinstance(named, str) else ""
         raise TypeError(f"weights= takes 'params', a hook's name or a function of the state, and not {kind(weights)}{hint}")
     name = f"the evaluation of {type(model).__name__}"
-    shell = Shell(model, name, watched=Surroundings.WATCHED)
+    shell = Shell(model, name, watched=FIRST)
     within = Surroundings(name, host)
     autocast = autocast_of(precision, shell.device_type) or nullcontext
 

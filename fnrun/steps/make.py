@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fnrun.counts import count
+from fnrun.inplace import FIRST
 from fnrun.rows import said
 from fnrun.state import check_apart, check_model, check_optimizer
 from fnrun.steps.compiled import Compiled
@@ -96,7 +97,7 @@ def make_train_step(
         raise TypeError(f"make_train_step: compile= is True or False, and not {kind(compile)}")
     check_apart("make_train_step", model)
     name = f"train_step({type(model).__name__})"
-    shell = Shell(model, name, watched=Surroundings.WATCHED)
+    shell = Shell(model, name, watched=FIRST)
     if not shell.trained:
         raise ValueError(f"{shell.name} has no parameter to train: all have requires_grad=False, or there are none")
     cut = Cut(name, count("make_train_step: microbatches", microbatches), said("make_train_step", examples), split)

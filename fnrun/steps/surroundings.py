@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fnrun import tree
+from fnrun.inplace import FIRST
 from fnrun.reports import collect
 from fnrun.rng import Key, Scope, ambient
 from fnrun.undisturbed import undisturbed
@@ -24,10 +25,8 @@ class Surroundings:
     costs 100 us.
     """
 
-    WATCHED = 3
-
     def __init__(self, name: str, host_random: bool = False) -> None:
-        self.name, self.host, self.remaining = name, host_random, 0 if host_random else self.WATCHED
+        self.name, self.host, self.remaining = name, host_random, 0 if host_random else FIRST
 
     def __call__(self, key: Any, *data: int | str) -> Any:
         """What a call runs in that draws from `key` folded with `data`. The key of a call that becomes a graph makes its own."""
