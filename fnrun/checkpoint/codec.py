@@ -230,8 +230,9 @@ def build(plan: Any, value: Callable[[Pick], Any], path: tuple[Any, ...] = ()) -
 def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
     family, _, name = plan.kind.partition(" ")
     if plan.cls is None and re.match(r"fnrun(\.[a-z]\w*)+:", name):  # whoever looks into a checkpoint need not have imported our classes
+        module, _, qualname = name.partition(":")
         with contextlib.suppress(ImportError):
-            importlib.import_module(name.partition(":")[0])
+            getattr(importlib.import_module(module), qualname, None)  # a module may import a class where it is asked for it
     cls: Any = plan.cls or (tree.struct_class(name) if family == "struct" else _loaded_namedtuple(plan.kind))
     if cls is None or family not in ("struct", "namedtuple"):
         raise CheckpointError(

@@ -3,6 +3,7 @@
 base.py         what all have in common: frames, stops, hooks, observers, and the tick
 over_data.py    loops whose ticks are calls of a step on batches: epoch_loop, step_loop, eval_loop, predict_loop
 over_loops.py   loops whose ticks are rounds and members: repeat, sequence, workflow; and every
+totals.py       the metrics of the ticks, folded
 whole.py        a program called from outside, and the loops that stand in it
 composed.py     how a program is drawn and counted, and functions that say which loops they call
 """

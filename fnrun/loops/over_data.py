@@ -12,12 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from fnrun import metrics as folds, rows, tree
+from fnrun import rows, tree
 from fnrun.data import Batches
 from fnrun.donation import why_dead
+from fnrun.loops import totals as running
 from fnrun.loops.base import Loop
 from fnrun.loops.composed import AnyStep, named, title
-from fnrun.metrics.totals import rates_last, weight
+from fnrun.metrics.by_name import rates_last, weight
 from fnrun.program import Here, Unwind
 from fnrun.state import Cursor, Frame, Position
 from fnrun.steps import PureStep, TrainStep
@@ -103,10 +104,10 @@ class OverData(Loop):
         return weight(known, x, metrics) if known is None else known
 
     def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
-        return folds.fold(totals, rates_last(metrics), examples)
+        return running.fold(totals, rates_last(metrics), examples)
 
     def _result(self, totals: Any) -> Any:
-        return folds.compute(totals) if totals else {}
+        return running.compute(totals) if totals else {}
 
     def _left_in_pass(self, state: Any, frame: Frame, data: Any, at: Here) -> int | None:
         batch = self._cursor(state, frame, data, at).batch
@@ -158,7 +159,7 @@ class Training(OverData):
 
         def finished(state: Any) -> Any:
             gathered = {o.name: o.fold_each(frame.folds.get(o.name), before, done) for o in gatherers} if done else frame.folds
-            totals = folds.fold_each(frame.totals, [(rates_last(metrics), n) for metrics, n in done])
+            totals = running.fold_each(frame.totals, [(rates_last(metrics), n) for metrics, n in done])
             program.examples += sum(examples for _, examples in done)
             new = Frame(frame.loop, frame.ticks + len(done), totals, gathered, frame.member)
             streams = {**position.streams, name: cursor}

@@ -4,10 +4,14 @@ A fold is a pytree with `merge(other) -> fold`, associative, and `compute() -> t
 make the fold of one batch. Nothing in this package waits for a device, and no fold grows with the data unless it was asked to keep it.
 """
 
+import importlib
+from typing import Any
+
 from fnrun.metrics.adapter import TorchmetricsInputs, TorchmetricsState, from_torchmetrics
 from fnrun.metrics.auroc import AUROC, ExactAUROC, auroc
 from fnrun.metrics.base import Fold
 from fnrun.metrics.basic import Last, Max, Mean, Min, Sum, last, max, mean, min, sum
+from fnrun.metrics.by_name import values
 from fnrun.metrics.classification import (
     ClassCounts,
     Confusion,
@@ -25,7 +29,6 @@ from fnrun.metrics.perplexity import Perplexity, perplexity
 from fnrun.metrics.quantiles import Quantiles, quantiles
 from fnrun.metrics.regression import R2, Moments, Pearson, RootMean, mae, mse, pearson, r2, rmse
 from fnrun.metrics.segmentation import iou, mean_iou
-from fnrun.metrics.totals import Means, Totals, compute, fold, fold_each, settled, values
 from fnrun.rows import examples
 
 __all__ = [
@@ -39,7 +42,6 @@ __all__ = [
     "Last",
     "Max",
     "Mean",
-    "Means",
     "Min",
     "Moments",
     "Pearson",
@@ -50,16 +52,12 @@ __all__ = [
     "TopK",
     "TorchmetricsInputs",
     "TorchmetricsState",
-    "Totals",
     "accuracy",
     "auroc",
     "collect",
-    "compute",
     "confusion",
     "examples",
     "f1",
-    "fold",
-    "fold_each",
     "from_torchmetrics",
     "iou",
     "last",
@@ -77,8 +75,14 @@ __all__ = [
     "r2",
     "recall",
     "rmse",
-    "settled",
     "sum",
     "top_k",
     "values",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The loops' totals, under the names by which users and saved runs know them. They stand a floor above: nothing is imported before one is used."""
+    if name in ("Means", "Totals", "compute", "fold", "fold_each", "settled"):
+        return getattr(importlib.import_module("fnrun.loops.totals"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

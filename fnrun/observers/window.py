@@ -1,6 +1,6 @@
 """Statistics over a window of ticks: at a constant cost a tick, however long the window and the run.
 
-What a window gathers are totals of metrics (`fnrun.metrics.fold`). A window of the last n ticks is several of them, parted where the n-th tick
+What a window gathers are totals of metrics (`fnrun.loops.totals`). A window of the last n ticks is several of them, parted where the n-th tick
 before each line falls, so that the newest ones make up exactly n ticks when a line is due.
 """
 
@@ -15,8 +15,9 @@ import torch
 
 from fnrun import metrics as folds
 from fnrun.counts import count
-from fnrun.metrics import Totals
-from fnrun.metrics.totals import rates_last
+from fnrun.loops import totals as running
+from fnrun.loops.totals import Totals
+from fnrun.metrics.by_name import rates_last
 
 #: Over which ticks: since the line before, the last so many, the loop's pass, or the whole run.
 Size = int | Literal["line", "epoch", "run"]
@@ -69,9 +70,9 @@ class Window:
             parts = () if begins else parts
         metrics = self._expanded(metrics)
         if begins or not parts:
-            ended = (*parts[:-1], folds.settled(parts[-1])) if parts else ()
-            return (*ended, folds.fold(None, metrics, examples))[-max(1, self.parts) :]
-        return (*parts[:-1], folds.fold(parts[-1], metrics, examples))
+            ended = (*parts[:-1], running.settled(parts[-1])) if parts else ()
+            return (*ended, running.fold(None, metrics, examples))[-max(1, self.parts) :]
+        return (*parts[:-1], running.fold(parts[-1], metrics, examples))
 
     def fold_each(self, parts: tuple[Totals, ...], at: int, ticks: Sequence[tuple[Mapping[str, Any], int]]) -> tuple[Totals, ...]:
         """`fold` for ticks one after the other, of which only the first may be the first behind a line."""
@@ -80,7 +81,7 @@ class Window:
                 parts = self.fold(parts, at + i, metrics, examples)
             return parts
         parts = self.fold(parts, at, *ticks[0])
-        rest = folds.fold_each(parts[-1], [(self._expanded(metrics), n) for metrics, n in ticks[1:]])
+        rest = running.fold_each(parts[-1], [(self._expanded(metrics), n) for metrics, n in ticks[1:]])
         return (*parts[:-1], rest) if rest is not None else parts
 
     def _expanded(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -102,9 +103,9 @@ class Window:
 
 def compute(parts: Sequence[Totals]) -> dict[str, Any]:
     """The values over all parts, by name."""
-    parts = [folds.settled(part) for part in parts]
+    parts = [running.settled(part) for part in parts]
     if len(parts) == 1:
-        return folds.compute(parts[0])
+        return running.compute(parts[0])
     sums: dict[str, Any] = {}
     weights: dict[str, float] = {}
     merged: dict[str, list[Any]] = {}

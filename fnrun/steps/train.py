@@ -13,7 +13,7 @@ from fnrun import metrics as folds, rows, tree
 from fnrun.donation import Owner
 from fnrun.inplace import Guard
 from fnrun.metrics.base import wide
-from fnrun.metrics.totals import weight
+from fnrun.metrics.by_name import weight
 from fnrun.optim.lists import eager
 from fnrun.optim.wrappers import choose
 from fnrun.state import carried, check_state, is_state

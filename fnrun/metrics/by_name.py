@@ -1,0 +1,68 @@
+"""Metrics by name, as a step returns them: their values, what they weigh, and which of them are a fact of now."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from fnrun import rows
+from fnrun.metrics.basic import Last
+
+
+def values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """One tick's metrics as values: folds computed, tensors and numbers as they are."""
+    return flat({name: value if isinstance(value, (Tensor, Real)) else value.compute() for name, value in metrics.items()})
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """What stands in a dictionary, under `name/key`. Raises ValueError where that is another's name."""
+    if dict not in {type(value) for value in values.values()}:
+        return values
+    nested = ({f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value} for name, value in values.items())
+    flat: dict[str, Any] = {}
+    for part in nested:
+        if both := sorted(flat.keys() & part.keys()):
+            raise ValueError(
+                f"two metrics are named {', '.join(map(repr, both))}: one would be lost; a fold of several values is `name/key`"
+            )
+        flat.update(part)
+    return flat
+
+
+def rates_last(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metrics with a learning rate (`lr`, or a name that ends in `/lr`) as the newest instead of a mean: that of a schedule is a fact of now.
+
+    >>> rates_last({"loss": 0.5, "decay/lr": 0.1})
+    {'loss': 0.5, 'decay/lr': Last(value=0.1)}
+    """
+    rates = _rates(tuple(metrics))
+    if not rates:
+        return metrics
+    return {**metrics, **{name: Last(metrics[name]) for name in rates if not hasattr(metrics[name], "merge")}}
+
+
+@functools.lru_cache(maxsize=256)
+def _rates(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if _RATE.search(name))
+
+
+_RATE = re.compile(r"(^|/)lr(_\d+)?$")  # of the second optimizer in a step `lr_2`
+
+
+def weight(examples: int | None, batch: Any, metrics: Mapping[str, Any]) -> int:
+    """What a tick's plain metrics weigh: `examples`, that the batch has. Raises ValueError where that is None, not clear, and there are such metrics."""
+    if examples is not None:
+        return examples
+    newest = {"skipped", *_rates(tuple(metrics))}  # of which a mean is not asked for
+    if plain := [name for name, value in metrics.items() if not hasattr(value, "merge") and name not in newest]:
+        raise ValueError(
+            f"how many examples this batch has is not clear: {rows.shapes(batch)}; and {', '.join(plain[:5])} would be averaged over examples. "
+            f"Say it where the step is made, make_train_step or make_eval_step(..., {rows.REMEDY}); or let the step return folds, "
+            "metrics.mean(value, weight=n)"
+        )
+    return 1
