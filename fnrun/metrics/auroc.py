@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import averaged, check_choice, check_labels, check_same, check_scores, wide
+from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, wide
 from fnrun.metrics.bins import Bins
 from fnrun.metrics.collect import Chunks, collect
 from fnrun.tree import static, struct
@@ -17,7 +17,7 @@ AVERAGES = ("macro", "weighted", None)
 
 
 @struct
-class AUROC:
+class AUROC(Additive):
     """How many positives and negatives have a score in each bin: int64 `[bins]`, or `[classes, bins]` for one class against the rest."""
 
     __module__ = "fnrun.metrics"
@@ -25,10 +25,6 @@ class AUROC:
     positives: Tensor
     negatives: Tensor
     average: str | None = static()
-
-    def merge(self, other: AUROC) -> AUROC:
-        check_same("auroc", "average", self.average, other.average)
-        return AUROC(self.positives + other.positives, self.negatives + other.negatives, self.average)
 
     def compute(self) -> Tensor:
         """The area, where a positive and a negative in one bin count as half a pair in order."""
@@ -47,17 +43,13 @@ class AUROC:
 
 
 @struct
-class ExactAUROC:
+class ExactAUROC(Additive):
     """All scores, with their labels."""
 
     __module__ = "fnrun.metrics"
 
     seen: Chunks
     average: str | None = static()
-
-    def merge(self, other: ExactAUROC) -> ExactAUROC:
-        check_same("auroc", "average", self.average, other.average)
-        return ExactAUROC(self.seen.merge(other.seen), self.average)
 
     def compute(self) -> Tensor:
         """The area by ranks (Mann-Whitney), where a positive and a negative of one score count as half a pair in order."""

@@ -5,6 +5,8 @@ Every struct of this package gives the package as its module: that is the name t
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, Protocol, Self
 
 import torch
@@ -21,6 +23,36 @@ class Fold(Protocol):
     def compute(self) -> Any:
         """The value: a tensor, or a dict of tensors by name."""
         ...
+
+
+class Additive:
+    """A fold that merges field by field: tensors are added, folds are merged. Its static fields say how it was made, the same in both.
+
+    Raises ValueError for a fold that was made otherwise, or whose tensors have other shapes.
+    """
+
+    __slots__ = ()
+
+    def merge(self, other: Self) -> Self:
+        merged, cls = [], type(self)
+        for name, setting in _fields(cls):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if setting:
+                check_same(cls.__name__, name, ours, theirs)
+            elif isinstance(ours, Tensor):
+                if ours.shape != theirs.shape:
+                    check_same(cls.__name__, f"{name} of shape", tuple(ours.shape), tuple(theirs.shape))
+                ours = ours + theirs
+            else:
+                ours = ours.merge(theirs)
+            merged.append(ours)
+        return cls(*merged)
+
+
+@functools.cache
+def _fields(cls: Any) -> tuple[tuple[str, bool], ...]:
+    """Of each field, its name and whether it is a setting."""
+    return tuple((field.name, not field.metadata.get("pytree_node", True)) for field in dataclasses.fields(cls))
 
 
 def wide(values: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import wide
+from fnrun.metrics.base import Additive, wide
 from fnrun.tree import struct
 
 
 @struct
-class Mean:
+class Mean(Additive):
     """A weighted mean: `total` of weight times value, and `weight`, both float64; of any shape, each element on its own."""
 
     __module__ = "fnrun.metrics"
@@ -20,23 +20,17 @@ class Mean:
     total: Tensor
     weight: Tensor
 
-    def merge(self, other: Mean) -> Mean:
-        return Mean(self.total + other.total, self.weight + other.weight)
-
     def compute(self) -> Tensor:
         return self.total / self.weight
 
 
 @struct
-class Sum:
+class Sum(Additive):
     """A sum: float64 for floats, int64 for ints."""
 
     __module__ = "fnrun.metrics"
 
     total: Tensor
-
-    def merge(self, other: Sum) -> Sum:
-        return Sum(self.total + other.total)
 
     def compute(self) -> Tensor:
         return self.total

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fnrun.counts import count
-from fnrun.metrics.base import averaged, check_choice, check_labels, check_same, check_scores, wide
+from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, wide
 from fnrun.metrics.basic import Mean
 from fnrun.tree import static, struct
 
@@ -39,7 +39,7 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
 
 
 @struct
-class TopK:
+class TopK(Additive):
     """How many labels were among the k highest scores, int64 `[ks]`, of how many."""
 
     __module__ = "fnrun.metrics"
@@ -47,10 +47,6 @@ class TopK:
     hits: Tensor
     counted: Tensor
     ks: tuple[int, ...] = static()
-
-    def merge(self, other: TopK) -> TopK:
-        check_same("top_k", "ks", self.ks, other.ks)
-        return TopK(self.hits + other.hits, self.counted + other.counted, self.ks)
 
     def compute(self) -> dict[str, Tensor]:
         shares = wide(self.hits) / wide(self.counted).unsqueeze(-1)
@@ -87,15 +83,12 @@ def _place(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @struct
-class Confusion:
+class Confusion(Additive):
     """Counts of pairs: `counts[label, prediction]`, int64."""
 
     __module__ = "fnrun.metrics"
 
     counts: Tensor
-
-    def merge(self, other: Confusion) -> Confusion:
-        return Confusion(self.counts + other.counts)
 
     def compute(self) -> Tensor:
         return self.counts
@@ -152,7 +145,7 @@ AVERAGES = ("macro", "micro", "weighted", "binary", None)
 
 
 @struct
-class ClassCounts:
+class ClassCounts(Additive):
     """Of each class, how often it was hit, predicted, and the label: int64 `[classes]`; of the positive class alone where it is binary.
 
     `measures` names what is computed of them, by `average`.
@@ -165,16 +158,6 @@ class ClassCounts:
     labelled: Tensor
     measures: tuple[str, ...] = static()
     average: str | None = static()
-
-    def merge(self, other: ClassCounts) -> ClassCounts:
-        check_same(
-            " and ".join(self.measures),
-            "settings",
-            (self.measures, self.average, self.hits.shape),
-            (other.measures, other.average, other.hits.shape),
-        )
-        hits, predicted, labelled = self.hits + other.hits, self.predicted + other.predicted, self.labelled + other.labelled
-        return ClassCounts(hits, predicted, labelled, self.measures, self.average)
 
     def compute(self) -> Tensor | dict[str, Tensor]:
         counts = wide(torch.stack([self.hits, self.predicted, self.labelled]))

@@ -5,21 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import check_scores, wide
+from fnrun.metrics.base import Additive, check_scores, wide
 from fnrun.tree import struct
 
 
 @struct
-class Perplexity:
+class Perplexity(Additive):
     """The summed negative log likelihood of `tokens` tokens, both float64."""
 
     __module__ = "fnrun.metrics"
 
     nll: Tensor
     tokens: Tensor
-
-    def merge(self, other: Perplexity) -> Perplexity:
-        return Perplexity(self.nll + other.nll, self.tokens + other.tokens)
 
     def compute(self) -> Tensor:
         return (self.nll / self.tokens).exp()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import wide
+from fnrun.metrics.base import Additive, wide
 from fnrun.metrics.basic import Mean, mean
 from fnrun.tree import struct
 
@@ -31,15 +31,12 @@ def mse(predictions: Tensor, targets: Tensor) -> Mean:
 
 
 @struct
-class RootMean:
+class RootMean(Additive):
     """The root of a mean."""
 
     __module__ = "fnrun.metrics"
 
     mean: Mean
-
-    def merge(self, other: RootMean) -> RootMean:
-        return RootMean(self.mean.merge(other.mean))
 
     def compute(self) -> Tensor:
         return self.mean.compute().sqrt()
@@ -85,16 +82,13 @@ class Moments:
 
 
 @struct
-class R2:
+class R2(Additive):
     """The squared errors, and the moments of the targets."""
 
     __module__ = "fnrun.metrics"
 
     errors: Tensor
     targets: Moments
-
-    def merge(self, other: R2) -> R2:
-        return R2(self.errors + other.errors, self.targets.merge(other.targets))
 
     def compute(self) -> Tensor:
         return 1 - self.errors / self.targets.products[..., 0, 0]
@@ -113,15 +107,12 @@ def r2(predictions: Tensor, targets: Tensor) -> R2:
 
 
 @struct
-class Pearson:
+class Pearson(Additive):
     """The moments of predictions and targets."""
 
     __module__ = "fnrun.metrics"
 
     moments: Moments
-
-    def merge(self, other: Pearson) -> Pearson:
-        return Pearson(self.moments.merge(other.moments))
 
     def compute(self) -> Tensor:
         products = self.moments.products

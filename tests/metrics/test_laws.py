@@ -115,6 +115,7 @@ def test_nothing_waits_for_a_device(name):
     [
         (lambda s, y: metrics.top_k(s, y, (1, 2)), lambda s, y: metrics.top_k(s, y, (1, 3))),
         (lambda s, y: metrics.f1(s, y), lambda s, y: metrics.f1(s[:, :3], y)),
+        (lambda s, y: metrics.confusion(y, y, 4), lambda s, y: metrics.confusion(y, y, 1)),
         (lambda s, y: metrics.f1(s, y), lambda s, y: metrics.precision(s, y)),
         (lambda s, y: metrics.f1(s, y), lambda s, y: metrics.f1(s, y, average="micro")),
         (metrics.auroc, lambda s, y: metrics.auroc(s[:, 0], y == 1)),
