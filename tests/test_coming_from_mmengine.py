@@ -1,14 +1,12 @@
-"""The code of docs/coming-from-mmengine.md runs as it stands, from top to bottom, and its links lead somewhere."""
+"""docs/coming-from-mmengine.md names all that mmengine has."""
 
 from __future__ import annotations
 
-import logging
 import re
-from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
-NAME = "coming-from-mmengine.md"
-PAGE = (DOCS / NAME).read_text()
+from tests import pages
+
+PAGE = pages.text("coming-from-mmengine.md")
 
 #: `Hook.stages` of mmengine 0.10.7.
 STAGES = [
@@ -34,31 +32,7 @@ KEYS = [
 ]  # fmt: skip
 
 
-def test_the_code_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    logger = logging.getLogger("fnrun")
-    before = logger.handlers[:], logger.level
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == PAGE.count("```python")
-    names: dict = {"__name__": "docs"}
-    try:
-        for block in blocks:
-            exec(compile(block, f"docs/{NAME}", "exec", dont_inherit=True), names)
-    finally:
-        logger.handlers[:], logger.level = before
-
-
 def test_every_hook_point_hook_and_key_of_theirs_is_named():
     assert len(STAGES) == 22
     tables = "\n".join(line for line in PAGE.splitlines() if line.startswith("|"))
     assert [name for name in (*STAGES, *HOOKS, *KEYS) if not re.search(rf"`{name}[`(]", tables)] == []
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)]*)\)", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)):
-        file, _, anchor = target.partition("#")
-        path = DOCS / (file or NAME)
-        assert path.exists(), target
-        if anchor:
-            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], target
