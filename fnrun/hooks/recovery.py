@@ -7,11 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from fnrun.counts import count
 from fnrun.hooks import leaves
 from fnrun.hooks.monitor import monitored
+from fnrun.optim.lists import all_finite
 from fnrun.state import TrainState, in_training
 
 
@@ -43,7 +42,7 @@ class _Rollback:
         if value is None:
             return state
         memory = state.memory[self.name]
-        if self._exploded(value, memory["value"]) or not (in_training(state) or _finite(state.params)):
+        if self._exploded(value, memory["value"]) or not (in_training(state) or all_finite(state.params.values())):
             return self._back(state, value)
         kept = self._kept(state)
         # A training step's loss is that of the weights before the step; a round's metrics are those of the weights at its end.
@@ -76,10 +75,6 @@ class _Rollback:
 
     def _remembering(self, state: TrainState, memory: dict[str, Any]) -> TrainState:
         return state.replace(memory={**state.memory, self.name: memory})
-
-
-def _finite(params: dict[str, torch.Tensor]) -> bool:
-    return all(bool(torch.isfinite(p).all()) for p in params.values())
 
 
 def rollback(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fnrun import files, tree
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.observers.ranks import rank
+from fnrun.optim.lists import all_finite
 
 logger = logging.getLogger("fnrun")
 
@@ -57,13 +58,8 @@ def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
 
 
 def _finite(value: Any) -> bool:
-    """Whether every number in it is; for all tensors on one device it waits once."""
-    flags: dict[torch.device, list[Tensor]] = {}
-    for leaf in tree.leaves(value):
-        tensor = torch.as_tensor(leaf) if isinstance(leaf, (float, complex)) else leaf
-        if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
-            flags.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
-    return all(bool(torch.stack(each).all()) for each in flags.values())
+    """Whether every number in it is."""
+    return bool(all_finite(tree.leaves(value)))
 
 
 def _paths(value: Any) -> list[str]:

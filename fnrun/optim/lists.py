@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -215,6 +216,19 @@ def _on_host(value: Any) -> bool:
 def read(value: Any) -> Any:
     """A number that is a tensor on the host, as a Python number; anything else as it is."""
     return value.item() if _on_host(value) else value
+
+
+def all_finite(leaves: Iterable[Any]) -> Any:
+    """Whether every number is finite: a bool where the host knows it, else a tensor. What is no number, or an integer, is passed over."""
+    tensors = [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, (Tensor, float, complex))]
+    parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors if t.numel()]
+    there = [t for t in parts if t.is_floating_point()]
+    if not there:
+        return True
+    norms = ops_for(there).norm(there, math.inf)
+    device = norms[0].device
+    dtype = functools.reduce(torch.promote_types, {n.dtype for n in norms})  # what one of them can hold is finite
+    return read(torch.isfinite(torch.stack([n.to(device, dtype) for n in norms])).all())
 
 
 def read_all(values: Tensor, like: list[Tensor]) -> list[Any]:

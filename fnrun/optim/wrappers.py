@@ -6,7 +6,6 @@ Where the decision is known to the host it is a branch. Where only a device know
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from torch import Tensor
 from fnrun.counts import count
 from fnrun.donation import keeping
 from fnrun.optim.base import Optimizer, Wrapper
-from fnrun.optim.lists import note, ops_for, read, tree_map
+from fnrun.optim.lists import all_finite, note, ops_for, read, tree_map
 from fnrun.optim.rule import Misses
 from fnrun.tree import struct
 
@@ -53,17 +52,6 @@ def counts_on(device: torch.device | None, state: Any) -> Any:
 
 def device_of(tree: Any) -> torch.device | None:
     return next((leaf.device for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
-
-
-def all_finite(tensors: Sequence[Tensor | None]) -> Any:
-    """Whether every element is finite: a bool where the host knows it, else a tensor."""
-    there = [t for t in tensors if t is not None and t.numel()]
-    if not there:
-        return True
-    norms = ops_for(there).norm(there, math.inf)
-    device = norms[0].device
-    dtype = functools.reduce(torch.promote_types, {n.dtype for n in norms})  # what one of them can hold is finite
-    return read(torch.isfinite(torch.stack([n.to(device, dtype) for n in norms])).all())
 
 
 def wrapper(wrap: Callable[[Optimizer], Optimizer], optimizer: Optimizer | None) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fnrun.optim.lists import all_finite
 from fnrun.steps.given import check_function
 from fnrun.steps.kinds import Function, Metrics, PureStep
 from fnrun.steps.train import Combine, TrainStep, each
@@ -47,7 +48,6 @@ def _finite(step: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batch: 
         raise TypeError("skip_nonfinite goes around a step, inside the loop: epoch_loop(skip_nonfinite(step))")
     loss = metrics["loss"]
     loss = loss if isinstance(loss, torch.Tensor) or not hasattr(loss, "compute") else loss.compute()
-    tensors = [t for t in (torch.as_tensor(loss), *new.params.values()) if t.is_floating_point() or t.is_complex()]
-    if all(bool(torch.isfinite(t).all()) for t in tensors):
+    if all_finite([loss, *new.params.values()]):
         return new, {**metrics, "skipped": metrics.get("skipped", 0.0)}
     return state.replace(step=new.step), {"skipped": 1.0}

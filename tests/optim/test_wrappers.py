@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import fnrun
 from fnrun import data, optim, schedules, tree
+from fnrun.optim.lists import all_finite
 from fnrun.reports import collect
 
 from . import cases
@@ -198,3 +200,18 @@ def test_a_stop_between_two_updates_is_an_end(caplog: pytest.LogCaptureFixture) 
 
     fnrun.epoch_loop(step, hooks=[stop])(state, [torch.ones(4, 3)] * 8)
     assert "the last 3 batches" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("leaves", "finite"),
+    [
+        ([None, 3, 1.0, "a", torch.zeros(0), torch.tensor([2**62, -1])], True),
+        ([torch.tensor([6e4, -6e4], dtype=torch.float16), torch.tensor([1e300], dtype=torch.float64), torch.ones(2)], True),
+        ([torch.tensor([3e38 + 3e38j]).conj()], True),  # whose magnitude is more than float32 holds
+        ([torch.ones(2), torch.tensor([1.0, -math.inf], dtype=torch.bfloat16)], False),
+        ([torch.ones(2), torch.tensor([complex(1, math.nan)])], False),
+        ([torch.ones(2), complex(0, math.inf)], False),
+    ],
+)
+def test_what_is_finite_is_finite_element_by_element(leaves: list[object], finite: bool) -> None:
+    assert all_finite(leaves) is finite
