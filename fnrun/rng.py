@@ -33,7 +33,7 @@ def _lock_of_a_fork() -> None:
 os.register_at_fork(after_in_child=_lock_of_a_fork)
 
 
-@struct(eq=True)
+@struct(eq=True, name="fnrun.Key")
 class Key:
     """128 bits that stand for a stream of randomness. `Key(seed)` takes any int.
 

@@ -25,7 +25,7 @@ from fnrun.words import kind, uncalled
 _BATCH, _ROWS = re.compile(r"\b(\d+) a batch\b"), re.compile(r"\bof (\d+) (?:rows|examples)\b")
 
 
-@struct
+@struct(name="fnrun.Cursor")
 class Cursor:
     """Where a data stream stands: the next batch is `batch` of pass `epoch`.
 
@@ -65,18 +65,32 @@ class Cursor:
         ), f"the rest of epoch {self.epoch + 1} is left out, and epoch {self.epoch + 2} begins with the new data"
 
 
-@struct
+@struct(name="fnrun.Frame")
 class Frame:
-    """An open loop: its kind and path, its finished ticks, the totals of its metrics, what its observers fold, and a sequence's member at work."""
+    """An open loop: its finished ticks, the totals of its metrics, what its observers fold, and a sequence's member at work.
 
-    loop: str
+    `kind` is the combinator (`"epoch_loop"`, `"repeat"`, ...), `path` the members that lead to it (`"train"`, `"a/train"`; `""` for the outermost),
+    and `nth` how many loops the same call of a function has opened before it: 0 but for a function that calls several.
+
+    >>> Frame("epoch_loop", "train", 1, ticks=3).name
+    'epoch_loop /train #2'
+    """
+
+    kind: str
+    path: str = ""
+    nth: int = 0
     ticks: int = 0
     totals: Any = None
     folds: dict[str, Any] = dataclasses.field(default_factory=dict)
     member: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The loop in words. Randomness is derived from them: they never change."""
+        return f"{self.kind} /{self.path}" + (f" #{self.nth + 1}" if self.nth else "")
 
-@struct
+
+@struct(name="fnrun.Position")
 class Position:
     """Where the program stands: the frames of the open loops, outermost first, and each stream's cursor.
 
@@ -89,7 +103,7 @@ class Position:
 
     def brief(self) -> str:
         """In one line: the open loops with their ticks, and the streams with epoch and batch."""
-        frames = [f"{frame.loop} at tick {frame.ticks}" for frame in self.frames]
+        frames = [f"{frame.name} at tick {frame.ticks}" for frame in self.frames]
         streams = [f"{name} at epoch {cursor.epoch}, batch {cursor.batch}" for name, cursor in self.streams.items()]
         return "; ".join([*frames, *streams]) or "at the beginning"
 
@@ -132,7 +146,7 @@ class Weights(NamedTuple):
 M = TypeVar("M", bound=nn.Module)
 
 
-@struct
+@struct(name="fnrun.TrainState")
 class TrainState(Donatable, metaclass=Entered):
     """A training, whole: given the program and the data, everything that follows is a function of it.
 
@@ -384,10 +398,14 @@ class LoopState(Protocol):
 S = TypeVar("S", bound=LoopState)
 
 
+#: The kinds of loops whose ticks are training steps.
+TRAINING = ("epoch_loop", "step_loop")
+
+
 def in_training(state: Any) -> bool:
     """Whether the loop at work takes training steps; elsewhere its ticks are rounds. Outside every loop a call is like a training step."""
     frames = state.position.frames
-    return not frames or frames[-1].loop.startswith(("epoch_loop", "step_loop"))
+    return not frames or frames[-1].kind in TRAINING
 
 
 def counted(state: Any) -> int:

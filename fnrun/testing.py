@@ -115,7 +115,7 @@ def assert_resumable(
     chosen = seen if len(seen) <= limit else [seen[round(i * (len(seen) - 1) / (limit - 1))] for i in range(limit)]
     for one in chosen:
         again_lines, (again, again_metrics) = _listening(lambda one=one: loop(restored(one, state), data))
-        where = " > ".join(f"{frame.loop} tick {frame.ticks}" for frame in one.position.frames)
+        where = " > ".join(f"{frame.name} tick {frame.ticks}" for frame in one.position.frames)
         assert_same(end, again, f"resumed from {where}, the program ends in another state")
         assert_same(metrics, again_metrics, f"resumed from {where}, the program ends with other metrics")
         later = [line for line in lines if line["order"] > one.position.order]

@@ -11,7 +11,7 @@ import hashlib
 import operator
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, dataclass_transform, overload
 
@@ -30,6 +30,8 @@ T = TypeVar("T")
 SCALARS = (type(None), bool, int, float, complex, str, bytes)
 
 _structs: dict[str, type] = {}
+_names: dict[type, str] = {}
+_former: dict[str, type] = {}
 
 
 def static(**options: Any) -> Any:
@@ -40,13 +42,18 @@ def static(**options: Any) -> Any:
 @overload
 def struct(cls: type[T], /) -> type[T]: ...
 @overload
-def struct(*, eq: bool = False) -> Callable[[type[T]], type[T]]: ...
+def struct(*, eq: bool = False, name: str | None = None, formerly: Sequence[str] = ()) -> Callable[[type[T]], type[T]]: ...
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static))
-def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
+def struct(cls: Any = None, /, *, eq: bool = False, name: str | None = None, formerly: Sequence[str] = ()) -> Any:
     """Make `cls` a frozen, slotted dataclass that is a pytree node for optree and for torch.func alike.
 
     Fields are children, except those made with `static()`. A subclass of a struct is a struct only under its own `@struct`.
     Equality is identity unless `eq=True` (tensors have no single truth value): compare with `tree.equal`.
+
+    - `name`: what checkpoints call it, by default `module:qualname`. With a name of its own it can move to another module.
+    - `formerly`: the names under which earlier checkpoints hold it. A struct that has been given a `name` is found under its default too.
+
+    Raises ValueError where another struct has the name, or was called so formerly. The same class declared again takes the place of the one before.
 
     >>> @struct
     ... class Point:
@@ -57,7 +64,11 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
     Point(x=tensor(2.), y=tensor(4.), unit='m')
     """
     if cls is None:
-        return lambda cls: struct(cls, eq=eq)  # pyright: ignore[reportCallIssue]
+        return lambda cls: struct(cls, eq=eq, name=name, formerly=formerly)  # pyright: ignore[reportCallIssue]
+    texts = (*formerly, *([] if name is None else [name]))
+    if isinstance(formerly, str) or not all(isinstance(each, str) and each for each in texts):
+        raise TypeError(f"struct {cls.__qualname__}: name= is a text and formerly= a list of texts, and not {name!r} and {formerly!r}")
+    _check_names(cls, name, formerly)
     cls = dataclasses.dataclass(frozen=True, slots=True, weakref_slot=True, eq=eq, repr=cls.__repr__ is object.__repr__)(cls)
     cls.__setattr__, cls.__delattr__ = _refusing(cls), _refusing(cls)
     names = tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("pytree_node", True))
@@ -88,8 +99,26 @@ def struct(cls: Any = None, /, *, eq: bool = False) -> Any:
         lambda children, context: unflatten(context, children),
         flatten_with_keys_fn=flatten_with_keys,
     )
-    _structs[class_name(cls)] = cls
+    if name is not None and name != class_name(cls):
+        _structs.pop(class_name(cls), None)  # declared again, now with a name
+    _names[cls] = name or class_name(cls)
+    _structs[_names[cls]] = cls
+    for each in (*formerly, class_name(cls)):
+        _former[each] = cls
     return cls
+
+
+def _check_names(cls: type, name: str | None, formerly: Sequence[str]) -> None:
+    """Raise ValueError where another struct answers to a name of this one. One of the same module and qualname is the same, declared again."""
+    own = name or class_name(cls)
+    for each, other, how in [
+        (own, _structs.get(own), "is the name of"),
+        *((each, _former.get(each), "was formerly the name of") for each in formerly),
+    ]:
+        if other is not None and class_name(other) != class_name(cls):
+            raise ValueError(
+                f"struct {class_name(cls)}: {each!r} {how} {class_name(other)}, and a checkpoint with it could mean either: give one of them another"
+            )
 
 
 def _refusing(cls: Any) -> Callable[..., None]:
@@ -137,8 +166,13 @@ def class_name(cls: type) -> str:
 
 
 def struct_class(name: str) -> type | None:
-    """The registered struct of that `class_name`, or None."""
-    return _structs.get(name)
+    """The struct of that name, or which was formerly called so; None where none is declared."""
+    return _structs.get(name) or _former.get(name)
+
+
+def struct_name(cls: type) -> str | None:
+    """The name of a struct, `name=` or `module:qualname`; None for a class that is none."""
+    return _names.get(cls)
 
 
 # --- leaves and paths --------------------------------------------------------------------------------------------------
@@ -232,11 +266,11 @@ def node(value: Any) -> Node | None:
         return Node(cls.__name__, tuple(range(len(value))), tuple(value))
     if isinstance(value, tuple) and hasattr(cls, "_fields"):
         return Node(f"namedtuple {class_name(cls)}", cls._fields, tuple(value))
-    if struct_class(class_name(cls)) is not None:
+    if (name := _names.get(cls)) is not None:
         fields = dataclasses.fields(cls)
         names = tuple(f.name for f in fields if f.metadata.get("pytree_node", True))
         constant = tuple((f.name, getattr(value, f.name)) for f in fields if f.name not in names)
-        return Node(f"struct {class_name(cls)}", names, tuple(getattr(value, n) for n in names), constant)
+        return Node(f"struct {name}", names, tuple(getattr(value, n) for n in names), constant)
     return None
 
 

@@ -157,7 +157,7 @@ def order(manifest: Manifest) -> tuple[int, ...]:
         raise RunError(f"the checkpoint of step {manifest.step} was not saved by a program: its state has no position")
     frames: list[Frame] = []
     while (ticks := values.get(f"position/frames/{len(frames)}/ticks")) is not None:
-        frames.append(Frame("", ticks))
+        frames.append(Frame("", ticks=ticks))
     return Position(tuple(frames), ticks=values["position/ticks"]).order
 
 
@@ -246,7 +246,7 @@ def _replay(experiment: Experiment, state: Any, target: Position) -> Any:
 
 
 def _place(state: Any) -> str:
-    frames = " > ".join(f"{frame.loop} tick {frame.ticks}" for frame in state.position.frames)
+    frames = " > ".join(f"{frame.name} tick {frame.ticks}" for frame in state.position.frames)
     stopped = f", stopped by {state.stop!r}" if state.stop else ""
     return f"step {state.step} ({frames or 'the end of the program'}){stopped}"
 

@@ -185,7 +185,10 @@ def test_whatever_is_saved_comes_back_type_and_bit(memory: dict[str, Any], tmp_p
 
 
 def test_a_fresh_state_takes_up_a_training(tmp_path: Path) -> None:
-    frames = (Frame("repeat", 2, {"loss": (torch.tensor(1.0), 3)}), Frame("epoch_loop", 5, folds={"log": deque([1.0], 50)}))
+    frames = (
+        Frame("repeat", ticks=2, totals={"loss": (torch.tensor(1.0), 3)}),
+        Frame("epoch_loop", ticks=5, folds={"log": deque([1.0], 50)}),
+    )
     position = Position(frames, {"train": Cursor(1, 5, "8 rows", {"worker": [b"\0"]})}, ticks=21)
     state = fresh(seed=1).replace(step=17, position=position, memory={"ema": {"head.weight": torch.ones(2)}}, stop="patience")
     with Checkpoints(tmp_path) as checkpoints:
@@ -662,7 +665,7 @@ def test_a_dtype_is_floating_point_and_a_device_one_that_is_there(tmp_path: Path
 
 def test_another_dtype_is_for_what_hooks_remember_too_and_not_for_the_totals_of_open_loops(tmp_path: Path) -> None:
     total = torch.tensor([1.1, 1 / 3], dtype=torch.float64)
-    state = fresh().replace(memory={"ema": torch.ones(3)}, position=Position((Frame("epoch_loop /", 3, total),), ticks=3))
+    state = fresh().replace(memory={"ema": torch.ones(3)}, position=Position((Frame("epoch_loop", ticks=3, totals=total),), ticks=3))
     half = fresh().replace(params={name: value.bfloat16() for name, value in fresh().params.items()})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
@@ -869,9 +872,9 @@ def test_a_renamed_checkpoint_and_a_later_format_are_refused(tmp_path: Path) -> 
         with pytest.raises(DamagedError, match=r"holds step 1, ticks 1: the directory was renamed; its name is 00000001-00000001"):
             checkpoints.restore()
         (tmp_path / "00000002-00000002").rename(tmp_path / "00000001-00000001")
-        for version in (0, 3):
+        for version in (0, FORMAT + 1):
             forge(tmp_path, lambda manifest, version=version: manifest.update(format=version))
-            with pytest.raises(CheckpointError, match=rf"written in format {version}; this version of fnrun reads 1 to 2"):
+            with pytest.raises(CheckpointError, match=rf"written in format {version}; this version of fnrun reads 1 to {FORMAT}"):
                 checkpoints.restore()
 
 
@@ -1104,7 +1107,7 @@ def test_the_manifest_tells_config_and_environment(tmp_path: Path) -> None:
         checkpoints.save(at(3, 4), {"loss": 2})
         manifest = checkpoints.manifest()
     assert (manifest.format, manifest.step, manifest.ticks, manifest.config, manifest.metrics) == (
-        2,
+            FORMAT,
         3,
         4,
         {"lr": 0.1, "clip": [math.inf, -0.0], "seed": 2**70},

@@ -62,7 +62,7 @@ def state() -> TrainState:
         rng=Key(2**63 + 5),
         step=3,
         memory={"ema": {"params": {"body.0.bias": bits(torch.float32, 7, begin=90)}}, "odd": binary.unpack(">d", b"\x7f\xf8\0\0\0\0\0\x07")[0]},
-        position=Position((Frame("repeat", 1, {"loss": bits(torch.float32, 1)}), Frame("epoch_loop", 2)), {"train": Cursor(1, 2, "rows")}, 5),
+        position=Position((Frame("repeat", ticks=1, totals={"loss": bits(torch.float32, 1)}), Frame("epoch_loop", ticks=2)), {"train": Cursor(1, 2, "rows")}, 5),
         stop="patience: 3 rounds, café",
     )  # fmt: skip
 

@@ -125,7 +125,7 @@ def state() -> TrainState:
             "box": Box({"a": b"b"}, (1, "m", 2.5)),
             "rest": (None, True, -0.0, float("nan"), 2**80, 1 + 2j, "\ud800", OrderedDict(a=1), defaultdict(list, b=[]), deque([1], 4)),
         },
-        position=Position((Frame("repeat", 1, {"loss": (torch.tensor(1.0), 3)}),), ticks=7),
+        position=Position((Frame("repeat", ticks=1, totals={"loss": (torch.tensor(1.0), 3)}),), ticks=7),
         step=5,
     )
 
@@ -155,7 +155,7 @@ CLASSES = [
 KINDS = [
     f"{family} {name}"
     for family in ("struct", "namedtuple")
-    for name in (*CLASSES, f"{__name__}:Pair", f"{__name__}:Box", "fnrun.state:Frame")
+    for name in (*CLASSES, f"{__name__}:Pair", f"{__name__}:Box", "fnrun.state:Frame", "fnrun.Frame")
 ]
 NUMBERS = [-1, 0, 1, 2, 3, 10**6, 10**15, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30, 1.5, -0.0, 1e308]
 PATHS = [

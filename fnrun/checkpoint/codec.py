@@ -229,15 +229,11 @@ def build(plan: Any, value: Callable[[Pick], Any], path: tuple[Any, ...] = ()) -
 
 def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
     family, _, name = plan.kind.partition(" ")
-    if plan.cls is None and re.match(r"fnrun(\.[a-z]\w*)+:", name):  # whoever looks into a checkpoint need not have imported our classes
-        module, _, qualname = name.partition(":")
-        with contextlib.suppress(ImportError):
-            getattr(importlib.import_module(module), qualname, None)  # a module may import a class where it is asked for it
-    cls: Any = plan.cls or (tree.struct_class(name) if family == "struct" else _loaded_namedtuple(plan.kind))
+    cls: Any = plan.cls or (_struct(name) if family == "struct" else _loaded_namedtuple(plan.kind))
     if cls is None or family not in ("struct", "namedtuple"):
         raise CheckpointError(
             f"{text(path) or 'the state'}: {plan.kind} is not loaded: import the module that defines it before restoring. (Where "
-            "it has another name now: restore(like=a fresh state); read() gives the leaves without any class)"
+            "it has another name now: restore(like=a fresh state), or @struct(formerly=[...]) where it is declared; read() gives the leaves without any class)"
         )
     values = dict(zip(plan.keys, children, strict=True)) | {
         key: constant(item) for key, item in (plan.static if family == "struct" else [])
@@ -253,6 +249,28 @@ def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
     for key, item in values.items():
         object.__setattr__(node, key, item)
     return node
+
+
+def _struct(name: str) -> type | None:
+    """The struct of that name, if it is declared. The name of one of ours is a public module and the class: who only looks need not have imported it."""
+    module, _, own = name.rpartition(".")
+    if (found := tree.struct_class(name)) is None and re.fullmatch(r"fnrun(\.[a-z]\w*)*", module):
+        with contextlib.suppress(ImportError):
+            getattr(importlib.import_module(module), own, None)
+        found = tree.struct_class(name)
+    return found
+
+
+def named_today(structure: Node | int) -> Node | int:
+    """The structure with the names that its structs have now, where their classes say that they were called otherwise (`formerly=`). In place."""
+    if isinstance(structure, Node):
+        family, _, name = structure.kind.partition(" ")
+        cls = tree.struct_class(name) if family == "struct" else None
+        if cls is not None:
+            structure.kind = f"struct {tree.struct_name(cls)}"
+        for child in structure.children:
+            named_today(child)
+    return structure
 
 
 def _loaded_namedtuple(kind: str) -> type | None:

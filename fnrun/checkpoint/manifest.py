@@ -13,8 +13,8 @@ import torch
 
 from fnrun import tree
 
-#: The version of the format. Earlier ones are read too (`migrate`); a later one is refused.
-FORMAT = 2
+#: The version of the format. Earlier ones are read too (`former.migrate`); a later one is refused.
+FORMAT = 3
 
 Mode = Literal["min", "max"]
 
@@ -172,14 +172,6 @@ def _check_places(leaves: Sequence[Leaf]) -> None:
         if begin < before:
             raise ValueError(f"{leaf.path} lies where another leaf lies")
         end[leaf.array or 0] = begin + leaf.nbytes
-
-
-def migrate(raw: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of an earlier format, as JSON, in the words of this one."""
-    if raw["format"] == 1:  # one monitored metric at most; and orbax's OCDBT, which tells its arrays apart from ours by itself
-        monitor = raw.pop("monitor", None)
-        raw = {**raw, "format": 2, "monitors": {} if monitor is None else {monitor: raw.get("mode", "min")}}
-    return raw
 
 
 def dense(shape: Sequence[int], strides: Sequence[int]) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from fnrun import tree
-from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of, picks
+from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of, named_today, picks
 from fnrun.checkpoint.manifest import TORCH_DTYPES, CheckpointError, Leaf, Node, constant, encode_constant, text
 from fnrun.tables import printable
 
@@ -188,7 +188,7 @@ class Matcher:
         strict: bool = True,
         cast: torch.dtype | None = None,
     ) -> None:
-        self.structure, self.leaves, self.patterns, self.cast = structure, leaves, patterns, cast
+        self.structure, self.leaves, self.patterns, self.cast = named_today(structure), leaves, patterns, cast
         self.all = patterns is None
         self.wrong: list[Mismatch] = []
         self.apart: list[Mismatch] = self.wrong if strict else []

@@ -34,8 +34,9 @@ import numpy as np
 import torch
 
 from fnrun import files, tree
+from fnrun.checkpoint.former import migrate
 from fnrun.checkpoint.handed import told
-from fnrun.checkpoint.manifest import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Judgement, Leaf, Manifest, config, migrate
+from fnrun.checkpoint.manifest import FORMAT, TORCH_DTYPES, CheckpointError, DamagedError, File, Judgement, Leaf, Manifest, config
 from fnrun.environment import environment
 
 #: Smaller leaves are packed: an array costs orbax about a millisecond, whatever its size.
@@ -374,7 +375,7 @@ def read_judgement(directory: Path) -> Judgement | Manifest:
         found = msgspec.json.decode(_encoded(directory), type=Judgement)
         for value in found.metrics.values():
             float(value)
-        if found.format == FORMAT:
+        if 2 <= found.format <= FORMAT:  # between these nothing that it says has changed
             return found
     return read_manifest(directory)  # of another format; or it says what is wrong
 

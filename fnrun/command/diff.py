@@ -13,6 +13,7 @@ import torch
 
 from fnrun import tree
 from fnrun.checkpoint import Manifest
+from fnrun.checkpoint.codec import named_today
 from fnrun.checkpoint.manifest import Leaf, Node, constant, text
 from fnrun.command import CommandError, Diff
 from fnrun.command.output import document, place, say
@@ -109,7 +110,7 @@ class _Side:
         self.checkpoints, self.entry = checkpoint_at(path)
         self.manifest: Manifest = self.checkpoints.manifest(self.entry)
         self.leaves = {leaf.path: leaf for leaf in self.manifest.leaves}
-        self.containers = dict(_containers(self.manifest.structure))
+        self.containers = dict(_containers(named_today(self.manifest.structure)))
 
     def about(self) -> dict[str, Any]:
         directory = self.checkpoints.directory / self.entry.name

@@ -130,15 +130,15 @@ class Loop(Composed):
 
     def _ticks(self, state: Any, data: Any, at: Here) -> tuple[Any, Any]:
         depth, program = at.depth, at.program
-        name = f"{self.kind} {at.path or '/'}"
+        opening = Frame(self.kind, at.path.removeprefix("/"), len(at.opened or ()))
+        name = opening.name
         if at.opened is not None:
             at.opened.append(name)
-            name += f" #{len(at.opened)}" if len(at.opened) > 1 else ""
         frames = state.position.frames
         if len(frames) == depth:
             begun_with = frames[0].folds.get(_carried(name), {}) if depth and self.trains else {}
-            state = framed(state, (*frames, Frame(name, folds=begun_with)))
-        elif frames[depth].loop != name or (
+            state = framed(state, (*frames, dataclasses.replace(opening, folds=begun_with)))
+        elif frames[depth].name != name or (
             self.over_data and len(frames) > depth + 1 and all(isinstance(s, PureStep) for _, s in self.inner())
         ):
             raise elsewhere(state, program)
@@ -193,7 +193,7 @@ class Loop(Composed):
                 if depth == 0 and (carried := state.position.frames[0].folds):
                     gathered = {**carried, **gathered}
                 totals = self._total(frame.totals, metrics, examples)
-                frame = Frame(name, frame.ticks + taken, totals, gathered, self._next_member(frame))
+                frame = Frame(frame.kind, frame.path, frame.nth, frame.ticks + taken, totals, gathered, self._next_member(frame))
                 position = state.position
                 moved = position.streams if streams is None else {**position.streams, **streams}
                 state = state.replace(position=Position((*position.frames[:depth], frame), moved, position.ticks + self.over_data * taken))
@@ -254,7 +254,7 @@ class Loop(Composed):
             if openly:
                 return step(state, x)
             frames = state.position.frames[: at.depth]
-            place = (frames[-1].loop, *(frame.ticks for frame in frames), *place)
+            place = (frames[-1].name, *(frame.ticks for frame in frames), *place)
             return parts.function(at.program, step, state, x, place, alone=self.over_data)
         finally:
             here.reset(token)
@@ -311,7 +311,7 @@ def _carrying(around: tuple[Frame, ...], ended: Frame, gatherers: list[Any]) -> 
     if not around or not carries:
         return around
     carried = {observer.name: observer.carry(ended.folds.get(observer.name)) for observer in carries}
-    outermost = dataclasses.replace(around[0], folds={**around[0].folds, _carried(ended.loop): carried})
+    outermost = dataclasses.replace(around[0], folds={**around[0].folds, _carried(ended.name): carried})
     return (outermost, *around[1:])
 
 

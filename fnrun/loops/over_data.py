@@ -161,7 +161,7 @@ class Training(OverData):
             gathered = {o.name: o.fold_each(frame.folds.get(o.name), before, done) for o in gatherers} if done else frame.folds
             totals = running.fold_each(frame.totals, [(rates_last(metrics), n) for metrics, n in done])
             program.examples += sum(examples for _, examples in done)
-            new = Frame(frame.loop, frame.ticks + len(done), totals, gathered, frame.member)
+            new = Frame(frame.kind, frame.path, frame.nth, frame.ticks + len(done), totals, gathered, frame.member)
             streams = {**position.streams, name: cursor}
             state = state.replace(position=Position((*position.frames[: at.depth], new), streams, position.ticks + len(done)))
             program.seen(state)

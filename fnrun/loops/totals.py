@@ -1,7 +1,4 @@
-"""The metrics of a loop's ticks, folded: what a loop keeps in its frame.
-
-The structs give `fnrun.metrics` as their module: by that name saved runs know them.
-"""
+"""The metrics of a loop's ticks, folded: what a loop keeps in its frame."""
 
 from __future__ import annotations
 
@@ -21,15 +18,13 @@ from fnrun.tree import struct
 from fnrun.words import a
 
 
-@struct
+@struct(name="fnrun.loops.Means")
 class Means:
     """The means of the plain tensors that come together in a tick, stacked, so that a tick is one addition; or that of one Python number.
 
     `total` and `weight` count in units of `unit` examples, those of the first batch. So for batches of one size nothing is rounded
     but the sum, and the mean of a single batch is its value.
     """
-
-    __module__ = "fnrun.metrics"
 
     names: tuple[str, ...]
     total: Any  # a tensor [names, ...], or a float
@@ -69,15 +64,13 @@ class Means:
         return Means(tuple(names), self.total[[self.names.index(name) for name in names]], self.weight, self.unit)
 
 
-@struct
+@struct(name="fnrun.loops.Totals")
 class Totals:
     """The metrics of the ticks so far, folded: `names` as they first came; tensors in `means`, Python numbers in `numbers`, folds in `folds`.
 
     The newest ticks wait in `waiting`, with their examples, to be folded together: one operation for many ticks. They are at most `TOGETHER`,
     all with the metrics `shared`, which are scalars.
     """
-
-    __module__ = "fnrun.metrics"
 
     names: tuple[str, ...] = ()
     means: tuple[Means, ...] = ()

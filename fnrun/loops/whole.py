@@ -127,7 +127,7 @@ def with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...
 
 def elsewhere(state: Any, program: Program) -> ProgramError:
     """The error for a state that stands in another program: both are shown."""
-    stands = "\n".join(f"  {'  ' * i}{f.loop}, tick {f.ticks}" for i, f in enumerate(state.position.frames))
+    stands = "\n".join(f"  {'  ' * i}{f.name}, tick {f.ticks}" for i, f in enumerate(state.position.frames))
     drawn = "\n".join(f"  {line}" for line in str(program.loop).splitlines())
     return ProgramError(
         f"the state stands in another program:\n{stands}\nand this one is:\n{drawn}\nTo begin this one anew: state.rewind()"

@@ -21,11 +21,9 @@ from fnrun.words import a
 _adapted: dict[str, Any] = {}
 
 
-@struct
+@struct(name="fnrun.metrics.TorchmetricsState")
 class TorchmetricsState:
     """What a metric has seen: its states by name, how many updates they are of, and the name of the metric."""
-
-    __module__ = "fnrun.metrics"
 
     states: dict[str, Any]
     updates: int
@@ -40,11 +38,9 @@ class TorchmetricsState:
         return _find(self.metric).computed(self)
 
 
-@struct
+@struct(name="fnrun.metrics.TorchmetricsInputs")
 class TorchmetricsInputs:
     """All that a function was to be called with, and the name of the function."""
-
-    __module__ = "fnrun.metrics"
 
     inputs: Chunks
     metric: str = static()

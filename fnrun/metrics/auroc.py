@@ -16,11 +16,9 @@ BINS = Bins(low=-10, high=10, per_octave=64)
 AVERAGES = ("macro", "weighted", None)
 
 
-@struct
+@struct(name="fnrun.metrics.AUROC")
 class AUROC(Additive):
     """How many positives and negatives have a score in each bin: int64 `[bins]`, or `[classes, bins]` for one class against the rest."""
-
-    __module__ = "fnrun.metrics"
 
     positives: Tensor
     negatives: Tensor
@@ -42,11 +40,9 @@ class AUROC(Additive):
         return _over_classes(torch.where(unknown, torch.nan, areas), positives.sum(-1), negatives.sum(-1), self.average)
 
 
-@struct
+@struct(name="fnrun.metrics.ExactAUROC")
 class ExactAUROC(Additive):
     """All scores, with their labels."""
-
-    __module__ = "fnrun.metrics"
 
     seen: Chunks
     average: str | None = static()

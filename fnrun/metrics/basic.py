@@ -11,11 +11,9 @@ from fnrun.metrics.base import Additive, wide
 from fnrun.tree import struct
 
 
-@struct
+@struct(name="fnrun.metrics.Mean")
 class Mean(Additive):
     """A weighted mean: `total` of weight times value, and `weight`, both float64; of any shape, each element on its own."""
-
-    __module__ = "fnrun.metrics"
 
     total: Tensor
     weight: Tensor
@@ -24,11 +22,9 @@ class Mean(Additive):
         return self.total / self.weight
 
 
-@struct
+@struct(name="fnrun.metrics.Sum")
 class Sum(Additive):
     """A sum: float64 for floats, int64 for ints."""
-
-    __module__ = "fnrun.metrics"
 
     total: Tensor
 
@@ -36,11 +32,9 @@ class Sum(Additive):
         return self.total
 
 
-@struct
+@struct(name="fnrun.metrics.Last")
 class Last:
     """The newest value."""
-
-    __module__ = "fnrun.metrics"
 
     value: Tensor
 
@@ -51,11 +45,9 @@ class Last:
         return self.value
 
 
-@struct
+@struct(name="fnrun.metrics.Min")
 class Min:
     """The smallest value; NaN where one was seen."""
-
-    __module__ = "fnrun.metrics"
 
     value: Tensor
 
@@ -66,11 +58,9 @@ class Min:
         return self.value
 
 
-@struct
+@struct(name="fnrun.metrics.Max")
 class Max:
     """The largest value; NaN where one was seen."""
-
-    __module__ = "fnrun.metrics"
 
     value: Tensor
 

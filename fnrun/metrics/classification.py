@@ -38,11 +38,9 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
     return Mean(wide((hit & counted).sum()), wide(counted.sum()))
 
 
-@struct
+@struct(name="fnrun.metrics.TopK")
 class TopK(Additive):
     """How many labels were among the k highest scores, int64 `[ks]`, of how many."""
-
-    __module__ = "fnrun.metrics"
 
     hits: Tensor
     counted: Tensor
@@ -82,11 +80,9 @@ def _place(logits: Tensor, labels: Tensor) -> Tensor:
 # --- pairs of classes --------------------------------------------------------------------------------------------------
 
 
-@struct
+@struct(name="fnrun.metrics.Confusion")
 class Confusion(Additive):
     """Counts of pairs: `counts[label, prediction]`, int64."""
-
-    __module__ = "fnrun.metrics"
 
     counts: Tensor
 
@@ -144,14 +140,12 @@ def _counted(numbers: Tensor, wanted: Tensor, classes: int) -> Tensor:
 AVERAGES = ("macro", "micro", "weighted", "binary", None)
 
 
-@struct
+@struct(name="fnrun.metrics.ClassCounts")
 class ClassCounts(Additive):
     """Of each class, how often it was hit, predicted, and the label: int64 `[classes]`; of the positive class alone where it is binary.
 
     `measures` names what is computed of them, by `average`.
     """
-
-    __module__ = "fnrun.metrics"
 
     hits: Tensor
     predicted: Tensor

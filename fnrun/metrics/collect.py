@@ -12,11 +12,9 @@ from fnrun import tree
 from fnrun.tree import struct
 
 
-@struct
+@struct(name="fnrun.metrics.Chunks")
 class Chunks:
     """The rows of all batches, in order: a few chunks of them, each a pytree of tensors that have their rows in common."""
-
-    __module__ = "fnrun.metrics"
 
     chunks: tuple[Any, ...]
 

@@ -9,11 +9,9 @@ from fnrun.metrics.base import Additive, check_scores, wide
 from fnrun.tree import struct
 
 
-@struct
+@struct(name="fnrun.metrics.Perplexity")
 class Perplexity(Additive):
     """The summed negative log likelihood of `tokens` tokens, both float64."""
-
-    __module__ = "fnrun.metrics"
 
     nll: Tensor
     tokens: Tensor

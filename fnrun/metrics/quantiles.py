@@ -15,11 +15,9 @@ from fnrun.tree import static, struct
 BINS = Bins(low=-40, high=40, per_octave=64)
 
 
-@struct
+@struct(name="fnrun.metrics.Quantiles")
 class Quantiles:
     """How many values are in each bin (int64), and the smallest and the largest of them."""
-
-    __module__ = "fnrun.metrics"
 
     counts: Tensor
     low: Tensor

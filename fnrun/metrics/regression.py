@@ -30,11 +30,9 @@ def mse(predictions: Tensor, targets: Tensor) -> Mean:
     return mean((predictions - targets).square())
 
 
-@struct
+@struct(name="fnrun.metrics.RootMean")
 class RootMean(Additive):
     """The root of a mean."""
-
-    __module__ = "fnrun.metrics"
 
     mean: Mean
 
@@ -52,14 +50,12 @@ def rmse(predictions: Tensor, targets: Tensor) -> RootMean:
     return RootMean(mean((predictions - targets).square()))
 
 
-@struct
+@struct(name="fnrun.metrics.Moments")
 class Moments:
     """Of several variables: how many rows, their means `[k]`, and the sums of products of deviations from them `[k, k]`, all float64.
 
     Merged as by Chan, Golub and LeVeque (1983), where nothing cancels: the values may lie far from 0.
     """
-
-    __module__ = "fnrun.metrics"
 
     rows: Tensor
     mean: Tensor
@@ -81,11 +77,9 @@ class Moments:
         return Moments(rows, self.mean + apart * share, self.products + other.products + shift)
 
 
-@struct
+@struct(name="fnrun.metrics.R2")
 class R2(Additive):
     """The squared errors, and the moments of the targets."""
-
-    __module__ = "fnrun.metrics"
 
     errors: Tensor
     targets: Moments
@@ -106,11 +100,9 @@ def r2(predictions: Tensor, targets: Tensor) -> R2:
     return R2((targets - predictions).square().sum(), Moments.of(targets.reshape(1, -1)))
 
 
-@struct
+@struct(name="fnrun.metrics.Pearson")
 class Pearson(Additive):
     """The moments of predictions and targets."""
-
-    __module__ = "fnrun.metrics"
 
     moments: Moments
 

@@ -27,7 +27,7 @@ class _Newest:
         return self
 
 
-@struct
+@struct(name="fnrun.observers.Image")
 class Image(_Newest):
     """A picture: `[H, W]` or `[C, H, W]` with 1, 3 or 4 channels, bytes or floats in 0..1 (others are cut off there).
 
@@ -48,14 +48,14 @@ class Image(_Newest):
         return values.permute(1, 2, 0).contiguous().numpy()
 
 
-@struct
+@struct(name="fnrun.observers.Text")
 class Text(_Newest):
     """A text, such as what a model said."""
 
     text: str
 
 
-@struct
+@struct(name="fnrun.observers.Histogram")
 class Histogram(_Newest):
     """How often values fell between `edges[i]` and `edges[i + 1]`: `counts` [bins], `edges` [bins + 1], float64. See `histogram`."""
 

@@ -14,12 +14,12 @@ def fraction(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> fl
     """
     done = 0.0
     for frame in reversed(frames):
-        if frame.loop.startswith("sequence"):
+        if frame.kind == "sequence":
             continue
-        length = lengths.get(frame.loop)
+        length = lengths.get(frame.name)
         if length:
             done = min(1.0, (frame.ticks + done) / length)
-        elif frame.loop.startswith("repeat"):
+        elif frame.kind == "repeat":
             return None
     return done
 
@@ -33,7 +33,7 @@ class Pace:
 
     def at(self, frames: tuple[Frame, ...], lengths: Mapping[str, int | None], now: float) -> float | None:
         """Seconds left at `now`; None as long as that is not known. A validation does not move what is done."""
-        if not frames[-1].loop.startswith(("eval_loop", "predict_loop")):
+        if frames[-1].kind not in ("eval_loop", "predict_loop"):
             self.done = fraction(frames, lengths)
         if self.done is None:
             return None

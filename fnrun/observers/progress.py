@@ -71,7 +71,7 @@ class _Progress:
         if self._display is None:
             logger.info("%s", "  ".join(text for text in (rounds, inner, newest, pace) if text))
             return
-        length = lengths.get(frames[-1].loop)
+        length = lengths.get(frames[-1].name)
         done = 0.0 if not length else frames[-1].ticks / length
         self._display.update(self._outer, visible=bool(rounds), completed=self._pace.done or 0.0, description=rounds, text=pace)
         texts = [newest] if rounds else [newest, pace]
@@ -98,13 +98,12 @@ def describe(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> li
     """The open loops in words, outermost first: `["epoch 3/10", "train 12/23"]`."""
     words = []
     for i, frame in enumerate(frames):
-        kind, _, path = frame.loop.partition(" ")
-        length = lengths.get(frame.loop)
+        length = lengths.get(frame.name)
         count = f"/{length}" if length else ""
-        if kind == "repeat":
+        if frame.kind == "repeat":
             words.append(f"epoch {min(frame.ticks + (i < len(frames) - 1), length or sys.maxsize)}{count}")
-        elif kind not in ("sequence", "workflow"):
-            words.append(f"{path.rpartition('/')[2] or 'step'} {frame.ticks}{count}")
+        elif frame.kind not in ("sequence", "workflow"):
+            words.append(f"{frame.path.rpartition('/')[2] or 'step'} {frame.ticks}{count}")
     return words
 
 

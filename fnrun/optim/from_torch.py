@@ -28,7 +28,7 @@ _NUMBERS: dict[type, tuple[int, torch.dtype]] = {bool: (6, torch.bool), int: (7,
 _MACHINERY = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
 
 
-@struct
+@struct(name="fnrun.optim.TorchState")
 class TorchState:
     """The memory of a torch optimizer: `entries` by owner (a parameter's path, a group, the object itself) and name, and which are there."""
 

@@ -48,7 +48,7 @@ def in_state(value: Number) -> Leaf:
     return Leaf(value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64))
 
 
-@struct
+@struct(name="fnrun.optim.Hyperparams")
 class Hyperparams:
     """The part of a state that hyperparameters need: how many updates were applied, which schedules are functions of, and the leaves."""
 

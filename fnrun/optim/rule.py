@@ -42,7 +42,7 @@ class Rule(NamedTuple):
     on_cpu: frozenset[torch.dtype] = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
-@struct
+@struct(name="fnrun.optim.Misses")
 class Misses:
     """How many updates each leaf missed because it had no gradient: torch counts the steps of each parameter, one count for all is cheaper.
 
@@ -77,7 +77,7 @@ class Misses:
         return (self.each == times).tolist()
 
 
-@struct
+@struct(name="fnrun.optim.RuleState")
 class RuleState:
     """What an optimizer remembers: the count of applied updates and the hyperparameter leaves; slots with the structure of the parameters."""
 

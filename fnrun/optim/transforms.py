@@ -197,7 +197,7 @@ def add_noise(eta: Hyper, gamma: float = 0.55) -> Transform:
     return _with_settings(Settings(eta=eta, shrink=lambda count: (1.0 + count) ** -gamma), apply, keyed=True)
 
 
-@struct
+@struct(name="fnrun.optim.TraceState")
 class TraceState:
     """The running sum, with the structure of the parameters, and the memory of the decay where it has one."""
 

@@ -75,7 +75,7 @@ def around(inner: Optimizer, init: Any, update: Any) -> Optimizer:
 # --- accumulate ---------------------------------------------------------------------------------------------------------
 
 
-@struct
+@struct(name="fnrun.optim.AccumulateState")
 class AccumulateState:
     """The sum of the gradients so far, of how many batches, which leaves were missing in how many of them; the inner state."""
 
@@ -156,7 +156,7 @@ def waiting(opt_state: Any) -> int:
 # --- apply_if_finite ----------------------------------------------------------------------------------------------------
 
 
-@struct
+@struct(name="fnrun.optim.SkipState")
 class SkipState:
     """How many updates were skipped, and the inner state."""
 
@@ -203,7 +203,7 @@ def _skipped(finite: Any) -> Any:
 # --- lookahead ----------------------------------------------------------------------------------------------------------
 
 
-@struct
+@struct(name="fnrun.optim.LookaheadState")
 class LookaheadState:
     """The slow weights, the count of updates since they moved, the inner state."""
 
@@ -256,7 +256,7 @@ def freeze() -> Optimizer:
     return Optimizer(lambda params, /: (), update, donatable=True, keyed=False)
 
 
-@struct
+@struct(name="fnrun.optim.FreezeState")
 class FreezeState:
     """The count of updates, and the inner state."""
 
@@ -292,7 +292,7 @@ def freeze_until(step: int, optimizer: Optimizer | None = None) -> Any:
 # --- loss scaling -------------------------------------------------------------------------------------------------------
 
 
-@struct
+@struct(name="fnrun.optim.ScaleState")
 class ScaleState:
     """The factor on the loss, how many updates went well since it changed, and the inner state."""
 

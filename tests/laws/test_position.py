@@ -65,7 +65,7 @@ def test_two_checkpoints_at_one_step_in_the_middle_of_validation(tmp_path):
     program = ("repeat", ("sequence", ("epoch",), ("eval",)), 2)
     loop, data = build(program, [3, 2])
     seen, (end, _) = states_seen(loop, fresh(), data)
-    validating = [s for s in seen if s.position.frames[-1].loop.startswith("eval_loop")]
+    validating = [s for s in seen if s.position.frames[-1].kind == "eval_loop"]
     with Checkpoints(tmp_path) as checkpoints:
         for state in validating[:2]:
             checkpoints.save(state)

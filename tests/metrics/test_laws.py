@@ -66,7 +66,7 @@ def test_a_fold_is_restored_from_a_frame_bit_for_bit(name):
     totals = metrics.fold(None, {"it": build(*scored(0, 8))}, 8)
     totals = metrics.fold(totals, {"it": build(*scored(1, 5))}, 5)
     state = fnrun.TrainState.create(nn.Linear(1, 1))
-    held = state.replace(position=Position(frames=(Frame("eval_loop /", 2, totals),)))
+    held = state.replace(position=Position(frames=(Frame("eval_loop", ticks=2, totals=totals),)))
     restored = testing.through_a_checkpoint(held, state).position.frames[0].totals
     assert tree.equal(restored, totals)
     more = {"it": build(*scored(2, 3))}

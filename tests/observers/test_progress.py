@@ -33,8 +33,8 @@ LENGTHS = {"repeat /": 4, "sequence /": 2, "epoch_loop /train": 5, "eval_loop /v
     ],
 )
 def test_what_it_says(ticks, done, words):
-    names = ("repeat /", "sequence /", "epoch_loop /train")
-    frames = tuple(Frame(name, n) for name, n in zip(names, ticks, strict=True))
+    loops = (("repeat", ""), ("sequence", ""), ("epoch_loop", "train"))
+    frames = tuple(Frame(*loop, ticks=n) for loop, n in zip(loops, ticks, strict=True))
     assert fraction(frames, LENGTHS) == done
     assert describe(frames, LENGTHS) == words
 

@@ -47,7 +47,7 @@ def record(state: LoopState, metrics: Mapping[str, Any], clock: Mapping[str, flo
 
     Raises ValueError for a metric that is called as one of the line's own fields.
     """
-    path = state.position.frames[-1].loop.partition(" ")[2].strip("/")
+    path = state.position.frames[-1].path
     streams = state.position.streams
     cursors = [streams[path]] if path in streams else streams.values()
     epochs = [cursor.epoch + (cursor.batch > 0) for cursor in cursors]  # the pass that the tick belongs to, from 1
@@ -58,8 +58,7 @@ def record(state: LoopState, metrics: Mapping[str, Any], clock: Mapping[str, flo
 
 
 def _of(frame: Frame) -> str:
-    kind = frame.loop.partition(" ")[0]
-    return f"round {frame.ticks}" if kind == "repeat" else "whole loop" if kind in ("sequence", "workflow") else ""
+    return f"round {frame.ticks}" if frame.kind == "repeat" else "whole loop" if frame.kind in ("sequence", "workflow") else ""
 
 
 def check_names(metrics: Mapping[str, Any]) -> None:

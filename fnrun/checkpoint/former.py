@@ -1,0 +1,103 @@
+"""What earlier formats call otherwise: the one table of their names, and a manifest of theirs in the words of today.
+
+Formats 1 and 2 name a struct by module and class, and a frame holds the name of its loop in one text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fnrun.checkpoint.manifest import constant, encode_constant
+
+#: The structs of formats 1 and 2 by the names of format 3. Whoever renames one later says so where it is declared (`formerly=`).
+STRUCTS = {
+    **{f"fnrun.state:{name}": f"fnrun.{name}" for name in ("Cursor", "Frame", "Position", "TrainState")},
+    "fnrun.rng:Key": "fnrun.Key",
+    "fnrun.optim.from_torch:TorchState": "fnrun.optim.TorchState",
+    "fnrun.optim.hyper:Hyperparams": "fnrun.optim.Hyperparams",
+    "fnrun.optim.rule:Misses": "fnrun.optim.Misses",
+    "fnrun.optim.rule:RuleState": "fnrun.optim.RuleState",
+    "fnrun.optim.transforms:TraceState": "fnrun.optim.TraceState",
+    **{
+        f"fnrun.optim.wrappers:{name}": f"fnrun.optim.{name}"
+        for name in ("AccumulateState", "FreezeState", "LookaheadState", "ScaleState", "SkipState")
+    },
+    **{f"fnrun.metrics:{name}": f"fnrun.loops.{name}" for name in ("Means", "Totals")},
+    **{
+        f"fnrun.metrics:{name}": f"fnrun.metrics.{name}"
+        for name in (
+            *(
+                "AUROC",
+                "Chunks",
+                "ClassCounts",
+                "Confusion",
+                "ExactAUROC",
+                "Last",
+                "Max",
+                "Mean",
+                "Min",
+                "Moments",
+                "Pearson",
+                "Perplexity",
+            ),
+            *("Quantiles", "R2", "RootMean", "Sum", "TopK", "TorchmetricsInputs", "TorchmetricsState"),
+        )
+    },
+    **{f"fnrun.observers.media:{name}": f"fnrun.observers.{name}" for name in ("Histogram", "Image", "Text")},
+}
+
+#: `epoch_loop /a/train #2`: the kind, the path, and the number of the loop in its call where it is not the first.
+_LOOP = re.compile(r"(?P<kind>\S*)( /?(?P<path>.*?))?( #(?P<nth>[2-9]|[1-9]\d+))?", re.DOTALL)
+
+
+def migrate(raw: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of an earlier format, as JSON, in the words of this one."""
+    if raw["format"] == 1:  # one monitored metric at most; and orbax's OCDBT, which tells its arrays apart from ours by itself
+        monitor = raw.pop("monitor", None)
+        raw = {**raw, "format": 2, "monitors": {} if monitor is None else {monitor: raw.get("mode", "min")}}
+    if raw["format"] == 2:
+        structure, leaves = _in_words_of_3(raw["structure"], raw["leaves"])
+        raw = {**raw, "format": 3, "structure": structure, "leaves": leaves}
+    return raw
+
+
+def _in_words_of_3(structure: Any, leaves: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+    """Structs by their names of today, and frames with fields. Leaves are numbered in the order of the structure."""
+    made: list[dict[str, Any]] = []
+    number: dict[int, int] = {}
+
+    def walk(node: Any) -> Any:
+        if not isinstance(node, dict):
+            if node in number:
+                raise ValueError("the structure does not name each leaf once")
+            number[node] = len(made)
+            made.append(leaves[node])
+            return number[node]
+        family, _, name = node["kind"].partition(" ")
+        if family != "struct" or name not in STRUCTS:
+            return {**node, "children": [walk(child) for child in node["children"]]}
+        keys, children = list(node.get("keys", [])), list[Any]()
+        for key, child in zip(node.get("keys", []), node["children"], strict=True):
+            if (name, key) == ("fnrun.state:Frame", "loop"):
+                keys[len(children) : len(children) + 1] = ("kind", "path", "nth")
+                children += named(child)
+            else:
+                children.append(walk(child))
+        return {**node, "kind": f"struct {STRUCTS[name]}", "keys": keys, "children": children}
+
+    def named(loop: int) -> list[int]:
+        old = leaves[loop]
+        found = _LOOP.fullmatch(constant(old["value"]))
+        assert found is not None  # whatever the text is
+        fields = {"kind": found["kind"], "path": found["path"] or "", "nth": int(found["nth"] or 1) - 1}
+        number[loop] = len(made)
+        for field, value in fields.items():
+            path = old["path"].removesuffix("loop") + field
+            made.append({"path": path, "kind": type(value).__name__, "value": encode_constant(value)})
+        return [*range(number[loop], len(made))]
+
+    structure = walk(structure)
+    if set(number) != set(range(len(leaves))):
+        raise ValueError("the structure does not name each leaf once")
+    return structure, [{**leaf, "shares": number[leaf["shares"]]} if leaf.get("shares") is not None else leaf for leaf in made]
