@@ -32,6 +32,7 @@ from torch import nn
 import fnrun
 from fnrun import checkpoint, command, optim, tree
 from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, codec, store
+from fnrun.checkpoint.manifest import FORMAT
 from fnrun.rng import Key
 from fnrun.state import Cursor, Frame, Position, TrainState
 
@@ -1107,7 +1108,7 @@ def test_the_manifest_tells_config_and_environment(tmp_path: Path) -> None:
         checkpoints.save(at(3, 4), {"loss": 2})
         manifest = checkpoints.manifest()
     assert (manifest.format, manifest.step, manifest.ticks, manifest.config, manifest.metrics) == (
-            FORMAT,
+        FORMAT,
         3,
         4,
         {"lr": 0.1, "clip": [math.inf, -0.0], "seed": 2**70},
