@@ -138,7 +138,7 @@ def test_every_fold_of_the_package_is_tried_here():
         name: cls for name, cls in inspect.getmembers(metrics, inspect.isclass) if dataclasses.is_dataclass(cls) and hasattr(cls, "merge")
     }
     for name, cls in structs.items():
-        assert tree.class_name(cls) == f"fnrun.metrics:{name}"
+        assert tree.struct_name(cls) == f"fnrun.metrics.{name}"
     tried = {type(builder(name)(*scored(0, 4))).__name__ for name in [*EVERY, *COLLECTING]}
     elsewhere = {"Last", "Min", "Max", "Moments", "TorchmetricsState", "TorchmetricsInputs"}  # test_basic, within others, their own file
     assert set(structs) == tried | elsewhere
