@@ -15,7 +15,7 @@ PACKAGE = Path(fnrun.__file__).parent
 
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
-    ["tree", "files", "tables", "counts", "undisturbed", "words"],
+    ["tree", "files", "tables", "documents", "counts", "undisturbed", "words"],
     ["rng", "reports", "donation", "environment", "inplace", "waiting", "entering", "rows", "placing"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],

@@ -19,6 +19,7 @@ from fnrun.command import CommandError, Diff
 from fnrun.command.output import document, place, say
 from fnrun.command.places import is_run, what_is_at
 from fnrun.command.stored import checkpoint_at, numbers
+from fnrun.documents import dotted
 from fnrun.plot import records
 from fnrun.run import RunError, read_yaml
 from fnrun.tables import table
@@ -59,21 +60,13 @@ def fields(a: Any, b: Any) -> list[dict[str, Any]]:
     >>> fields({"lr": 0.1, "model": {"width": 8}}, {"lr": 0.1, "model": {"width": 16, "depth": 2}})
     [{'field': 'model.width', 'a': 8, 'b': 16}, {'field': 'model.depth', 'b': 2}]
     """
-    left, right = dict(_flat(a)), dict(_flat(b))
+    left, right = dict(dotted(a)), dict(dotted(b))
     found = []
     for name in {**left, **right}:
         values = {side: flat[name] for side, flat in (("a", left), ("b", right)) if name in flat}
         if len(values) == 1 or _differ(*values.values()):
             found.append({"field": name, **values})
     return found
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (dict, list)) and value:
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flat(item, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
 
 
 def _differ(a: Any, b: Any) -> bool:

@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fnrun.command import CommandError
+from fnrun.documents import jsonable
 from fnrun.tables import printable
-
-_DECIMAL = 14_000  # bits: fewer than the 4,300 digits, and more than any program reads as a number
 
 
 def document(value: Any) -> None:
-    """Print `value` as one JSON document. NaN and infinities, which JSON does not have, are the strings that `float` reads.
-
-    Integers of more digits than Python writes in decimals are strings in hexadecimals.
-    """
-    print(json.dumps(_plain(value), indent=2, default=str))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if type(value) is int and value.bit_length() > _DECIMAL:
-        return hex(value)
-    return value.hex() if isinstance(value, bytes) else value
+    """Print `value` as one JSON document."""
+    print(json.dumps(jsonable(value), indent=2, default=str))
 
 
 def say(text: str) -> None:

@@ -48,6 +48,7 @@ def run(asked: Show) -> int:
 
 def _about(manifest: Manifest, found: Any) -> dict[str, Any]:
     about = {name: getattr(manifest, name) for name in ("step", "ticks", "created", "metrics", "monitors", "config", "environment")}
+    about["metrics"] = {name: float(value) for name, value in manifest.metrics.items()}
     return about if found is None else {"experiment": found.experiment, "history": found.history, **about}
 
 

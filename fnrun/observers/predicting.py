@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from fnrun import files, tree
-from fnrun.observers.sinks.lines import Lines, naming, plain
+from fnrun.documents import jsonable
+from fnrun.observers.sinks.lines import Lines, naming
 from fnrun.state import LoopState
 
 _SHARD = re.compile(r"\d{9}\.pt")
@@ -34,7 +35,7 @@ class _Rows:
         ticks, *own = state.position.order
         place = {"ticks": ticks, "at": ".".join(map(str, own)), "step": state.step, "batch": state.position.frames[-1].ticks - 1}
         for i, output in enumerate(rows(_outputs(metrics))):
-            self._lines.append({**place, "row": i, "output": plain(output)})
+            self._lines.append({**place, "row": i, "output": jsonable(output)})
 
     def flush(self) -> None:
         self._lines.flush()

@@ -127,7 +127,7 @@ def test_json_has_no_nan(runs, tmp_path, capsys):
     (run / "config.yaml").write_text("experiment: x\nconfig: {}\n")
     (run / "metrics.jsonl").write_text('{"ticks": 1, "at": "", "step": 1, "epoch": 1, "loss": "NaN", "clock": {}}\n')
     (row,) = document(capsys, "ls", tmp_path)
-    assert row["metrics"]["loss"] == {"mode": "min", "last": "nan", "best": None, "best_step": None}
+    assert row["metrics"]["loss"] == {"mode": "min", "last": "NaN", "best": None, "best_step": None}
 
 
 def test_the_page_names_every_command_and_flag_and_no_other():

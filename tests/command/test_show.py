@@ -67,7 +67,7 @@ def test_every_leaf_is_described(stored, capsys):
     assert leaves["extra/array"]["norm"] == pytest.approx(math.sqrt(5))
     assert (leaves["extra/none"]["value"], leaves["extra/flag"]["value"], leaves["extra/big"]["value"]) == (None, True, 2**70)
     assert found["totals"]["parameters"] == 2
-    assert found["metrics"] == {"loss": "nan"}
+    assert found["metrics"] == {"loss": "NaN"}
     out = told(capsys, "show", stored)[1]
     assert "0.25 NaN, 0.25 infinite" in out
     assert "'a/b'" in out

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fnrun import files
+from fnrun.documents import jsonable
 from fnrun.observers.media import Media
 from fnrun.observers.sinks.base import Record, Sink
-from fnrun.observers.sinks.lines import OnDisk, naming, order_of, place, plain
+from fnrun.observers.sinks.lines import OnDisk, naming, order_of, place
 from fnrun.state import LoopState
 
 PLACE = ("ticks", "at", "step", "epoch")
@@ -78,7 +79,7 @@ class _Csv(OnDisk):
 def _cell(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return repr(value)
-    return json.dumps(plain(value)) if isinstance(value, (list, tuple, dict)) else value
+    return json.dumps(jsonable(value)) if isinstance(value, (list, tuple, dict)) else value
 
 
 def csv(path: str | Path) -> Sink:

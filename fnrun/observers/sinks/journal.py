@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import torch
 
 from fnrun import files
+from fnrun.documents import jsonable
 from fnrun.observers.media import Histogram, Image, Text
 from fnrun.observers.sinks.base import Record
-from fnrun.observers.sinks.lines import Lines, naming, order_of, place, plain
+from fnrun.observers.sinks.lines import Lines, naming, order_of, place
 from fnrun.state import LoopState
 
 
@@ -80,7 +81,7 @@ def identity(path: Path, fresh: str) -> str:
 
 
 def _encoded(record: Record) -> dict[str, Any]:
-    metrics = {name: plain(_packed(value)) for name, value in record.metrics.items()}
+    metrics = {name: jsonable(_packed(value)) for name, value in record.metrics.items()}
     return {**place(record), "metrics": metrics, "clock": record.clock}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fnrun import files
+from fnrun.documents import jsonable
 from fnrun.observers.media import Media
 from fnrun.observers.sinks.base import Record, Sink
-from fnrun.observers.sinks.lines import Lines, place, plain
+from fnrun.observers.sinks.lines import Lines, place
 from fnrun.state import LoopState
 
 
@@ -23,7 +24,7 @@ class _JsonLines:
             self.lines.open(state.position.order)
 
     def write(self, record: Record) -> None:
-        values = {name: plain(value) for name, value in record.metrics.items() if not isinstance(value, Media)}
+        values = {name: jsonable(value) for name, value in record.metrics.items() if not isinstance(value, Media)}
         self.lines.append({**place(record), **values, "clock": record.clock})
 
     def flush(self) -> None:

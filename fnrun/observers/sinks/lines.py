@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,14 +99,3 @@ def place(record: Record) -> dict[str, Any]:
 def order_of(line: dict[str, Any]) -> tuple[int, ...]:
     """`Position.order` of a line."""
     return (int(line["ticks"]), *(int(n) for n in line["at"].split(".") if n))
-
-
-def plain(value: Any) -> Any:
-    """`value` in what JSON has: NaN and infinities are the strings that `float` reads."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

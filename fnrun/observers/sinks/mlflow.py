@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 
 from fnrun import files
+from fnrun.documents import dotted
 from fnrun.observers.media import Image, Text
 from fnrun.observers.sinks.base import Record, Sink, media, numbers, require
 from fnrun.observers.sinks.journal import Journaled, identity
@@ -40,7 +40,7 @@ class _MlflowRun:
         experiment = client.get_experiment_by_name(self.experiment)
         number = experiment.experiment_id if experiment is not None else client.create_experiment(self.experiment)
         run = client.create_run(number, run_name=self.name or self.directory.name).info.run_id
-        params = [Param(name, str(value)) for name, value in _flat(msgspec.to_builtins(self.config or {}))]
+        params = [Param(name, str(value)) for name, value in dotted(msgspec.to_builtins(self.config or {}), (dict,))]
         for i in range(0, len(params), PARAMS):
             client.log_batch(run, params=params[i : i + PARAMS])
         return run
@@ -59,14 +59,6 @@ class _MlflowRun:
 
     def finish(self) -> None:
         self._client.set_terminated(self._id, "FINISHED")
-
-
-def _flat(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(config, dict):
-        for key, value in config.items():
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, config
 
 
 def mlflow(directory: str | Path, *, experiment: str, tracking_uri: str | None = None, name: str | None = None, config: Any = None) -> Sink:
