@@ -27,7 +27,7 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.measure import alternate, ratios, spread, table
 from fnrun.checkpoint import Checkpoints
-from fnrun.checkpoint.store import sync
+from fnrun.files import sync
 from fnrun.state import TrainState
 from fnrun.tree import equal
 
