@@ -3,7 +3,7 @@
 Two states: 300 leaves of 397 MB in all, and 3,000 leaves of 1 kB. Every way writes the same tensors and fsyncs what it wrote. `held` is how
 long the caller waits before it may go on; ratios are to torch.save.
 
-    python -m benchmarks.checkpoint [--rounds 7]
+    python -m benchmarks.checkpoint [--rounds 7] [--only fnrun]
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ WAYS: dict[str, Callable[[dict[str, torch.Tensor], Path], Times]] = {
 }
 
 
-def measure(leaves: dict[str, torch.Tensor], rounds: int) -> dict[str, list[Times]]:
+def measure(leaves: dict[str, torch.Tensor], rounds: int, only: list[str]) -> dict[str, list[Times]]:
     def once(way: Callable[[dict[str, torch.Tensor], Path], Times]) -> Times:
         folder = Path(tempfile.mkdtemp(dir=os.environ.get("BENCHMARK_DIR")))
         try:
@@ -125,7 +125,7 @@ def measure(leaves: dict[str, torch.Tensor], rounds: int) -> dict[str, list[Time
         finally:
             shutil.rmtree(folder)
 
-    return alternate({name: functools.partial(once, way) for name, way in WAYS.items()}, rounds)
+    return alternate({name: functools.partial(once, way) for name, way in WAYS.items() if name in only}, rounds)
 
 
 def compared(times: dict[str, list[Times]]) -> str:
@@ -142,13 +142,14 @@ def compared(times: dict[str, list[Times]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", default=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     print(f"{options.rounds} rounds, {torch.get_num_threads()} threads")
     for title, leaves in (("300 leaves, 397 MB", large()), ("3,000 leaves of 1 kB", small())):
-        print(f"\n### {title}\n\n{compared(measure(leaves, options.rounds))}", flush=True)
+        print(f"\n### {title}\n\n{compared(measure(leaves, options.rounds, ['torch.save + fsync', *options.only]))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 import fnrun
 from fnrun import checkpoint, command, optim, tree
-from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, codec, store
+from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, codec, orbax, pieces, store, writing
 from fnrun.checkpoint.manifest import FORMAT
 from fnrun.rng import Key
 from fnrun.state import Cursor, Frame, Position, TrainState
@@ -222,25 +223,158 @@ def test_memory_layout_is_kept(tmp_path: Path) -> None:
 
 
 def test_small_leaves_overflow_into_several_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PACK", 1000)
+    monkeypatch.setattr(writing, "PACK", 1000)
     state = at(1, many=[torch.randn(50) for _ in range(40)])
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
         assert tree.equal(checkpoints.restore(), state)
-        assert len({leaf.array for leaf in checkpoints.manifest().leaves} - {None}) > 5
+        assert len({piece.file for leaf in checkpoints.manifest().leaves for piece in leaf.pieces}) > 5
 
 
-def test_orbax_alone_reads_the_arrays(tmp_path: Path) -> None:
-    ocp = store.orbax()
-    state = at(1, low=torch.randn(200_000).to(torch.bfloat16))
+def test_orbax_alone_reads_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large leaves as arrays of their own, with their shapes and dtypes; small ones in packs."""
+    monkeypatch.setattr(writing, "PACKED", 2**16)
+    ocp = orbax.imported()
+    state = at(1, low=torch.randn(200_000).to(torch.bfloat16), flags=torch.rand(300, 300) > 0.5, z=torch.randn(99, 99, dtype=torch.complex64),
+               swapped=np.arange(20_000.0).astype(">f8"), times=np.arange(20_000).astype("M8[s]"), text=np.array(["a", "bc"]), zero=torch.tensor(1.0))  # fmt: skip
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
         leaves = {leaf.path: leaf for leaf in checkpoints.manifest().leaves}
-    arrays = ocp.load(tmp_path / "00000001-00000001" / "arrays")
-    w, b, low = leaves["params/w"], leaves["params/b"], leaves["memory/low"]
-    assert np.array_equal(arrays[f"{w.array:05d}"], state.params["w"].numpy())
-    assert np.array_equal(arrays[f"{b.array:05d}"][b.offset or 0 :][:20].view(np.float32), state.params["b"].numpy())
-    assert np.array_equal(arrays[f"{low.array:05d}"], state.memory["low"].view(torch.uint16).numpy())
+        directory = tmp_path / checkpoints.find().name / "arrays"
+        sources = {path: leaf for path, leaf in checkpoints.read().items() if leaves[path].stored}
+    arrays, described = ocp.load(directory), ocp.metadata(directory).metadata
+    assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == {
+        name: (of.shape, of.dtype) for name, of in described.items()
+    }
+    files = {
+        path.parent.name: path.relative_to(directory.parent).as_posix() for path in directory.glob("state/*/*") if path.name != ".zarray"
+    }
+    assert arrays.keys() == files.keys()
+    content = {file: np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name, file in files.items()}
+    seen = dict.fromkeys(content, 0)
+    for path, source in sources.items():
+        for piece in leaves[path].pieces:
+            bits = tree.array(source) if isinstance(source, torch.Tensor) else np.frombuffer(source.tobytes(), np.uint8)
+            assert np.array_equal(content[piece.file][piece.offset :][: bits.size], bits)
+            seen[piece.file] += bits.size
+    assert seen == {file: data.size for file, data in content.items()}  # and nothing lies between
+    own = {path: arrays[leaves[path].pieces[0].file.split("/")[2]] for path in ("params/w", "memory/low", "memory/flags", "memory/z")}
+    assert np.array_equal(own["params/w"], state.params["w"].numpy())
+    assert np.array_equal(own["memory/low"], state.memory["low"].view(torch.uint16).numpy())
+    assert np.array_equal(own["memory/flags"], state.memory["flags"].numpy())
+    assert np.array_equal(own["memory/z"], state.memory["z"].numpy())
+
+
+def test_a_leaf_lies_in_several_pieces_where_several_processes_wrote_it(tmp_path: Path) -> None:
+    """Written by hand: a matrix in four files, cut along both axes, and a vector in two cuts of one file, in the other order."""
+    w, v = torch.arange(35.0).reshape(5, 7), torch.arange(9, dtype=torch.int16)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1, w=w, v=v, turned=w.t()))
+        checkpoints.wait()
+        folder = tmp_path / checkpoints.find().name
+        boxes = [((a, b), (c, d)) for a, c in ((0, 2), (2, 3)) for b, d in ((0, 6), (6, 1))]
+        parts = {f"arrays/rank{number}": w[a : a + c, b : b + d].numpy().tobytes() for number, ((a, b), (c, d)) in enumerate(boxes)}
+        parts["arrays/halves"] = v[4:].numpy().tobytes() + b"between" + v[:4].numpy().tobytes()
+        for name, data in parts.items():
+            (folder / name).write_bytes(data)
+
+        def cut(manifest: Any) -> None:
+            leaves = {leaf["path"]: leaf for leaf in manifest["leaves"]}
+            leaves["memory/w"]["pieces"] = [
+                {"file": f"arrays/rank{number}", "digest": blake3_of(parts[f"arrays/rank{number}"]), "start": start, "shape": shape}
+                for number, (start, shape) in enumerate(boxes)
+            ]
+            halves = [((4,), (5,), 0, v[4:]), ((0,), (4,), 17, v[:4])]
+            leaves["memory/v"]["pieces"] = [
+                {"file": "arrays/halves", "digest": blake3_of(part.numpy().tobytes()), "offset": offset, "start": start, "shape": shape}
+                for start, shape, offset, part in halves
+            ]
+            manifest["files"] |= {name: {"size": len(data)} for name, data in parts.items()}
+
+        forge(tmp_path, cut)
+        assert tree.equal(checkpoints.restore(), at(1, w=w, v=v, turned=w.t()))
+        assert checkpoints.check().step == 1
+        checkpoints.save(at(1, w=w, v=v, turned=w.t()))  # it is there already, in whatever pieces
+        checkpoints.wait()
+        assert names(tmp_path) == ["00000001-00000001"]
+        for name, lost in (("arrays/rank3", "memory/w"), ("arrays/halves", "memory/v")):
+            (folder / name).write_bytes(parts[name][:-1] + b"?")
+            for read in (checkpoints.restore, checkpoints.check):
+                with pytest.raises(DamagedError, match=rf"{folder / name} is damaged: its blake3 is not .*Lost: {lost};") as error:
+                    read()
+                assert error.value.leaves == [lost]
+            assert checkpoints.read(select="params/**")["params/w"].equal(at(1).params["w"])  # which lies elsewhere
+            (folder / name).write_bytes(parts[name])
+        assert tree.equal(checkpoints.restore(), at(1, w=w, v=v, turned=w.t()))
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [((0, 0), (4, 5))],
+        [((0, 0), (2, 6))],
+        [((0, 0), (2, 6)), ((2, 0), (2, 5))],
+        [((0, 0), (2, 6)), ((1, 0), (3, 6))],
+        [((0, 0), (2, 6)), ((2, 0), (3, 6))],
+        [((0, 0), (4, 6)), ((4, 0), (0, 6))],
+        [((0, 0), (2, 3)), ((0, 3), (2, 3)), ((2, 0), (2, 3)), ((2, 0), (2, 3))],
+        [((0, 0), (2, 3)), ((0, 3), (2, 3)), ((2, 0), (2, 3))],
+        [((0,), (4,))],
+        [((-2, 0), (2, 6)), ((0, 0), (4, 6))],
+        [],
+    ],
+)
+def test_pieces_that_do_not_make_up_their_leaf_are_refused(boxes: list[Any], tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(1, w=torch.zeros(4, 6)))
+        checkpoints.wait()
+
+        def cut(manifest: Any) -> None:
+            leaf = next(leaf for leaf in manifest["leaves"] if leaf["path"] == "memory/w")
+            (whole,) = leaf["pieces"]
+            leaf["pieces"] = [whole | {"offset": 10_000 * n, "start": start, "shape": shape} for n, (start, shape) in enumerate(boxes)]
+
+        forge(tmp_path, cut)
+        with pytest.raises(DamagedError, match="memory/w is not what its pieces make up"):
+            checkpoints.restore()
+
+
+def blake3_of(data: bytes) -> str:
+    return f"blake3:{blake3(data).hexdigest()}"
+
+
+def test_every_byte_is_hashed_once_on_its_way_in_and_what_is_not_asked_for_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = at(1, large=torch.randn(2**20), many=[torch.randn(250) for _ in range(100)])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+    hashed = []
+
+    class Counting:
+        def __init__(self) -> None:
+            self.inner = blake3()
+
+        def update(self, data: Any) -> None:
+            hashed.append(memoryview(data).nbytes)
+            self.inner.update(data)
+
+        def hexdigest(self) -> str:
+            return self.inner.hexdigest()
+
+    monkeypatch.setitem(pieces.ALGORITHMS, "blake3", Counting)
+    size = sum(path.stat().st_size for path in files(tmp_path) if not path.name.startswith("manifest"))
+    for ask, expected in (
+        (checkpoints.restore, size),
+        (lambda: checkpoints.restore(like=state), size),
+        (checkpoints.check, size),
+        (
+            lambda: checkpoints.read(select="memory/large"),
+            size - sum(leaf.nbytes for leaf in tree.leaves(state) if isinstance(leaf, torch.Tensor)) + 2**22,
+        ),
+    ):
+        hashed.clear()
+        ask()
+        assert sum(hashed) == expected
 
 
 def nested() -> torch.Tensor:
@@ -788,6 +922,9 @@ def test_a_forged_manifest_names_nothing_else(kind: str, tmp_path: Path) -> None
             checkpoints.restore()
 
 
+PIECE = {"file": "arrays/state/00000/0", "digest": "blake3:" + "0" * 64}
+
+
 @pytest.mark.parametrize(
     ("leaf", "change", "message"),
     [
@@ -797,8 +934,10 @@ def test_a_forged_manifest_names_nothing_else(kind: str, tmp_path: Path) -> None
         ("step", {"kind": "str"}, "of kind str"),
         ("step", {"kind": "object"}, "of kind object"),
         ("stop", {"value": {"int": "0x10"}}, "of kind NoneType"),
-        ("memory/b", {"offset": 0}, "memory/b lies where another leaf lies"),
-        ("memory/b", {"offset": 65}, "lies where another leaf lies"),
+        ("memory/b", {"pieces": [{**PIECE, "offset": 20}]}, "lies where another leaf lies"),
+        ("memory/b", {"pieces": [{**PIECE, "offset": -1}]}, "memory/b is not what its pieces make up"),
+        ("memory/b", {"pieces": [{**PIECE, "digest": "md5:" + "0" * 64}]}, "memory/b is not what its pieces make up"),
+        ("step", {"pieces": [PIECE]}, "step is stored, and no tensor"),
         ("memory/a", {"path": "memory/b"}, "memory/b lies at memory/a"),
         ("memory/n", {"dtype": "|O"}, "memory/n is an array of |O"),
         ("memory/n", {"dtype": "<f4,<f4"}, "memory/n is an array of"),
@@ -818,9 +957,9 @@ def test_a_leaf_that_is_not_what_it_is_said_to_be_is_refused_where_the_manifest_
 def test_nothing_that_is_read_is_unpacked(tmp_path: Path) -> None:
     """Compressed arrays could be of any size; zarr has them, fnrun writes none."""
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state := at(1, zeros=torch.zeros(10**6)))
+        checkpoints.save(state := at(1, zeros=torch.zeros(2 * 10**6)))
         checkpoints.wait()
-        (folder,) = [path.parent for path in files(tmp_path) if path.name == "0" and path.stat().st_size == 4 * 10**6]
+        (folder,) = [path.parent for path in files(tmp_path) if path.name == "0" and path.stat().st_size == 8 * 10**6]
         described = json.loads((folder / ".zarray").read_text())
         (folder / ".zarray").write_text(
             json.dumps(described | {"compressor": {"id": "zlib", "level": 9}, "shape": [10**12], "chunks": [10**12]})
@@ -829,7 +968,7 @@ def test_nothing_that_is_read_is_unpacked(tmp_path: Path) -> None:
         assert tree.equal(checkpoints.restore(), state)
         (folder / "0").write_bytes(zlib.compress((folder / "0").read_bytes()))
         forge(tmp_path, lambda manifest: None)
-        with pytest.raises(DamagedError, match="leaf memory/zeros is not what was saved"):
+        with pytest.raises(DamagedError, match="memory/zeros lies in 'arrays/state/00000/0', which does not hold it"):
             checkpoints.restore()
 
 
@@ -840,7 +979,9 @@ def forge(directory: Path, change: Any) -> None:
     change(manifest)
     for name, file in manifest["files"].items() if isinstance(manifest.get("files"), dict) else ():
         if isinstance(file, dict) and (folder / name).is_file():
-            file |= {"size": (folder / name).stat().st_size, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+            file["size"] = (folder / name).stat().st_size
+            if "digest" in file:
+                file["digest"] = blake3_of((folder / name).read_bytes())
     data = json.dumps(manifest).encode()
     (folder / store.MANIFEST).write_bytes(data)
     (folder / store.DIGEST).write_text(f"{hashlib.sha256(data).hexdigest()}  {store.MANIFEST}\n")
@@ -849,7 +990,7 @@ def forge(directory: Path, change: Any) -> None:
 # --- damage ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_leaf_is_checked_after_orbax_has_read_it(tmp_path: Path) -> None:
+def test_a_damaged_leaf_is_named(tmp_path: Path) -> None:
     state = at(1)
     needle = state.params["w"].numpy().tobytes()[:64]
     with Checkpoints(tmp_path) as checkpoints:
@@ -860,9 +1001,6 @@ def test_a_leaf_is_checked_after_orbax_has_read_it(tmp_path: Path) -> None:
         with pytest.raises(DamagedError, match=rf"{path} is damaged: [^.]*\. Lost: params/w;") as error:
             checkpoints.restore()
         assert error.value.leaves == ["params/w"]
-        forge(tmp_path, lambda manifest: None)  # the file digests agree again: orbax opens it
-        with pytest.raises(DamagedError, match=r"leaf params/w is not what was saved|cannot be read by orbax"):
-            checkpoints.restore()
 
 
 def test_a_renamed_checkpoint_and_a_later_format_are_refused(tmp_path: Path) -> None:
@@ -1132,7 +1270,6 @@ def test_a_moved_directory_reads_the_same(tmp_path: Path) -> None:
 
 
 def test_several_directories_of_one_process_are_saved_and_read_at_once(tmp_path: Path) -> None:
-    """orbax and tensorstore keep what they know of a call for the process."""
     directories = [Checkpoints(tmp_path / name) for name in ("last", "best", "other")]
     with Checkpoints(tmp_path / "read") as read:
         read.save(at(0))
@@ -1150,14 +1287,14 @@ def test_who_reads_waits_for_nobody_who_saves(tmp_path: Path, monkeypatch: pytes
     gate, begun = threading.Event(), threading.Event()
     with Checkpoints(tmp_path / "a") as read:
         read.save(at(1))
-    write = store.orbax().save
+    write = writing.write
 
     def slow(*arguments: Any) -> None:
         begun.set()
         assert gate.wait(20)
         write(*arguments)
 
-    monkeypatch.setattr(store.orbax(), "save", slow)
+    monkeypatch.setattr(writing, "write", slow)
     with Checkpoints(tmp_path / "b") as checkpoints:
         checkpoints.save(at(2))
         assert begun.wait(20)
@@ -1171,14 +1308,15 @@ def test_a_reader_beside_a_pruning_writer_reads_what_is_there_by_then(tmp_path: 
     for step in (1, 2):
         writer.save(at(step), {"loss": 1 / step}, monitor="loss")
     writer.wait()
-    check = store.check_files
+    read = store.read_manifest
 
-    def overtaken(directory: Path, manifest: Any) -> None:
-        monkeypatch.setattr(store, "check_files", check)
+    def overtaken(directory: Path) -> Any:
+        monkeypatch.setattr(store, "read_manifest", read)
+        manifest = read(directory)
         writer.save(at(manifest.step + 1), {"loss": 1 / manifest.step - 1}, monitor="loss")
         writer.wait()
         writer.prune(1)
-        check(directory, manifest)
+        return manifest
 
     asked: list[Any] = [
         lambda: reader.restore().step,
@@ -1188,9 +1326,9 @@ def test_a_reader_beside_a_pruning_writer_reads_what_is_there_by_then(tmp_path: 
         lambda: checkpoint.load_from(tmp_path, fresh_like(at(0))).params["w"].equal(at(writer.latest() or 0).params["w"]),
     ]
     for ask in asked:
-        monkeypatch.setattr(store, "check_files", overtaken)
+        monkeypatch.setattr(store, "read_manifest", overtaken)
         assert ask() in (writer.latest(), True)
-    monkeypatch.setattr(store, "check_files", overtaken)
+    monkeypatch.setattr(store, "read_manifest", overtaken)
     with pytest.raises(
         CheckpointError, match=r"was deleted, or moved away, while it was read, by the process that writes there: .*no checkpoint of"
     ) as error:
@@ -1202,11 +1340,10 @@ def fresh_like(state: TrainState) -> TrainState:
     return state.replace(params={name: torch.zeros_like(value) for name, value in state.params.items()})
 
 
-def test_a_forked_process_reads_and_says_that_it_cannot_save(tmp_path: Path) -> None:
-    """tensorstore aborts a process that was forked after its first use."""
+def test_a_forked_process_reads_and_saves(tmp_path: Path) -> None:
     code = """
         import os, sys, warnings
-        from fnrun.checkpoint import Checkpoints, CheckpointError
+        from fnrun.checkpoint import Checkpoints
         from tests.test_checkpoint import at
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of the fork itself
         checkpoints = Checkpoints(sys.argv[1])
@@ -1214,19 +1351,16 @@ def test_a_forked_process_reads_and_says_that_it_cannot_save(tmp_path: Path) -> 
         checkpoints.wait()
         if (child := os.fork()) == 0:
             print(checkpoints.restore().step, flush=True)
-            for other in (checkpoints, Checkpoints(sys.argv[1] + "/other")):
-                try:
-                    other.save(at(2))
-                except CheckpointError as error:
-                    print(error, flush=True)
+            with Checkpoints(sys.argv[1] + "/other") as other:
+                other.save(at(2))
+            print(other.steps(), flush=True)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         checkpoints.save(at(3))
         print(checkpoints.steps())
     """
     ran = python(code, tmp_path)
-    said = [re.sub(r" \d+ .*", "", line) for line in ran.stdout.splitlines()]
-    assert (said, ran.stderr) == (["1", *["this process cannot save: it was forked from process"] * 2, "[1, 3]"], "")
+    assert (ran.stdout, ran.stderr) == ("1\n[2]\n[1, 3]\n", "")
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no compiler")
@@ -1252,7 +1386,7 @@ def test_a_file_system_that_makes_nothing_durable_is_written_to(tmp_path: Path) 
 
 def test_save_returns_before_it_is_written_and_one_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, running, most = threading.Event(), [], []
-    write = store.write
+    write = writing.write
 
     def slow(*arguments: Any) -> None:
         running.append(1)
@@ -1261,7 +1395,7 @@ def test_save_returns_before_it_is_written_and_one_is_in_flight(tmp_path: Path, 
         write(*arguments)
         running.pop()
 
-    monkeypatch.setattr(store, "write", slow)
+    monkeypatch.setattr(writing, "write", slow)
     with Checkpoints(tmp_path) as checkpoints:
         metrics = {"loss": 0.5}
         checkpoints.save(at(1), metrics)
@@ -1309,7 +1443,7 @@ def test_a_failure_behind_is_reported_once_and_the_next_save_is_tried(tmp_path: 
     checkpoints.save(at(1))
     checkpoints.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_save_arrays", full)
+        patch.setattr(writing, "_write", full)
         checkpoints.save(at(2))
         with pytest.raises(CheckpointError, match=rf"^{tmp_path}: step 2 was not saved: \[Errno 28\] No space left on device$"):
             checkpoints.wait()
@@ -1331,7 +1465,7 @@ def test_leaving_the_context_waits_and_never_hides_the_error_within(tmp_path: Pa
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "_save_arrays", full)
+    monkeypatch.setattr(writing, "_write", full)
     with pytest.raises(CheckpointError, match="step 1 was not saved"), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(at(1))
     with pytest.raises(KeyError) as error, Checkpoints(tmp_path) as checkpoints:  # noqa: PT012
@@ -1414,8 +1548,8 @@ def test_only_the_program_configures_logging() -> None:
     """A handler that orbax's logging puts on the root logger would make the program's own `basicConfig` do nothing."""
     code = """
         import logging
-        from fnrun.checkpoint import store
-        store.orbax()
+        from fnrun.checkpoint import orbax
+        orbax.imported()
         from absl import logging as absl
         absl.info("as orbax does all the time")
         print(logging.getLogger().handlers)
@@ -1449,9 +1583,6 @@ def test_another_process_resumes_and_one_that_does_not_wait_still_saves(tmp_path
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(at(4, x=(1, None)))
     ran = python(code, tmp_path, env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONWARNINGS": "error"})
-    if sys.version_info[:2] == (3, 12):  # in which no thread can start once the program's last line is done, and orbax starts some
-        assert "step 5 was not saved" in ran.stderr
-        return
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout == f"{tree.fingerprint(at(4, x=(1, None)))} []\n"
     assert tree.equal(Checkpoints(tmp_path).restore(step=5), at(5))

@@ -6,7 +6,10 @@ background.py   the thread behind the training
 codec.py        a pytree as structure and leaves, and built from them again
 match.py        what was saved beside a fresh state: what to restore, or a table of what differs
 manifest.py     what a checkpoint says of itself
-store.py        its files: arrays through orbax, a digest for everything
+store.py        its files, read and checked
+writing.py      its files, written
+pieces.py       the bytes of a piece and their digest
+orbax.py        what makes the arrays a checkpoint of orbax; format 1
 foreign.py      the files of other frameworks
 weights.py      fine-tuning from, and exporting to, a state dict
 """

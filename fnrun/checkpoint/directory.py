@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from fnrun import files, tree
-from fnrun.checkpoint import codec, handed, match, store
+from fnrun.checkpoint import codec, handed, match, pieces, store, writing
 from fnrun.checkpoint.background import Background
 from fnrun.checkpoint.handed import HandedOver
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, Leaf, Manifest, Mode, constant, encode_config, scalars
@@ -64,7 +64,7 @@ class Checkpoints:
         environment: Mapping[str, str] | None = None,
         guard: Callable[[], None] | None = None,
     ) -> None:
-        self.directory = files.place(directory).absolute()  # orbax takes no other, and the process may change its directory
+        self.directory = files.place(directory).absolute()  # the process may change its directory
         self.config = encode_config(config)
         self.environment = dict(environment or {})
         self.guard = guard
@@ -98,8 +98,6 @@ class Checkpoints:
         monitors = monitored(monitor, mode)
         if unknown := [metric for metric in monitors if metrics and metric not in metrics]:
             raise ValueError(f"save: {unknown[0]!r} is monitored and not among the metrics: {', '.join(map(repr, metrics or ()))}")
-        store.check_process()
-        store.load()
         if self.guard is not None:
             self.guard()
         step, ticks = _place(state)
@@ -133,9 +131,9 @@ class Checkpoints:
 
     def _write(self, manifest: Manifest, sources: dict[int, Any], check: Callable[[], None]) -> None:
         self._open()
-        bits = store.digest(manifest, sources)
+        bits = writing.digest(manifest, sources)
         here = [entry for entry in self._entries() if (entry.ticks, entry.step) == (manifest.ticks, manifest.step)]
-        if here and self._holds(here[-1], manifest):
+        if here and self._holds(here[-1], manifest, bits):
             self._abandon_after(here[-1])
             return
         entry = Entry(manifest.ticks, manifest.step, here[-1].version + 1 if here else 0)
@@ -143,7 +141,7 @@ class Checkpoints:
         store.remove(temporary)
         try:
             temporary.mkdir()
-            store.write(temporary, manifest, bits)
+            writing.write(temporary, manifest, bits)
             if self.guard is not None:
                 self.guard()
             check()
@@ -175,11 +173,11 @@ class Checkpoints:
         except CheckpointError:
             return None
 
-    def _holds(self, entry: Entry, manifest: Manifest) -> bool:
+    def _holds(self, entry: Entry, manifest: Manifest, bits: Mapping[int, np.ndarray]) -> bool:
         """Whether that checkpoint is this state, whole, with these metrics."""
         if (found := self._whole(entry)) is None:
             return False
-        same = _content(found) == _content(manifest)
+        same = _content(found) == _content(manifest) and all(pieces.holds(found.leaves[number], data) for number, data in bits.items())
         judged = (found.metrics, found.monitors) == (manifest.metrics, manifest.monitors)
         return same and (judged or not manifest.metrics)
 
@@ -432,7 +430,7 @@ class Checkpoints:
         device: str | torch.device | None,
         dtype: torch.dtype | None,
     ) -> Any:
-        directory, manifest = self.directory / entry.name, self._checked(entry)
+        directory, manifest = self.directory / entry.name, self._manifest(entry)
         with _describing(directory):
             structure, leaves = manifest.structure, manifest.leaves
             if rename is not None:
@@ -465,7 +463,7 @@ class Checkpoints:
     def _leaves(
         self, entry: Entry, select: str | Sequence[str] | None, device: str | torch.device | None, dtype: torch.dtype | None
     ) -> dict[str, Any]:
-        directory, manifest = self.directory / entry.name, self._checked(entry)
+        directory, manifest = self.directory / entry.name, self._manifest(entry)
         with _describing(directory):
             leaves, patterns = manifest.leaves, _patterns(select)
             wanted = match.selector(patterns, [] if patterns is None else list(match.paths(manifest.structure)))
@@ -602,5 +600,6 @@ def _devices(values: Any) -> set[torch.device]:
 
 
 def _content(manifest: Manifest) -> Any:
-    leaves = [(leaf.kind, repr(leaf.value), leaf.dtype, leaf.shape, leaf.strides, leaf.sha256, leaf.shares) for leaf in manifest.leaves]
+    """All of a state but the bytes of its leaves."""
+    leaves = [(leaf.kind, repr(leaf.value), leaf.dtype, leaf.shape, leaf.strides, leaf.shares) for leaf in manifest.leaves]
     return msgspec.json.encode(manifest.structure), leaves

@@ -1,6 +1,6 @@
 """What earlier formats call otherwise: the one table of their names, and a manifest of theirs in the words of today.
 
-Formats 1 and 2 name a struct by module and class, and a frame holds the name of its loop in one text.
+Formats 1 and 2 name a struct by module and class, a frame holds the name of its loop in one text, and digests are SHA-256.
 """
 
 from __future__ import annotations
@@ -57,9 +57,31 @@ def migrate(raw: dict[str, Any]) -> dict[str, Any]:
         monitor = raw.pop("monitor", None)
         raw = {**raw, "format": 2, "monitors": {} if monitor is None else {monitor: raw.get("mode", "min")}}
     if raw["format"] == 2:
+        raw = _in_pieces(raw)
         structure, leaves = _in_words_of_3(raw["structure"], raw["leaves"])
         raw = {**raw, "format": 3, "structure": structure, "leaves": leaves}
     return raw
+
+
+_ARRAY_FILE = re.compile(r"arrays/state/(\d{5})/([^/]+)")
+
+
+def _in_pieces(raw: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 2 with each leaf in one piece: it had one sha256, in the array of that number, and each file another.
+
+    The arrays of format 1 have no files of their own: the piece names their directory.
+    """
+    names = {int(place[1]): name for name in raw.get("files", {}) if (place := _ARRAY_FILE.fullmatch(name)) and place[2] != ".zarray"}
+    leaves = []
+    for leaf in raw["leaves"]:
+        leaf = dict(leaf)
+        sha256, array, offset = leaf.pop("sha256", ""), leaf.pop("array", None), leaf.pop("offset", None)
+        if array is not None:
+            file = names.get(array, f"arrays/state/{array:05d}")
+            leaf["pieces"] = [{"file": file, "digest": f"sha256:{sha256}", "offset": offset or 0}]
+        leaves.append(leaf)
+    files = {name: {"size": file["size"], "digest": f"sha256:{file['sha256']}"} for name, file in raw.get("files", {}).items()}
+    return {**raw, "leaves": leaves, "files": files}
 
 
 def _in_words_of_3(structure: Any, leaves: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:

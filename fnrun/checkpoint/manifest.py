@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct as binary
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -45,8 +46,21 @@ class DamagedError(CheckpointError):
 # --- the manifest ------------------------------------------------------------------------------------------------------
 
 
+class Piece(msgspec.Struct, omit_defaults=True):
+    """A part of a leaf: where it begins along each axis and its shape, where its bytes lie, in the order of C, and their digest.
+
+    Without `start` and `shape` it is the whole leaf. `file` is relative to the checkpoint, `digest` is an algorithm, a colon, and 64 hex digits.
+    """
+
+    file: str
+    digest: str
+    offset: int = 0
+    start: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+
+
 class Leaf(msgspec.Struct, omit_defaults=True):
-    """One leaf. Where its bytes are: in orbax's array number `array`, whole or, in a pack of small leaves, from byte `offset` on."""
+    """One leaf: a scalar with its value, or a tensor or an array with the pieces that it is stored in; several that are one share those of the first."""
 
     path: str
     kind: str
@@ -55,20 +69,26 @@ class Leaf(msgspec.Struct, omit_defaults=True):
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] | None = None
     device: str = ""
-    sha256: str = ""
-    array: int | None = None
-    offset: int | None = None
+    pieces: list[Piece] = []
     shares: int | None = None
 
     @property
     def stored(self) -> bool:
-        """Whether it is a tensor or an array: with a digest, and bytes outside of the manifest."""
+        """Whether it is a tensor or an array, with bytes outside of the manifest."""
         return self.kind in ("tensor", "ndarray")
+
+    @property
+    def itemsize(self) -> int:
+        return TORCH_DTYPES[self.dtype].itemsize if self.kind == "tensor" else np.dtype(self.dtype).itemsize
 
     @property
     def nbytes(self) -> int:
         """How many bytes are stored of it."""
-        return math.prod(self.shape) * (TORCH_DTYPES[self.dtype].itemsize if self.kind == "tensor" else np.dtype(self.dtype).itemsize)
+        return math.prod(self.shape) * self.itemsize
+
+    def size(self, piece: Piece) -> int:
+        """How many bytes one of its pieces has."""
+        return math.prod(self.shape if piece.shape is None else piece.shape) * self.itemsize
 
     def origin(self, number: int) -> int:
         """The leaf that holds the bytes of this one, which is the leaf of that number: itself, or the first of several that are one tensor."""
@@ -93,11 +113,11 @@ class Node(msgspec.Struct, omit_defaults=True):
         return list(zip(keys, self.children, strict=True))
 
 
-class File(msgspec.Struct):
-    """One file of a checkpoint."""
+class File(msgspec.Struct, omit_defaults=True):
+    """One file of a checkpoint; without a digest it holds pieces of leaves, which have theirs."""
 
     size: int
-    sha256: str
+    digest: str = ""
 
 
 def ranked(value: Any, mode: Mode) -> float | None:
@@ -134,12 +154,12 @@ class Manifest(msgspec.Struct, kw_only=True):
             if leaf.path != path:
                 raise ValueError(f"{leaf.path} lies at {path}")
             if leaf.shares is not None:
-                if not 0 <= leaf.shares < number or self.leaves[leaf.shares].spec() != leaf.spec():
+                if not 0 <= leaf.shares < number or self.leaves[leaf.shares].spec() != leaf.spec() or leaf.pieces:
                     raise ValueError(f"{leaf.path} shares leaf {leaf.shares}")
-            elif leaf.stored and (leaf.array is None) != (leaf.nbytes == 0):
-                raise ValueError(f"{leaf.path} has no place")
-            elif leaf.stored and (len(leaf.sha256) != 64 or min((*leaf.shape, leaf.array or 0, leaf.offset or 0)) < 0):
-                raise ValueError(f"{leaf.path} is badly described")
+            elif not leaf.stored and leaf.pieces:
+                raise ValueError(f"{leaf.path} is stored, and no tensor")
+            elif leaf.stored and (min(leaf.shape, default=0) < 0 or not _tiled(leaf)):
+                raise ValueError(f"{leaf.path} is not what its pieces make up")
             if leaf.kind == "ndarray" and np.dtype(leaf.dtype).kind not in ARRAY_KINDS:
                 raise ValueError(f"{leaf.path} is an array of {leaf.dtype}")
             if not leaf.stored and type(constant(leaf.value)).__name__ != leaf.kind:
@@ -163,15 +183,41 @@ class Judgement(msgspec.Struct, kw_only=True):
     value = Manifest.value
 
 
+def _tiled(leaf: Leaf) -> bool:
+    """Whether the pieces of a leaf are a grid that covers each of its elements once; there are none of one without elements."""
+    if not leaf.nbytes:
+        return not leaf.pieces
+    cuts: list[dict[int, int]] = [{} for _ in leaf.shape]  # along each axis: where pieces begin, and how far they reach
+    for piece in leaf.pieces:
+        start = (0,) * len(leaf.shape) if piece.start is None else piece.start
+        shape = leaf.shape if piece.shape is None else piece.shape
+        if not len(start) == len(shape) == len(leaf.shape) or piece.offset < 0 or _DIGEST.fullmatch(piece.digest) is None:
+            return False
+        if any(cut.setdefault(begin, length) != length for cut, begin, length in zip(cuts, start, shape, strict=True)):
+            return False
+    for cut, length in zip(cuts, leaf.shape, strict=True):
+        end = 0
+        for begin in sorted(cut):
+            if begin != end or cut[begin] < 1:
+                return False
+            end += cut[begin]
+        if end != length:
+            return False
+    distinct = {piece.start for piece in leaf.pieces}
+    return len(leaf.pieces) == len(distinct) == math.prod(map(len, cuts))
+
+
+_DIGEST = re.compile(r"(blake3|sha256):[0-9a-f]{64}")
+
+
 def _check_places(leaves: Sequence[Leaf]) -> None:
-    """Raise ValueError where two leaves are read from the same bytes: then they could ask for more memory than the files hold."""
-    end: dict[int, int] = {}
-    placed = [leaf for leaf in leaves if leaf.array is not None and leaf.shares is None]
-    for leaf in sorted(placed, key=lambda leaf: (leaf.array or 0, leaf.offset or 0)):
-        begin, before = leaf.offset or 0, end.get(leaf.array or 0, 0)
-        if begin < before:
-            raise ValueError(f"{leaf.path} lies where another leaf lies")
-        end[leaf.array or 0] = begin + leaf.nbytes
+    """Raise ValueError where two pieces are read from the same bytes: then they could ask for more memory than the files hold."""
+    end: dict[str, int] = {}
+    placed = [(piece.file, piece.offset, leaf.size(piece), leaf.path) for leaf in leaves for piece in leaf.pieces]
+    for file, begin, size, path in sorted(placed):
+        if begin < end.get(file, 0):
+            raise ValueError(f"{path} lies where another leaf lies")
+        end[file] = begin + size
 
 
 def dense(shape: Sequence[int], strides: Sequence[int]) -> bool:

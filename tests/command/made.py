@@ -91,7 +91,7 @@ def newest(run: Path) -> Path:
 
 def largest_file(checkpoint: Path) -> Path:
     """The file that holds the arrays."""
-    return max((path for path in (checkpoint / "arrays").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max((path for path in (checkpoint / "arrays").glob("state/*/[0-9]*")), key=lambda path: path.stat().st_size)
 
 
 def flip(file: Path, at: int = 0) -> None:

@@ -36,7 +36,9 @@ def refused(capsys: pytest.CaptureFixture[str], *args: Any) -> str:
 
 def bits(run: Path, step: int) -> Any:
     """All leaves of a checkpoint, as their digests and values."""
-    return [(leaf.path, leaf.sha256, leaf.value) for leaf in Checkpoints(run / "checkpoints").manifest(step).leaves]
+    return [
+        (leaf.path, [piece.digest for piece in leaf.pieces], leaf.value) for leaf in Checkpoints(run / "checkpoints").manifest(step).leaves
+    ]
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ import torch
 
 import fnrun
 from fnrun import data, hooks, observers, optim
-from fnrun.checkpoint import CheckpointError, Checkpoints, codec, store
+from fnrun.checkpoint import CheckpointError, Checkpoints, codec, writing
 from fnrun.checkpoint.manifest import Manifest
 from fnrun.inplace import InPlaceError
 from fnrun.testing import assert_pure, assert_same
@@ -309,15 +309,15 @@ def test_what_changed_while_it_was_being_written_is_told_and_is_no_checkpoint(tm
     assert checkpoints.steps() == []
 
 
-@pytest.mark.parametrize("size", [3, store.PACKED])
+@pytest.mark.parametrize("size", [3, writing.PACKED])
 def test_bits_that_changed_past_the_count_of_writes_are_told(tmp_path, size):
     state = {"x": torch.zeros(size)}
     description = codec.describe(state)
     manifest = Manifest(step=0, ticks=0, created="", metrics={}, monitors={}, config=None, environment={}, structure=description.structure, leaves=description.leaves)  # fmt: skip
-    bits = store.digest(manifest, description.sources)
+    bits = writing.digest(manifest, description.sources)
     state["x"].data.add_(1.0)
     with pytest.raises(InPlaceError, match="x was changed in place"):
-        store.write(tmp_path, manifest, bits)
+        writing.write(tmp_path, manifest, bits)
 
 
 class Late(Mine):

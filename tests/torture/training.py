@@ -1,6 +1,6 @@
 """A real training whose state follows from its step, bit for bit: every step takes exactly 1 from every parameter.
 
-It runs in children of a warm process (a fork server that has imported torch and orbax, and used neither), so that one starts in 20 ms.
+It runs in children of a warm process (a fork server that has imported torch, and has not used it), so that one starts in 20 ms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fnrun import data, observers, optim
 from fnrun.checkpoint import Checkpoints
 from fnrun.state import Position
 
-#: Parameters below and above the size from which a leaf has a file of its own.
+#: Parameters of several sizes.
 SIZES = {"large": 70_000, "larger": 90_000, "middle": 5_000, "small": 7, "one": 1}
 
 

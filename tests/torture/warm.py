@@ -1,5 +1,3 @@
 """Imported by the fork server: what takes a second to import, and starts no thread before it is used."""
 
-from fnrun.checkpoint import store
-
-store.orbax()
+import fnrun.checkpoint  # noqa: F401

@@ -1,0 +1,71 @@
+"""The bytes of pieces: their digests, and which elements of a leaf they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from fnrun.checkpoint.manifest import Leaf, Piece
+
+#: Digests are BLAKE3; those of formats 1 and 2 are SHA-256.
+ALGORITHMS: dict[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
+#: So many bytes are hashed, read or written in one go: few enough to stay in the processor's cache, many beside what a call costs.
+BLOCK = 2**20
+
+
+def hasher(digest: str = "blake3:") -> Any:
+    """What makes a digest of the same algorithm."""
+    return ALGORITHMS[digest.partition(":")[0]]()
+
+
+def digest(data: Any, like: str = "blake3:") -> str:
+    """The digest of contiguous bytes, of the same algorithm as another one.
+
+    >>> digest(b"")
+    'blake3:af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262'
+    """
+    found = hasher(like)
+    found.update(data)
+    return f"{like.partition(':')[0]}:{found.hexdigest()}"
+
+
+def part(leaf: Leaf, piece: Piece, data: np.ndarray) -> np.ndarray:
+    """The bytes of a piece among those of its leaf, which are flat: a view of them, flat too where they are contiguous."""
+    if piece.start is None or piece.shape is None:
+        return data
+    box = tuple(slice(begin, begin + length) for begin, length in zip(piece.start, piece.shape, strict=True))
+    inside = data.reshape(*leaf.shape, leaf.itemsize)[box]
+    return inside.reshape(-1) if inside.flags.c_contiguous else inside
+
+
+def holds(leaf: Leaf, data: np.ndarray) -> bool:
+    """Whether a leaf was saved with these bytes, by the digests of its pieces."""
+    return all(digest(np.ascontiguousarray(part(leaf, piece, data)), piece.digest) == piece.digest for piece in leaf.pieces)
+
+
+def each(function: Callable[[Any], Any], items: Iterable[Any], threads: int = 2) -> list[Any]:
+    """`function` of each item, on several threads: hashing, reading and writing hold no lock.
+
+    Two by default, beside a training that wants the processor too.
+    """
+    items = list(items)
+    results: list[Any] = [None] * len(items)
+    left = deque(enumerate(items))
+
+    def work(_: int) -> None:
+        while True:
+            try:
+                number, item = left.popleft()
+            except IndexError:
+                return
+            results[number] = function(item)
+
+    with ThreadPoolExecutor(threads, "fnrun-checkpoint") as pool:
+        list(pool.map(work, range(min(threads, len(items)))))
+    return results
