@@ -2,7 +2,6 @@ from . import (
     checkpoint as checkpoint,
     data as data,
     hooks as hooks,
-    interrupts as interrupts,
     loops as loops,
     metrics as metrics,
     observers as observers,
@@ -16,7 +15,6 @@ from . import (
 )
 from .cli import main as main
 from .donation import DonatedStateError as DonatedStateError
-from .interrupts import any_of as any_of, deadline as deadline
 from .loops import (
     Loop as Loop,
     epoch_loop as epoch_loop,
@@ -29,7 +27,9 @@ from .loops import (
     workflow as workflow,
     wraps as wraps,
 )
-from .program import Hook as Hook, Observer as Observer, ProgramError as ProgramError
+from .loops.context import ProgramError as ProgramError
+from .loops.contracts import Hook as Hook, Observer as Observer
+from .loops.interrupts import any_of as any_of, deadline as deadline
 from .reports import report as report
 from .rng import Key as Key
 from .run import Experiment as Experiment, Run as Run, RunError as RunError

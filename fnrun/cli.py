@@ -24,10 +24,11 @@ from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.checkpoint.retention import which
 from fnrun.donation import why_dead
 from fnrun.files import PlaceError, placed
-from fnrun.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.loops import Loop
-from fnrun.loops.composed import Composed, loops_of
-from fnrun.program import OtherData, ProgramError
+from fnrun.loops.context import ProgramError
+from fnrun.loops.interrupts import Interrupt, Signals, any_of, deadline
+from fnrun.loops.streams import OtherData
+from fnrun.loops.structure import Composed, loops_of
 from fnrun.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, built, changes, config_type
 from fnrun.state import Cursor
 from fnrun.steps import PureStep

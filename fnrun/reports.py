@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fnrun import tree
+from fnrun.context import OUTSIDE, loop_context
 from fnrun.undisturbed import undisturbed
 
 _collected: ContextVar[_Reports | None] = ContextVar("reports", default=None)
@@ -74,14 +75,19 @@ def name_of(name: str, owner: object) -> str:
 class collect:
     """`with collect() as reports:` collects into the dictionary `reports` what is reported within; a `collect` further in takes its own."""
 
-    __slots__ = ("_token",)
+    __slots__ = ("_around", "_token")
 
     @undisturbed
     def __enter__(self) -> dict[str, Any]:
         reports = _Reports()
         self._token = _collected.set(reports)
+        around = loop_context.get()
+        # A loop that is called within a step is no part of the program around that.
+        self._around = None if around is None or around is OUTSIDE else loop_context.set(OUTSIDE)
         return reports
 
     @undisturbed
     def __exit__(self, *exc: object) -> None:
         _collected.reset(self._token)
+        if self._around is not None:
+            loop_context.reset(self._around)

@@ -17,10 +17,10 @@ from fnrun.counts import count
 from fnrun.donation import shared
 from fnrun.inplace import InPlaceError, strictly
 from fnrun.loops import Loop
-from fnrun.loops.whole import with_observers
+from fnrun.loops.context import tick_listener
+from fnrun.loops.entry import with_observers
 from fnrun.observers.log import listener
 from fnrun.observers.sinks import Record
-from fnrun.program import spy
 from fnrun.state import TrainState
 
 
@@ -79,11 +79,11 @@ def _generators() -> dict[str, Any]:
 def states_seen(loop: Callable[..., Any], state: Any, data: Any) -> tuple[list[Any], tuple[Any, Any]]:
     """Every state that an observer could see while `loop(state, data)` runs, at any depth, in order; and what the call returned."""
     seen: list[Any] = []
-    token = spy.set(lambda state: seen.append(shared(state)))
+    token = tick_listener.set(lambda state: seen.append(shared(state)))
     try:
         return seen, loop(state, data)
     finally:
-        spy.reset(token)
+        tick_listener.reset(token)
 
 
 def through_a_checkpoint(state: Any, like: Any) -> Any:

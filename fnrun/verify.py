@@ -21,8 +21,8 @@ from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, Entry, 
 from fnrun.checkpoint.manifest import constant
 from fnrun.donation import shared
 from fnrun.environment import environment
-from fnrun.loops.whole import with_observers
-from fnrun.program import ProgramError, spy
+from fnrun.loops.context import ProgramError, tick_listener
+from fnrun.loops.entry import with_observers
 from fnrun.run import Experiment, Run, RunError, built, config_type, decode, load_build
 from fnrun.state import Frame, Position
 
@@ -237,11 +237,11 @@ def _replay(experiment: Experiment, state: Any, target: Position) -> Any:
         if not reached and state.position.order >= target.order:
             reached.append(shared(state))
 
-    token = spy.set(look)
+    token = tick_listener.set(look)
     try:
         end, _ = experiment.program(state, experiment.data, interrupt=lambda: "replayed" if reached else None)
     finally:
-        spy.reset(token)
+        tick_listener.reset(token)
     return reached[0] if reached else end
 
 

@@ -8,7 +8,7 @@ import torch
 import fnrun
 from fnrun import data, hooks, observers, tree
 from fnrun.checkpoint import Checkpoints
-from fnrun.dry import dry_run
+from fnrun.loops.dry_run import dry_run
 from fnrun.testing import assert_same
 from tests.observers.small import Small
 

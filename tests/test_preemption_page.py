@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fnrun.interrupts import Signals
+from fnrun.loops.interrupts import Signals
 from tests import pages
 
 PAGE = pages.text("preemption.md")

@@ -467,7 +467,7 @@ class TestSignals:
     """In a process of its own, which needs no torch."""
 
     CODE = (
-        "import sys, fnrun.interrupts as i\n"
+        "import sys, fnrun.loops.interrupts as i\n"
         "with i.Signals().listening() as signals:\n"
         "    print('listening', flush=True)\n"
         "    for line in sys.stdin: print(signals(), flush=True)"

@@ -35,7 +35,11 @@ class _When:
     hook: AnyHook
 
     def __call__(self, state: Any, metrics: dict[str, Any]) -> Any:
-        return self.hook(state, metrics) if self.condition(state) else state
+        return self.holding_back(self.hook)(state, metrics)
+
+    def holding_back(self, hook: AnyHook) -> AnyHook:
+        """What this does with `hook`: the loop calls its own in its place, which is looked at when it acts."""
+        return lambda state, metrics: hook(state, metrics) if self.condition(state) else state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +64,19 @@ class _WhenRemembering:
         return self.hook.before(state, batch) if hasattr(self.hook, "before") else state
 
     def after(self, state: Any, metrics: dict[str, Any]) -> Any:
-        if self.condition(state):
-            return self.hook.after(state, metrics)
-        if self.monitor is not None and not in_training(state):
-            reported(self.name, self.monitor, state, metrics)  # a misspelt name is found in the first round, not in the first that counts
-        return state
+        return self.holding_back(self.hook.after)(state, metrics)
+
+    def holding_back(self, after: AnyHook) -> AnyHook:
+        """What this does with `after`: see `_When`."""
+
+        def acting(state: Any, metrics: dict[str, Any]) -> Any:
+            if self.condition(state):
+                return after(state, metrics)
+            if self.monitor is not None and not in_training(state):
+                reported(self.name, self.monitor, state, metrics)  # a misspelt name is found in the first round, not the first that counts
+            return state
+
+        return acting
 
 
 def every(n: int, hook: AnyHook) -> AnyHook:

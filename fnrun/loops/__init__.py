@@ -1,11 +1,17 @@
 """Loops: a loop is a step over a bigger `x`, so loops nest without limit.
 
-base.py         what all have in common: frames, stops, hooks, observers, and the tick
-over_data.py    loops whose ticks are calls of a step on batches: epoch_loop, step_loop, eval_loop, predict_loop
-over_loops.py   loops whose ticks are rounds and members: repeat, sequence, workflow; and every
-totals.py       the metrics of the ticks, folded
-whole.py        a program called from outside, and the loops that stand in it
-composed.py     how a program is drawn and counted, and functions that say which loops they call
+base.py          what all loops have in common, and what a combinator says of itself
+tick.py          an open loop and its ticks, in phases; unobserved.py: ticks that nobody looks at
+data_loops.py    loops whose ticks are calls of a step on batches: epoch_loop, step_loop, eval_loop, predict_loop; fused.py: several at a time
+combinators.py   loops whose ticks are rounds and members: repeat, sequence, workflow; and every
+contracts.py     what a hook and an observer are, and are able to do
+guarded.py       how they are called: generators seeded, what they were given looked at
+entry.py         a program called from outside, and its end
+program.py       a program at work: the lives of its hooks and observers; streams.py: its data; context.py: where in it a loop is called
+structure.py     how a program is drawn and counted, and functions that say which loops they call
+totals.py        the metrics of a loop's ticks, folded
+dry_run.py       every loop for one tick
+interrupts.py    what ends a call from outside
 """
 
 from __future__ import annotations
@@ -15,11 +21,11 @@ from typing import Any, Never
 
 from fnrun.counts import count
 from fnrun.loops.base import AnyHook, Loop
-from fnrun.loops.composed import AnyStep, Composed, Wrapper, check_step, title
-from fnrun.loops.over_data import EpochLoop, EvalLoop, PredictLoop, StepLoop
-from fnrun.loops.over_loops import Every, InOrder, Repeat, Workflow
-from fnrun.loops.parts import check_watching
-from fnrun.program import Observer
+from fnrun.loops.combinators import Every, InOrder, Repeat, Workflow
+from fnrun.loops.contracts import Observer, check_watching
+from fnrun.loops.data_loops import EpochLoop, EvalLoop, PredictLoop, StepLoop
+from fnrun.loops.fused import FusedStepLoop
+from fnrun.loops.structure import AnyStep, Composed, Wrapper, check_step, title
 from fnrun.words import kind, unknown
 
 
@@ -59,15 +65,12 @@ def step_loop(
     `donate` as in `epoch_loop`. With `fused_steps=k` a step of `make_train_step(..., compile=True)` does k steps in one compiled call: hooks,
     observers and interrupts act between the calls. What each step draws is what it draws by itself. Raises TypeError for another step, ValueError for a hook or an observer that would act in between.
     """
-    loop = StepLoop(
-        step=step,
-        steps=count("steps", steps, 0),
-        until_step=None if until_step is None else count("until_step", until_step, 0),
-        hooks=hooks,
-        observers=observers,
-        donate=donate,
-        fused_steps=count("fused_steps", fused_steps),
-    )
+    steps = count("steps", steps, 0)
+    until = None if until_step is None else count("until_step", until_step, 0)
+    if (fused := count("fused_steps", fused_steps)) > 1:
+        loop = FusedStepLoop(step=step, steps=steps, until_step=until, hooks=hooks, observers=observers, donate=donate, fused_steps=fused)
+    else:
+        loop = StepLoop(step=step, steps=steps, until_step=until, hooks=hooks, observers=observers, donate=donate)
     return check_watching(loop)
 
 

@@ -14,7 +14,7 @@ import torch
 import fnrun
 from fnrun import data, observers, optim
 from fnrun.command import main
-from fnrun.program import ProgramError
+from fnrun.loops.context import ProgramError
 from fnrun.run import Run
 from tests.experiments.tiny import at, happens, tiny
 

@@ -18,7 +18,7 @@ import yaml
 import fnrun
 from fnrun import cli, interrupts, writer
 from fnrun.checkpoint import Checkpoints
-from fnrun.program import Program
+from fnrun.loops.program import Program
 from fnrun.run import Run
 from tests.experiments.commands import outcome
 from tests.experiments.tiny import Config, at, build, flip, tiny, until

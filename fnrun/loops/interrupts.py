@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fnrun.program import Program
+from fnrun.loops.streams import Streams
 from fnrun.waiting import asked
 
 Interrupt = Callable[[], str | None]
@@ -129,7 +129,7 @@ class Signals:
 
     def _overdue(self, number: int, frame: Any) -> None:
         """In the main thread, long after the signal: where it waits for a batch, the wait ends."""
-        while frame is not None and frame.f_code is not Program.next_batch.__code__:
+        while frame is not None and frame.f_code is not Streams.next_batch.__code__:
             frame = frame.f_back
         if self._listening and frame is not None and (interrupted := asked()) is not None:
             self._listening = False  # once: what closes the data is not to be disturbed

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from fnrun.context import OUTSIDE, loop_context
 from fnrun.donation import Owner, owner_of, why_dead
-from fnrun.loops.composed import Composed, donates, functions, loops_of
+from fnrun.loops.context import LoopContext, ProgramExit, tick_listener
+from fnrun.loops.program import Program
+from fnrun.loops.structure import Composed, donates, functions, loops_of
 from fnrun.optim.wrappers import waiting
-from fnrun.program import ASIDE, Here, Program, ProgramError, Unwind, here, spy
 from fnrun.state import Position, S
 from fnrun.steps import PureStep
 from fnrun.undisturbed import restoring
@@ -36,17 +38,17 @@ def outermost(loop: Any, state: S, data: Any, interrupt: Callable[[], str | None
 
 
 def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: Any, owner: Owner | None) -> tuple[Any, Any]:
-    token = here.set(ASIDE)
+    token = loop_context.set(OUTSIDE)
     asking = interrupts.set((*interrupts.get(), program.interrupt) if program.interrupt is not None else interrupts.get())
     try:
         program.latest = state = program.begin(loops, state)
-        program.unknown.update((id(each), each) for each in functions(loop) if not isinstance(each, PureStep))
-        if not program.unknown and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
-            program.unclaimed(state)
-        result = loop._run(state, data, Here(program, owner=owner))
-        if program.unknown and program.unknown.keys() <= program.asked and program.trained:
-            program.unclaimed(result[0])
-    except Unwind as unwound:
+        program.functions.update((id(each), each) for each in functions(loop) if not isinstance(each, PureStep))
+        if not program.functions and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
+            program.warn_unclaimed(state)
+        result = loop._run(state, data, LoopContext(program, owner=owner))
+        if program.functions and program.functions.keys() <= program.called and program.trained:
+            program.warn_unclaimed(result[0])
+    except ProgramExit as unwound:
         program.close(program.latest, unwound.reason)
         metrics = loop._result(unwound.state.position.frames[0].totals)
         if unwound.state.stop is not None:
@@ -67,7 +69,7 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
         program.close(program.latest, error)
         raise
     finally:
-        here.reset(token)
+        loop_context.reset(token)
         interrupts.reset(asking)
     program.close(program.latest, None)
     _say_what_waits(program, result[0])
@@ -102,11 +104,11 @@ def _say_what_is_not_finite(program: Program, state: Any, metrics: Any) -> None:
 def aside(loop: Any, state: Any, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[Any, Any]:
     """A program of its own, run by a hook, an observer or a step of another, whose position is not its own and comes back with its result."""
     around = state.position
-    watching = spy.set(None)
+    watching = tick_listener.set(None)
     try:
         end, metrics = outermost(loop, state.replace(position=Position()) if around.frames else state, data, interrupt)
     finally:
-        spy.reset(watching)
+        tick_listener.reset(watching)
     return (end.replace(position=around) if around.frames else end), metrics
 
 
@@ -114,7 +116,7 @@ def with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...
     """`step` with the observers of each loop that stands in it openly changed; its hooks and steps are the same objects."""
     if not dataclasses.is_dataclass(step) or isinstance(step, type):
         return step
-    fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.init}
     inner: dict[str, Any] = {}
     if "step" in fields:
         inner["step"] = with_observers(fields["step"], change)
@@ -123,12 +125,3 @@ def with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...
     if isinstance(step, Composed) and step.own():
         inner["observers"] = change(tuple(step.observers))
     return dataclasses.replace(step, **inner)
-
-
-def elsewhere(state: Any, program: Program) -> ProgramError:
-    """The error for a state that stands in another program: both are shown."""
-    stands = "\n".join(f"  {'  ' * i}{f.name}, tick {f.ticks}" for i, f in enumerate(state.position.frames))
-    drawn = "\n".join(f"  {line}" for line in str(program.loop).splitlines())
-    return ProgramError(
-        f"the state stands in another program:\n{stands}\nand this one is:\n{drawn}\nTo begin this one anew: state.rewind()"
-    )

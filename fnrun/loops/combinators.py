@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-from fnrun.loops.base import Loop, monitored
-from fnrun.loops.composed import AnyStep, Composed, added, prefixes, total_steps
-from fnrun.loops.whole import elsewhere
-from fnrun.program import Here, ProgramError, here
+from fnrun.context import OUTSIDE, loop_context
+from fnrun.loops.base import Loop
+from fnrun.loops.context import LoopContext, ProgramError, other_program
+from fnrun.loops.structure import AnyStep, Composed, added, prefixes, total_steps
 from fnrun.state import Cursor, Frame
 from fnrun.words import a
 
@@ -29,13 +29,13 @@ class Repeat(Loop):
     def title(self) -> str:
         return "repeat" + (f" {self.times} times" if self.times is not None else "") + (" until" if self.until else "")
 
-    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+    def _length(self, state: Any, data: Any, at: LoopContext) -> int | None:
         return self.times if self.until is None else None
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
         return (self.times is not None and frame.ticks >= self.times) or (self.until is not None and self.until(state))
 
-    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+    def _turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
         known = self.times if self.until is None else None
         return self._call(self.step, state, x, at._replace(depth=at.depth + 1, round=(frame.ticks, known)))
 
@@ -52,7 +52,7 @@ class Repeat(Loop):
     def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
         values = super()._values(plain, metrics)
         if values and self.prefixes() == [""]:  # no member that may come in another round
-            for who, metric in monitored((*self.hooks, *self.observers)):
+            for who, metric in self.monitored():
                 if metric not in values and "skipped" not in values:
                     raise ValueError(f"{who}: no step reports {metric!r}; reported: {', '.join(map(repr, values))}")
         return values
@@ -73,7 +73,7 @@ class Members(Loop):
     def prefixes(self) -> list[str]:
         return [f"{name}/{rest}" for name, inner in self.steps.items() for rest in prefixes(inner)]
 
-    def _length(self, state: Any, data: Any, at: Here) -> int | None:
+    def _length(self, state: Any, data: Any, at: LoopContext) -> int | None:
         place = f"data at {at.path}" if at.path else "the data"
         if not isinstance(data, Mapping):
             raise TypeError(f"{place} mirrors the {self.kind}: a mapping with the keys {list(self.steps)}, not {a(type(data).__name__)}")
@@ -87,11 +87,11 @@ class Members(Loop):
     def _member(self, frame: Frame) -> str:
         raise NotImplementedError
 
-    def _take(self, state: Any, frame: Frame, data: Any, at: Here) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+    def _take(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
         member = self._member(frame)
         return data[member], None, member
 
-    def _turn(self, state: Any, x: Any, frame: Frame, at: Here) -> tuple[Any, Any]:
+    def _turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
         name = str(frame.member)
         state, metrics = self._call(self.steps[name], state, x, at._replace(depth=at.depth + 1, path=f"{at.path}/{name}"))
         return state, {f"{name}/{k}": v for k, v in metrics.items()} if isinstance(metrics, Mapping) else {name: metrics}
@@ -111,9 +111,9 @@ class InOrder(Members):
     def _count(self) -> int:
         return len(self.steps)
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
         if frame.member is not None and frame.member != self.end and frame.member not in self.steps:
-            raise elsewhere(state, at.program)
+            raise other_program(state, at.program)
         return frame.member == self.end or not self.steps
 
     def _member(self, frame: Frame) -> str:
@@ -154,7 +154,7 @@ class Workflow(Members):
     def _count(self) -> int:
         return len(self._order())
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: Here) -> bool:
+    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
         return frame.ticks >= self._count()
 
     def _member(self, frame: Frame) -> str:
@@ -171,9 +171,11 @@ class Every(Composed):
     last: bool
 
     def __call__(self, state: Any, x: Any) -> tuple[Any, Any]:
-        at = here.get()
-        inside = at is not None and len(state.position.frames) > at.depth  # a loop within is open: whatever the round, it goes on
-        if at is None or at.round is None or inside or self._works(*at.round):
+        at = loop_context.get()
+        if at is None or at is OUTSIDE or at.round is None:
+            return self.step(state, x)
+        # Where a loop within is open it goes on, whatever the round.
+        if len(state.position.frames) > at.depth or self._works(*at.round):
             return self.step(state, x)
         return state, {}
 

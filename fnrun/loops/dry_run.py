@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fnrun.inplace import SMALL, strictly
+from fnrun.loops.structure import Composed
 from fnrun.state import Position
 
 
@@ -67,19 +68,14 @@ def dry_run(loop: Any, state: Any, data: Any) -> DryRun:
 
 def _short(name: str, step: Any, around: DryRun, clock: _Clock) -> Any:
     """The step with one tick for each loop that stands in it openly; its notes go under `around`."""
-    if not hasattr(step, "cut"):  # a step, or a function that may call loops
+    if not isinstance(step, Composed):  # a step, or a function that may call loops
         return step
     if not step.own():  # `every` is no loop and has no tick of its own
         return step.cut(lambda inner_name, inner: _short(name, inner, around, clock))
     note = DryRun(name, step.title())
     around.inner.append(note)
-    hooks, observers = (*map(_always, step.hooks), _go_on), (clock.of(note),)
+    hooks, observers = (*(hook.innermost.given for hook in step.hook_contracts), _go_on), (clock.of(note),)
     return step.cut(lambda inner_name, inner: _short(inner_name, inner, note, clock), hooks=hooks, observers=observers)
-
-
-def _always(hook: Any) -> Any:
-    """The hook itself of one that acts now and then."""
-    return _always(hook.hook) if hasattr(hook, "condition") and hasattr(hook, "hook") else hook
 
 
 def _go_on(state: Any, metrics: dict[str, Any]) -> Any:

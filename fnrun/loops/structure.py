@@ -37,9 +37,11 @@ def check_step(who: str, step: Any, example: str = "") -> None:
 class Composed:
     """A step that says which others it holds: a loop, `every`, a function under `wraps`."""
 
-    #: Those of a loop.
+    #: Those of a loop, and what they are able to do.
     hooks: Any = ()
     observers: Any = ()
+    hook_contracts: Any = ()
+    observer_contracts: Any = ()
 
     def inner(self) -> Iterable[tuple[str, AnyStep]]:
         """The steps within, each with the name that it adds to the path ('' for none)."""

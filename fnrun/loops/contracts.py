@@ -1,0 +1,267 @@
+"""What a hook and an observer are, and what one that was given is able to do: looked at once, when its loop is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from fnrun.loops.structure import Composed, named
+from fnrun.words import a, bindable, kind, uncalled
+
+Metrics = dict[str, Any]
+
+
+@runtime_checkable
+class Hook(Protocol):
+    """What transforms the state between ticks: `(state, metrics) -> state`, pure.
+
+    A plain function of that type is a hook that remembers nothing. A hook with memory is an object with a `name`, under which
+    `state.memory` holds what `init(state)` returned until `after` replaces it, and if it needs it `before(state, batch) -> state`.
+    """
+
+    name: str
+
+    def init(self, state: Any, /) -> Any: ...
+    def after(self, state: Any, metrics: Metrics, /) -> Any: ...
+
+
+class Observer(Protocol):
+    """What watches: `(state, metrics) -> None`, after the hooks of the tick, with the finished state and computed metrics.
+
+    It may have, each optional:
+
+    - `open(program, state)`, before the first batch is worked on.
+    - `close(state, reason)` at the end: None for a program that came to its end, the text of the stop or interrupt, or the exception. `state` is
+      that of the last tick that every observer has seen, its frames still open.
+    - `name` and `fold(folded, before, metrics, examples) -> folded`, a pytree that the loop keeps in its frame
+      (`state.position.frames[-1].folds[name]`), so that what is gathered over ticks survives a kill. It gets None at first, the state before
+      the tick, the step's metrics uncomputed and the batch's number of examples.
+    - `carry(folded) -> folded`, of an observer that folds in a loop of training steps: what the loop's next round begins with instead of None.
+    - `every = n` and `idle_between = True`: in a loop of training steps it does nothing in ticks that are not due. Then ticks in which nothing
+      is due follow each other without a pause.
+    - `fold_each(folded, before, ticks)`, of one that folds and is idle between: it gets these ticks all at once, `[(metrics, examples), ...]`, and
+      of the state before the first one the step, the position of the loops and the memory.
+    - `flush()`: what was written must be on disk when it returns.
+    - `saves = True`: it acts last in a tick, after every flush.
+    """
+
+    def __call__(self, state: Any, metrics: Metrics, /) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class HookContract:
+    """What a hook that was given is able to do."""
+
+    given: Any
+    ours: bool  # of this package: it draws nothing, and is looked at by its tests
+    name: str | None  # of its memory
+    init: Callable[[Any], Any] | None
+    before: Callable[[Any, Any], Any] | None
+    after: Callable[[Any, Metrics], Any]
+    every: int | None  # it acts each so many ticks
+    monitors: tuple[str, ...]  # the metrics that it waits for
+    held: HookContract | None  # of one that acts now and then: the hook that it holds back
+
+    def acting(self, after: Callable[[Any, Metrics], Any]) -> Callable[[Any, Metrics], Any]:
+        """Of a hook that acts now and then: what it does with another `after` of the hook that it holds back."""
+        return self.given.holding_back(after)
+
+    @property
+    def title(self) -> str:
+        return named(self.given)
+
+    @property
+    def innermost(self) -> HookContract:
+        return self if self.held is None else self.held.innermost
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ObserverContract:
+    """What an observer that was given is able to do."""
+
+    given: Any
+    ours: bool
+    name: str | None  # of what it gathers
+    observe: Callable[[Any, Metrics], None]
+    open: Callable[[Any, Any], Any] | None
+    close: Callable[[Any, Any], Any] | None
+    fold: Callable[[Any, Any, Any, int], Any] | None
+    fold_each: Callable[[Any, Any, Sequence[Any]], Any] | None
+    carry: Callable[[Any], Any] | None
+    flush: Callable[[], Any] | None
+    every: int | None
+    idle_between: bool
+    saves: bool
+    monitors: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return named(self.given)
+
+
+def hook_contract(hook: Any) -> HookContract:
+    """What `hook` is able to do. Raises TypeError, with what to write, for what is no hook and for a method of another signature."""
+    held = hook_contract(hook.hook) if _holds_back(hook) else None
+    _check("hook", hook, held)
+    remembers = isinstance(hook, Hook)
+    return HookContract(
+        given=hook,
+        ours=ours(hook),
+        name=hook.name if remembers else None,
+        init=_method(hook, "hook", "init", "state") if remembers else None,
+        before=held.before and hook.before if held else _method(hook, "hook", "before", "state", "batch"),
+        after=hook.after if remembers else hook,
+        every=_interval(hook),
+        monitors=_monitors(hook),
+        held=held,
+    )
+
+
+def observer_contract(observer: Any) -> ObserverContract:
+    """What `observer` is able to do. Raises TypeError, with what to write, for what is no observer and for a method of another signature."""
+    _check("observer", observer, None)
+
+    def method(name: str, *arguments: str) -> Any:
+        return _method(observer, "observer", name, *arguments)
+
+    return ObserverContract(
+        given=observer,
+        ours=ours(observer),
+        name=getattr(observer, "name", None),
+        observe=observer,
+        open=method("open", "program", "state"),
+        close=method("close", "state", "reason"),
+        fold=method("fold", "folded", "before", "metrics", "examples"),
+        fold_each=method("fold_each", "folded", "before", "ticks"),
+        carry=method("carry", "folded"),
+        flush=method("flush"),
+        every=_interval(observer),
+        idle_between=getattr(observer, "idle_between", False),
+        saves=getattr(observer, "saves", False),
+        monitors=_monitors(observer),
+    )
+
+
+def hook_contracts(hooks: Iterable[Any]) -> tuple[HookContract, ...]:
+    return tuple(map(hook_contract, flattened(hooks)))
+
+
+def observer_contracts(observers: Iterable[Any]) -> tuple[ObserverContract, ...]:
+    """In the order in which they act: those that save last. Raises ValueError where two that gather would share what they keep."""
+    contracts = tuple(sorted(map(observer_contract, observers), key=lambda observer: observer.saves))
+    names = [observer.name for observer in contracts if observer.fold is not None]
+    if None in names or len(set(names)) < len(names):
+        raise ValueError(f"observers of one loop that fold need names of their own, to keep what they gather: {names}")
+    return contracts
+
+
+def flattened(hooks: Iterable[Any]) -> Iterator[Any]:
+    """The hooks, with those of a composed one in its place."""
+    for hook in hooks:
+        if isinstance(inner := getattr(hook, "composed_hooks", None), tuple):
+            yield from flattened(inner)
+        else:
+            yield hook
+
+
+def ours(part: Any) -> bool:
+    """Whether it is the library's own."""
+    module = getattr(part, "__module__", None) or type(part).__module__
+    return str(module).partition(".")[0] == "fnrun"
+
+
+def _holds_back(hook: Any) -> bool:
+    return ours(hook) and hasattr(hook, "holding_back")
+
+
+def _method(part: Any, what: str, name: str, *arguments: str) -> Any:
+    """The optional method `name`. Raises TypeError for one that cannot be called with these arguments."""
+    method = getattr(part, name, None)
+    if method is None or isinstance(part, type):
+        return None
+    if not callable(method) or not bindable(method, *arguments):
+        signature = f"{name}({', '.join(arguments)})"
+        have = kind(method) if not callable(method) else f"{name}{_signature(method)}"
+        raise TypeError(f"{named(part)}: `{name}` of {a(what)} is called {signature}, and this one has {have}")
+    return method
+
+
+def _signature(method: Any) -> str:
+    try:
+        return str(inspect.signature(method))
+    except (TypeError, ValueError):
+        return "(...)"
+
+
+def _interval(part: Any) -> int | None:
+    every = getattr(part, "every", None)
+    return every if type(every) is int else None
+
+
+def _monitors(part: Any) -> tuple[str, ...]:
+    """The metrics that it waits for: one says `monitor`, a name, or `monitors`, several."""
+    one = getattr(part, "monitor", None)
+    return tuple(getattr(part, "monitors", () if one is None else (one,)))
+
+
+# --- what is none ------------------------------------------------------------------------------------------------------
+
+#: Where else in a program the library's own belong.
+_HOMES = {
+    "fnrun.observers.sinks": "it is a sink, to which a log writes: observers=[observers.log(to=[...])]",
+    "fnrun.checkpoint": "observers=[observers.checkpoint(it)] saves there",
+    "fnrun.optim": "it belongs to the optimizer: optim.chain(it, optim.adamw(...))",
+    "fnrun.schedules": "a schedule is an argument of the optimizer: optim.adamw(schedule)",
+    "fnrun.data": "a stream is the data that the program is called with",
+    "fnrun.metrics": "metrics are what a step returns",
+    "fnrun.loops.interrupts": "it is asked between ticks: fit(state, data, interrupt=it)",
+}
+
+
+def check_watching(loop: Any) -> Any:
+    """`loop`, whose hooks are none of the library's observers. Raises TypeError; a log may be a hook too where it is an observer beside."""
+    for hook in loop.hook_contracts:
+        held = hook.innermost
+        watches = held.ours and type(held.given).__module__.startswith("fnrun.observers")
+        if watches and not any(held.given is other for other in loop.observers):
+            name = held.name or held.title
+            raise TypeError(
+                f"{name} is no hook: it is an observer, observers=[{name}]"
+                + (f"; for a window over the whole run it is both, hooks=[{name}], observers=[{name}]" if held.init is not None else "")
+            )
+    return loop
+
+
+def _check(what: str, part: Any, held: HookContract | None) -> None:
+    """Raise TypeError, with where it belongs, for what is no hook or no observer."""
+    if held is not None:
+        return
+    home = (getattr(part, "__module__", None) or type(part).__module__) if ours(part) else ""
+    elsewhere = next((where for package, where in _HOMES.items() if home.startswith(package)), None)
+    remembers = isinstance(part, Hook)
+    if isinstance(part, type):
+        hint = "a class is called first"
+    elif (name := uncalled(part)) is not None and next(iter(inspect.signature(part).parameters), "") != "state":
+        hint = f"call it, {name}(...)"
+    elif isinstance(part, Composed):
+        hint = "a loop stands in another one: fnrun.sequence(first=..., second=...)"
+    elif isinstance(part, LRScheduler):
+        hint = "a learning rate that changes is an argument of the optimizer: optim.adamw(fnrun.schedules.warmup_cosine(...))"
+    elif what == "observer" and (home.startswith("fnrun.hooks") or (remembers and not callable(part))):
+        hint = "it is a hook: hooks=[...]"
+    elif elsewhere is not None:
+        hint = elsewhere
+    elif isinstance(part, (list, tuple)):
+        hint = f"{what}s= takes them one beside the other, {what}s=[one, another]"
+    elif not callable(part) and not remembers:
+        hint = f"{a(what)} is a function of (state, metrics), or has the methods of fnrun.{what.title()}"
+    elif not bindable(part.after if what == "hook" and remembers else part, None, None):
+        hint = f"{a(what)} is called with (state, metrics)"
+    else:
+        return
+    plainly = part is None or isinstance(part, (type, str, list, tuple)) or inspect.isroutine(part)
+    raise TypeError(f"{kind(part) if plainly else named(part)} is no {what}: {hint}")

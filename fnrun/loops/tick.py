@@ -1,0 +1,178 @@
+"""An open loop and its ticks, in phases.
+
+    enter       the frame is pushed, or found where a restored state has it
+    take        the next x; hooks act `before`
+    turn        the step within
+    advance     its metrics into the totals, its examples counted, the position moved on
+    transform   hooks act `after`
+    show        observers look; those that save last, behind a flush
+    leave       the frame is popped
+
+A stop or an interrupt is heeded between ticks: it unwinds every open loop and leaves the frames standing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fnrun.context import OUTSIDE, loop_context
+from fnrun.donation import surviving
+from fnrun.loops import guarded
+from fnrun.loops.context import LoopContext, ProgramExit, other_program
+from fnrun.loops.unobserved import run_unobserved
+from fnrun.state import Cursor, Frame, Position
+from fnrun.steps import PureStep
+from fnrun.waiting import Interrupted
+
+if TYPE_CHECKING:
+    from fnrun.loops.base import Loop
+
+
+@dataclasses.dataclass(slots=True)
+class Tick:
+    """What the tick at work has found so far."""
+
+    before: Any  # the state that it began with
+    frame: Frame  # the loop's own, as it is during the tick
+    fresh: bool  # it begins here: no loop within is open, in the middle of which a restored state stands
+    x: Any = None
+    streams: dict[str, Cursor] | None = None  # where the streams stand after it, of those that it moves
+    metrics: Any = None
+    plain: dict[str, Any] = dataclasses.field(default_factory=dict)  # the metrics without what predicting loops have put out
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)  # what hooks and observers are given
+    probe: guarded.Probe | None = None  # where users' own hooks or observers act
+
+
+class OpenLoop:
+    """One call of a loop in a program: what stays the same in it, and its ticks."""
+
+    def __init__(self, loop: Loop, data: Any, at: LoopContext) -> None:
+        self.loop, self.data, self.at = loop, data, at
+        self.program, self.depth = at.program, at.depth
+        self.frame = Frame(loop.kind, at.path.removeprefix("/"), len(at.opened or ()))  # as it begins
+        self.name = self.frame.name
+        if at.opened is not None:
+            at.opened.append(self.name)
+
+    def run(self, state: Any) -> tuple[Any, Any]:
+        """The state and the metrics at the loop's end. Raises ProgramExit where a hook or somebody outside ends it before."""
+        state = self._enter(state)
+        token = loop_context.set(OUTSIDE)  # a loop that a hook or an observer calls is no part of this program
+        looked_at = False  # the first tick of a call is always one by itself: what is wrong shows there
+        try:
+            while (tick := self._begin(state)) is not None:
+                if looked_at and (ahead := self.loop._unobserved(state, tick.frame, self.at)):
+                    state = run_unobserved(self, state, tick.frame, ahead)
+                    continue
+                looked_at = True
+                state = self._take(state, tick)
+                state = self._turn(state, tick)
+                state = self._advance(state, tick)
+                state = self._transform(state, tick)
+                self._show(state, tick)
+        finally:
+            loop_context.reset(token)
+        return self._leave(state)
+
+    def _enter(self, state: Any) -> Any:
+        loop, frames, depth = self.loop, state.position.frames, self.depth
+        if len(frames) == depth:
+            begun_with = frames[0].folds.get(_carried(self.name), {}) if depth and loop.trains else {}
+            state = framed(state, (*frames, dataclasses.replace(self.frame, folds=begun_with)))
+        elif frames[depth].name != self.name or (
+            loop.over_data and len(frames) > depth + 1 and all(isinstance(s, PureStep) for _, s in loop.inner())
+        ):
+            raise other_program(state, self.program)
+        self.at = loop._entered(self.data, self.at)
+        self.program.lengths[self.name] = loop._length(state, self.data, self.at)
+        hooks, observers = loop.hook_contracts, loop.observer_contracts
+        self.befores = guarded.befores(self.program, hooks, self.name)
+        self.afters = guarded.afters(self.program, hooks, self.name)
+        self.observing = [*zip(guarded.observing(self.program, observers, self.name), (o.saves for o in observers), strict=True)]
+        self.gatherers = [(str(observer.name), observer) for observer in observers if observer.fold is not None]
+        self.folding = [(name, guarded.folding(self.program, observer)) for name, observer in self.gatherers]
+        self.of_users = guarded.of_users(hooks, observers)
+        self.watched = bool(hooks or observers)
+        return state
+
+    def _begin(self, state: Any) -> Tick | None:
+        """The next tick, None at the loop's end."""
+        interrupt = self.program.interrupt
+        if reason := state.stop or (interrupt() if interrupt is not None else None):
+            raise ProgramExit(state, reason)
+        frames = state.position.frames
+        tick = Tick(state, frames[self.depth], len(frames) == self.depth + 1)
+        return None if tick.fresh and self.loop._done(state, tick.frame, self.data, self.at) else tick
+
+    def _take(self, state: Any, tick: Tick) -> Any:
+        try:
+            tick.x, tick.streams, member = self.loop._take(state, tick.frame, self.data, self.at)
+        except Interrupted as interrupted:
+            raise self.program.ended(interrupted, state) from interrupted.__cause__
+        if member != tick.frame.member:
+            tick.frame = dataclasses.replace(tick.frame, member=member)
+            frames = state.position.frames
+            state = framed(state, (*frames[: self.depth], tick.frame, *frames[self.depth + 1 :]))
+        return guarded.applied(self.befores, state, tick.x) if self.befores and tick.fresh else state
+
+    def _turn(self, state: Any, tick: Tick) -> Any:
+        if self.loop.over_data:
+            self.program.observers.open(self.program)
+        if self.gatherers:
+            if not tick.fresh:  # a fold reads its own loop's frame, whatever was open within when the state was saved
+                tick.before = framed(tick.before, tick.before.position.frames[: self.depth + 1])
+            if self.at.owner is not None:
+                tick.before = surviving(tick.before)
+        state, tick.metrics = self.loop._turn(state, tick.x, tick.frame, self.at)
+        if len(state.position.frames) != self.depth + 1:
+            raise other_program(state, self.program)
+        return state
+
+    def _advance(self, state: Any, tick: Tick) -> Any:
+        loop, frame, position = self.loop, tick.frame, state.position
+        taken, examples = loop._taken(tick.x), loop._examples(tick.x, tick.metrics)
+        self.program.examples += examples
+        tick.plain = loop._plain(tick.metrics) if self.watched else {}
+        folds = {name: fold(state, frame.folds.get(name), tick.before, tick.plain, examples) for name, fold in self.folding}
+        if self.depth == 0 and (carried := position.frames[0].folds):
+            folds = {**carried, **folds}
+        totals = loop._total(frame.totals, tick.metrics, examples)
+        ended = Frame(frame.kind, frame.path, frame.nth, frame.ticks + taken, totals, folds, loop._next_member(frame))
+        streams = position.streams if tick.streams is None else {**position.streams, **tick.streams}
+        return state.replace(position=Position((*position.frames[:-1], ended), streams, position.ticks + loop.over_data * taken))
+
+    def _transform(self, state: Any, tick: Tick) -> Any:
+        if not self.watched:
+            return state
+        self.program.observers.open(self.program)
+        tick.values = self.loop._values(tick.plain, tick.metrics)
+        tick.probe = guarded.Probe(state) if self.of_users else None
+        return guarded.applied(self.afters, state, tick.values)
+
+    def _show(self, state: Any, tick: Tick) -> None:
+        for observe, saves in self.observing:
+            if saves:
+                self.program.observers.flush()
+            observe(state, tick.values)
+        if tick.probe is not None:
+            tick.probe.check(self.of_users)
+        self.program.seen(state)
+
+    def _leave(self, state: Any) -> tuple[Any, Any]:
+        frames = state.position.frames
+        ended, around = frames[self.depth], frames[: self.depth]
+        carried = {name: o.carry(ended.folds.get(name)) for name, o in self.gatherers if o.carry is not None} if self.loop.trains else {}
+        if around and carried:  # the outermost loop keeps it for this one's next round
+            around = (dataclasses.replace(around[0], folds={**around[0].folds, _carried(self.name): carried}), *around[1:])
+        return self.loop._close(framed(state, around), self.data, self.at), self.loop._result(ended.totals)
+
+
+def framed(state: Any, frames: tuple[Frame, ...]) -> Any:
+    """The state with these open frames."""
+    position = state.position
+    return state.replace(position=Position(frames, position.streams, position.ticks))
+
+
+def _carried(loop: str) -> str:
+    return f"carried by {loop}"
