@@ -15,12 +15,12 @@ PACKAGE = Path(fnrun.__file__).parent
 
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
-    ["tree", "files", "tables", "documents", "counts", "undisturbed", "words"],
+    ["tree", "files", "tables", "documents", "counts", "undisturbed", "words", "context"],
     ["rng", "reports", "donation", "environment", "inplace", "waiting", "entering", "rows", "placing"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],
     ["steps"],
-    ["program", "dry", "loops", "hooks", "interrupts"],
+    ["loops", "hooks"],
     ["observers"],
     ["writer", "run", "plot", "testing"],
     ["summary", "cli", "verify"],
@@ -32,9 +32,6 @@ FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 BESIDE = {
     ("words", "tree"),
     ("rng", "placing"),
-    ("program", "loops"),
-    ("program", "interrupts"),
-    ("dry", "loops"),
     ("writer", "run"),
     ("run", "cli"),
     ("summary", "cli"),
