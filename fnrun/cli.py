@@ -50,9 +50,9 @@ FLAGS = (tyro.conf.CascadeSubcommandArgs,)
 def main(build: Build, args: Sequence[str] | None = None) -> None:
     """Give an experiment its command line, and leave the process with an exit code.
 
-    `build(config, run) -> Experiment` says by the annotation of its first parameter what its config is: a frozen dataclass, whose fields become
-    flags. The commands are `train`, `resume` and `evaluate`; each has `--help`. What a user can get wrong is one line on the standard error
-    and exit code 1 (2 for a wrong flag); an exception from the experiment's own code keeps its traceback.
+    `build(config, run) -> Experiment` says by the annotation of its first parameter what its config is: a frozen dataclass, whose fields
+    become flags. The commands are `train`, `resume` and `evaluate`; each has `--help`. What a user can get wrong is one line on the
+    standard error and exit code 1 (2 for a wrong flag); an exception from the experiment's own code keeps its traceback.
 
     Exit codes: 0 done; interrupted with a checkpoint saved, to be resumed: 75 by `--deadline`, 128 + n by signal n
     (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP, 140 SIGUSR2, 152 SIGXCPU).
@@ -141,7 +141,7 @@ class _Resume(Generic[C]):
     fall_back: bool = False
     """pass over damaged checkpoints, to the newest that is whole"""
     other_data: bool = False
-    """go on though the data or the batch size is another: behind the same examples, or at the next epoch's beginning; what it will be is said"""
+    """go on though the data or the batch size is another: behind the same examples, or at the next epoch's beginning; it says which"""
     deadline: str | None = None
     """save and leave after so long, with exit code 75: 50m, 2h30m, 90s, 1d"""
     log_level: Level = "info"
@@ -378,8 +378,8 @@ def _check_seed(build: Build, before: Run, run: Run, state: Any, fresh: Any) -> 
     told = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
     flags = " ".join(f"--{name.replace('_', '-')} {new}" for name, (_, new) in changed.items())
     raise RunError(
-        f"{told}: a run that goes on keeps the randomness that it began with, so another seed would change nothing. To go on with another in a "
-        f"run of its own: fnrun fork {run.path} --step latest --out NEW {flags}"
+        f"{told}: a run that goes on keeps the randomness that it began with, so another seed would change nothing. To go on with another "
+        f"in a run of its own: fnrun fork {run.path} --step latest --out NEW {flags}"
     )
 
 
@@ -467,7 +467,7 @@ def _go(
 
 
 def _run(run: Run, program: Any, state: Any, data: Any, interrupt: Interrupt, *, other_data: bool) -> Any:
-    """The state at the end. Where the run departs, by a fork or with --other-data, its position is moved into the data that it is given now."""
+    """The state at the end. Where the run departs (a fork, --other-data), its position is moved into the data that it is given now."""
     while True:
         last = _departure(run, state)
         try:
@@ -497,8 +497,8 @@ def _saving(program: Any, run: Run) -> Any:
         return program
     if not isinstance(program, Loop) or not _stands_openly(program):
         logger.warning(
-            "no loop of the program that is known has an observers.checkpoint: unless a function calls one that has, NOTHING IS SAVED, and what "
-            "is interrupted cannot go on (fnrun.wraps says which loops a function calls)"
+            "no loop of the program that is known has an observers.checkpoint: unless a function calls one that has, NOTHING IS SAVED, "
+            "and what is interrupted cannot go on (fnrun.wraps says which loops a function calls)"
         )
         return program
     every = BETWEEN if program.over_data else 1
@@ -527,7 +527,7 @@ def _unread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _workers_end_too(asked: _Asked) -> Iterator[None]:
-    """A scheduler may send SIGTERM to all processes of a job: that data workers end by it is no error, and the program has saved its state."""
+    """A scheduler may send SIGTERM to all processes of a job: data workers that end by it are no error, once the state is saved."""
     try:
         yield
     except RuntimeError as error:

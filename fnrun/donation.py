@@ -1,12 +1,12 @@
 """Donation: a loop that owns the state it works on writes the next one over it.
 
 A step that keeps what came in must write into new memory. A loop with `donate=True` lets kernels write over the old parameters and moments
-instead. Its `Owner` says which tensors these are: only those that an update of its own made, as long as the state carries them on unchanged and
-nothing else in the state shares their memory. So the first update of a program always copies, and what the caller, a wrapper or a hook's
-memory holds is never written to. The states that the program made of them are dead from then on.
+instead. Its `Owner` says which tensors these are: only those that an update of its own made, as long as the state carries them on unchanged
+and nothing else in the state shares their memory. So the first update of a program always copies, and what the caller, a wrapper or a
+hook's memory holds is never written to. The states that the program made of them are dead from then on.
 
-An owner has three verbs: it accepts a state as its own, makes tensors writable for a kernel, and shares a value with who will keep it. The loop
-hands it to the step, and the step for the length of its update to the kernels (`writable`).
+An owner has three verbs: it accepts a state as its own, makes tensors writable for a kernel, and shares a value with who will keep it. The
+loop hands it to the step, and the step for the length of its update to the kernels (`writable`).
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class DonatedStateError(RuntimeError):
 _INSTEAD = {
     "cuda cpu": "a state is immutable: state.to(device) is another one, on that device",
     "half float double bfloat16 type": "a state of another dtype is that of another model: TrainState.create(model.to(dtype), optimizer)",
-    "state_dict named_parameters parameters": "its tensors are in state.params and state.buffers, dictionaries by name; state.load_into(model) "
-    "writes them into a module",
+    "state_dict named_parameters parameters": "its tensors are in state.params and state.buffers, dictionaries by name; "
+    "state.load_into(model) writes them into a module",
     "load_state_dict": "fnrun.checkpoint.load_from(path, state) and state.replace(params=...) give another state",
-    "train eval model module forward": "it holds tensors and no module: state.load_into(model) gives a module its weights, steps have the model, and fnrun.call(model, state.params, state.buffers, ...) calls it",
+    "train eval model module forward": "it holds tensors and no module: state.load_into(model) gives a module its weights, steps have the "
+    "model, and fnrun.call(model, state.params, state.buffers, ...) calls it",
     "optimizer lr": "what the optimizer remembers is in state.opt_state; fnrun.optim.hyperparams(state.opt_state) reads numbers of it",
     "epoch epochs batch": "where each stream of data stands is in state.position.streams[name].epoch",
     "steps global_step": "it is state.step",
@@ -86,8 +87,8 @@ class Donatable:
     def donate(self) -> Self:
         """This state, to be written over: `fit(state.donate(), data)` spares the copy that a loop with `donate=True` begins with.
 
-        What is returned is for the next call of a loop and holds the same tensors; this object is dead at once. What somebody else holds too,
-        another state with the same parameters, is not written over.
+        What is returned is for the next call of a loop and holds the same tensors; this object is dead at once. What somebody else holds
+        too, another state with the same parameters, is not written over.
         """
         kept = contents(self)
         _end(self, "this state was given away by state.donate()")
@@ -195,7 +196,7 @@ class Owner:
 
     @classmethod
     def of(cls, state: Any) -> Owner:
-        """The owner of a state that is given away: of all its tensors, but for those that others hold or of which two are in the same memory."""
+        """The owner of a state that is given away: of its tensors, but for those that others hold and those that share memory."""
         owner = cls()
         times = Counter(map(storage, tensors_of(contents(state))))
         owner._given, owner._copied = [t for t in _held_here([state.params, state.opt_state]) if times[storage(t)] == 1], True
@@ -219,7 +220,7 @@ class Owner:
             self._states = [ref for ref in self._states if ref() is not None]
 
     def accept(self, state: Any) -> None:
-        """The state that an update made is this owner's, with the tensors that the update was given. Nothing else in it shares their memory."""
+        """Own the state that an update made, with the tensors that the update was given. Nothing else in it shares their memory."""
         self._params, self._opt_state, self._apart = state.params, state.opt_state, _rest(type(state))(state)
         if self._copied:
             self._tensors = {id(t): t for t in self._given}
@@ -244,9 +245,10 @@ class Owner:
         return tree.map(own, value)
 
     def update(self, by: tuple[int, str], state: Any, kernels: Callable[[], T]) -> T:
-        """`kernels()`, which are handed this owner. Where they may write over `state`, whoever carries its tensors is dead before they begin.
+        """`kernels()`, which are handed this owner.
 
-        `by` are the number of the step and its name.
+        Where they may write over `state`, whoever carries its tensors is dead before they begin. `by` holds the number of the step and its
+        name.
         """
         self._owning, self._copied, self._given = self._owns(state), False, []
         if self._owning:

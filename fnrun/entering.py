@@ -14,7 +14,7 @@ from fnrun import tree
 
 #: Fields by which no tensors enter.
 BARE = frozenset({"rng", "step", "position", "stop"})
-#: The attribute of a tensor in a state through which a gradient was asked for when it was put in: a hyperparameter, or a leaf that requires grad.
+#: The attribute of a tensor that required grad when it was put into a state: a hyperparameter, or another leaf.
 _CUT = "_cut_by_a_state"
 any_cut = False  # by any state of this process, which hardly ever happens
 _requires_grad = operator.attrgetter("requires_grad")
@@ -32,9 +32,9 @@ class Entered(type):
 
 
 def entering(value: Any, held: Any, name: str) -> Any:
-    """`value`, which becomes the field `name` of a state, where `held` stood: tensors that require grad detached, of an `nn.Parameter` a copy.
+    """`value`, which becomes the field `name` of a state, where `held` stood: tensors that require grad detached, Parameters copied.
 
-    A Parameter is written to by its module's optimizer and `load_state_dict`. The same object where nothing is to be done.
+    A Parameter is copied because its module's optimizer and `load_state_dict` write to it. The same object where nothing is to be done.
     Raises ValueError within a transform of torch.func that differentiates by it.
     """
     if value is held:
@@ -51,7 +51,10 @@ def entering(value: Any, held: Any, name: str) -> Any:
 
 
 def _brings(value: Any) -> bool:
-    """Whether a tensor in `value` is foreign to a state. Plain containers are walked through here, at a fifth of what optree takes: hooks bring some each tick."""
+    """Whether a tensor in `value` is foreign to a state.
+
+    Plain containers are walked through here, at a fifth of what optree takes: hooks bring some at each tick.
+    """
     kind = type(value)
     if kind is torch.Tensor:
         return value.requires_grad
@@ -75,8 +78,8 @@ def _entered(name: str, leaf: Any) -> Any:
         return leaf.detach().clone()
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(
-            f"state.{name}: torch.func differentiates by a tensor that is put into a state, and what enters a state is detached: differentiate "
-            "a function of the tensors themselves (step.loss, fnrun.call, optimizer.update)"
+            f"state.{name}: torch.func differentiates by a tensor that is put into a state, and what enters a state is detached: "
+            "differentiate a function of the tensors themselves (step.loss, fnrun.call, optimizer.update)"
         )
     asked = torch.is_grad_enabled() and (name == "opt_state" or leaf.is_leaf)
     leaf = leaf.detach()
@@ -88,12 +91,12 @@ def _entered(name: str, leaf: Any) -> Any:
 
 
 def check_uncut(hyperparameters: Any) -> None:
-    """Raise ValueError where one of these leaves required grad when it was put into a state: a gradient through it would lack a part, in silence."""
+    """Raise ValueError where one of these leaves required grad when it was put into a state: a gradient through it would lack a part."""
     if (path := cut(hyperparameters)) is not None:
         raise ValueError(
-            f"the hyperparameter {tree.split(path)[-1]} required grad when it was put into a state, and what enters a state is detached: put in "
-            "value.detach(). To differentiate by it call optimizer.update(grads, opt_state, params) with an opt_state of set_hyperparam "
-            "that was in no state, and step.loss for the gradients"
+            f"the hyperparameter {tree.split(path)[-1]} required grad when it was put into a state, and what enters a state is detached: "
+            "put in value.detach(). To differentiate by it call optimizer.update(grads, opt_state, params) with an opt_state of "
+            "set_hyperparam that was in no state, and step.loss for the gradients"
         )
 
 
@@ -117,7 +120,7 @@ def differentiates() -> bool:
 
 
 def asks(value: Any, how: Callable[[Any], Any] = _requires_grad) -> bool:
-    """Whether a gradient is asked for through what a step is given: a tensor in it requires grad, or whatever else `how` says of a tensor."""
+    """Whether a gradient is asked for through what a step is given: one of its tensors requires grad, or is what `how` says."""
     kind = type(value)
     if kind is torch.Tensor:
         return bool(how(value))

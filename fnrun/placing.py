@@ -15,7 +15,10 @@ from fnrun.words import kind
 
 
 def moved(value: Any, device: Any) -> Any:
-    """`value` with its tensors on a device; those that are one stay one. What a struct's `on_host()` names stays in the host's memory, if it is there."""
+    """`value` with its tensors on a device; those that are one stay one.
+
+    What a struct's `on_host()` names stays in the host's memory, if it is there.
+    """
     host: set[int] = set()
 
     def look(node: Any) -> bool:

@@ -335,7 +335,7 @@ def _panel(title: str, group: list[Curve], width: int, color: bool, by: By, log:
 
 
 def _end(last: float, width: int) -> float:
-    """Where an axis from 0 past `last` ends, for its ticks, one each 10 columns, to be round numbers. The last of its dots, 2 a column, is on it."""
+    """Where an axis from 0 past `last` ends, so that its ticks, each 10 columns, are round numbers. Its last dot, 2 a column, is on it."""
     ticks = width // 10
     step = last * 2 * width / (2 * width - 1) / ticks or 1.0
     power = 10 ** math.floor(math.log10(step))

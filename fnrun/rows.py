@@ -1,8 +1,9 @@
 """How many examples a batch has, and which of its parts hold an entry for each of them.
 
-Tensors and arrays with a dimension count, and lists with an entry for each example. Numbers, texts, None and 0-d tensors do not; dictionaries,
-tuples and objects with fields are structure. Where what counts disagrees, nobody guesses: an option says it (`examples=`). The stream that
-made a batch knows how many examples it asked for: where the batch itself would say another number, that word travels with it and counts.
+Tensors and arrays with a dimension count, and lists with an entry for each example. Numbers, texts, None and 0-d tensors do not;
+dictionaries, tuples and objects with fields are structure. Where what counts disagrees, nobody guesses: an option says it (`examples=`).
+The stream that made a batch knows how many examples it asked for: where the batch itself would say another number, that word travels with
+it and counts.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ def _known(batch: Any, told: int | None, columns: bool) -> int | None:
 
 
 def _zipped(batch: Any) -> int | None:
-    """How many examples `tuple(zip(*examples))` was made of, if that is what it is: tuples of one length, one of them of numbers or dictionaries."""
+    """How many examples `tuple(zip(*examples))` was made of, if it is that: tuples of one length, one of numbers or dictionaries."""
     if type(batch) not in (tuple, _Tuple) or len(batch) < 2 or not all(type(each) is tuple for each in batch):
         return None
     lengths = {len(each) for each in batch}
@@ -309,12 +310,12 @@ _USUAL = frozenset({*_MARKED, *_MARKED.values()})
 
 
 def told(batch: Any) -> tuple[int | None, bool]:
-    """What the stream that made it said of a batch: how many examples, and whether torch's collate made its lists, which are columns then."""
+    """What its stream said of a batch: how many examples, and whether torch's collate made its lists, which are columns then."""
     return getattr(batch, "told" if type(batch) in (_Dict, _List, _Tuple) else "_fnrun_told", (None, False))
 
 
 def tell(batch: Any, rows: int | None, columns: bool = False) -> Any:
-    """The batch, with a stream's word of it where it says another number or none: of the same type, or a subclass that prints and compares alike."""
+    """The batch, with a stream's word of it where that is needed: of the same type, or of a subclass that prints and compares alike."""
     speaks = rows is None or known(batch) == rows
     return batch if speaks and not (columns and ambiguous(batch)) else _told(batch, rows, columns)
 
@@ -384,8 +385,8 @@ REMEDY = "examples='x' (a key or path of the batch), a number, or a function of 
 class Examples:
     """The option `examples=`, called with a batch: how many it has, None where that is not clear.
 
-    It is a key or path of the batch (`"x"`, `"inputs/ids"`, `"0"`), several of them, a number, or a function `batch -> int`. `named` are the
-    paths where there are several: exactly those parts have an entry for each example.
+    It is a key or path of the batch (`"x"`, `"inputs/ids"`, `"0"`), several of them, a number, or a function `batch -> int`. `named` are
+    the paths where there are several: exactly those parts have an entry for each example.
     """
 
     def __init__(self, who: str, option: Any) -> None:
@@ -464,9 +465,9 @@ _NONE: Mapping[str, bool] = {}
 class Sliced:
     """A batch of so many examples, of which rows can be taken: `[start:end]` of each part with an entry for each, the rest whole.
 
-    `parts` says by path whether each part that counts is cut. Where the number is `known`, of a stream or of an option, a tuple or list of so
-    many things is one of examples, if their own lengths are another number. What such a list was in a batch `before`, of examples or structure,
-    it is again.
+    `parts` says by path whether each part that counts is cut. Where the number is `known`, of a stream or of an option, a tuple or list of
+    so many things is one of examples, if their own lengths are another number. What such a list was in a batch `before`, of examples or
+    structure, it is again.
     """
 
     def __init__(

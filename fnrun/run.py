@@ -109,9 +109,9 @@ class Experiment:
 class Run:
     """A run directory. `Run.create` makes one, `Run.open` opens one, and `with run.writing():` is where one trains.
 
-    `experiment` is the module whose `build` makes the experiment, or `module:function`. `history` says, oldest first, where the run left the path
-    of its first config: `{"changed": {"epochs": [5, 8]}, "step": 115, "ticks": 120}` of each resume with another config, and what it was
-    forked from.
+    `experiment` is the module whose `build` makes the experiment, or `module:function`. `history` says, oldest first, where the run left
+    the path of its first config: `{"changed": {"epochs": [5, 8]}, "step": 115, "ticks": 120}` of each resume with another config, and what
+    it was forked from.
     """
 
     path: Path
@@ -123,8 +123,8 @@ class Run:
     def create(cls, experiment: str, config: Any, path: str | Path | None = None) -> Run:
         """A new run of `experiment` at `path`, by default `runs/<the module's last name>/<date and time>`.
 
-        The directory appears with its config or not at all. Raises RunError where `path` holds something already, or cannot be written, and for
-        a config that could not be read again.
+        The directory appears with its config or not at all. Raises RunError where `path` holds something already, or cannot be written, and
+        for a config that could not be read again.
         """
         check_config(config)
         short = experiment.partition(":")[0].rpartition(".")[2]
@@ -208,13 +208,13 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self, interrupt: Callable[[], str | None] | None = None) -> Iterator[Writing]:
-        """Within it this process is the only one that writes to the run, and the run's status says how it goes: `with run.writing(): fit(...)`.
+        """Within it this process alone writes to the run, and the run's status says how it goes: `with run.writing(): fit(...)`.
 
         What is yielded is an interrupt, for a process that lost the run to another one: `fit(state, data, interrupt=writing)`. At the end
         checkpoints under way are waited for, and the status is `finished`, `stopped` where `writing.stopped(reason)` said so, or `crashed`.
 
-        Raises RunError where another process writes there: at once if it is of this host, after up to 90 seconds without a sign of life
-        to wait for if it is of another one; `interrupt` ends the waiting. Raises RunError in one of several processes that a launcher such as
+        Raises RunError where another process writes there: at once if it is of this host, after up to 90 seconds without a sign of life to
+        wait for if it is of another one; `interrupt` ends the waiting. Raises RunError in one of several processes that a launcher such as
         torchrun started (`WORLD_SIZE`), and at the end if the run was lost.
         """
         with writer.writing(self.path, interrupt) as now, self.written_by(now):
@@ -446,8 +446,8 @@ def built(build: Callable[[Any, Run], Experiment], config: Any, run: Run) -> Exp
 def load_build(experiment: str) -> Callable[[Any, Run], Experiment]:
     """The function that `experiment` names, imported as a program does that is started in the current directory.
 
-    `module` is its function `build`, `module:function` another one. Raises RunError where there is no such module or function; an exception of
-    the module's own passes.
+    `module` is its function `build`, `module:function` another one. Raises RunError where there is no such module or function; an exception
+    of the module's own passes.
     """
     module, _, function = experiment.partition(":")
     if (here := str(Path.cwd())) not in sys.path:

@@ -232,8 +232,8 @@ def one_cycle(
 ) -> Schedule:
     """Smith's one cycle, as torch's OneCycleLR has it: up to `peak` in the share `rise` of `total` steps, and down far below the start.
 
-    It starts at peak · start_factor and ends, at step `total` − 1, at that times `end_factor`. With `three_phase` it comes down to the start
-    in as many steps as it rose, and only then to the end. `kind` is `cosine` or `linear`.
+    It starts at peak · start_factor and ends, at step `total` − 1, at that times `end_factor`. With `three_phase` it comes down to the
+    start in as many steps as it rose, and only then to the end. `kind` is `cosine` or `linear`.
     """
     _length("total", total, 2)
     if not 0.0 < rise <= 1.0 or kind not in ("cosine", "linear"):

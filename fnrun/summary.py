@@ -33,7 +33,7 @@ def _python() -> str:
 
 
 def summary(run: Run, *, evaluates: bool) -> None:
-    """Print the best and the last of losses and accuracies, and what can be done with the run: evaluate, if its experiment can, and resume."""
+    """Print the best and the last of losses and accuracies, and the commands that go on: evaluate, if the experiment can, and resume."""
     from fnrun.plot import chosen, draw, records, thinned
 
     notes: dict[str, _Note] = {}

@@ -73,7 +73,8 @@ def assert_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any, *, mode
 def _generators() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
-    return {"torch": torch.get_rng_state(), "python": (version, words, gauss), "numpy": repr(numpy["state"]["key"].tobytes()) + repr(numpy["state"]["pos"])}  # pyright: ignore[reportCallIssue,reportArgumentType]  # fmt: skip
+    at: Any = numpy["state"]  # pyright: ignore[reportCallIssue,reportArgumentType]
+    return {"torch": torch.get_rng_state(), "python": (version, words, gauss), "numpy": repr(at["key"].tobytes()) + repr(at["pos"])}
 
 
 def states_seen(loop: Callable[..., Any], state: Any, data: Any) -> tuple[list[Any], tuple[Any, Any]]:
@@ -104,10 +105,10 @@ def assert_resumable(
     limit: int = 20,
     restored: Callable[[Any, Any], Any] = through_a_checkpoint,
 ) -> None:
-    """Law 2: from every state that an observer could see, saved and restored, `loop` ends with the bits, metrics and log lines of the whole run.
+    """Law 2: from every state that an observer could see, saved and restored, `loop` ends as the whole run: bits, metrics and log lines.
 
-    Of more than `limit` states, `limit` are tried, evenly spaced, the first and the last among them. `restored(state, like)` says how a state
-    is saved and restored; by default through a real checkpoint.
+    Of more than `limit` states, `limit` are tried, evenly spaced, the first and the last among them. `restored(state, like)` says how a
+    state is saved and restored; by default through a real checkpoint.
     """
     limit = count("assert_resumable: limit", limit, 2)  # the first and the last
     lines, (seen, (end, metrics)) = _listening(lambda: states_seen(loop, state, data))

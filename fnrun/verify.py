@@ -36,9 +36,9 @@ Build = Callable[[Any, Run], Experiment]
 class Pair:
     """What the program made of the checkpoint `begin` (None: of the fresh state), compared with the checkpoint `end`.
 
-    `differences` are the leaves that differ, or those that are lost in a damaged checkpoint. `environment` is what was otherwise when `end` was
-    made, `(then, now)` by name, where they differ. `reason` says in words what is no difference of leaves: why it could not be proven, or
-    where the replay went. `notes` are what the replay did so that it resembles the run.
+    `differences` are the leaves that differ, or those that are lost in a damaged checkpoint. `environment` is what was otherwise when `end`
+    was made, `(then, now)` by name, where they differ. `reason` says in words what is no difference of leaves: why it could not be proven,
+    or where the replay went. `notes` are what the replay did so that it resembles the run.
     """
 
     begin: Entry | None
@@ -56,12 +56,12 @@ def verify(
 ) -> Iterator[Pair]:
     """Prove a run: from each checkpoint its program is run to the next one, and every bit is compared. One Pair for each, as it comes.
 
-    `to` chooses the pairs that end at these steps. The first checkpoint is proven from the fresh state with `from_start`, where `to` names it, and
-    where it is the only one. `build` makes the experiment; by default it is imported by the name that the run knows.
+    `to` chooses the pairs that end at these steps. The first checkpoint is proven from the fresh state with `from_start`, where `to` names
+    it, and where it is the only one. `build` makes the experiment; by default it is imported by the name that the run knows.
 
-    The experiment is built from the config in the manifest of the checkpoint to arrive at, since a run may have been extended, in a scratch run that
-    is deleted. Observers that fold only fold, for what they gather is in the state; others are left out. Those of loops that a function hides
-    can't be seen: they act, and what belongs to the run goes to the scratch one. The run itself is only read.
+    The experiment is built from the config in the manifest of the checkpoint to arrive at, since a run may have been extended, in a scratch
+    run that is deleted. Observers that fold only fold, for what they gather is in the state; others are left out. Those of loops that a
+    function hides can't be seen: they act, and what belongs to the run goes to the scratch one. The run itself is only read.
 
     Raises RunError where there is no such run, step or checkpoint, and what the experiment's own code raises.
 
@@ -225,7 +225,7 @@ def _proof(run: Run, task: _Task, rebuilt: _Rebuilt) -> Pair:
         )
 
 
-#: What earlier versions kept otherwise of what was logged, and nothing that is trained: a rate was a mean, and windows ended with the epoch.
+#: What earlier versions kept otherwise, all of it logged and nothing trained: a rate was a mean, and windows ended with the epoch.
 _OF_THE_LOG = re.compile(r"position/frames/\d+/(folds/carried by |(totals|folds)/(.*/)?([^/]*~1)?lr(/|$))")
 
 
@@ -298,7 +298,7 @@ class _Folding:
 
 @contextlib.contextmanager
 def _as_then(environment: Mapping[str, str]) -> Iterator[list[str]]:
-    """As many threads and the same choice of algorithms as when a checkpoint was made, for the bits may depend on them. Yields what was set, in words."""
+    """Within it, the threads and the choice of algorithms of when a checkpoint was made: bits may depend on them. Yields what was set."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     lenient = torch.is_deterministic_algorithms_warn_only_enabled()
     notes: list[str] = []

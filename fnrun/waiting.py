@@ -10,7 +10,7 @@ interrupts: ContextVar[tuple[Callable[[], str | None], ...]] = ContextVar("inter
 
 
 class Interrupted(BaseException):
-    """An interrupt that came while a batch was waited for: `by` says `text`. Not an Exception: a data set's `except Exception` is not meant for it."""
+    """An interrupt that came while a batch was waited for: `by` says `text`. No Exception, lest a data set's `except` catches it."""
 
     def __init__(self, text: str, by: Callable[[], str | None]) -> None:
         super().__init__(text)

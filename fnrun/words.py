@@ -58,7 +58,7 @@ def unknown(who: str, given: Mapping[str, Any], ours: Mapping[str, str]) -> Type
 
 
 def called(module: str) -> str:
-    """The call of the public function of `module` that is at work, in words: with the arguments that are not its defaults; '' outside of any.
+    """The call of the public function of `module` that is at work, in words, without arguments that are defaults; '' outside of any.
 
     Optimizers and schedules are closures, and this is what is printed of them.
     """

@@ -51,8 +51,8 @@ class WaitingInterrupted(RunError):
 class Status(msgspec.Struct, frozen=True):
     """What is known of a run without opening its checkpoints.
 
-    `new` is a run that nobody has trained yet, `stopped` one that a signal, a deadline or a hook ended before its end, `crashed` one that an
-    exception ended, or SIGKILL; `reason` is its text. `step` and `ticks` are those of the newest checkpoint when the status was written.
+    `new` is a run that nobody has trained yet, `stopped` one that a signal, a deadline or a hook ended before its end, `crashed` one that
+    an exception ended, or SIGKILL; `reason` is its text. `step` and `ticks` are those of the newest checkpoint when the status was written.
     `began`, `ended`, `pid` and `host` are those of the last process that wrote.
     """
 
@@ -265,7 +265,8 @@ def _took(path: Path, interrupt: Callable[[], str | None] | None) -> Writing:
 class _Unsigned:
     """Called while somebody's lock cannot be read: an empty one, whose maker was killed before he signed it, is given away.
 
-    filelock takes an empty file for a lock that holds as long as it is there, and any other that names nobody for one that it may take over.
+    filelock takes an empty file for a lock that holds as long as it is there, and any other that names nobody for one that it may take
+    over.
     """
 
     def __init__(self, lock: Path) -> None:
@@ -325,7 +326,7 @@ def _now() -> datetime.datetime:
 
 
 def _put(directory: int, status: Status) -> None:
-    """The status into an open directory, whole; one that says new is no file. A disk that takes nothing more is said and ends no training."""
+    """The status into an open directory, whole; one that says new is no file. A full disk is logged and ends no training."""
     try:
         if status.state == "new":
             with contextlib.suppress(FileNotFoundError):

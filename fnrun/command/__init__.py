@@ -1,7 +1,7 @@
 """The command `fnrun`: runs and checkpoints, seen from a shell.
 
-What a command is asked for is a dataclass here, its fields the flags; what it does is `run(asked) -> int` in the module of its name, which is
-imported when the command is chosen. So `fnrun --help` imports nothing heavy.
+What a command is asked for is a dataclass here, its fields the flags; what it does is `run(asked) -> int` in the module of its name, which
+is imported when the command is chosen. So `fnrun --help` imports nothing heavy.
 
 Exit codes: 0 done, 1 different or failed, 2 an error, which is one line on the standard error.
 """
@@ -43,8 +43,8 @@ Json = Annotated[bool, arg(help="print one JSON document, and nothing else", hel
 class Ls:
     """List the runs below a directory, the one that was active last first.
 
-    Metrics are those by which checkpoints are judged best; where there are none, those whose names end in loss or accuracy. Of a log that is long
-    the end is read: what was best before it is known by the checkpoints.
+    Metrics are those by which checkpoints are judged best; where there are none, those whose names end in loss or accuracy. Of a log that
+    is long the end is read: what was best before it is known by the checkpoints.
     """
 
     directory: Positional[Annotated[Path, arg(metavar="DIR")]] = Path("runs")
@@ -75,9 +75,9 @@ class Show:
 class Diff:
     """Compare the final states of two runs, or two checkpoints, bit for bit; or two configs.
 
-    What counts is the state, all of it but position/frames/*/folds: what observers gather in open loops is theirs, and they may differ. A run that
-    was interrupted and resumed is equal to one that was not. Configs, environments and logged metrics are compared too, and do not count. Two
-    config.yaml files are compared by their fields. Exit code 0: equal; 1: different; 2: an error, damage among them.
+    What counts is the state, all of it but position/frames/*/folds: what observers gather in open loops is theirs, and they may differ. A
+    run that was interrupted and resumed is equal to one that was not. Configs, environments and logged metrics are compared too, and do not
+    count. Two config.yaml files are compared by their fields. Exit code 0: equal; 1: different; 2: an error, damage among them.
     """
 
     a: Positional[Annotated[Path, arg(metavar="A")]]
@@ -91,8 +91,8 @@ class Diff:
 class Plot:
     """Draw the curves of runs, in the terminal or as a picture.
 
-    A panel a kind of metric (loss, accuracy, ...). In the terminal, several runs get a panel a metric. Without --only it is what is measured outside
-    of training too: loss and accuracy, say, but no learning rate. NaN and infinities are gaps, and are listed.
+    A panel a kind of metric (loss, accuracy, ...). In the terminal, several runs get a panel a metric. Without --only it is what is
+    measured outside of training too: loss and accuracy, say, but no learning rate. NaN and infinities are gaps, and are listed.
     """
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help_behavior_hint="")]] = ()
@@ -134,9 +134,9 @@ class Export:
 class Gc:
     """Delete what runs no longer need; without --yes it is only shown.
 
-    That is what killed processes have left half written, and futures that were given up when a run went on from an older checkpoint. With --keep
-    also old checkpoints: the newest, and the best by each monitored metric, always stay. All that are in question are read: one that is damaged
-    stays, for it may be the best, and if it is one that was to stay, so do the others. A run that is being written is refused.
+    That is what killed processes have left half written, and futures that were given up when a run went on from an older checkpoint. With
+    --keep also old checkpoints: the newest, and the best by each monitored metric, always stay. All that are in question are read: one that
+    is damaged stays, for it may be the best, and if it is one that was to stay, so do the others. A run that is being written is refused.
     """
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help_behavior_hint="")]] = ()
@@ -154,8 +154,9 @@ class Gc:
 class Verify:
     """Prove a run: from each checkpoint its program is run to the next one, and every bit is compared.
 
-    The first checkpoint is proven from the fresh state with --from-start, where --to names it, and where it is the only one. Nothing is written
-    into the run. Exit code 0: all of it is proven, as far as checkpoints are kept; 1: something differs or is damaged; 2: nothing to prove.
+    The first checkpoint is proven from the fresh state with --from-start, where --to names it, and where it is the only one. Nothing is
+    written into the run. Exit code 0: all of it is proven, as far as checkpoints are kept; 1: something differs or is damaged; 2: nothing
+    to prove.
     """
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]

@@ -92,7 +92,7 @@ def _lines(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], bool]
 
 
 def _metrics(found: dict[str, Any], whole: bool, checkpoints: list[Judged]) -> dict[str, dict[str, Any]]:
-    """The last and the best of each judged metric, by the lines; where these are not all, by the checkpoints too, the newest of which is the first."""
+    """The last and the best of each judged metric, by the lines, and where these are not all by the checkpoints too, newest first."""
     newest = checkpoints[0] if checkpoints else Judged()
     told = found if whole else {**newest.metrics, **found}
     monitors = {name: mode for name, mode in newest.monitors.items() if name in told}

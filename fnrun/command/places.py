@@ -15,7 +15,7 @@ import msgspec
 from fnrun.command import CommandError
 from fnrun.run import Run
 
-#: The name of a checkpoint: step, ticks, and a version where there are several. The names that `fnrun.checkpoint.Entry.of` knows, without torch.
+#: The name of a checkpoint: step, ticks, and a version where there are several; as `fnrun.checkpoint.Entry.of`, without torch.
 CHECKPOINT = re.compile(r"([0-9]{8}|[1-9][0-9]{8,})-([0-9]{8}|[1-9][0-9]{8,})(?:\.([1-9][0-9]*))?")
 
 
@@ -53,7 +53,8 @@ def what_is_at(path: Path) -> str:
         return f"it holds runs: {', '.join(below[:3])}{', ...' if len(below) > 3 else ''}"
     loose = [child.name for child in sorted(path.iterdir()) if _holds_checkpoints(child)]
     if loose:
-        return f"it holds checkpoints, in {', '.join(loose[:3])}{', ...' if len(loose) > 3 else ''}, and a run is what fnrun.main or Run.create makes"
+        places = f"{', '.join(loose[:3])}{', ...' if len(loose) > 3 else ''}"
+        return f"it holds checkpoints, in {places}, and a run is what fnrun.main or Run.create makes"
     return "it is an empty directory" if not any(path.iterdir()) else "it is a directory with no run in or below it"
 
 
@@ -74,7 +75,7 @@ def _nothing(path: Path) -> str:
 
 
 def runs_below(directory: Path) -> Iterator[Path]:
-    """The runs in and below a directory, behind links too, each once; within a run there are no others, and what begins with a dot is nobody's."""
+    """The runs in and below a directory, behind links too, each once. Runs hold no others, and what begins with a dot is passed over."""
     seen: set[Path] = set()
     for folder, names, files in os.walk(directory, followlinks=True):
         if (real := Path(folder).resolve()) in seen:

@@ -89,7 +89,8 @@ def _print(about: dict[str, Any], leaves: list[dict[str, Any]]) -> None:
     say(f"\n{table(columns, [_cells(row) for row in leaves], right=columns[2:7])}")
     totals = _totals(leaves)
     say(
-        f"\n{totals['leaves']} {'leaf' if totals['leaves'] == 1 else 'leaves'}, {size(totals['bytes'])}, {totals['parameters']:,} parameters"
+        f"\n{totals['leaves']} {'leaf' if totals['leaves'] == 1 else 'leaves'}, {size(totals['bytes'])}, "
+        f"{totals['parameters']:,} parameters"
     )
 
 

@@ -64,7 +64,7 @@ def numbers(value: Any) -> np.ndarray | None:
 
 
 def statistics(value: Any) -> dict[str, Any]:
-    """L2 norm, smallest and largest of the finite values (of complex ones: of their absolute values), and the shares of NaN and infinities."""
+    """L2 norm, smallest and largest of the finite values (of complex ones their absolute values), and the shares of NaN and infinities."""
     flat = numbers(value)
     if flat is None or not flat.size:
         return {}

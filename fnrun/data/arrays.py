@@ -184,17 +184,23 @@ def arrays(
     The arrays are read where they lie: a `np.memmap`, also a read-only one, and a tensor of `torch.from_file` stay on disk, and a batch's
     rows alone come into memory. A file of tokens is `arrays(np.memmap("tokens.bin", np.uint16, "r").reshape(-1, 1024), 8)`. Batches have
     the array's dtype; of uint16 an embedding wants `transform=lambda batch, key: batch.long()`.
-    A batch owns its memory: what is done to it in place does not reach `tensors`. `transform(batch, key)` makes of it what the step is
-    given; its randomness comes from `key`, or from torch's ambient generators, which are seeded from it. What it
-    makes counts as many examples as rows it was made of, whatever its lengths (`metrics.examples(batch)`).
-    `shuffle` draws a new order for each pass, from the state's key: with a `seed` from that alone, so that runs of other seeds see the same
-    order. What is random in `transform` follows the state's key all the same. The short last batch comes as it is, unless `drop_last`; so a `batch_size` above the
-    number of rows gives one short batch, and with `drop_last` is an error.
+    A batch owns its memory: what is done to it in place does not reach `tensors`.
+
+    - `batch_size`: rows in a batch, at least 1. One above the number of rows gives one short batch, and with `drop_last` is an error.
+    - `shuffle=False`: a new order for each pass, drawn from the state's key.
+    - `drop_last=False`: leave out the last batch of a pass where it is short.
+    - `transform=None`: `transform(batch, key)` makes of a batch what the step is given. Its randomness comes from `key`, or from torch's
+      ambient generators, which are seeded from it. The result counts as many examples as it was made of rows, whatever its lengths.
+    - `name=None`: the stream's name in messages.
+    - `seed=None`: with `shuffle`, the order comes from this number alone, so that runs of other seeds see one order. What is random in
+      `transform` follows the state's key all the same.
+
     The content must not change while a run lasts: a digest of it, made at each start, tells whether a run is resumed on other data. Up to
     64 MiB it is of the whole content; above, of 256 blocks of rows, 64 MiB together unless single rows are larger than 256 KiB.
+    An array in another byte order or of negative strides is copied; a mapped one is refused.
 
-    Raises ValueError for lengths that differ (with the paths), empty data, a batch size below 1, a seed without `shuffle`, and what no tensor can be made of. An
-    array in another byte order or of negative strides is copied; a mapped one is refused.
+    Raises ValueError for lengths that differ (with the paths), empty data, a batch size below 1, a seed without `shuffle`, and what no
+    tensor can be made of.
 
     >>> stream = arrays({"x": torch.arange(5), "y": np.arange(5.0)}, 2)
     >>> batch, after = next(stream.iterate(Key(0), Cursor(epoch=0, batch=2)))
@@ -227,7 +233,8 @@ def _tensor(path: str, leaf: Any) -> torch.Tensor:
         )
     if leaf.is_nested or leaf.layout is not torch.strided:
         raise ValueError(
-            f"{where} is a {'nested' if leaf.is_nested else 'sparse'} tensor, and rows are gathered from dense ones: data.loader fetches any"
+            f"{where} is a {'nested' if leaf.is_nested else 'sparse'} tensor, and rows are gathered from dense ones: "
+            "data.loader fetches any"
         )
     if not leaf.ndim:
         raise ValueError(f"{where} is a single number: its leading dimension must be the rows")
@@ -241,8 +248,9 @@ def _of_array(where: str, array: np.ndarray) -> torch.Tensor:
     if not array.dtype.isnative or any(stride < 0 or stride % array.itemsize for stride in array.strides if array.itemsize):
         if _mapped(array):
             raise ValueError(
-                f"{where} is mapped from a file, of dtype {array.dtype.str} and strides {array.strides}, and torch reads neither foreign byte "
-                "orders nor backwards nor a field of records: write it to a file of its own, or copy it into memory (np.array, .astype)"
+                f"{where} is mapped from a file, of dtype {array.dtype.str} and strides {array.strides}, and torch reads neither foreign "
+                "byte orders nor backwards nor a field of records: write it to a file of its own, or copy it into memory (np.array, "
+                ".astype)"
             )
         array = array.astype(array.dtype.newbyteorder("="), order="C")
     try:

@@ -80,11 +80,13 @@ OURS = {
     "num_workers": "it is workers= here",
     "collate_fn": "it is collate= here",
     "generator": "the order comes of the state's key, with seed= of that alone",
-    "worker_init_fn": "the generators in a worker are seeded for each example; what else a worker needs is made in the data set's __getitem__",
+    "worker_init_fn": "the generators in a worker are seeded for each example; "
+    "what else a worker needs is made in the data set's __getitem__",
     "pin_memory": "stream.to(device) copies from pinned memory, one batch ahead",
     "persistent_workers": "workers live as long as the iteration, across passes",
     "prefetch_factor": "each worker is two batches ahead",
-    "sampler": "give a data set in the order of the sampler, torch.utils.data.Subset(dataset, indices), or data.stateful a loader that has one",
+    "sampler": "give a data set in the order of the sampler, torch.utils.data.Subset(dataset, indices), "
+    "or data.stateful a loader that has one",
     "batch_sampler": "data.stateful takes a loader that has one, and that says where it stands (torchdata's StatefulDataLoader)",
 }
 
@@ -109,22 +111,26 @@ def loader(
     workers and after a resume; in this process the generators are left as they were. A data set with `__getitems__` is given whole
     batches, and seeded once for each. `dataset[index]` must not depend on what was fetched before: an example may be fetched twice.
 
-    `shuffle` draws a new order for each pass, from the state's key: with a `seed` from that alone, so that runs of other seeds see the same
-    order. What is random in the examples follows the state's key all the same.
+    - `batch_size`: examples in a batch, at least 1. One above the number of examples gives one short batch, and with `drop_last` is an
+      error.
+    - `shuffle=False`: a new order for each pass, drawn from the state's key.
+    - `drop_last=False`: leave out the last batch of a pass where it is short.
+    - `workers=0`: processes that fetch; 0 fetches in this one.
+    - `collate=None`: makes a batch of a list of examples. The batch counts as many examples as it was made of, whatever its lengths. Where
+      `collate` leaves some out, or an example is a whole batch, the steps want `examples=`.
+    - `timeout=None`: seconds to wait for a batch of a worker. Then it is a TimeoutError: so a disk that hangs ends a run, which can be
+      resumed. An interrupt ends the wait without one.
+    - `name=None`: the stream's name in messages.
+    - `seed=None`: with `shuffle`, the order comes from this number alone, so that runs of other seeds see one order. What is random in the
+      examples follows the state's key all the same.
 
     A batch of a worker lies in shared memory, and keeps a file open as long as it, or a view of it, is held: keep `tensor.clone()`.
-    A batch of `collate` counts as many examples as it was made of, whatever its lengths (`metrics.examples(batch)`); where `collate` leaves some
-    out, or an example is a whole batch, the steps want `examples=`.
     Workers live as long as the iteration, across passes. They leave Ctrl-C and signals to the process group to the parent. What is raised
     in the data set arrives with its own traceback and a note that names the example. A worker that dies is a RuntimeError, and says how.
-    A batch that is not there after `timeout` seconds of waiting is a TimeoutError: so a disk that hangs ends a run, which can be resumed.
-    An interrupt ends the wait without one.
+    `fingerprint`, an attribute or a method of the data set, tells the source of this stream from another of the same length.
 
-    `fingerprint`, an attribute or a method of the data set, tells the source of this stream from another of the same length. The short last batch
-    comes as it is, unless `drop_last`; so a `batch_size` above the number of examples gives one short batch, and with `drop_last` is an error.
-
-    Raises ValueError for an empty data set, a batch size below 1, a negative number of workers, a seed without `shuffle`, or a timeout that is no number of seconds
-    above 0 or has no workers to wait for; TypeError for an iterable-style data set.
+    Raises ValueError for an empty data set, a batch size below 1, a negative number of workers, a seed without `shuffle`, or a timeout that
+    is no number of seconds above 0 or has no workers to wait for; TypeError for an iterable-style data set.
 
     >>> stream = loader(torch.utils.data.TensorDataset(torch.arange(5)), 2)
     >>> next(stream.iterate(Key(0), Cursor(batch=1)))[0]
@@ -277,7 +283,7 @@ def _note(error: Exception, what: str) -> None:
 
 
 def _fetches_batches(dataset: Any) -> bool:
-    """Whether `dataset` fetches whole batches itself. A `Subset` has the method, and hands over to the set below only if that has it too."""
+    """Whether `dataset` fetches whole batches itself. A `Subset` has the method, but uses that of the set below, if that has it."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return bool(getattr(dataset, "__getitems__", None))
@@ -391,8 +397,8 @@ class _Waiting:
         if "Too many open files" in str(error):
             return OSError(
                 errno.EMFILE,
-                "data.loader: too many open files. Each tensor of a worker's batch holds one open as long as it, or a view of it, is kept. Keep "
-                "copies (tensor.clone()), or raise the limit (ulimit -n)",
+                "data.loader: too many open files. Each tensor of a worker's batch holds one open as long as it, or a view of it, is kept. "
+                "Keep copies (tensor.clone()), or raise the limit (ulimit -n)",
             )
         with contextlib.suppress(ValueError):  # where torch's handler has raised before it was done
             _remove_worker_pids(id(self.live))
@@ -462,7 +468,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals(worker: int) -> None:
-    """In a worker: Ctrl-C and what is sent to the process group are for the parent, which ends its workers itself, with SIGTERM if it must."""
+    """In a worker: Ctrl-C and what is sent to the process group are for the parent. It ends its workers itself, with SIGTERM if it must."""
     for number in PARENTS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler is about other loaders' workers, which are no children of this process

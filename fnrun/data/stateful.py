@@ -82,7 +82,7 @@ class Stateful(Stream):
         return state
 
     def _pass(self, key: Key, batch: int) -> Generator[tuple[Any, bool, Any]]:
-        """The items of a pass, each with whether it is the last, and the iterable's state after it: so the next is fetched before it is given."""
+        """The items of a pass: each with whether it is the last, and the iterable's state after it. So the next is fetched first."""
         live: Any = None
         none = object()
 
@@ -122,11 +122,17 @@ def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
 
     Its state, copied, travels with each batch and is kept in the position; it must be a pytree of tensors and plain values. The next
     batch is fetched before one is given, since only then it is known whether the pass has ended. The iterable itself is live:
-    one iteration at a time. A run is as exact as what the iterable says: torchdata's loader says all of it where its order comes from a sampler
-    with a generator of its own and nothing is drawn in its workers. With `shuffle=True` the passes after a resume are others, with workers or
-    a data set without state its own counts are; with workers and a sampler that has a `state_dict` of its own the pass after a resume at the end
-    of one is another, which is warned of. For map-style data `data.loader` has no such gaps. In this process the ambient generators are seeded for each batch from the key, and left as they were; what
-    the iterable's own workers draw is its own affair, as is how many batches a pass has.
+    one iteration at a time. In this process the ambient generators are seeded for each batch from the key, and left as they were. What the
+    iterable's own workers draw is its own affair, as is how many batches a pass has.
+
+    A run is as exact as what the iterable says. torchdata's loader says all of it where its order comes from a sampler with a generator of
+    its own and nothing is drawn in its workers. Otherwise, after a resume:
+
+    - with `shuffle=True` the passes are others;
+    - with workers, or a data set without state, its own counts are others;
+    - with workers and a sampler that has a `state_dict` of its own, the pass after a resume at a pass's end is another: a warning says so.
+
+    For map-style data `data.loader` has no such gaps.
 
     A `fingerprint`, an attribute or a method of the iterable, tells it from others.
 
@@ -151,9 +157,9 @@ def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
         map(_own_state, (getattr(iterable, name, None) for name in ("sampler", "batch_sampler")))
     ):
         warnings.warn(
-            f"{type(iterable).__name__} with workers starts a sampler that has a state of its own once too often where it is resumed at the end of a "
-            "pass: the next pass is then another one. Give it num_workers=0, a sampler without state_dict() that draws from a generator, or take "
-            "data.loader",
+            f"{type(iterable).__name__} with workers starts a sampler that has a state of its own once too often where it is resumed at "
+            "the end of a pass: the next pass is then another one. Give it num_workers=0, a sampler without state_dict() that draws from a "
+            "generator, or take data.loader",
             stacklevel=2,
         )
     return Stateful(iterable, name)

@@ -135,18 +135,19 @@ def ema(
     per: Per = "step",
     name: str = "ema",
 ) -> Any:
-    """The exponential moving average of the parameters, `average <- decay * average + (1 - decay) * params`, in `state.memory[name]["params"]`.
+    """The exponential moving average of the parameters: `average <- decay * average + (1 - decay) * params`.
 
-    It acts on each n-th step (`every`), or round outside of a loop of steps, from `start` on. The first update copies, and until then
-    the newest parameters stand there. Evaluate with it by `make_eval_step(..., weights=name)`.
+    It stands in `state.memory[name]["params"]`. It acts on each n-th step (`every`), or round outside of a loop of steps, from `start` on.
+    The first update copies, and until then the newest parameters stand there. Evaluate with it by `make_eval_step(..., weights=name)`.
 
     - `warmup=w` begins with a shorter memory: the decay of the n-th further update is min(decay, (1 + n) / (w + n)); 10 is usual.
-    - `buffers="average"` averages the buffers too (batch statistics), element by element, in `state.memory[name]["buffers"]`; with `"copy"`
+    - `buffers="average"` averages the buffers too (batch statistics), element by element, in `state.memory[name]["buffers"]`. With `"copy"`
       an evaluation has the newest ones of the state. Whole numbers and the unit vectors of spectral norm are the newest in either case.
-    - `per="update"` counts updates of the optimizer in place of steps, in `every` and `start` too: under `optim.accumulate(n)`, where n - 1 of
-      n steps change nothing, the decay then means what it means without.
+    - `per="update"` counts updates of the optimizer in place of steps, in `every` and `start` too: under `optim.accumulate(n)`, where n - 1
+      of n steps change nothing, the decay then means what it means without.
 
-    Averages keep shape and device; those of float16 and bfloat16 are float32, and an evaluation gets them in the dtype of the parameters. Raises ValueError for a decay outside [0, 1) and other options out of range.
+    Averages keep shape and device; those of float16 and bfloat16 are float32, and an evaluation gets them in the dtype of the parameters.
+    Raises ValueError for a decay outside [0, 1) and other options out of range.
 
     >>> from fnrun import Key
     >>> hook = ema(0.75)
@@ -178,7 +179,7 @@ def annealed_ema(
 ) -> Any:
     """`ema` whose newest value weighs `max(1 - decay, gamma / (gamma + steps))`, with the steps since the first update: much at first.
 
-    Everything else is as for `ema`. Raises ValueError for a decay outside [0, 1), a gamma that is not above 0, and other options out of range.
+    Everything else is as for `ema`. Raises ValueError for a decay outside [0, 1), a gamma not above 0, and other options out of range.
 
     Source: MMEngine's MomentumAnnealingEMA, whose momentum is `1 - decay`.
     """

@@ -84,10 +84,15 @@ def reduce_on_plateau(
 ) -> Any:
     """Multiply a hyperparameter by `factor`, down to `min_value`, when `monitor` has not improved for more than `patience` rounds in a row.
 
-    It acts on `hyperparam` in the optimizer's state, in each group of a partition: `lr_scale`, by which every optimizer multiplies its rate,
-    or one made with `optim.in_state`. An improvement is one by more than `threshold`, a part of the best value's size (`"rel"`) or a difference
-    (`"abs"`); a NaN is none. For `cooldown` rounds after a reduction no round counts as bad. Rounds in which the metric is not computed
-    (validation each n-th epoch) don't count at all.
+    - `mode="min"`: whether less (`"min"`) or more (`"max"`) is better. A NaN is no improvement.
+    - `factor=0.1`: between 0 and 1. `min_value=0.0`: where it ends.
+    - `patience=10`: rounds without an improvement that are borne.
+    - `threshold=1e-4`: what an improvement exceeds: a part of the best value's size (`threshold_mode="rel"`), or a difference (`"abs"`).
+    - `cooldown=0`: rounds after a reduction of which none counts as bad.
+    - `hyperparam="lr_scale"`: in the optimizer's state, in each group of a partition. Every optimizer multiplies its rate by `lr_scale`;
+      `optim.in_state` makes others.
+
+    Rounds in which the metric is not computed (validation each n-th epoch) don't count at all.
 
     Nothing branches on the metric: it waits for the device only where the hyperparameter lies on another one (`lr_scale` lies on the CPU).
     A hyperparameter with a value for each member of a sweep, and a metric of that shape, give each member a plateau of its own.

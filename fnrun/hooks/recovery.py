@@ -57,8 +57,9 @@ class _Rollback:
         good, retries = memory["good"], memory["retries"]
         if retries >= self.max_retries:
             raise RuntimeError(
-                f"{self.name}: {self.monitor} is {value:.6g} at step {state.step}, and all retries ({retries}) are used up; the last good state "
-                f"is that of step {good['step']}. Try a lower learning rate, gradient clipping (optim.clip_by_global_norm) or lr_factor="
+                f"{self.name}: {self.monitor} is {value:.6g} at step {state.step}, and all retries ({retries}) are used up; the "
+                f"last good state is that of step {good['step']}. Try a lower learning rate, gradient clipping "
+                "(optim.clip_by_global_norm) or lr_factor="
             )
         scales = leaves.named(state.opt_state, "lr_scale")  # not those of the good state: what lowered them since has gone on
         opt_state = leaves.put(good["opt_state"], {name: scale * self.lr_factor for name, scale in scales.items()})
@@ -69,7 +70,7 @@ class _Rollback:
         return self._remembering(state, {**memory, "good": kept, "newest": kept, "retries": retries + 1})
 
     def _kept(self, state: TrainState) -> dict[str, Any]:
-        """What goes back, by reference: tensors in a state are never written to. Averages of weights that were no good are no good either."""
+        """What goes back, by reference: tensors in a state are never written to. With bad weights their averages go too."""
         averages = {name: held for name, held in state.memory.items() if isinstance(held, dict) and "params" in held}
         return {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state, "averages": averages, "step": state.step}
 
@@ -85,11 +86,12 @@ def rollback(
     lr_factor: float = 1.0,
     name: str = "rollback",
 ) -> Any:
-    """Take parameters, buffers, optimizer state and averaged weights back to the last good state where `monitor` is not finite or has exploded.
+    """Go back to the last good state where `monitor` is not finite or has exploded.
 
-    `when(value, good)` says whether `value` has exploded, where `good` is the last one that had not: `lambda value, good: value > 10 * good`;
-    without it only infinities and NaN have. The step, the position in the data and so the randomness go on: the retry meets other batches.
-    At each retry `lr_scale` is what it was, times `lr_factor`. After `max_retries` in the whole run the next explosion is a RuntimeError.
+    Parameters, buffers, optimizer state and averaged weights go back. `when(value, good)` says whether `value` has exploded, where `good`
+    is the last one that had not, as `lambda value, good: value > 10 * good`; without it only infinities and NaN have. The step, the
+    position in the data and so the randomness go on: the retry meets other batches. At each retry `lr_scale` is what it was, times
+    `lr_factor`. After `max_retries` in the whole run the next explosion is a RuntimeError.
 
     In a loop of training steps the last good state is the one before the last step whose loss was good, since the loss is that of the
     weights before the step; `every(n, rollback(...))` looks, and goes back, in strides of n. In rounds it is the state at the end of the

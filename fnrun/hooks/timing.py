@@ -89,7 +89,7 @@ def every(n: int, hook: AnyHook) -> AnyHook:
 
 
 def at(ticks: int | Iterable[int], hook: AnyHook) -> AnyHook:
-    """`hook` after these steps (`at([100, 200], ...)`: after the 100th and the 200th), or rounds outside of a loop of steps; else as `every`."""
+    """`hook` after these steps, or rounds outside of a loop of steps: `at([100, 200], ...)` after two of them. Else as `every`."""
     chosen = frozenset(count("at: a step", tick) for tick in (ticks if isinstance(ticks, Iterable) else [ticks]))
     if not chosen:
         raise ValueError("at: name at least one step, the first is 1")
@@ -97,8 +97,9 @@ def at(ticks: int | Iterable[int], hook: AnyHook) -> AnyHook:
 
 
 def between(begin: int, end: int | None, hook: AnyHook) -> AnyHook:
-    """`hook` after step `begin` and those that follow, up to, but not, `end` (None: to the last); rounds outside of a loop of steps; else as
-    `every`. Raises ValueError where nothing lies between.
+    """`hook` after step `begin` and those that follow, up to, but not, `end` (None: to the last).
+
+    Outside of a loop of steps these are rounds; else it is as `every`. Raises ValueError where nothing lies between.
     """
     begin = count("between: begin", begin, 0)
     end = None if end is None else count("between: end", end)

@@ -37,7 +37,7 @@ class DryRun:
 
 
 class _Clock:
-    """An observer in each loop, which notes when a tick ended; the first tick within a loop, or the end of the one before, is when it began."""
+    """An observer in each loop that notes when a tick ended. It began with the first tick within it, or where the one before ended."""
 
     def __init__(self) -> None:
         self.last = time.perf_counter()

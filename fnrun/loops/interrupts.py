@@ -49,8 +49,8 @@ def deadline(
 ) -> Interrupt:
     """An interrupt so much time from now: the step under way is finished, and the state that the call returns can go on later.
 
-    The time is in numbers, or a text such as `2h30m`; `spent` seconds of it are over. `clock()` is in seconds. Leave time for the last step and
-    checkpoint. Raises ValueError where there is no time from the beginning.
+    The time is in numbers, or a text such as `2h30m`; `spent` seconds of it are over. `clock()` is in seconds. Leave time for the last step
+    and checkpoint. Raises ValueError where there is no time from the beginning.
 
     >>> now = [0.0]
     >>> interrupt = deadline(minutes=50, clock=lambda: now[0])
@@ -87,12 +87,12 @@ GRACE = 3.0
 
 
 class Signals:
-    """SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU as an interrupt, while it is listening: the name of the first that came.
+    """SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU as an interrupt, while it listens: the name of the first to come.
 
-    Ctrl-C a second time ends the process at once. The others are a scheduler's, which repeats them and has SIGKILL for that: however many come,
-    the step under way and the save have the time that it gives. A batch that the main thread still waits for 3 seconds after the signal is
-    waited for no longer. Only a main thread can listen. What ignores SIGHUP (`nohup`), SIGUSR2 or SIGXCPU goes on ignoring it, and a handler
-    that is not Python's (`faulthandler.register`) stays.
+    Ctrl-C a second time ends the process at once. The others are a scheduler's, which repeats them and has SIGKILL for that: however many
+    come, the step under way and the save have the time that it gives. A batch that the main thread still waits for 3 seconds after the
+    signal is waited for no longer. Only a main thread can listen. What ignores SIGHUP (`nohup`), SIGUSR2 or SIGXCPU goes on ignoring it,
+    and a handler that is not Python's (`faulthandler.register`) stays.
     """
 
     #: Where the platform has them.
@@ -120,7 +120,7 @@ class Signals:
             _thread.start_new_thread(self._watch, ())  # and not `threading`, which takes locks that the main thread may hold here
 
     def _watch(self) -> None:
-        """In a thread of its own: a read that blocks the main thread goes on after a signal's handler, unless that raises. So there are more."""
+        """In a thread of its own: a read that blocks the main thread goes on after a signal's handler, unless that raises."""
         while True:
             time.sleep(GRACE)
             if not self._listening:

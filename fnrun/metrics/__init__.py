@@ -82,7 +82,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The loops' totals, under the names by which users and saved runs know them. They stand a floor above: nothing is imported before one is used."""
+    """The loops' totals, under the names by which users know them. They stand on a floor above, so they are imported when asked for."""
     if name in ("Means", "Totals", "compute", "fold", "fold_each", "settled"):
         return getattr(importlib.import_module("fnrun.loops.totals"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -121,10 +121,11 @@ def _against_the_rest(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _log_odds(scores: Tensor) -> Tensor:
-    """log p / (1 - p) of the softmax of each row `[N, C]`, in the order of p; p itself would be rounded to 1 where a class is all but certain.
+    """log p / (1 - p) of the softmax of each row `[N, C]`, in the order of p.
 
-    Equal probabilities have equal log odds, bit for bit: of rows that are logs of probabilities they are a function of the class's own entry;
-    of other rows, of its place in the sorted row, so that neither the order of the other classes nor a shift of all makes a difference.
+    p itself would be rounded to 1 where a class is all but certain. Equal probabilities have equal log odds, bit for bit. Of rows that are
+    logs of probabilities they are a function of the class's own entry. Of other rows they are a function of its place in the sorted row:
+    neither the order of the other classes nor a shift of all makes a difference.
     """
     logits, classes = wide(scores), scores.shape[1]
     pad, infinity = torch.nn.functional.pad, torch.inf

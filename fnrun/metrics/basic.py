@@ -90,8 +90,8 @@ def mean(values: Any, weight: Any = None) -> Mean:
     weight = torch.as_tensor(weight, device=values.device).to(values.dtype)
     if not _broadcasts(weight.shape, values.shape):
         raise ValueError(
-            f"mean: weights of shape {tuple(weight.shape)} do not broadcast to values of shape {tuple(values.shape)}, for shapes are aligned at "
-            f"the last dimension: {_remedy(weight.shape, values.shape)}"
+            f"mean: weights of shape {tuple(weight.shape)} do not broadcast to values of shape {tuple(values.shape)}, for shapes are "
+            f"aligned at the last dimension: {_remedy(weight.shape, values.shape)}"
         )
     return Mean((values * weight).sum(), weight.expand_as(values).sum())
 

@@ -35,7 +35,7 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def rates_last(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metrics with a learning rate (`lr`, or a name that ends in `/lr`) as the newest instead of a mean: that of a schedule is a fact of now.
+    """The metrics with each learning rate (`lr`, or a name that ends in `/lr`) as the newest: a schedule's is a fact of now, and no mean.
 
     >>> rates_last({"loss": 0.5, "decay/lr": 0.1})
     {'loss': 0.5, 'decay/lr': Last(value=0.1)}
@@ -55,14 +55,17 @@ _RATE = re.compile(r"(^|/)lr(_\d+)?$")  # of the second optimizer in a step `lr_
 
 
 def weight(examples: int | None, batch: Any, metrics: Mapping[str, Any]) -> int:
-    """What a tick's plain metrics weigh: `examples`, that the batch has. Raises ValueError where that is None, not clear, and there are such metrics."""
+    """What a tick's plain metrics weigh: `examples`, that the batch has; None where that is not clear.
+
+    Raises ValueError where it is not clear and there are such metrics.
+    """
     if examples is not None:
         return examples
     newest = {"skipped", *_rates(tuple(metrics))}  # of which a mean is not asked for
     if plain := [name for name, value in metrics.items() if not hasattr(value, "merge") and name not in newest]:
         raise ValueError(
-            f"how many examples this batch has is not clear: {rows.shapes(batch)}; and {', '.join(plain[:5])} would be averaged over examples. "
-            f"Say it where the step is made, make_train_step or make_eval_step(..., {rows.REMEDY}); or let the step return folds, "
-            "metrics.mean(value, weight=n)"
+            f"how many examples this batch has is not clear: {rows.shapes(batch)}; and {', '.join(plain[:5])} would be averaged over "
+            f"examples. Say it where the step is made, make_train_step or make_eval_step(..., {rows.REMEDY}); or let the step return "
+            "folds, metrics.mean(value, weight=n)"
         )
     return 1

@@ -20,7 +20,8 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
 
     `logits` are float scores `[N, C]`, or `[N, C, ...]` for one decision a pixel; `labels` are ints of that shape without `C`.
     Of equal scores the lower class counts as the higher one; a NaN counts above every number, and as a miss where it is the label's own.
-    A label that is none of the classes (`ignore_index`, as -100 or 255) leaves its example out. Raises ValueError for other shapes and types.
+    A label that is none of the classes (`ignore_index`, as -100 or 255) leaves its example out.
+    Raises ValueError for other shapes and types.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.6, 0.4]]), torch.tensor([1, 0, 1])).compute()
     tensor(0.6667, dtype=torch.float64)

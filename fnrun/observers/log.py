@@ -68,8 +68,8 @@ class _Log:
             return {}
         if self.name not in before.memory:
             raise ValueError(
-                f"{self.name}: a window over the whole run outlives this loop, which ends in each round: give the log to the loop as a hook "
-                "too, and it remembers: hooks=[log], observers=[log]"
+                f"{self.name}: a window over the whole run outlives this loop, which ends in each round: give the log to the loop as a "
+                "hook too, and it remembers: hooks=[log], observers=[log]"
             )
         return {"run": before.memory[self.name]}
 
@@ -150,18 +150,24 @@ def log(
 ) -> Any:
     """A line of metrics on each n-th step (in a loop of training steps) or round (elsewhere), to the sinks `to`: by default the console.
 
-    A line holds means over `window`: the ticks since the line before (`"line"`), the last so many (a number), the loop's pass (`"epoch"`), or the
-    whole run (`"run"`). In a loop of training steps the first two reach back into the rounds before, elsewhere to where the loop began. `statistics` asks for others, by the metric's name in the
-    loop: "mean", "min", "max" or "last", several of them, each alone or with a window of its own: `{"loss": ["mean", "max", ("mean", 100)]}`. The first
-    is called as the metric, the others `loss_max`, `loss_mean_100`. A learning rate (`lr`, `decay/lr`) is the last one unless you say otherwise.
+    - `every=1`: steps or rounds from line to line.
+    - `to=None`: a list of sinks; the console by default.
+    - `window="line"`: the ticks over which a line holds means: those since the line before (`"line"`), the last so many (a number), those
+      of the loop's pass (`"epoch"`) or of the whole run (`"run"`). In a loop of training steps the first two reach back into the rounds
+      before, elsewhere to where the loop began.
+    - `statistics=None`: others than the mean, by the metric's name in the loop: "mean", "min", "max" or "last", or several of them, each
+      alone or with a window of its own, as `{"loss": ["mean", "max", ("mean", 100)]}`. The first is called as the metric, the others
+      `loss_max`, `loss_mean_100`. A learning rate (`lr`, `decay/lr`) is the last one unless you say otherwise.
+    - `name="log"`: where the windows stand in the state; two logs of one loop want two names.
 
-    Windows are in the state: after a resume the next line is the one that an uninterrupted run writes. That of the whole run, in a loop that is
-    repeated, is remembered by the log as a hook of that loop: `hooks=[log], observers=[log]`. Names carry the loop's place: `loss` in the
-    sequence's member `train` is `train/loss`. Values are read, and the device waited for, only when a line is due. Where several processes train
-    together, the first one writes.
+    Windows are in the state: after a resume the next line is the one that an uninterrupted run writes. A window of the whole run, in a loop
+    that is repeated, is kept by the log as a hook of that loop: `hooks=[log], observers=[log]`.
 
-    A line's clock holds `time` (of day), `elapsed`, `seconds_per_tick`, `data_seconds_per_tick` (of those, waited for data), `eta` (seconds that are
-    left, from what this process has done), `peak_mib` (resident memory) and `peak_cuda_mib`.
+    Names carry the loop's place: `loss` in the sequence's member `train` is `train/loss`. Values are read, and the device waited for, only
+    when a line is due. Where several processes train together, the first one writes.
+
+    A line's clock holds, in seconds, `time` (of day), `elapsed`, `seconds_per_tick`, `data_seconds_per_tick` (of those, waited for data)
+    and `eta` (what is left, from what this process has done); in MiB, `peak_mib` (resident memory) and `peak_cuda_mib`.
 
     Raises ValueError for a window or a statistic that does not exist.
 

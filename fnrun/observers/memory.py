@@ -64,7 +64,7 @@ def _sizes(state: Any) -> dict[str, int]:
 
 
 def resident() -> dict[str, float]:
-    """What this process holds now, in MiB: `resident_mib` where the system says so, `cuda_mib` and `cuda_reserved_mib` where CUDA is in use."""
+    """What this process holds now, in MiB: `resident_mib` where the system says it, `cuda_mib` and `cuda_reserved_mib` with CUDA."""
     found: dict[str, float] = {}
     if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as file:
@@ -103,10 +103,10 @@ def table(state: Any) -> str:
 
 
 def memory(every: int = 1, *, to: Sequence[Sink] = ()) -> Any:
-    """At the first tick the sizes of the largest tensors of the state, as a table in the log; then a record on each n-th step or round, to `to`.
+    """The memory of the state: its largest tensors as a table in the log at the first tick, then a record on each n-th step or round.
 
-    The record's metric is `state_mib`, the memory of the state's tensors. Its clock holds what differs from run to run: `resident_mib` (the process's
-    memory now, on Linux), `cuda_mib` and `cuda_reserved_mib` (what tensors hold, and what torch keeps for them). Their peaks are in every line of
-    `observers.log`. Raises ValueError for an `every` below 1.
+    Records go to the sinks in `to`. Their metric is `state_mib`, the memory of the state's tensors, in MiB. Their clock holds what differs
+    from run to run: `resident_mib` (the process's memory now, on Linux), `cuda_mib` and `cuda_reserved_mib` (what tensors hold, and what
+    torch keeps for them). Their peaks are in every line of `observers.log`. Raises ValueError for an `every` below 1.
     """
     return _Memory(count("memory: every", every), to)

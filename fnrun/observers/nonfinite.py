@@ -25,14 +25,15 @@ NAMED = 5  # leaves in a message
 def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
     """`step`, returning exactly what it returns; the first time that its loss or a parameter is not finite, it says why.
 
-    A step is pure, so it is done once more on the same state and batch, with hooks on the modules of `model`. The log then names what was not finite
-    first: the state that came in, the batch, the output of a module, the loss, the gradient of a module's input or output, or a parameter after the
-    update. In the directory `to/step-N` are the state (a checkpoint), the batch (`batch.pt`) and `report.txt`: what was found, and the
-    lines that repeat the step. Afterwards training goes on as it would: put `skip_nonfinite` around it, or let `early_stopping` end it.
+    A step is pure, so it is done once more on the same state and batch, with hooks on the modules of `model`. The log then names what was
+    not finite first: the state that came in, the batch, the output of a module, the loss, the gradient of a module's input or output, or a
+    parameter after the update. In the directory `to/step-N` are the state (a checkpoint), the batch (`batch.pt`) and `report.txt`: what was
+    found, and the lines that repeat the step. Afterwards training goes on as it would: put `skip_nonfinite` around it, or let
+    `early_stopping` end it.
 
-    It waits for the device at each step, and as it keeps the old state, a loop with `donate=True` goes on in new memory. The modules of a compiled
-    step cannot be seen: debug it with `compile=False`. What cannot be written (a full disk) is an error in the log. The step needs `loss` among its
-    metrics. It goes around a step and inside a loop; around a loop it is refused (TypeError).
+    It waits for the device at each step, and as it keeps the old state, a loop with `donate=True` goes on in new memory. The modules of a
+    compiled step cannot be seen: debug it with `compile=False`. What cannot be written (a full disk) is an error in the log. The step needs
+    `loss` among its metrics. It goes around a step and inside a loop; around a loop it is refused (TypeError).
     """
     seen, place = False, files.place(to)
 
@@ -115,8 +116,10 @@ def _place(model: nn.Module, name: str) -> str:
 
 @contextmanager
 def _watching(model: nn.Module) -> Iterator[tuple[list[tuple[str, bool, bool, bool]], list[str]]]:
-    """Of each call of a module, as it ends: its name, whether its output is finite, has a NaN, and came of finite inputs. And the tensors between
-    modules whose gradient is not finite, in words, as the backward comes to them.
+    """Two lists that fill within it: of each call of a module what is known as it ends, and which gradients are not finite.
+
+    Of a call: the module's name, whether its output is finite, whether that has a NaN, and whether its inputs are finite. Gradients are
+    those of the tensors between modules, in words, as the backward comes to them.
     """
     forward: list[tuple[str, bool, bool, bool]] = []
     backward: list[str] = []

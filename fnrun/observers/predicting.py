@@ -88,8 +88,8 @@ def rows(outputs: Any) -> list[Any]:
     lengths = set(_lengths(columns))
     if len(lengths) != 1 or None in lengths:
         raise ValueError(
-            "predictions: a line is written for each example, so outputs are tensors or lists of one length, in dictionaries and tuples; these "
-            f"are {tree.map(_described, outputs)}. Others go into a directory: predictions('path/without/suffix')"
+            "predictions: a line is written for each example, so outputs are tensors or lists of one length, in dictionaries and tuples; "
+            f"these are {tree.map(_described, outputs)}. Others go into a directory: predictions('path/without/suffix')"
         )
     return [_row(columns, i) for i in range(lengths.pop() or 0)]
 
@@ -115,10 +115,10 @@ def _described(leaf: Any) -> str:
 def predictions(path: str | Path) -> Any:
     """The outputs of a `predict_loop`, written to disk as they come. What `path` is says how:
 
-    - `predictions.jsonl`: a JSON object for each example: `batch` and `row` (its place in the pass and in the batch, from 0), `step`, `ticks`,
-      `at`, and `output`, which is what the step returned for it, in JSON's terms. For labels, scores, texts.
-    - a directory: one file for each batch in the order of their names, which `torch.load(file, weights_only=True)` reads if the outputs are tensors
-      and plain containers. For masks, embeddings, whatever is large.
+    - `predictions.jsonl`: a JSON object for each example: `batch` and `row` (its place in the pass and in the batch, from 0), `step`,
+      `ticks`, `at`, and `output`, which is what the step returned for it, in JSON's terms. For labels, scores, texts.
+    - a directory: one file for each batch in the order of their names, which `torch.load(file, weights_only=True)` reads if the outputs are
+      tensors and plain containers. For masks, embeddings, whatever is large.
 
     A call that goes on in the middle of a program cuts what is later than its state, which is written again. Any other call begins anew.
     Where a predict_loop stands in a `repeat`, each round's predictions follow those of the round before.

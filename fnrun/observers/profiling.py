@@ -110,10 +110,10 @@ def _short(events: list[Any], order: str) -> str:
 def profile(steps: range, to: str | Path) -> Any:
     """torch's profiler over these training steps, counted as in a log's lines: 1 is the first. Give it to the loop that takes them.
 
-    Into the directory `to` go `steps-10-12.json`, a trace for Perfetto or chrome://tracing with a range for each step, and `steps-10-12.txt`, the
-    table of the operations; the most expensive ones are in the log. A step reaches from one observer call to the next: hooks, the wait for data
-    and what other loops do in between are in it. Where the program ends early, the steps that were finished are written. It waits for the device
-    in the steps that it watches. Where several processes train together, the first one is watched.
+    Into the directory `to` go `steps-10-12.json`, a trace for Perfetto or chrome://tracing with a range for each step, and
+    `steps-10-12.txt`, the table of the operations; the most expensive ones are in the log. A step reaches from one observer call to the
+    next: hooks, the wait for data and what other loops do in between are in it. Where the program ends early, the steps that were finished
+    are written. It waits for the device in the steps that it watches. Where several processes train together, the first one is watched.
 
     Raises ValueError for steps that are none, or not one after the other.
 

@@ -108,10 +108,10 @@ def describe(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> li
 
 
 def progress(unit: str = "examples") -> Any:
-    """A live display (rich) in a terminal: the run with its rate in `unit` per second and the time left, and the loop at work with its newest metrics.
+    """A live display (rich) in a terminal: the run's rate in `unit` per second, the time left, the loop at work and its newest metrics.
 
-    Give the same object to each loop whose ticks shall move it, the training's and the evaluation's. Time left counts from what this process
-    has done, so it is right after a resume. Lines of the logger and of `print` appear above the display. Where the standard output is no
-    terminal, the same is a line of the logger `fnrun` each half minute.
+    Give the same object to each loop whose ticks shall move it, the training's and the evaluation's. Time left counts from what this
+    process has done, so it is right after a resume. Lines of the logger and of `print` appear above the display. Where the standard output
+    is no terminal, the same is a line of the logger `fnrun` each half minute.
     """
     return _Progress(unit)

@@ -28,10 +28,10 @@ class _Printable(logging.Formatter):
 
 @contextlib.contextmanager
 def logging_to(path: str | Path, level: Level = "info") -> Iterator[None]:
-    """Within it, what the logger `fnrun` is told from `level` on goes to the standard output and, with the time, is appended to the file `path`.
+    """Within it, what the logger `fnrun` is told from `level` on is printed and, with the time, appended to the file `path`.
 
-    Where several processes train together, only the first one prints, and each other one has a file of its own: `run.rank1.log` beside `run.log`.
-    An exception that ends the block is in the file with its traceback. Raises OSError where the file cannot be written.
+    Where several processes train together, only the first one prints, and each other one has a file of its own: `run.rank1.log` beside
+    `run.log`. An exception that ends the block is in the file with its traceback. Raises OSError where the file cannot be written.
     """
     path, own = files.place(path), rank()
     file = logging.StreamHandler(

@@ -148,12 +148,18 @@ def checkpoint(
 ) -> Any:
     """Save the whole state on each n-th step (in a loop of training steps) or round (elsewhere), in the background.
 
-    A round that is the best one yet by `monitor` (a metric of which `mode` is "min" or "max", or several with their modes:
-    `{"val/loss": "min", "val/accuracy": "max"}`) is saved whenever it comes; in a loop of training steps the best is that of each n-th step.
-    `keep` of them stay, besides the best by each metric and, with `keep_every=k`, the first one at or after each multiple of k steps. However
-    the program ends (its last round, a stop, an interrupt, an exception), the state of the last finished tick is saved. A save that fails is logged, training goes on and the next one is tried in full;
-    the `max_failures`-th in a row ends the run with a CheckpointError, whose `state` is that of the tick. Raises ValueError where no step
-    reports a monitored metric.
+    However the program ends (its last round, a stop, an interrupt, an exception), the state of the last finished tick is saved.
+
+    - `monitor=None`: a metric, of which `mode` is "min" or "max", or several by their modes: `{"val/loss": "min", "val/accuracy": "max"}`.
+      A round that is the best one yet is saved whenever it comes; in a loop of training steps the best is that of each n-th step.
+    - `mode="min"`: for one metric, whether less or more is better.
+    - `keep=None`: how many checkpoints stay, besides the best by each metric; all of them by default.
+    - `keep_every=None`: with `keep`, the first one at or after each multiple of so many steps stays too.
+    - `every=1`: steps or rounds from save to save.
+    - `max_failures=3`: a save that fails is logged, training goes on and the next one is tried in full. So many failures in a row end the
+      run with a CheckpointError, whose `state` is that of the tick.
+
+    Raises ValueError where no step reports a monitored metric.
     """
     if checkpoints is not None:  # a program may be drawn and checked before there is a place; it cannot begin
         _check_place(checkpoints)

@@ -61,9 +61,10 @@ class _Watch:
 def watch(every: int, *, to: Sequence[Sink], histograms: bool = True) -> Any:
     """On each n-th step a record of every parameter: `norm/NAME`, `update_norm/NAME` and `histogram/NAME`, to the sinks `to`.
 
-    The norms are Euclidean. `update_norm` is that of the change in the step just taken, hooks included: over `norm` it says how fast a parameter
-    moves (a thousandth is usual). It is a function of the run, so a resumed run writes the same records; for it, and only on the tick before a line,
-    the parameters are kept. In a loop whose ticks are more than one step each the records have none. Gradients: `watch_gradients`.
+    The norms are Euclidean. `update_norm` is that of the change in the step just taken, hooks included: over `norm` it says how fast a
+    parameter moves (a thousandth is usual). It is a function of the run, so a resumed run writes the same records; for it, and only on the
+    tick before a line, the parameters are kept. In a loop whose ticks are more than one step each the records have none. Gradients:
+    `watch_gradients`.
 
     Raises ValueError for an `every` below 1.
     """
@@ -73,8 +74,8 @@ def watch(every: int, *, to: Sequence[Sink], histograms: bool = True) -> Any:
 def watch_gradients(*, histograms: bool = False) -> Transform:
     """A member of an `optim.chain` that changes nothing and reports each gradient's Euclidean norm as the metric `gradient_norm/NAME`.
 
-    It sees the gradients as they are at its place: before or after clipping. With `histograms` it also reports `gradient_histogram/NAME`, at a cost
-    on each step; a line shows the newest.
+    It sees the gradients as they are at its place: before or after clipping. With `histograms` it also reports `gradient_histogram/NAME`,
+    at a cost on each step; a line shows the newest.
 
     >>> from fnrun import optim
     >>> grads, _ = optim.chain(watch_gradients(), optim.scale(2.0)).update({"x": torch.tensor([3.0, 4.0])}, ((), ()), {"x": torch.zeros(2)})

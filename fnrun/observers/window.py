@@ -1,7 +1,7 @@
 """Statistics over a window of ticks: at a constant cost a tick, however long the window and the run.
 
-What a window gathers are totals of metrics (`fnrun.loops.totals`). A window of the last n ticks is several of them, parted where the n-th tick
-before each line falls, so that the newest ones make up exactly n ticks when a line is due.
+What a window gathers are totals of metrics (`fnrun.loops.totals`). A window of the last n ticks is several of them, parted where the n-th
+tick before each line falls, so that the newest ones make up exactly n ticks when a line is due.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Window:
         if not self.taken.isdisjoint(metrics):
             both = sorted(self.taken & metrics.keys())
             raise ValueError(
-                f"log: {', '.join(both)}: a statistic and a metric have this name, and a line has room for one; rename the metric, or ask for another statistic"
+                f"log: {', '.join(both)}: a statistic and a metric have this name, and a line has room for one; rename the metric, or ask "
+                "for another statistic"
             )
         if self.rest and self.chosen.keys().isdisjoint(metrics):
             return rates_last(metrics)

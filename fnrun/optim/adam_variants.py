@@ -136,7 +136,7 @@ def lion(lr: Hyper = 1e-4, betas: Betas = (0.9, 0.99), weight_decay: Hyper = 0.0
 
 
 def lamb(lr: Hyper = 1e-3, betas: Betas = (0.9, 0.999), eps: Hyper = 1e-6, weight_decay: Hyper = 0.0) -> Optimizer:
-    """Adam for large batches (You et al., 2020): with r the step of `adamw` before its learning rate, p ← p − lr · ‖p‖/‖r‖ · r, leaf by leaf.
+    """Adam for large batches (You et al., 2020): p ← p − lr · ‖p‖/‖r‖ · r, leaf by leaf, with r the step of `adamw` before its rate.
 
     Where a norm is 0 the ratio is 1. Norms and biases are usually left without weight decay: see `partition`.
     """

@@ -75,8 +75,8 @@ def rmsprop(
 ) -> Optimizer:
     """RMSprop (Tieleman and Hinton, 2012), torch's rule: v ← αv + (1 − α)g²; p ← p − lr · g/(√v + eps).
 
-    With `centered`, v − m² stands under the root, m being the running mean of g. With `momentum`, b ← momentum · b + g/(…) and p ← p − lr · b.
-    (optax has eps under the root unless told `eps_in_sqrt=False`.)
+    With `centered`, v − m² stands under the root, m being the running mean of g. With `momentum`, b ← momentum · b + g/(…) and
+    p ← p − lr · b. (optax has eps under the root unless told `eps_in_sqrt=False`.)
     """
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("momentum", momentum)):
         constant(name, value)

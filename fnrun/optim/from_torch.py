@@ -30,7 +30,7 @@ _MACHINERY = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
 
 @struct(name="fnrun.optim.TorchState")
 class TorchState:
-    """The memory of a torch optimizer: `entries` by owner (a parameter's path, a group, the object itself) and name, and which are there."""
+    """The memory of a torch optimizer: `entries` by owner (a parameter's path, a group, the object) and name, and which are there."""
 
     hyper: Hyperparams
     entries: dict[str, dict[str, Any]]
@@ -47,10 +47,11 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
     A fresh object of `cls` does each step, on copies, with the memory that the state holds: nothing lives on in it between calls. `lr` and
     other numbers in `kwargs` may be schedules or leaves. What `init` needs to know of the memory, it learns from two steps on copies.
 
-    Raises TypeError for a class whose steps need a closure (LBFGS) and for memory that is no data; RuntimeError under `torch.func`
-    transforms, in a compiled step and where a gradient should flow through the update; ValueError for an `lr_scale` other than 1 where the
-    class moves its rate itself (SWATS) or has no use for it after the first steps (Rprop). Classes that draw random numbers do so from torch's
-    ambient generator, which a training step keys.
+    Classes that draw random numbers do so from torch's ambient generator, which a training step keys.
+
+    Raises TypeError for a class whose steps need a closure (LBFGS) and for memory that is no data. Raises RuntimeError under `torch.func`
+    transforms, in a compiled step and where a gradient should flow through the update. Raises ValueError for an `lr_scale` other than 1
+    where the class moves its rate itself (SWATS) or has no use for it after the first steps (Rprop).
 
     >>> optimizer = from_torch(torch.optim.NAdam, lr=0.1)
     >>> params = {"x": torch.tensor([1.0])}
@@ -153,8 +154,8 @@ def _step(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], grads:
 
 def _refused(cls: Any) -> RuntimeError:
     return RuntimeError(
-        f"from_torch({cls.__name__}): torch's own code runs in place: take an optimizer of fnrun.optim under torch.func, in a compiled step "
-        "and where a gradient should flow through the update"
+        f"from_torch({cls.__name__}): torch's own code runs in place: take an optimizer of fnrun.optim under torch.func, in a compiled "
+        "step and where a gradient should flow through the update"
     )
 
 
@@ -180,7 +181,7 @@ def _check_unmoved(cls: Any, before: list[Any], after: list[Any]) -> None:
 
 
 def _check_follows(cls: Any, build: Callable[[], tuple[torch.optim.Optimizer, dict[str, Tensor]]]) -> None:
-    """Raise ValueError where a factor on the rate would not be one on the steps: trained on copies, with half the rate from the second step on."""
+    """Raise ValueError where a factor on the rate is not one on the steps: tried on copies, with half the rate from the second step on."""
     ends: list[Any] = []
     for scale in (1.0, 0.5):
         with Key(0).scope():
@@ -198,8 +199,8 @@ def _check_follows(cls: Any, build: Callable[[], tuple[torch.optim.Optimizer, di
 
 
 _ONLY = (
-    "other than 1 has no meaning for it: leave out what changes lr_scale (reduce_on_plateau, rollback's lr_factor, set_hyperparam), or give the "
-    "class arguments that leave the rate to you"
+    "other than 1 has no meaning for it: leave out what changes lr_scale (reduce_on_plateau, rollback's lr_factor, set_hyperparam), or "
+    "give the class arguments that leave the rate to you"
 )
 
 
@@ -207,7 +208,7 @@ _ONLY = (
 
 
 def _owners(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Where the memory lives: a dictionary for each parameter, for each group, and the attributes of the object. Not copies: these themselves."""
+    """Where the memory lives, itself and no copy: a dictionary for each parameter and for each group, and the attributes of the object."""
     names = {id(p): path for path, p in copies.items()}
     owners: dict[str, dict[str, Any]] = {}
     for owner, fields in optimizer.state.items():

@@ -30,7 +30,7 @@ class Leaf:
 
 
 def in_state(value: Number) -> Leaf:
-    """Make a hyperparameter a tensor in the optimizer state instead of configuration: saved, swept over (one value a member), differentiated.
+    """Make a hyperparameter a tensor in the optimizer state: one that is saved, swept over (one value a member) and differentiated.
 
     A number becomes a float64 scalar; a tensor is taken as it is (a copy). Read it with `hyperparams`, change it with `set_hyperparam`.
     Raises ValueError for one that requires grad.
@@ -42,8 +42,8 @@ def in_state(value: Number) -> Leaf:
     """
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "optim.in_state: this tensor requires grad, and what enters a state is detached: give value.detach(). To differentiate by it call "
-            "optimizer.update(grads, set_hyperparam(opt_state, name, value), params), and step.loss for the gradients"
+            "optim.in_state: this tensor requires grad, and what enters a state is detached: give value.detach(). To differentiate by it "
+            "call optimizer.update(grads, set_hyperparam(opt_state, name, value), params), and step.loss for the gradients"
         )
     return Leaf(value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64))
 
@@ -165,8 +165,9 @@ def set_hyperparam(opt_state: Any, path: str, value: Number) -> Any:
     wanted = {place for name, place, _ in named if name == path or name.endswith("/" + path)}
     if not wanted:
         raise ValueError(
-            f"set_hyperparam: no hyperparameter {path!r} in this state; there are: {', '.join(name for name, *_ in named) or 'none'}. A number or "
-            "a schedule that an optimizer is made with is not in the state; optim.in_state(number) is: optim.sgd(optim.in_state(0.1))"
+            f"set_hyperparam: no hyperparameter {path!r} in this state; there are: {', '.join(name for name, *_ in named) or 'none'}. "
+            "A number or a schedule that an optimizer is made with is not in the state; optim.in_state(number) is: "
+            "optim.sgd(optim.in_state(0.1))"
         )
     leaves, spec = optree.tree_flatten(opt_state)
     places = optree.treespec_paths(spec)

@@ -232,7 +232,7 @@ def all_finite(leaves: Iterable[Any]) -> Any:
 
 
 def read_all(values: Tensor, like: list[Tensor]) -> list[Any]:
-    """The numbers of a vector, one for each of the tensors `like` them: Python numbers where the host knows them, else scalars beside them."""
+    """The numbers of a vector, one for each tensor of `like`: Python numbers where the host knows them, else scalars on its device."""
     return values.tolist() if _on_host(values) else [value.to(x.device) for value, x in zip(values.unbind(), like, strict=True)]
 
 

@@ -32,9 +32,10 @@ def muon(
 ) -> Optimizer:
     """Muon (Jordan et al., 2024), torch's rule, for matrices: the hidden layers of a network.
 
-    b ← momentum · b + (1 − momentum) · g; u = b, with nesterov momentum · b + (1 − momentum) · g; o = `ns_steps` Newton-Schulz iterations of u
-    in bfloat16, nearly the closest orthogonal matrix; p ← (1 − lr · weight_decay) p − lr · adjust · o, where adjust is
-    √max(1, rows/columns) (`original`) or 0.2 √max(rows, columns) (`match_rms_adamw`).
+    - b ← momentum · b + (1 − momentum) · g; u = b, with nesterov momentum · b + (1 − momentum) · g;
+    - o = `ns_steps` Newton-Schulz iterations of u in bfloat16, nearly the closest orthogonal matrix;
+    - p ← (1 − lr · weight_decay) p − lr · adjust · o, where adjust is √max(1, rows/columns) (`original`) or 0.2 √max(rows, columns)
+      (`match_rms_adamw`).
 
     `init` raises ValueError for a leaf that is no matrix: give those another optimizer with `partition`.
     """

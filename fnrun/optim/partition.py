@@ -211,7 +211,7 @@ def name_multipliers(factors: Mapping[str, float]) -> Multipliers:
     return rule
 
 
-#: Where block numbers stand in the names of transformers and convolutional networks: blocks.3, layers.3, encoder.layer.3, h.3, stages.3, layer3.
+#: Where block numbers stand in the names of networks: blocks.3, layers.3, encoder.layer.3, h.3, stages.3, layer3.
 BLOCKS = r"(?:^|\.)(?:blocks?|layers?|h|stages?)\.?(\d+)(?:\.|$)"
 
 #: And where in names of which none is like that: resblocks.3, encoder_layer_3.
@@ -225,12 +225,12 @@ _INPUT = re.compile(r"embed|position|tokens?$|(?:^|_)(?:stem|pos|wte|wpe)(?:_|$)
 
 
 def layer_decay(rate: float, blocks: str = BLOCKS, head: Sequence[str] = HEAD) -> Multipliers:
-    """Factors that fall by `rate` from block to block towards the input: `rate` for the last block, `rate ** 2` for the one before it, and so on.
+    """Factors that fall by `rate` from block to block towards the input: `rate` for the last block, `rate ** 2` for the one before it.
 
-    What stands before the first block, and embeddings wherever they stand, have the factor below the first block's; what stands behind the
-    last block (norms, poolers, projections) and all heads 1; what stands between two blocks that of the former. The order is that of the
-    model's parameters. A model of several towers (text and images, encoder and decoder) has blocks of its own in each: those under one
-    module count together, and what is not in a block belongs to the tower with which it shares more of its path.
+    What stands before the first block, and embeddings wherever they stand, have the factor below the first block's. What stands behind the
+    last block (norms, poolers, projections), and all heads, have 1. What stands between two blocks has that of the former. The order is
+    that of the model's parameters. A model of several towers (text and images, encoder and decoder) has blocks of its own in each: those
+    under one module count together, and what is not in a block belongs to the tower with which it shares more of its path.
 
     `blocks` is a regular expression whose first group is the block's number; a part of a path that is in `head` says that it is one.
     Raises ValueError where no path has a block.
@@ -322,7 +322,7 @@ def _found(pattern: str, matching: Iterable[Any], leaves: Mapping[str, Tensor]) 
 def scaled_lr(make: Callable[[Hyper], Optimizer], lr: Any, multipliers: Multipliers) -> Optimizer:
     """`make(lr · factor)` for each group of leaves with the same factor: `lr` is a number or a schedule.
 
-    The groups are a partition labelled `x0.1`, `x1` and so on; the rules are `name_multipliers` and `layer_decay`. What is reported as `lr` is the
+    The groups are a partition labelled `x0.1`, `x1` and so on; the rules are `name_multipliers` and `layer_decay`. Reported as `lr` is the
     rate of the group with the largest factor: the others are its fixed parts.
 
     >>> import torch

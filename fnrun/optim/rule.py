@@ -79,7 +79,7 @@ class Misses:
 
 @struct(name="fnrun.optim.RuleState")
 class RuleState:
-    """What an optimizer remembers: the count of applied updates and the hyperparameter leaves; slots with the structure of the parameters."""
+    """What an optimizer remembers: applied updates, counted; hyperparameter leaves; slots with the structure of the parameters."""
 
     hyper: Hyperparams
     slots: dict[str, Any]

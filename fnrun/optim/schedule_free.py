@@ -52,7 +52,7 @@ def schedule_free_adamw(
         return ops.div_(ops.add(y, z, alpha=-(1.0 - beta1)), beta1)
 
     def eval_params(state: RuleState, params: Any) -> Any:
-        """x, the average that the parameters y are a mixture of; parameters that are not trained, by names of their own, are as they are."""
+        """x, the average that the parameters y are a mixture of; parameters that are not trained have names of their own, and stay."""
 
         def x(y: Tensor, z: Tensor) -> Tensor:
             return (y - (1.0 - beta1) * z) / beta1

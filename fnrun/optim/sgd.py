@@ -17,8 +17,8 @@ def sgd(lr: Hyper = 1e-3, momentum: Hyper = 0.0, *, dampening: Hyper = 0.0, nest
     """Stochastic gradient descent, torch's rule (bit for bit that of `torch.optim.SGD(fused=True)`, in half precision on
     a CPU of `torch.optim.SGD`).
 
-    With g the gradient plus `weight_decay` times the parameter: b ← g at a parameter's first update, then b ← momentum · b + (1 − dampening) · g;
-    p ← p − lr · b, or with nesterov p ← p − lr · (g + momentum · b).
+    With g the gradient plus `weight_decay` times the parameter: b ← g at a parameter's first update, then
+    b ← momentum · b + (1 − dampening) · g; p ← p − lr · b, or with nesterov p ← p − lr · (g + momentum · b).
 
     Raises ValueError for a negative number, and for nesterov without momentum or with dampening.
 

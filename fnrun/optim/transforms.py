@@ -71,7 +71,7 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
 
 
 def clip_by_norm(max_norm: Hyper) -> Transform:
-    """Scale each leaf's gradient for itself so that its norm is at most `max_norm`. Reports `clipped`, the share of the leaves that it was."""
+    """Scale each leaf's gradient for itself so that its norm is at most `max_norm`. Reports `clipped`, the share of leaves scaled."""
     constant("max_norm", max_norm)
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
@@ -156,7 +156,7 @@ def scale_by_schedule(schedule: Schedule) -> Transform:
 
 
 def centralize() -> Transform:
-    """Subtract from each row of the gradient its mean (Yong et al., 2020): over all dimensions but the first, of leaves that have two or more."""
+    """Subtract from each row of the gradient its mean over all dimensions but the first, of leaves with two or more (Yong et al., 2020)."""
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         return [g - g.mean(tuple(range(1, g.ndim)), keepdim=True) if g.ndim > 1 else g for g in grads]

@@ -148,7 +148,7 @@ def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
 
 
 def waiting(opt_state: Any) -> int:
-    """How many batches `accumulate` has in the state that are in no update yet: the most of its parts'. It waits for a count on a device."""
+    """How many batches `accumulate` holds that are in no update yet: the most of its parts'. It waits for a count on a device."""
     parts = optree.tree_leaves(opt_state, is_leaf=lambda part: isinstance(part, AccumulateState))
     return max((int(torch.as_tensor(part.micro).max()) for part in parts if isinstance(part, AccumulateState)), default=0)
 
@@ -311,10 +311,13 @@ def dynamic_loss_scale(
 ) -> Any:
     """Loss scaling for fp16, by the rule of torch's GradScaler and without its wait for the device.
 
-    `make_train_step` multiplies the loss by the scale before it takes the gradient, and divides the gradient by it; a step written by hand
-    does so with `optimizer.loss_scale(state.opt_state)`. A gradient that overflowed is skipped, as by `apply_if_finite`, and the scale multiplied by `backoff_factor`; after `growth_interval` updates without one it is
-    multiplied by `growth_factor`. It stands first, or around all the rest: what comes after it sees gradients of the loss itself.
-    Reports `loss_scale` and `skipped`.
+    `make_train_step` multiplies the loss by the scale before it takes the gradient, and divides the gradient by it. A step written by hand
+    does so with `optimizer.loss_scale(state.opt_state)`. A gradient that overflowed is skipped, as by `apply_if_finite`. It stands first,
+    or around all the rest: what comes after it sees gradients of the loss itself. Reports `loss_scale` and `skipped`.
+
+    - `init_scale=2.0**16`: the scale at the beginning.
+    - `growth_factor=2.0`: multiplies the scale after `growth_interval=2_000` updates without an overflow.
+    - `backoff_factor=0.5`: multiplies it after an overflow.
     """
     growth_interval = count("dynamic_loss_scale: growth_interval", growth_interval)
     if not (math.inf > init_scale > 0 and math.inf > growth_factor > 1.0 > backoff_factor > 0.0):

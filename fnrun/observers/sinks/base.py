@@ -18,7 +18,8 @@ FIELDS = frozenset({"ticks", "at", "step", "epoch", "clock"})
 class Record(NamedTuple):
     """One line: when in the run (`Position.order`, step, and the epoch at work, from 1), metrics by name, and what was timed.
 
-    `of` tells whole loops from the ticks within them: "round 3" of a line of a repeat, "whole loop" of one of a sequence or a workflow, else "".
+    `of` tells whole loops from the ticks within them: "round 3" of a line of a repeat, "whole loop" of one of a sequence or a workflow,
+    else "".
     """
 
     order: tuple[int, ...]
@@ -32,8 +33,8 @@ class Record(NamedTuple):
 class Sink(Protocol):
     """A place for records.
 
-    `open(state)`: it must then hold what a run that was never interrupted would have written up to that state; called again while it is open, it
-    does nothing. `flush` returns when what was written is on disk. `close` may be called twice; a closed sink may be opened again.
+    `open(state)`: it must then hold what a run that was never interrupted would have written up to that state; called again while it is
+    open, it does nothing. `flush` returns when what was written is on disk. `close` may be called twice; a closed sink may be opened again.
     """
 
     def open(self, state: LoopState, /) -> None: ...

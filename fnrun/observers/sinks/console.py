@@ -111,8 +111,8 @@ CLOCK = {
 def console(hide: Sequence[str] = ("grad_norm", "clipped"), clock: Sequence[str] = ("eta",)) -> Sink:
     """Lines for people, through the standard logger `fnrun` (to the standard output where nobody has configured logging).
 
-    Metrics whose last name is in `hide` are left out; of what was timed, `clock` is shown: any of "seconds_per_tick", "data_seconds_per_tick",
-    "peak_mib", "peak_cuda_mib", "elapsed", "eta". Raises ValueError for others.
+    Metrics whose last name is in `hide` are left out; of what was timed, `clock` is shown: any of "seconds_per_tick",
+    "data_seconds_per_tick", "peak_mib", "peak_cuda_mib", "elapsed", "eta". Raises ValueError for others.
     """
     if unknown := [name for name in clock if name not in CLOCK]:
         raise ValueError(f"console: clock has no {unknown}; there are {', '.join(CLOCK)}")

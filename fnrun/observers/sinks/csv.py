@@ -85,6 +85,7 @@ def _cell(value: Any) -> Any:
 def csv(path: str | Path) -> Sink:
     """A row a line, with a column for each metric and for each thing that was timed (`clock/eta`); a vector is a JSON list in its cell.
 
-    A metric that comes later gets a column of its own, behind the others. When a run is resumed, rows that are later than its state are cut off.
+    A metric that comes later gets a column of its own, behind the others. When a run is resumed, rows that are later than its state are cut
+    off.
     """
     return _Csv(files.place(path))

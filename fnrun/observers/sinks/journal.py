@@ -1,8 +1,8 @@
 """Sinks that are services: what was handed to them cannot be taken back, and what a killed process had not handed over yet is lost.
 
-So a run keeps a journal of its own of what the service is to hold. When it is resumed, the journal is cut as every file is; lines of it that
-never reached the service are sent again, and lines that the service has already and that come again are left out: after an exact resume they
-would be the same.
+So a run keeps a journal of its own of what the service is to hold. When it is resumed, the journal is cut as every file is; lines of it
+that never reached the service are sent again, and lines that the service has already and that come again are left out: after an exact
+resume they would be the same.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Lines(OnDisk):
                 if any(os.path.sameopenfile(old.fileno(), other.fileno()) for other in _appending):
                     old.truncate(_kept(old, order))  # another sink of this process writes there too
                 else:
-                    # A file of its own: a process that has lost the run, and has not seen it yet, goes on in the old one, which nobody reads.
+                    # A new file: a process that has lost the run, and has not seen it yet, goes on in the old one, which nobody reads.
                     with files.replacing(self.path) as new:
                         files.copy(old, new, _kept(old, order))
             self._file = files.opened(self.path, "a", encoding="utf-8")
@@ -81,7 +81,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _kept(file: IO[bytes], order: tuple[int, ...]) -> int:
-    """How many bytes the lines up to `order` take. What is later is behind them, and so is the line that was being written when the power went."""
+    """How many bytes the lines up to `order` take. Behind them are later ones, and one that was half written when the power went."""
     for begin, line in files.lines_from_the_end(file):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if line.endswith(b"\n") and order_of(json.loads(line)) <= order:

@@ -65,9 +65,10 @@ def mlflow(directory: str | Path, *, experiment: str, tracking_uri: str | None =
     """One run of an MLflow experiment, however often the training is resumed. Needs the extra `mlflow`, and raises
     ModuleNotFoundError without it.
 
-    Its id and a journal of its lines are in `directory`, the run's, by whose name it goes unless `name` is given. `tracking_uri` is a server or a
-    database (`sqlite:///mlflow.db`), by default what MLflow itself is configured with. Numbers are metrics over `step`, images and texts are
-    artifacts; histograms are left out. `config` becomes the run's parameters when it is made: MLflow does not let them change.
+    Its id and a journal of its lines are in `directory`, the run's, by whose name it goes unless `name` is given. `tracking_uri` is a
+    server or a database (`sqlite:///mlflow.db`), by default what MLflow itself is configured with. Numbers are metrics over `step`, images
+    and texts are artifacts; histograms are left out. `config` becomes the run's parameters when it is made: MLflow does not let them
+    change.
 
     Lines that a killed process had not handed over are sent again after a resume, and those that MLflow has already are not: after an exact
     resume they are the same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.

@@ -118,8 +118,8 @@ def tensorboard(directory: str | Path) -> Sink:
     """TensorBoard's event files, over `state.step`: numbers, images, histograms and texts. Needs the extra `tensorboard`, and raises
     ModuleNotFoundError without it.
 
-    One file for each time that the run was started. When a run is resumed, events that are later than its state are cut off, for they will be
-    written again, and a TensorBoard that is looking on is told: the directory is for this run alone.
+    One file for each time that the run was started. When a run is resumed, events that are later than its state are cut off, for they will
+    be written again, and a TensorBoard that is looking on is told: the directory is for this run alone.
     """
     require("tensorboard", "tensorboard", "tensorboard")
     return _TensorBoard(files.place(directory))

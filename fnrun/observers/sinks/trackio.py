@@ -51,9 +51,9 @@ def trackio(directory: str | Path, *, project: str, config: Any = None) -> Sink:
     """One run of a local trackio project, however often the training is resumed. Needs the extra `trackio`, and raises
     ModuleNotFoundError without it.
 
-    Its name, which begins with that of `directory`, the run's, and a journal of its lines are there. Lines are over `step`. Those that a killed
-    process had not handed over are sent again after a resume, and those that trackio has already are not: after an exact resume they are the
-    same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
+    Its name, which begins with that of `directory`, the run's, and a journal of its lines are there. Lines are over `step`. Those that a
+    killed process had not handed over are sent again after a resume, and those that trackio has already are not: after an exact resume they
+    are the same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
     """
     require("trackio", "trackio", "trackio")
     path = files.place(directory)

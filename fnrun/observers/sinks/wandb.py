@@ -79,12 +79,15 @@ def wandb(
 ) -> Sink:
     """One run of Weights & Biases, however often the training is resumed: its id and a journal of its lines are in `directory`, the run's.
 
-    Charts are over `step` (`epoch` and `ticks` are there too); `config` (a dictionary, dataclass or msgspec struct) is the run's; of each metric the
-    summary holds the last value, or what `summary` says: `{"val/accuracy": "max"}` is `val/accuracy.max`. `options` go to `wandb.init` (`name`, `entity`, `tags`).
+    Charts are over `step` (`epoch` and `ticks` are there too).
+
+    - `config`: the run's: a dictionary, dataclass or msgspec struct.
+    - `summary`: what wandb's summary holds of a metric instead of its last value: `{"val/accuracy": "max"}` is `val/accuracy.max`.
+    - `options` go to `wandb.init` (`name`, `entity`, `tags`).
 
     Offline, the run lies in `directory/wandb/offline-run-*` for `wandb sync`, after a resume written anew from the journal. Online, lines
-    that a killed process had not uploaded are sent again after a resume, and those that wandb has already are not: after an exact resume they
-    are the same. Where you resume with other settings, wandb keeps the old lines between the checkpoint and the kill.
+    that a killed process had not uploaded are sent again after a resume, and those that wandb has already are not: after an exact resume
+    they are the same. Where you resume with other settings, wandb keeps the old lines between the checkpoint and the kill.
     """
     path = files.place(directory)
     run = _WandbRun(path, mode, config, summary or {}, {"project": project, **options})
