@@ -658,6 +658,7 @@ OPTIMIZERS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "accumulate": (lambda: optim.accumulate(2, optim.adam(1e-2)), None),
+    "from_torch": (lambda: optim.from_torch(torch.optim.NAdam, lr=1e-2), lambda groups: torch.optim.NAdam(groups, 1e-2)),
 }  # fmt: skip
 
 

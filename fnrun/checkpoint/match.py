@@ -240,9 +240,8 @@ class Matcher:
         inside = dict(saved.items())
         if not all(field in inside and self._any(inside[field], (*path, field)) for field in like.numbered):
             return None
-        before = _names(inside.get(like.named, 0), lambda node: node.items() if isinstance(node, Node) else None)
-        after = _names(getattr(like, like.named), lambda value: value.items() if isinstance(value, dict) else None)
-        if before is None or after is None or before == after != []:
+        before, after = _names(saved, like.named, _seen), _names(like, like.named, _seen_now)
+        if before == after != []:
             return None
         for field in like.numbered:
             self.numbered[text((*path, field))] = len(before), len(after)
@@ -272,7 +271,7 @@ class Matcher:
             like = msgspec.structs.replace(like, shape=saved.shape)
         for prefix, (before, after) in self.numbered.items():
             vectors = len(like.shape) == len(saved.shape) == 1 and like.dtype == saved.dtype
-            if like.path.startswith(f"{prefix}/") and vectors and (not after or (saved.shape, like.shape) == ((before,), (after,))):
+            if f"{like.path}/".startswith(f"{prefix}/") and vectors and (not after or (saved.shape, like.shape) == ((before,), (after,))):
                 return True
         return like.spec() == saved.spec() or (
             castable(saved) and like.kind == "tensor" and like.shape == saved.shape and TORCH_DTYPES[like.dtype] == self.cast
@@ -348,15 +347,29 @@ class Matcher:
         return "\n".join(shown)
 
 
-def _names(value: Any, items: Callable[[Any], Any]) -> list[Any] | None:
-    """The parameters in `{name: leaf}` or in the first of several of these, in the order in which optimizers number them; None where there are none such."""
-    for _, child in items(value) or ():
-        if items(child) is not None:
-            return _names(child, items)
-    try:
-        return sorted(name for name, _ in items(value) or ())
-    except TypeError:
-        return None
+def _names(value: Any, within: Sequence[str], seen: Callable[[Any], tuple[str, list[tuple[Any, Any]]] | None]) -> list[Any]:
+    """The paths of the leaves that lie `within`, in the order in which optimizers number them. `seen` gives kind and children of a container."""
+    for entry in within:
+        children = (seen(value) or ("", []))[1]
+        value = next((child for key, child in children if entry in ("*", key)), ())
+
+    def walk(value: Any, path: tuple[Any, ...]) -> Iterator[Any]:
+        if (node := seen(value)) is None:
+            yield path
+        else:
+            kind, children = node
+            for key, child in sorted(children, key=lambda item: _typed(item[0])) if kind in ("dict", "defaultdict") else children:
+                yield from walk(child, (*path, key))
+
+    return list(walk(value, ()))
+
+
+def _seen(saved: Any) -> Any:
+    return (saved.kind, saved.items()) if isinstance(saved, Node) else None if isinstance(saved, int) else ("", [])
+
+
+def _seen_now(value: Any) -> Any:
+    return None if (node := container(value, ())) is None else (node.kind, node.items)
 
 
 def _growing(like: Any) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import optree
 import torch
@@ -36,9 +37,18 @@ class TorchState:
     entries: dict[str, dict[str, Any]]
     there: Tensor
 
+    #: As in RuleState.
+    numbered: ClassVar = ("there",)
+    named: ClassVar = ("entries",)
+
     def on_host(self) -> Any:
         """The counts of steps, which torch's classes leave there too (`Optimizer.load_state_dict`)."""
         return self.there, [entry.get("step") for entry in self.entries.values()]
+
+    def fitted(self, fresh: TorchState, places: Sequence[int | None]) -> TorchState:
+        """For other parameters: of a new one nothing is there yet."""
+        codes = [fresh.there[i] if place is None else self.there[place] for i, place in enumerate(places)]
+        return dataclasses.replace(self, there=torch.stack(codes) if codes else fresh.there)
 
 
 def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> Optimizer:

@@ -86,9 +86,9 @@ class RuleState:
     scalars: dict[str, Tensor]
     misses: Misses
 
-    #: The fields in which leaves are known by their number, and the one in which they have names.
+    #: The fields in which leaves are known by their number, and where they have names: in each of the slots.
     numbered: ClassVar = ("scalars", "misses")
-    named: ClassVar = "slots"
+    named: ClassVar = ("slots", "*")
 
     def on_host(self) -> Any:
         return self.scalars

@@ -86,7 +86,7 @@ class AccumulateState:
 
     #: As in RuleState.
     numbered: ClassVar = ("misses",)
-    named: ClassVar = "sums"
+    named: ClassVar = ("sums",)
 
     def fitted(self, fresh: AccumulateState, places: Sequence[int | None]) -> AccumulateState:
         """For other parameters: a new one was missing in every batch so far."""
