@@ -78,10 +78,6 @@ class Key:
         """A fresh `torch.Generator` on `device`, seeded from this key."""
         return torch.Generator(device).manual_seed(self.bits)
 
-    def seed_ambient(self, *, host: bool = False) -> None:
-        """Seed torch's ambient generators (CPU and, once CUDA is in use, its devices), and with `host` Python's and NumPy's."""
-        _seed(ambient(), self.path, host)
-
     def scope(self, *data: int | str, host: bool = False) -> Scope:
         """Within, the ambient generators are seeded from `fold_in(*data)`; afterwards they are as they were, also when the body raises.
 

@@ -66,10 +66,10 @@ class Means:
 
 @struct(name="fnrun.loops.Totals")
 class Totals:
-    """The metrics of the ticks so far, folded: `names` as they first came; tensors in `means`, Python numbers in `numbers`, folds in `folds`.
+    """The metrics of the ticks so far, folded: tensors in `means`, Python numbers in `numbers`, folds in `folds`; `names` as they came.
 
-    The newest ticks wait in `waiting`, with their examples, to be folded together: one operation for many ticks. They are at most `TOGETHER`,
-    all with the metrics `shared`, which are scalars.
+    The newest ticks wait in `waiting`, with their examples, to be folded together: one operation for many ticks. They are at most
+    `TOGETHER`, all with the metrics `shared`, which are scalars.
     """
 
     names: tuple[str, ...] = ()

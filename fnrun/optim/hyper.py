@@ -102,10 +102,10 @@ class Settings:
         return values
 
 
-def constant(name: str, value: Hyper, *, least: float = 0.0, below: float = float("inf")) -> None:
-    """Raise ValueError where a hyperparameter that is a number lies outside `[least, below)`."""
-    if isinstance(value, (int, float)) and not least <= value < below:
-        bounds = f"at least {least:g}" if below == float("inf") else f"from {least:g} up to, but not, {below:g}"
+def constant(name: str, value: Hyper, *, below: float = float("inf")) -> None:
+    """Raise ValueError where a hyperparameter that is a number lies outside `[0, below)`."""
+    if isinstance(value, (int, float)) and not 0 <= value < below:
+        bounds = "at least 0" if below == float("inf") else f"from 0 up to, but not, {below:g}"
         raise ValueError(f"{name} is {bounds}, not {value!r}")
 
 

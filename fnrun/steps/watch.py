@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fnrun.reports import collect
+from fnrun.rng import ambient
 from fnrun.undisturbed import undisturbed
 
 
@@ -65,7 +66,7 @@ class Operations(TorchDispatchMode):
         self.made: set[int | None] = set()
         self.moved: list[torch.Generator] = []  # drawn from before this call, and in it
         self._overwritten: set[int | None] = set()
-        self._generators = {g._cdata for g in _ambient()}  # pyright: ignore[reportAttributeAccessIssue]
+        self._generators = {g._cdata for g in ambient()}  # pyright: ignore[reportAttributeAccessIssue]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -125,10 +126,6 @@ class Operations(TorchDispatchMode):
         fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
         if not torch.equal(generator.get_state(), fresh.get_state()):  # one that is made or seeded in the call is a function of it
             self.moved.append(generator)
-
-
-def _ambient() -> list[torch.Generator]:
-    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
 
 
 # --- attributes --------------------------------------------------------------------------------------------------------
@@ -644,11 +641,11 @@ _NESTED = 10
 
 
 def _random() -> Any:
-    return [g.get_state() for g in _ambient()], random.getstate(), np.random.get_state()
+    return [g.get_state() for g in ambient()], random.getstate(), np.random.get_state()
 
 
 def _set_random(states: Any) -> None:
-    for generator, state in zip(_ambient(), states[0], strict=False):
+    for generator, state in zip(ambient(), states[0], strict=False):
         generator.set_state(state)
     random.setstate(states[1])
     np.random.set_state(states[2])
