@@ -132,19 +132,6 @@ def sync(file: int | str | Path) -> None:
             os.close(descriptor)
 
 
-def syncs(directory: Path) -> bool:
-    """Whether the file system of a directory can make a file durable."""
-    try:
-        with open(directory / temporary_name(), "xb") as file:
-            try:
-                os.fsync(file.fileno())
-            finally:
-                os.unlink(file.name)
-    except OSError as error:
-        return error.errno not in _NO_SYNC
-    return True
-
-
 def temporary_name() -> str:
     """A name for what is not whole yet, unlike all others."""
     return f".tmp-{secrets.token_hex(8)}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import re
 import sys
@@ -130,14 +131,17 @@ def leaf_of(value: Any, path: tuple[Any, ...]) -> Leaf:
     if isinstance(value, torch.Tensor):
         if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointError(f"{where}: {_odd_tensor(value)} cannot be saved; make it a plain, dense tensor")
-        dtype = str(value.dtype).removeprefix("torch.")
-        return Leaf(where, "tensor", dtype=dtype, shape=tuple(value.shape), strides=_strides(value), device=str(value.device))
+        dtype = _word(value.dtype).removeprefix("torch.")
+        return Leaf(where, "tensor", dtype=dtype, shape=tuple(value.shape), strides=_strides(value), device=_word(value.device))
     if type(value) is np.ndarray and value.dtype.kind in ARRAY_KINDS:
         return Leaf(where, "ndarray", dtype=value.dtype.str, shape=value.shape)
     if type(value) not in tree.SCALARS:
         what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__module__}.{type(value).__qualname__}"
         raise CheckpointError(f"{where or 'the state'} is {what}: a state holds tensors, arrays, plain scalars and plain containers")
     return Leaf(where, type(value).__name__, value=encode_constant(value))
+
+
+_word = functools.lru_cache(maxsize=256)(str)  # of a dtype, a device: the training waits while a state is described
 
 
 def _odd_tensor(value: torch.Tensor) -> str:
@@ -153,6 +157,8 @@ def _strides(value: torch.Tensor) -> tuple[int, ...] | None:
 
     They are kept because kernels choose by them, and another kernel rounds differently.
     """
+    if value.is_contiguous() and 1 not in value.shape:  # along an axis of one element any stride will do
+        return None
     usual, size = [], 1
     for length in reversed(value.shape):
         usual.append(size)
