@@ -73,7 +73,8 @@ def test_what_an_earlier_version_wrote_is_read(directory: Path) -> None:
     assert checkpoints.steps() == [2, 3]
     assert checkpoints.best() == 2
     assert checkpoints.manifest(3).config == {"lr": 0.1, "huge": float("inf")}
-    assert checkpoints.manifest(3).metrics == {"val/loss": 0.5, "train/loss": "nan"}
+    metrics = checkpoints.manifest(3).metrics
+    assert (metrics["val/loss"], len(metrics), math.isnan(float(metrics["train/loss"]))) == (0.5, 2, True)
     restored = checkpoints.restore()
     assert not tree.diff(restored, state())
     assert restored.buffers["last"].stride() == state().buffers["last"].stride()

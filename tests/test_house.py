@@ -15,7 +15,7 @@ PACKAGE = Path(fnrun.__file__).parent
 
 #: From the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
-    ["tree", "files", "tables", "documents", "counts", "undisturbed", "words", "context"],
+    ["tree", "files", "tables", "documents", "entry", "counts", "undisturbed", "words", "context"],
     ["rng", "reports", "donation", "environment", "inplace", "waiting", "entering", "rows", "placing"],
     ["state", "schedules"],
     ["optim", "data", "metrics", "checkpoint"],

@@ -17,7 +17,8 @@ weights.py      fine-tuning from, and exporting to, a state dict
 from fnrun.checkpoint.directory import Checkpoints
 from fnrun.checkpoint.foreign import params_from
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Manifest
-from fnrun.checkpoint.retention import Entry, Which
+from fnrun.checkpoint.retention import Which
 from fnrun.checkpoint.weights import export, load_from
+from fnrun.entry import Entry
 
 __all__ = ["CheckpointError", "Checkpoints", "DamagedError", "Entry", "Manifest", "Which", "export", "load_from", "params_from"]

@@ -31,8 +31,9 @@ from fnrun.checkpoint import codec, handed, match, pieces, store, writing
 from fnrun.checkpoint.background import Background
 from fnrun.checkpoint.handed import HandedOver
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, Leaf, Manifest, Mode, constant, encode_config, scalars
-from fnrun.checkpoint.retention import Entry, Which, best, check_keep, judges, monitored, superfluous
+from fnrun.checkpoint.retention import Which, best, check_keep, judges, monitored, superfluous
 from fnrun.donation import shared
+from fnrun.entry import Entry
 
 M = TypeVar("M", Manifest, Judgement | Manifest)
 T = TypeVar("T")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fnrun import tree
+from fnrun.documents import jsonable
 
 #: The version of the format. Earlier ones are read too (`former.migrate`); a later one is refused.
 FORMAT = 3
@@ -338,6 +339,5 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float | str]:
         if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
             value = value.item()
         if isinstance(value, (bool, int, float, np.number)):
-            number = float(value)
-            found[utf8(name)] = number if math.isfinite(number) else str(number)
+            found[utf8(name)] = jsonable(float(value))
     return found

@@ -1,37 +1,12 @@
-"""Which checkpoint is which: their names, the best, and those that may go. Pure functions of names and manifests."""
+"""Which checkpoint is which: the one that is asked for, the best, and those that may go. Pure functions of names and manifests."""
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from fnrun.checkpoint.manifest import CheckpointError, Judgement, Manifest, Mode
 from fnrun.counts import count
-
-_NAME = re.compile(r"(\d+)-(\d+)(?:\.(\d+))?")
-
-
-class Entry(NamedTuple):
-    """A checkpoint on disk, by its name: `STEP-TICKS`, or `STEP-TICKS.VERSION` if another state was saved there before. Sorts by age."""
-
-    ticks: int
-    step: int
-    version: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.step:08d}-{self.ticks:08d}" + (f".{self.version}" if self.version else "")
-
-    @staticmethod
-    @functools.lru_cache(maxsize=2**16)
-    def of(name: str) -> Entry | None:
-        """The checkpoint of that name; None for a name that is none."""
-        found = _NAME.fullmatch(name)
-        entry = Entry(int(found[2]), int(found[1]), int(found[3] or 0)) if found else None
-        return entry if entry is not None and entry.name == name else None  # and not what somebody called 2024-11
-
+from fnrun.entry import Entry
 
 #: What names a checkpoint: its step (the newest of several), itself, "best" by the metric monitored first, "best:METRIC", or None for the newest.
 Which = int | str | Entry | None

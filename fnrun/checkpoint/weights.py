@@ -18,7 +18,8 @@ from fnrun import files, tree
 from fnrun.checkpoint import codec, foreign, match, store
 from fnrun.checkpoint.directory import Checkpoints
 from fnrun.checkpoint.manifest import CheckpointError, text
-from fnrun.checkpoint.retention import Entry, Which
+from fnrun.checkpoint.retention import Which
+from fnrun.entry import Entry
 from fnrun.placing import moved
 from fnrun.state import buffers_of, weights_of
 from fnrun.words import a

@@ -12,7 +12,7 @@ from typing import Any
 
 from fnrun.command import CommandError, Ls
 from fnrun.command.output import document, say, terminal_width
-from fnrun.command.places import CHECKPOINT, Judged, judged, runs_below, what_is_at
+from fnrun.command.places import Judged, judged, runs_below, what_is_at
 from fnrun.plot import curves, last_records
 from fnrun.run import Run, RunError
 from fnrun.tables import age, number, size, table
@@ -56,13 +56,12 @@ def _seen(path: Path) -> dict[str, Any]:
     except RunError as error:
         row["problems"].append(str(error))
     checkpoints = judged(path / "checkpoints")
-    name, newest = next(checkpoints, (None, None))
-    if name is not None and newest is None:
-        row["problems"].append(f"the manifest of {path / 'checkpoints' / name} is damaged")
+    saved, newest = next(checkpoints, (None, None))
+    if saved is not None and newest is None:
+        row["problems"].append(f"the manifest of {path / 'checkpoints' / saved.name} is damaged")
     lines, whole = _lines(path / "metrics.jsonl", row["problems"])
     last = lines[-1] if lines else {}
-    saved = CHECKPOINT.fullmatch(name or "")
-    row["step"] = max((step for step in (last.get("step"), int(saved[1]) if saved else None) if step is not None), default=None)
+    row["step"] = max((step for step in (last.get("step"), saved.step if saved else None) if step is not None), default=None)
     row["epoch"] = last.get("epoch")
     if row["state"] == "new" and row["step"] is not None and not forked:
         row["state"] = "unknown"  # it was trained without `run.writing()`, which nobody can see

@@ -13,10 +13,8 @@ from typing import Literal
 import msgspec
 
 from fnrun.command import CommandError
+from fnrun.entry import Entry
 from fnrun.run import Run
-
-#: The name of a checkpoint: step, ticks, and a version where there are several; as `fnrun.checkpoint.Entry.of`, without torch.
-CHECKPOINT = re.compile(r"([0-9]{8}|[1-9][0-9]{8,})-([0-9]{8}|[1-9][0-9]{8,})(?:\.([1-9][0-9]*))?")
 
 
 def run_at(path: Path) -> Run:
@@ -111,14 +109,14 @@ class Judged(msgspec.Struct):
         self.monitors = self.monitors or ({self.monitor: self.mode} if self.monitor else {})
 
 
-def judged(checkpoints: Path) -> Iterator[tuple[str, Judged | None]]:
-    """The names of the checkpoints in a directory, the newest first, and by what each is judged; None for what is damaged."""
+def judged(checkpoints: Path) -> Iterator[tuple[Entry, Judged | None]]:
+    """The checkpoints in a directory, the newest first, and by what each is judged; None for what is damaged."""
     try:
-        found = [match for name in os.listdir(checkpoints) if (match := CHECKPOINT.fullmatch(name))]
+        found = [entry for name in os.listdir(checkpoints) if (entry := Entry.of(name)) is not None]
     except OSError:
         return
-    for match in sorted(found, key=lambda m: (int(m[2]), int(m[1]), int(m[3] or 0)), reverse=True):
+    for entry in sorted(found, reverse=True):
         try:
-            yield match[0], msgspec.json.decode((checkpoints / match[0] / "manifest.json").read_bytes(), type=Judged)
+            yield entry, msgspec.json.decode((checkpoints / entry.name / "manifest.json").read_bytes(), type=Judged)
         except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
-            yield match[0], None
+            yield entry, None

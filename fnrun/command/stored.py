@@ -12,7 +12,8 @@ import torch
 from fnrun.checkpoint import Checkpoints
 from fnrun.checkpoint.retention import which
 from fnrun.command import CommandError
-from fnrun.command.places import CHECKPOINT, is_checkpoint, is_run, what_is_at
+from fnrun.command.places import is_checkpoint, is_run, what_is_at
+from fnrun.entry import Entry
 from fnrun.run import Run, RunError
 
 
@@ -20,7 +21,7 @@ def checkpoint_at(path: Path, checkpoint: str = "latest") -> tuple[Checkpoints, 
     """The checkpoint that a path and `--checkpoint` name, and those beside it. Raises CommandError with what is there instead."""
     if is_run(path):
         return _of_directory(path / "checkpoints", path, checkpoint)
-    if is_checkpoint(path) or CHECKPOINT.fullmatch(path.name):
+    if is_checkpoint(path) or Entry.of(path.name):
         if checkpoint != "latest":
             raise CommandError(f"{path} is one checkpoint: --checkpoint chooses among those of a run")
         if path.name.startswith("abandoned-"):
