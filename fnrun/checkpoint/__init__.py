@@ -1,11 +1,14 @@
 """Checkpoints: whole training states on disk, each whole or not there, and never a wrong bit.
 
-directory.py    Checkpoints: saving, finding, restoring, deleting
+directory.py    Checkpoints: a directory of them; saving, finding, deleting
+restoring.py    one checkpoint as a state
 retention.py    which is the best, and which may go
+handed.py       whether what was handed over is still what it was
 background.py   the thread behind the training
 codec.py        a pytree as structure and leaves, and built from them again
 match.py        what was saved beside a fresh state: what to restore, or a table of what differs
 manifest.py     what a checkpoint says of itself
+former.py       what earlier formats said otherwise
 store.py        its files, read and checked
 writing.py      its files, written
 pieces.py       the bytes of a piece and their digest

@@ -17,20 +17,19 @@ import datetime
 import logging
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import msgspec
 import numpy as np
 import torch
 
 from fnrun import files, tree
-from fnrun.checkpoint import codec, handed, match, pieces, store, writing
+from fnrun.checkpoint import codec, handed, restoring, store, writing
 from fnrun.checkpoint.background import Background
 from fnrun.checkpoint.handed import HandedOver
-from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, Leaf, Manifest, Mode, constant, encode_config, scalars
+from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, Manifest, Mode, encode_config, scalars
+from fnrun.checkpoint.match import Rename, check_cast
 from fnrun.checkpoint.retention import Which, best, check_keep, judges, monitored, superfluous
 from fnrun.donation import shared
 from fnrun.entry import Entry
@@ -134,7 +133,7 @@ class Checkpoints:
         self._open()
         bits = writing.digest(manifest, sources)
         here = [entry for entry in self._entries() if (entry.ticks, entry.step) == (manifest.ticks, manifest.step)]
-        if here and self._holds(here[-1], manifest, bits):
+        if here and store.holds(self._path(here[-1]), manifest, bits):
             self._abandon_after(here[-1])
             return
         entry = Entry(manifest.ticks, manifest.step, here[-1].version + 1 if here else 0)
@@ -147,7 +146,7 @@ class Checkpoints:
                 self.guard()
             check()
             self._abandon_after(entry)
-            temporary.rename(self.directory / entry.name)
+            temporary.rename(self._path(entry))
             files.sync(self.directory)
         except BaseException:
             store.remove(temporary)
@@ -167,25 +166,10 @@ class Checkpoints:
             store.remove(leftover)
         self._opened = True
 
-    def _whole(self, entry: Entry) -> Manifest | None:
-        """The manifest of a checkpoint, if all its files are as they were written."""
-        try:
-            return store.read_checked(self.directory / entry.name)
-        except CheckpointError:
-            return None
-
-    def _holds(self, entry: Entry, manifest: Manifest, bits: Mapping[int, np.ndarray]) -> bool:
-        """Whether that checkpoint is this state, whole, with these metrics."""
-        if (found := self._whole(entry)) is None:
-            return False
-        same = _content(found) == _content(manifest) and all(pieces.holds(found.leaves[number], data) for number, data in bits.items())
-        judged = (found.metrics, found.monitors) == (manifest.metrics, manifest.monitors)
-        return same and (judged or not manifest.metrics)
-
     def _abandon_after(self, entry: Entry) -> None:
         """Move aside what lies beyond: the future of a run that went on from an older checkpoint. So too what is damaged at the same place."""
         entries = self._entries()
-        here = [other for other in entries if other[:2] == entry[:2] and other != entry and self._whole(other) is None]
+        here = [other for other in entries if other[:2] == entry[:2] and other != entry and not store.is_whole(self._path(other))]
         beyond = here + [other for other in entries if other[:2] > entry[:2]]
         for other in beyond:
             target = self.directory / f"{_ABANDONED}{other.name}"
@@ -193,7 +177,7 @@ class Checkpoints:
             while target.exists():
                 count += 1
                 target = self.directory / f"{_ABANDONED}{other.name}-{count}"
-            (self.directory / other.name).rename(target)
+            (self._path(other)).rename(target)
         if beyond:
             files.sync(self.directory)
             names = ", ".join(other.name for other in beyond)
@@ -230,6 +214,9 @@ class Checkpoints:
         """Every checkpoint, from the oldest to the newest. A save in flight is waited for, here and in what follows."""
         self._background.join()
         return self._entries()
+
+    def _path(self, entry: Entry) -> Path:
+        return self.directory / entry.name
 
     def _entries(self) -> list[Entry]:
         if not self.directory.is_dir():
@@ -283,7 +270,7 @@ class Checkpoints:
 
     def _checked(self, entry: Entry) -> Manifest:
         manifest = self._manifest(entry)
-        store.check_files(self.directory / entry.name, manifest)
+        store.check_files(self._path(entry), manifest)
         return manifest
 
     def reading(self, step: Which, read: Callable[[Entry], T]) -> T:
@@ -293,10 +280,10 @@ class Checkpoints:
             try:
                 return read(entry)
             except CheckpointError as error:
-                if os.path.lexists(self.directory / entry.name):
+                if os.path.lexists(self._path(entry)):
                     raise
                 gone = CheckpointError(
-                    f"{self.directory / entry.name} was deleted, or moved away, while it was read, by the process that writes there"
+                    f"{self._path(entry)} was deleted, or moved away, while it was read, by the process that writes there"
                 )
                 try:
                     before, entry = entry, self.find(step)
@@ -311,7 +298,7 @@ class Checkpoints:
             try:
                 found[entry] = self._judgement(entry)
             except DamagedError:
-                if (self.directory / entry.name).exists():  # and was not deleted meanwhile, by the process that writes
+                if (self._path(entry)).exists():  # and was not deleted meanwhile, by the process that writes
                     raise
         return found
 
@@ -324,17 +311,17 @@ class Checkpoints:
             mark = None  # reading it says what is wrong
         known = self._judged.get(entry)
         if known is None or known[0] != mark:
-            known = self._judged[entry] = mark, self._named(entry, store.read_judgement(self.directory / entry.name))
+            known = self._judged[entry] = mark, self._named(entry, store.read_judgement(self._path(entry)))
         return known[1]
 
     def _manifest(self, entry: Entry) -> Manifest:
-        return self._named(entry, store.read_manifest(self.directory / entry.name))
+        return self._named(entry, store.read_manifest(self._path(entry)))
 
     def _named(self, entry: Entry, manifest: M) -> M:
         """What a checkpoint says of itself, if it has the name that it should have."""
         if (manifest.step, manifest.ticks) != (entry.step, entry.ticks):
             raise DamagedError(
-                f"{self.directory / entry.name} holds step {manifest.step}, ticks {manifest.ticks}: the directory was renamed; "
+                f"{self._path(entry)} holds step {manifest.step}, ticks {manifest.ticks}: the directory was renamed; "
                 f"its name is {Entry(manifest.ticks, manifest.step, 0).name}"
             )
         return manifest
@@ -395,7 +382,7 @@ class Checkpoints:
         step: Which = None,
         select: str | Sequence[str] | None = None,
         *,
-        rename: match.Rename | None = None,
+        rename: Rename | None = None,
         strict: bool = True,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -418,36 +405,9 @@ class Checkpoints:
         Raises DamagedError if a byte on disk is not as it was written, CheckpointError with a table of what differs from `like`, and for a
         device that cannot take it or a dtype that is not floating-point.
         """
-        match.check_cast("restore", dtype)
-        return self.reading(step, lambda entry: self._restored(entry, like, select, rename, strict, device, dtype))
-
-    def _restored(
-        self,
-        entry: Entry,
-        like: Any,
-        select: str | Sequence[str] | None,
-        rename: match.Rename | None,
-        strict: bool,
-        device: str | torch.device | None,
-        dtype: torch.dtype | None,
-    ) -> Any:
-        directory, manifest = self.directory / entry.name, self._manifest(entry)
-        with _describing(directory):
-            structure, leaves = manifest.structure, manifest.leaves
-            if rename is not None:
-                structure, leaves = match.renamed(structure, leaves, rename)
-            matcher = match.Matcher(structure, leaves, _patterns(select), strict=strict, cast=dtype)
-            plan = matcher.plan(match.ABSENT if like is None else like, str(directory))
-            picks = list(codec.picks(plan))
-            if like is not None and dtype is not None and not any(pick.dtype == dtype for pick in picks):
-                raise CheckpointError(
-                    f"restore: dtype={dtype} is for a `like` that has it, and none of the leaves to be restored is one there"
-                )
-            found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
-            restored = codec.build(plan, _values(leaves, picks, found, device, dtype))
-        for line in matcher.left():
-            logging.getLogger("fnrun").warning("%s: %s", directory, line)
-        return restored
+        check_cast("restore", dtype)
+        options = {"select": _patterns(select), "rename": rename, "strict": strict, "device": device, "dtype": dtype}
+        return self.reading(step, lambda entry: restoring.restore(self._path(entry), self._manifest(entry), like, **options))
 
     def read(
         self,
@@ -458,24 +418,9 @@ class Checkpoints:
         dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
         """The leaves of a checkpoint by path, on the CPU or on `device`; no class of the state need be known. Arguments and errors as in `restore`."""
-        match.check_cast("read", dtype)
-        return self.reading(step, lambda entry: self._leaves(entry, select, device, dtype))
-
-    def _leaves(
-        self, entry: Entry, select: str | Sequence[str] | None, device: str | torch.device | None, dtype: torch.dtype | None
-    ) -> dict[str, Any]:
-        directory, manifest = self.directory / entry.name, self._manifest(entry)
-        with _describing(directory):
-            leaves, patterns = manifest.leaves, _patterns(select)
-            wanted = match.selector(patterns, [] if patterns is None else list(match.paths(manifest.structure)))
-            picks = [codec.Pick(number) for number, leaf in enumerate(leaves) if wanted(leaf.path)]
-            found = store.read_leaves(directory, manifest, {leaves[pick.number].origin(pick.number) for pick in picks})
-            value = _values(leaves, picks, found, device, dtype)
-            named = {leaves[pick.number].path: value(pick) for pick in picks}
-        if len(named) < len(picks):
-            twice = next(path for path, count in Counter(leaves[pick.number].path for pick in picks).items() if count > 1)
-            raise CheckpointError(f"{directory}: there are two leaves {twice}, their keys of two types; `restore` tells them apart")
-        return named
+        check_cast("read", dtype)
+        options = {"select": _patterns(select), "device": device, "dtype": dtype}
+        return self.reading(step, lambda entry: restoring.read(self._path(entry), self._manifest(entry), **options))
 
     # --- deleting
 
@@ -534,53 +479,6 @@ class Checkpoints:
             store.remove(path)
 
 
-def _patterns(select: str | Sequence[str] | None) -> Sequence[str] | None:
-    return [select] if isinstance(select, str) else select
-
-
-@contextlib.contextmanager
-def _describing(directory: Path) -> Iterator[None]:
-    """What goes wrong besides our own errors: the digests agree, so somebody else wrote a manifest that makes no sense."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{directory / store.MANIFEST} describes what cannot be built: {error}") from error
-
-
-def _values(
-    leaves: list[Leaf],
-    picks: list[codec.Pick],
-    found: Mapping[int, Any],
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-) -> Callable[[codec.Pick], Any]:
-    """The value of each leaf that is restored, of those `found` on the CPU; leaves that were one tensor are one again."""
-    beside = {leaves[pick.number].device: pick.device for pick in picks if pick.device is not None}
-    moved: dict[Any, Any] = {}
-
-    def value(pick: codec.Pick) -> Any:
-        leaf = leaves[pick.number]
-        first = leaf.origin(pick.number)
-        if not leaf.stored:
-            return constant(leaf.value)
-        if leaf.kind == "ndarray":
-            return found[first]
-        to = device or pick.device or beside.get(leaf.device) or "cpu"
-        to = "cpu" if str(to) == "meta" else str(to)
-        follows = match.castable(leaf) and (pick.dtype or dtype) == dtype and not leaf.path.startswith("position/")
-        cast = dtype if follows else None
-        if (first, to, cast) not in moved:
-            try:
-                moved[first, to, cast] = found[first].to(to, cast)
-            except Exception as error:  # a device that is not there, or full
-                raise CheckpointError(f"{leaf.path} cannot be brought to {to}: {error}") from error
-        return moved[first, to, cast]
-
-    return value
-
-
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics that are one number, of whatever kind, in memory of their own: who counts in a tensor goes on to do so; no device is waited for."""
     kinds = (torch.Tensor, np.ndarray)
@@ -600,7 +498,5 @@ def _devices(values: Any) -> set[torch.device]:
     return {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}
 
 
-def _content(manifest: Manifest) -> Any:
-    """All of a state but the bytes of its leaves."""
-    leaves = [(leaf.kind, repr(leaf.value), leaf.dtype, leaf.shape, leaf.strides, leaf.shares) for leaf in manifest.leaves]
-    return msgspec.json.encode(manifest.structure), leaves
+def _patterns(select: str | Sequence[str] | None) -> Sequence[str] | None:
+    return [select] if isinstance(select, str) else select

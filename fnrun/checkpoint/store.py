@@ -15,7 +15,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,6 +124,29 @@ def read_checked(directory: Path) -> Manifest:
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     return manifest
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether all files of a checkpoint are as they were written."""
+    with contextlib.suppress(CheckpointError):
+        return bool(read_checked(directory))
+    return False
+
+
+def holds(directory: Path, manifest: Manifest, bits: Mapping[int, np.ndarray]) -> bool:
+    """Whether a checkpoint is whole, and holds the state of another manifest, whose leaves have these bytes, and its metrics."""
+    try:
+        found = read_checked(directory)
+    except CheckpointError:
+        return False
+    same = _content(found) == _content(manifest) and all(pieces.holds(found.leaves[number], data) for number, data in bits.items())
+    return same and (not manifest.metrics or (found.metrics, found.monitors) == (manifest.metrics, manifest.monitors))
+
+
+def _content(manifest: Manifest) -> Any:
+    """All of a state but the bytes of its leaves."""
+    leaves = [(leaf.kind, repr(leaf.value), leaf.dtype, leaf.shape, leaf.strides, leaf.shares) for leaf in manifest.leaves]
+    return msgspec.json.encode(manifest.structure), leaves
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
