@@ -79,7 +79,7 @@ class Loop(Composed):
         if at is OUTSIDE or len(state.position.frames) < at.depth:
             return aside(self, state, data, interrupt)
         at.program.functions.update((id(each), each) for each in functions(self) if not isinstance(each, PureStep))
-        return self._run(at.program.begin(loops_of(self), state), data, at)
+        return self.run(at.program.begin(loops_of(self), state), at._replace(data=data))
 
     def monitored(self) -> Iterator[tuple[str, str]]:
         """The metrics that its hooks and observers wait for, each with who does."""
@@ -87,7 +87,7 @@ class Loop(Composed):
             for metric in part.monitors:
                 yield part.name or str(part.given), metric
 
-    # What a combinator says of itself: steps within, where it ends, and what a tick is.
+    # What a combinator says of itself, in the order of a tick (`fnrun.loops.tick`). `frame` is the loop's own, as it is during the tick.
 
     def title(self) -> str:
         return self.kind
@@ -95,63 +95,69 @@ class Loop(Composed):
     def own(self) -> list[Any]:
         return [self]
 
-    def _length(self, state: Any, data: Any, at: LoopContext) -> int | None:
-        """How many ticks this loop will have had at its end, where that is known. Raises where `data` is not what the loop needs."""
+    def enter(self, at: LoopContext) -> LoopContext:
+        """`at`, with what stays the same in this call."""
+        return at
+
+    def length(self, state: Any, at: LoopContext) -> int | None:
+        """How many ticks this loop will have had at its end, where that is known. Raises where `at.data` is not what the loop needs."""
         raise NotImplementedError
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
+    def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
+        """Whether it has come to its end."""
         raise NotImplementedError
 
-    def _take(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+    def unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
+        """How many ticks come now at which nobody looks."""
+        return 0
+
+    def take(self, state: Any, frame: Frame, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
         """What the next tick is given: its x, the streams' cursors after it where they move, and the member at work."""
-        return data, None, None
+        return at.data, None, None
 
-    def _turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
-        """The tick itself: state and metrics. `frame` is the loop's own, as it is during the tick."""
+    def turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
+        """The tick itself: the state, and the result of the step within."""
         raise NotImplementedError
 
-    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
-        return metrics
-
-    def _taken(self, x: Any) -> int:
+    def ticks_of(self, x: Any) -> int:
         """How many ticks this one counts as: of several batches at a time, so many."""
         return 1
 
-    def _examples(self, x: Any, metrics: Any) -> int:
+    def examples_of(self, x: Any, result: Any) -> int:
+        """How many examples went into it."""
         return 1
 
-    def _next_member(self, frame: Frame) -> str | None:
+    def total(self, totals: Any, result: Any, examples: int) -> Any:
+        """The totals of the ticks so far, None before the first, with this one's result."""
+        return result
+
+    def next_member(self, frame: Frame) -> str | None:
+        """Of a loop over members: whose turn it is after this tick."""
         return None
 
-    def _result(self, totals: Any) -> Any:
+    def metrics_of(self, result: Any) -> dict[str, Any]:
+        """The metrics in a tick's result, uncomputed, without what predicting loops within have put out."""
+        return {name: value for name, value in result.items() if not isinstance(value, list)}
+
+    def shown(self, metrics: dict[str, Any], result: Any) -> dict[str, Any]:
+        """What hooks and observers are given."""
+        return values(metrics)
+
+    def leave(self, state: Any, at: LoopContext) -> Any:
+        """The state at the loop's end, whose frame is popped."""
+        return state
+
+    def result(self, totals: Any) -> Any:
+        """What the loop returns beside the state, of its totals."""
         return totals or {}
 
     # The same for all.
 
-    def _run(self, state: Any, data: Any, at: LoopContext) -> tuple[Any, Any]:
+    def run(self, state: Any, at: LoopContext) -> tuple[Any, Any]:
         if at.owner is None and donates(self):
             with Owner() as owner:
-                return OpenLoop(self, data, at._replace(owner=owner)).run(state)
-        return OpenLoop(self, data, at).run(state)
-
-    def _entered(self, data: Any, at: LoopContext) -> LoopContext:
-        """`at`, with what stays the same in this call."""
-        return at
-
-    def _unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
-        """How many ticks come now at which nobody looks."""
-        return 0
-
-    def _close(self, state: Any, data: Any, at: LoopContext) -> Any:
-        return state
-
-    def _plain(self, metrics: Any) -> dict[str, Any]:
-        """The metrics without what predicting loops within have put out."""
-        return {name: value for name, value in metrics.items() if not isinstance(value, list)}
-
-    def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
-        """What hooks and observers are given."""
-        return values(plain)
+                return OpenLoop(self, at._replace(owner=owner)).run(state)
+        return OpenLoop(self, at).run(state)
 
     def _call(self, step: AnyStep, state: Any, x: Any, at: LoopContext, place: tuple[int, ...] = ()) -> Any:
         """The step within, told where it is called. A wrapper gets no owner on the state: it may want to look at the old one.

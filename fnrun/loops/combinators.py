@@ -29,13 +29,13 @@ class Repeat(Loop):
     def title(self) -> str:
         return "repeat" + (f" {self.times} times" if self.times is not None else "") + (" until" if self.until else "")
 
-    def _length(self, state: Any, data: Any, at: LoopContext) -> int | None:
+    def length(self, state: Any, at: LoopContext) -> int | None:
         return self.times if self.until is None else None
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
+    def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
         return (self.times is not None and frame.ticks >= self.times) or (self.until is not None and self.until(state))
 
-    def _turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
+    def turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
         known = self.times if self.until is None else None
         return self._call(self.step, state, x, at._replace(depth=at.depth + 1, round=(frame.ticks, known)))
 
@@ -49,8 +49,8 @@ class Repeat(Loop):
         inner = total_steps(self.step)
         return None if inner is None or self.times is None or self.until is not None else self.times * inner
 
-    def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
-        values = super()._values(plain, metrics)
+    def shown(self, metrics: dict[str, Any], result: Any) -> dict[str, Any]:
+        values = super().shown(metrics, result)
         if values and self.prefixes() == [""]:  # no member that may come in another round
             for who, metric in self.monitored():
                 if metric not in values and "skipped" not in values:
@@ -73,12 +73,12 @@ class Members(Loop):
     def prefixes(self) -> list[str]:
         return [f"{name}/{rest}" for name, inner in self.steps.items() for rest in prefixes(inner)]
 
-    def _length(self, state: Any, data: Any, at: LoopContext) -> int | None:
+    def length(self, state: Any, at: LoopContext) -> int | None:
         place = f"data at {at.path}" if at.path else "the data"
-        if not isinstance(data, Mapping):
-            raise TypeError(f"{place} mirrors the {self.kind}: a mapping with the keys {list(self.steps)}, not {a(type(data).__name__)}")
-        if missing := [name for name in self.steps if name not in data]:
-            raise ProgramError(f"{place} has nothing for {missing}; the {self.kind} has {list(self.steps)}, the data {list(data)}")
+        if not isinstance(at.data, Mapping):
+            raise TypeError(f"{place} mirrors the {self.kind}: a mapping with the keys {list(self.steps)}, not {a(type(at.data).__name__)}")
+        if missing := [name for name in self.steps if name not in at.data]:
+            raise ProgramError(f"{place} has nothing for {missing}; the {self.kind} has {list(self.steps)}, the data {list(at.data)}")
         return self._count()
 
     def _count(self) -> int:
@@ -87,17 +87,17 @@ class Members(Loop):
     def _member(self, frame: Frame) -> str:
         raise NotImplementedError
 
-    def _take(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+    def take(self, state: Any, frame: Frame, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
         member = self._member(frame)
-        return data[member], None, member
+        return at.data[member], None, member
 
-    def _turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
+    def turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
         name = str(frame.member)
         state, metrics = self._call(self.steps[name], state, x, at._replace(depth=at.depth + 1, path=f"{at.path}/{name}"))
         return state, {f"{name}/{k}": v for k, v in metrics.items()} if isinstance(metrics, Mapping) else {name: metrics}
 
-    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
-        return {**(totals or {}), **metrics}
+    def total(self, totals: Any, result: Any, examples: int) -> Any:
+        return {**(totals or {}), **result}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,7 +111,7 @@ class InOrder(Members):
     def _count(self) -> int:
         return len(self.steps)
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
+    def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
         if frame.member is not None and frame.member != self.end and frame.member not in self.steps:
             raise other_program(state, at.program)
         return frame.member == self.end or not self.steps
@@ -119,7 +119,7 @@ class InOrder(Members):
     def _member(self, frame: Frame) -> str:
         return frame.member or next(iter(self.steps))
 
-    def _next_member(self, frame: Frame) -> str | None:
+    def next_member(self, frame: Frame) -> str | None:
         names = [*self.steps, self.end]
         return names[names.index(str(frame.member)) + 1]
 
@@ -154,7 +154,7 @@ class Workflow(Members):
     def _count(self) -> int:
         return len(self._order())
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
+    def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
         return frame.ticks >= self._count()
 
     def _member(self, frame: Frame) -> str:

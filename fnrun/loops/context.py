@@ -17,6 +17,7 @@ class LoopContext(NamedTuple):
     """Where in a program a loop is called."""
 
     program: Program
+    data: Any = None  # what the loop was called with
     depth: int = 0  # the number of open loops around
     path: str = ""  # the names of the sequences' members around, "/train"
     round: tuple[int, int | None] | None = None  # of the nearest repeat: its index, and how many there are where that is known

@@ -33,33 +33,33 @@ class OverData(Loop):
     def inner(self) -> Iterable[tuple[str, AnyStep]]:
         return [("", self.step)]
 
-    def _passing(self, at: LoopContext) -> bool:
+    def passing(self, at: LoopContext) -> bool:
         """Whether each call begins the stream anew and leaves no position behind, as a loop over the batch of another loop does."""
         return at.over_batch
 
-    def _entered(self, data: Any, at: LoopContext) -> LoopContext:
-        return at._replace(source=self._stream(data, at))
+    def enter(self, at: LoopContext) -> LoopContext:
+        return at._replace(source=self.stream(at))
 
-    def _stream(self, data: Any, at: LoopContext) -> tuple[str, Batches]:
+    def stream(self, at: LoopContext) -> tuple[str, Batches]:
         if at.source is not None:
             return at.source
-        name, stream = at.program.streams.stream(data, at)
-        return (f"{self.kind} {name}" if self._passing(at) else name), stream
+        name, stream = at.program.streams.stream(at)
+        return (f"{self.kind} {name}" if self.passing(at) else name), stream
 
-    def _cursor(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> Cursor:
-        name, stream = self._stream(data, at)
-        return Cursor(source=stream.source) if not frame.ticks and self._passing(at) else at.program.streams.cursor(state, name, stream)
+    def cursor(self, state: Any, frame: Frame, at: LoopContext) -> Cursor:
+        name, stream = self.stream(at)
+        return Cursor(source=stream.source) if not frame.ticks and self.passing(at) else at.program.streams.cursor(state, name, stream)
 
-    def _take(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
-        name, stream = self._stream(data, at)
-        batch, after = at.program.streams.next_batch(name, stream, state, self._cursor(state, frame, data, at), replay=self._passing(at))
+    def take(self, state: Any, frame: Frame, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+        name, stream = self.stream(at)
+        batch, after = at.program.streams.next_batch(name, stream, state, self.cursor(state, frame, at), replay=self.passing(at))
         return batch, {name: after}, None
 
-    def _close(self, state: Any, data: Any, at: LoopContext) -> Any:
-        return state.replace(position=state.position.forget(self._stream(data, at)[0])) if self._passing(at) else state
+    def leave(self, state: Any, at: LoopContext) -> Any:
+        return state.replace(position=state.position.forget(self.stream(at)[0])) if self.passing(at) else state
 
-    def _turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
-        result = self._stepped(state, x, at)
+    def turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
+        result = self.stepped(state, x, at)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(
                 f"{title(self.step)} returned {type(result).__name__}, and a step in {self.kind} returns (state, metrics). "
@@ -72,34 +72,34 @@ class OverData(Loop):
         """Whether the step is known to be one, in which no loop of this program can stand."""
         return isinstance(self.step, PureStep)
 
-    def _stepped(self, state: Any, x: Any, at: LoopContext) -> Any:
+    def stepped(self, state: Any, x: Any, at: LoopContext) -> Any:
         if self._lawful:
             return self.step(state, x)
-        cursor = state.position.streams.get(self._stream(None, at)[0], Cursor())  # moves when the tick is over
+        cursor = state.position.streams.get(self.stream(at)[0], Cursor())  # moves when the tick is over
         place = (cursor.epoch, cursor.batch) if self.trains else (cursor.epoch, cursor.batch, state.step)
         return self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True, source=None), place)
 
-    def _plain(self, metrics: Any) -> dict[str, Any]:
-        return metrics
+    def metrics_of(self, result: Any) -> dict[str, Any]:
+        return result
 
     @functools.cached_property
     def _known(self) -> Callable[[Any], int | None]:
         return self.step.examples if isinstance(self.step, PureStep) else rows.known
 
-    def _examples(self, x: Any, metrics: Any) -> int:
+    def examples_of(self, x: Any, result: Any) -> int:
         known = self._known(x)
-        return weight(known, x, metrics) if known is None else known
+        return weight(known, x, result) if known is None else known
 
-    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
-        return running.fold(totals, rates_last(metrics), examples)
+    def total(self, totals: Any, result: Any, examples: int) -> Any:
+        return running.fold(totals, rates_last(result), examples)
 
-    def _result(self, totals: Any) -> Any:
+    def result(self, totals: Any) -> Any:
         return running.compute(totals) if totals else {}
 
-    def _left_in_pass(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> int | None:
-        batch = self._cursor(state, frame, data, at).batch
+    def _left_in_pass(self, state: Any, frame: Frame, at: LoopContext) -> int | None:
+        batch = self.cursor(state, frame, at).batch
         try:
-            batches = len(self._stream(data, at)[1])  # pyright: ignore[reportArgumentType]
+            batches = len(self.stream(at)[1])  # pyright: ignore[reportArgumentType]
         except TypeError:
             return None
         return 0 if frame.ticks and not batch else batches - batch
@@ -116,15 +116,15 @@ class Training(OverData):
     def _donates(self) -> bool:
         return self.donate and isinstance(self.step, PureStep) and self.step.donates
 
-    def _stepped(self, state: Any, x: Any, at: LoopContext) -> Any:
+    def stepped(self, state: Any, x: Any, at: LoopContext) -> Any:
         step: Any = self.step
-        return step(state, x, owner=at.owner) if self._donates else super()._stepped(state, x, at)
+        return step(state, x, owner=at.owner) if self._donates else super().stepped(state, x, at)
 
     @functools.cached_property
     def _interval(self) -> int:
         return interval(self)
 
-    def _unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
+    def unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
         every = self._interval
         return min(LONGEST, every - 1 - state.step % every) if every > 1 and not at.program.listened_to else 0
 
@@ -146,13 +146,13 @@ class EpochLoop(Training):
     def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return StepLoop(step=self.step, steps=1, donate=self.donate, **parts)
 
-    def _length(self, state: Any, data: Any, at: LoopContext) -> int | None:
+    def length(self, state: Any, at: LoopContext) -> int | None:
         frame = state.position.frames[at.depth]
-        left = self._left_in_pass(state, frame, data, at)
+        left = self._left_in_pass(state, frame, at)
         return None if left is None else frame.ticks + left
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
-        return frame.ticks > 0 and self._cursor(state, frame, data, at).batch == 0
+    def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
+        return frame.ticks > 0 and self.cursor(state, frame, at).batch == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,16 +179,16 @@ class StepLoop(Training):
         left = self.steps - frame.ticks
         return left if self.until_step is None else min(left, self.until_step - state.step)
 
-    def _unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
-        return min(super()._unobserved(state, frame, at), self._left(state, frame))
+    def unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
+        return min(super().unobserved(state, frame, at), self._left(state, frame))
 
-    def _length(self, state: Any, data: Any, at: LoopContext) -> int | None:
-        self._cursor(state, state.position.frames[at.depth], data, at)
+    def length(self, state: Any, at: LoopContext) -> int | None:
+        self.cursor(state, state.position.frames[at.depth], at)
         if self.until_step is None:
             return self.steps
         return min(self.steps, state.position.frames[at.depth].ticks + max(0, self.until_step - state.step))
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
+    def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
         return self._left(state, frame) <= 0
 
 
@@ -217,23 +217,23 @@ class EvalLoop(OverData):
     def total_steps(self) -> int | None:
         return 0
 
-    def _length(self, state: Any, data: Any, at: LoopContext) -> int | None:
+    def length(self, state: Any, at: LoopContext) -> int | None:
         frame = state.position.frames[at.depth]
-        left = self._left_in_pass(state, frame, data, at)
+        left = self._left_in_pass(state, frame, at)
         if self.steps is not None and (left is None or not self.again):
             return self.steps
         return None if left is None else frame.ticks + left if self.steps is None else min(frame.ticks + left, self.steps)
 
-    def _passing(self, at: LoopContext) -> bool:
+    def passing(self, at: LoopContext) -> bool:
         return self.steps is None or self.again or at.over_batch
 
-    def _done(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> bool:
+    def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
         if self.steps is not None and (frame.ticks >= self.steps or not self.again):
             return frame.ticks >= self.steps
-        return frame.ticks > 0 and self._cursor(state, frame, data, at).batch == 0
+        return frame.ticks > 0 and self.cursor(state, frame, at).batch == 0
 
-    def _turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
-        metrics = self._stepped(state, x, at)
+    def turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
+        metrics = self.stepped(state, x, at)
         if not isinstance(metrics, Mapping):
             raise TypeError(
                 f"{title(self.step)} returned {type(metrics).__name__}, and a step in eval_loop returns metrics, a dict. "
@@ -248,22 +248,22 @@ class PredictLoop(EvalLoop):
 
     kind = "predict_loop"
 
-    def _turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
-        return state, self._stepped(state, x, at)
+    def turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
+        return state, self.stepped(state, x, at)
 
-    def _plain(self, metrics: Any) -> dict[str, Any]:
+    def metrics_of(self, result: Any) -> dict[str, Any]:
         return {}
 
-    def _examples(self, x: Any, metrics: Any) -> int:
+    def examples_of(self, x: Any, result: Any) -> int:
         return self._known(x) or 1  # nothing is averaged
 
-    def _values(self, plain: dict[str, Any], metrics: Any) -> dict[str, Any]:
-        return {"outputs": metrics}
+    def shown(self, metrics: dict[str, Any], result: Any) -> dict[str, Any]:
+        return {"outputs": result}
 
-    def _total(self, totals: Any, metrics: Any, examples: int) -> Any:
-        return (*(totals or ()), tree.map(_unshared, metrics)) if self.keep else None
+    def total(self, totals: Any, result: Any, examples: int) -> Any:
+        return (*(totals or ()), tree.map(_unshared, result)) if self.keep else None
 
-    def _result(self, totals: Any) -> Any:
+    def result(self, totals: Any) -> Any:
         return list(totals or ())
 
 

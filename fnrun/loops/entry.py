@@ -45,12 +45,12 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
         program.functions.update((id(each), each) for each in functions(loop) if not isinstance(each, PureStep))
         if not program.functions and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
             program.warn_unclaimed(state)
-        result = loop._run(state, data, LoopContext(program, owner=owner))
+        result = loop.run(state, LoopContext(program, data, owner=owner))
         if program.functions and program.functions.keys() <= program.called and program.trained:
             program.warn_unclaimed(result[0])
     except ProgramExit as unwound:
         program.close(program.latest, unwound.reason)
-        metrics = loop._result(unwound.state.position.frames[0].totals)
+        metrics = loop.result(unwound.state.position.frames[0].totals)
         if unwound.state.stop is not None:
             # Where nobody listens to information, Python shows warnings: a run that ends early is never silent.
             level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
@@ -64,7 +64,7 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
             raise
         program.close(program.latest, interrupted.text)
         frames = program.latest.position.frames
-        return program.latest, loop._result(frames[0].totals if frames else None)
+        return program.latest, loop.result(frames[0].totals if frames else None)
     except BaseException as error:
         program.close(program.latest, error)
         raise

@@ -38,23 +38,23 @@ class FusedStepLoop(StepLoop):
     def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return dataclasses.replace(self, steps=self.fused_steps, until_step=None, **parts)
 
-    def _take(self, state: Any, frame: Frame, data: Any, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
-        name, stream = self._stream(data, at)
-        cursor, batches = self._cursor(state, frame, data, at), []
+    def take(self, state: Any, frame: Frame, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
+        name, stream = self.stream(at)
+        cursor, batches = self.cursor(state, frame, at), []
         for _ in range(min(self.fused_steps, self._left(state, frame))):
-            batch, cursor = at.program.streams.next_batch(name, stream, state, cursor, replay=self._passing(at))
+            batch, cursor = at.program.streams.next_batch(name, stream, state, cursor, replay=self.passing(at))
             batches.append(batch)
         return batches, {name: cursor}, None
 
-    def _stepped(self, state: Any, x: Any, at: LoopContext) -> Any:
+    def stepped(self, state: Any, x: Any, at: LoopContext) -> Any:
         assert isinstance(self.step, TrainStep)
         return self.step.several(state, x, owner=at.owner if self._donates else None)
 
-    def _taken(self, x: Any) -> int:
+    def ticks_of(self, x: Any) -> int:
         return len(x)
 
-    def _examples(self, x: Any, metrics: Any) -> int:
-        return sum(super(FusedStepLoop, self)._examples(batch, metrics) for batch in x)  # whose metrics are folds
+    def examples_of(self, x: Any, result: Any) -> int:
+        return sum(super(FusedStepLoop, self).examples_of(batch, result) for batch in x)  # whose metrics are folds
 
-    def _unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
+    def unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
         return 0

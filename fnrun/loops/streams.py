@@ -57,8 +57,9 @@ class Streams:
         self._made: dict[int, tuple[Any, Any]] = {}  # by a function's id, which is its own as long as the function is held here
         self._live: dict[str, _Live] = {}
 
-    def stream(self, value: Any, at: LoopContext) -> tuple[str, Batches]:
+    def stream(self, at: LoopContext) -> tuple[str, Batches]:
         """The name and the stream of the data of the loop at `at`; a function that makes the stream is called once."""
+        value = at.data
         known = self._by_place.get((at.path, at.depth))
         if known is None or known[0] is not value:
             made = self._make(value)

@@ -38,8 +38,8 @@ class Tick:
     fresh: bool  # it begins here: no loop within is open, in the middle of which a restored state stands
     x: Any = None
     streams: dict[str, Cursor] | None = None  # where the streams stand after it, of those that it moves
-    metrics: Any = None
-    plain: dict[str, Any] = dataclasses.field(default_factory=dict)  # the metrics without what predicting loops have put out
+    result: Any = None  # of the step within: its metrics, or its outputs
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # without what predicting loops have put out
     values: dict[str, Any] = dataclasses.field(default_factory=dict)  # what hooks and observers are given
     probe: guarded.Probe | None = None  # where users' own hooks or observers act
 
@@ -47,8 +47,8 @@ class Tick:
 class OpenLoop:
     """One call of a loop in a program: what stays the same in it, and its ticks."""
 
-    def __init__(self, loop: Loop, data: Any, at: LoopContext) -> None:
-        self.loop, self.data, self.at = loop, data, at
+    def __init__(self, loop: Loop, at: LoopContext) -> None:
+        self.loop, self.at = loop, at
         self.program, self.depth = at.program, at.depth
         self.frame = Frame(loop.kind, at.path.removeprefix("/"), len(at.opened or ()))  # as it begins
         self.name = self.frame.name
@@ -62,7 +62,7 @@ class OpenLoop:
         looked_at = False  # the first tick of a call is always one by itself: what is wrong shows there
         try:
             while (tick := self._begin(state)) is not None:
-                if looked_at and (ahead := self.loop._unobserved(state, tick.frame, self.at)):
+                if looked_at and (ahead := self.loop.unobserved(state, tick.frame, self.at)):
                     state = run_unobserved(self, state, tick.frame, ahead)
                     continue
                 looked_at = True
@@ -84,8 +84,8 @@ class OpenLoop:
             loop.over_data and len(frames) > depth + 1 and all(isinstance(s, PureStep) for _, s in loop.inner())
         ):
             raise other_program(state, self.program)
-        self.at = loop._entered(self.data, self.at)
-        self.program.lengths[self.name] = loop._length(state, self.data, self.at)
+        self.at = loop.enter(self.at)
+        self.program.lengths[self.name] = loop.length(state, self.at)
         hooks, observers = loop.hook_contracts, loop.observer_contracts
         self.befores = guarded.befores(self.program, hooks, self.name)
         self.afters = guarded.afters(self.program, hooks, self.name)
@@ -103,11 +103,11 @@ class OpenLoop:
             raise ProgramExit(state, reason)
         frames = state.position.frames
         tick = Tick(state, frames[self.depth], len(frames) == self.depth + 1)
-        return None if tick.fresh and self.loop._done(state, tick.frame, self.data, self.at) else tick
+        return None if tick.fresh and self.loop.done(state, tick.frame, self.at) else tick
 
     def _take(self, state: Any, tick: Tick) -> Any:
         try:
-            tick.x, tick.streams, member = self.loop._take(state, tick.frame, self.data, self.at)
+            tick.x, tick.streams, member = self.loop.take(state, tick.frame, self.at)
         except Interrupted as interrupted:
             raise self.program.ended(interrupted, state) from interrupted.__cause__
         if member != tick.frame.member:
@@ -124,21 +124,21 @@ class OpenLoop:
                 tick.before = framed(tick.before, tick.before.position.frames[: self.depth + 1])
             if self.at.owner is not None:
                 tick.before = surviving(tick.before)
-        state, tick.metrics = self.loop._turn(state, tick.x, tick.frame, self.at)
+        state, tick.result = self.loop.turn(state, tick.x, tick.frame, self.at)
         if len(state.position.frames) != self.depth + 1:
             raise other_program(state, self.program)
         return state
 
     def _advance(self, state: Any, tick: Tick) -> Any:
         loop, frame, position = self.loop, tick.frame, state.position
-        taken, examples = loop._taken(tick.x), loop._examples(tick.x, tick.metrics)
+        taken, examples = loop.ticks_of(tick.x), loop.examples_of(tick.x, tick.result)
         self.program.examples += examples
-        tick.plain = loop._plain(tick.metrics) if self.watched else {}
-        folds = {name: fold(state, frame.folds.get(name), tick.before, tick.plain, examples) for name, fold in self.folding}
+        tick.metrics = loop.metrics_of(tick.result) if self.watched else {}
+        folds = {name: fold(state, frame.folds.get(name), tick.before, tick.metrics, examples) for name, fold in self.folding}
         if self.depth == 0 and (carried := position.frames[0].folds):
             folds = {**carried, **folds}
-        totals = loop._total(frame.totals, tick.metrics, examples)
-        ended = Frame(frame.kind, frame.path, frame.nth, frame.ticks + taken, totals, folds, loop._next_member(frame))
+        totals = loop.total(frame.totals, tick.result, examples)
+        ended = Frame(frame.kind, frame.path, frame.nth, frame.ticks + taken, totals, folds, loop.next_member(frame))
         streams = position.streams if tick.streams is None else {**position.streams, **tick.streams}
         return state.replace(position=Position((*position.frames[:-1], ended), streams, position.ticks + loop.over_data * taken))
 
@@ -146,7 +146,7 @@ class OpenLoop:
         if not self.watched:
             return state
         self.program.observers.open(self.program)
-        tick.values = self.loop._values(tick.plain, tick.metrics)
+        tick.values = self.loop.shown(tick.metrics, tick.result)
         tick.probe = guarded.Probe(state) if self.of_users else None
         return guarded.applied(self.afters, state, tick.values)
 
@@ -165,7 +165,7 @@ class OpenLoop:
         carried = {name: o.carry(ended.folds.get(name)) for name, o in self.gatherers if o.carry is not None} if self.loop.trains else {}
         if around and carried:  # the outermost loop keeps it for this one's next round
             around = (dataclasses.replace(around[0], folds={**around[0].folds, _carried(self.name): carried}), *around[1:])
-        return self.loop._close(framed(state, around), self.data, self.at), self.loop._result(ended.totals)
+        return self.loop.leave(framed(state, around), self.at), self.loop.result(ended.totals)
 
 
 def framed(state: Any, frames: tuple[Frame, ...]) -> Any:

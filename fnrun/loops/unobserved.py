@@ -44,8 +44,8 @@ def run_unobserved(opened: OpenLoop, state: Any, frame: Frame, ticks: int) -> An
     """The state after so many ticks, or as many as the pass has. An interrupt or an exception ends the run of ticks early."""
     loop: Any = opened.loop  # of training steps: others have no such ticks
     program, at = opened.program, opened.at
-    name, stream = loop._stream(None, at)
-    position, replay, cursor = state.position, loop._passing(at), loop._cursor(state, frame, None, at)
+    name, stream = loop.stream(at)
+    position, replay, cursor = state.position, loop.passing(at), loop.cursor(state, frame, at)
     before, done = Before(state.step, position, state.memory), list[tuple[Any, int]]()
 
     def finished(state: Any) -> Any:
@@ -63,8 +63,8 @@ def run_unobserved(opened: OpenLoop, state: Any, frame: Frame, ticks: int) -> An
             if done and program.interrupt is not None and (reason := program.interrupt()):  # before the first it was asked already
                 raise ProgramExit(finished(state), reason)
             batch, after = program.streams.next_batch(name, stream, state, cursor, replay=replay)
-            state, metrics = loop._stepped(state, batch, at)
-            done.append((metrics, loop._examples(batch, metrics)))
+            state, metrics = loop.stepped(state, batch, at)
+            done.append((metrics, loop.examples_of(batch, metrics)))
             cursor = after
     except ProgramExit:
         raise
