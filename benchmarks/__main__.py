@@ -72,8 +72,8 @@ def main() -> None:
 
 Written by `make bench`; not edited. {machine()}
 
-Figures are medians over the rounds. A ratio is taken within a round, in which every side has one turn, in an order that is drawn anew; it is
-shown as median (quartiles). Below 1 is faster, or smaller, than what stands behind the slash.
+Figures are medians over the rounds. A ratio is taken within a round, in which every side has one turn, in an order that is drawn anew; it
+is shown as median (quartiles). Below 1 is faster, or smaller, than what stands behind the slash.
 """
     sections = [section(name, options.rounds) for name in options.names or BENCHMARKS]
     options.out.write_text("\n".join([head, *sections]))

@@ -133,7 +133,14 @@ def compared(times: dict[str, list[Times]]) -> str:
     base = columns["torch.save + fsync"]
     head = [cell for what in ("held", "saved", "restored") for cell in (f"ms {what}", "/ torch.save")]
     rows = [
-        [name, *(cell for ours, plain in zip(three, base, strict=True) for cell in (f"{statistics.median(ours) * 1e3:.1f}", spread(ratios(ours, plain))))]
+        [
+            name,
+            *(
+                cell
+                for ours, plain in zip(three, base, strict=True)
+                for cell in (f"{statistics.median(ours) * 1e3:.1f}", spread(ratios(ours, plain)))
+            ),
+        ]
         for name, three in columns.items()
     ]  # fmt: skip
     return table(["", *head], rows)

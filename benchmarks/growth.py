@@ -97,7 +97,12 @@ def by_steps(rounds: int) -> str:
     times = alternate(sides, rounds)
     first = str(STEPS[0])
     rows = [
-        [f"{n:,}", f"{statistics.median(times[str(n)]):.1f}", spread(over(times, str(n), "bare"), 1), spread(ratios(times[str(n)], times[first]), 3)]
+        [
+            f"{n:,}",
+            f"{statistics.median(times[str(n)]):.1f}",
+            spread(over(times, str(n), "bare"), 1),
+            spread(ratios(times[str(n)], times[first]), 3),
+        ]
         for n in STEPS
     ]  # fmt: skip
     return table(["steps done", "us a step", "us over bare", f"/ at {first}"], rows)
@@ -128,7 +133,12 @@ def by_rows(rounds: int) -> str:
     times = alternate(sides, rounds)
     first = str(ROWS[0])
     rows = [
-        [f"{n:,}", f"{statistics.median(times[str(n)]):.1f}", spread(over(times, str(n), "bare"), 1), spread(ratios(times[str(n)], times[first]), 3)]
+        [
+            f"{n:,}",
+            f"{statistics.median(times[str(n)]):.1f}",
+            spread(over(times, str(n), "bare"), 1),
+            spread(ratios(times[str(n)], times[first]), 3),
+        ]
         for n in ROWS
     ]  # fmt: skip
     return table(["rows", "us a step", "us over bare", f"/ of {int(first):,}"], rows)

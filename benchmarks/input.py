@@ -1,7 +1,7 @@
 """Input: what a batch costs, in microseconds, beside the plain way to get it.
 
-The plain way is `DataLoader(dataset, 32, shuffle=True)` with the same workers; for `data.arrays` it is `torch.randperm` and indexing by hand.
-One thread. A pass includes its start, so that with workers the start of the workers counts.
+The plain way is `DataLoader(dataset, 32, shuffle=True)` with the same workers; for `data.arrays` it is `torch.randperm` and indexing by
+hand. One thread. A pass includes its start, so that with workers the start of the workers counts.
 
     python -m benchmarks.input [--rounds 9]
 """

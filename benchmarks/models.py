@@ -5,9 +5,9 @@ with 8 of them a step, activations are most of the memory, and every way peaks a
 moments are, and the peak is in the update. The CNN sees 32 images of 3x32x32.
 
 Memory is that of everything in a run (module, state, gradients, activations), in two measures, each of a fresh process that trains a few
-steps: the peak of what torch's allocator had handed out (exact, the same each time), and the peak of the resident set over what it was before
-the model was built (which the compiler is part of; median of 3). `donated` is as documented: the module is emptied once
-the state is made, `model.to("meta")`, and the state is handed over, `fit(state.donate(), data)`.
+steps: the peak of what torch's allocator had handed out (exact, the same each time), and the peak of the resident set over what it was
+before the model was built (which the compiler is part of; median of 3). `donated` is as documented: the module is emptied once the state is
+made, `model.to("meta")`, and the state is handed over, `fit(state.donate(), data)`.
 
     python -m benchmarks.models [--rounds 7] [--only transformer ...]
 """
@@ -117,12 +117,12 @@ def _high_water() -> float:
 
 
 def allocated_peak(name: str) -> float:
-    """The most bytes of tensors that were alive at once in the third of three passes. The first two compile, make what is made once, and look at what is looked at in first calls."""
+    """The most bytes of tensors alive at once in the third of three passes. The first two compile, and look at what first calls look at."""
     return _peak(lambda: training(name)[1], lambda passes: next(passes))
 
 
 def _peak(prepare: Callable[[], Any], action: Callable[[Any], Any], warm: int = 2, whole: bool = True) -> float:
-    """The most bytes of tensors alive at once in `action(prepare())`, after `warm` others; without `whole` over those alive when it begins."""
+    """The most bytes of tensors alive at once in `action(prepare())`, after `warm` others; without `whole`, beyond those alive before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         prepared = prepare()
         for _ in range(warm):

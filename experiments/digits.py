@@ -4,7 +4,8 @@
     python -m experiments.digits resume runs/digits/<name>
     python -m experiments.digits evaluate runs/digits/<name> --checkpoint best
 
-The data are the 1,797 images of 8 x 8 pixels that scikit-learn ships (`load_digits`): 1,437 to train, 360 held out, a fixed stratified split.
+The data are the 1,797 images of 8 x 8 pixels that scikit-learn ships (`load_digits`): 1,437 to train, 360 held out, a fixed stratified
+split.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 `make_fx` records the operations of one call on real tensors, so any Python may run in a step as long as it does not depend on a tensor's
 value; inductor compiles what was recorded. The graph stands for arguments of the same structure, shapes, dtypes and constants, and for no
 others: nothing in it is dynamic, so which calls came before never changes its bits. Numbers of the state that change from call to call
-(counts of updates) are inputs of the graph, and Python numbers again afterwards. What Python reads from elsewhere is a constant; a later call
-is recorded once more to see whether it still has its value.
+(counts of updates) are inputs of the graph, and Python numbers again afterwards. What Python reads from elsewhere is a constant; a later
+call is recorded once more to see whether it still has its value.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _shape, _dtype, _device = operator.attrgetter("shape"), operator.attrgetter("dty
 
 
 class Captured:
-    """`fn(given, kept, x, count, draws) -> ((given, kept), metrics)`, pytrees of tensors and constants, as a graph for each signature of its arguments.
+    """`fn(given, kept, x, count, draws) -> ((given, kept), metrics)`, of pytrees, as a graph for each signature of its arguments.
 
-    `count` is an int that is a tensor within. `draws` are for the `TracedKey`s that `fn` draws from: what it draws is an input of the graph. Where
-    `fn` cannot be captured there is no graph, and `reason` says why.
+    `count` is an int that is a tensor within. `draws` are for the `TracedKey`s that `fn` draws from: what it draws is an input of the
+    graph. Where `fn` cannot be captured there is no graph, and `reason` says why.
     """
 
     #: A batch of a new shape takes seconds to compile for: who has more than so many shapes is told.
@@ -98,8 +98,8 @@ class Captured:
             raise Uncapturable("numbers or texts in its batches change from one to the next, and each would need a graph of its own")
         if len(self.graphs) == self.SHAPES:
             warnings.warn(
-                f"{self.name} has been compiled for {self.SHAPES} shapes of its batches, and here is one more: each takes its time. Pad or crop "
-                "batches to a few shapes, or go without compile=True",
+                f"{self.name} has been compiled for {self.SHAPES} shapes of its batches, and here is one more: each takes its time. Pad "
+                "or crop batches to a few shapes, or go without compile=True",
                 stacklevel=6,
             )
         logger.info("%s: compiling, for a shape of batch that is new", self.name)
@@ -115,7 +115,10 @@ def _reason(error: Exception) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_OWN)]
         where = f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
-        return f"what it does depends on a value: Python reads a number of a tensor{where}, by float(), .item(), if or a format: keep it a tensor"
+        return (
+            f"what it does depends on a value: Python reads a number of a tensor{where}, by float(), .item(), if or a format: "
+            "keep it a tensor"
+        )
     return (f"{type(error).__name__}: " * (not isinstance(error, Uncapturable)) + str(error).strip()).splitlines()[0]
 
 
@@ -186,14 +189,14 @@ class _Graph:
 
 
 _MOVED = (
-    "its Python computes something else than when it was recorded ({}, for the same arguments), and the calls since then may have been made "
-    "with the old values. A number that the loss reads from elsewhere (a global, an attribute, a dictionary) is a constant of a graph: give "
-    "it a place in the batch, as a tensor"
+    "its Python computes something else than when it was recorded ({}, for the same arguments), and the calls since then may have been "
+    "made with the old values. A number that the loss reads from elsewhere (a global, an attribute, a dictionary) is a constant of a "
+    "graph: give it a place in the batch, as a tensor"
 )
 
 
 def _differences(spec: Any, leaves: list[Any], old: list[Any], new: list[Any]) -> list[str]:
-    """In words, where two results of the structure `spec` differ by more than rounding; `leaves` are those of the arguments, the state's first."""
+    """In words, where two results of the structure `spec` differ by more than rounding; `leaves` are the arguments', the state's first."""
     names = optree.treespec_paths(spec)
     state = len(old) - sum(path[0] == 1 for path in names)
     differ = [f"{tree.join(names[i][1:])} was {old[i]}, is {new[i]}" for i in range(state, len(old)) if not _close(old[i], new[i])]
@@ -244,7 +247,11 @@ _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 def _captured(fn: Any, leaves: list[Any], n_own: int, inplace: bool, spec: Any, count: int, counters: frozenset[int]) -> _Graph:
-    """Record and compile; `counters` are the leaves that are known to be numbers that change, more may be found. With `inplace` the tensors among the first `n_own` leaves are written over. Raises whatever `fn` or the compiler raises, or the graph in its first call."""
+    """Record and compile. Raises whatever `fn` or the compiler raises, or the graph in its first call.
+
+    `counters` are the leaves that are known to be numbers that change; more may be found. With `inplace` the tensors among the first
+    `n_own` leaves are written over.
+    """
     python, numpy = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]  # pyright: ignore[reportArgumentType,reportCallIssue]
     with _computing_for_real():
         while True:
@@ -271,7 +278,7 @@ def _captured(fn: Any, leaves: list[Any], n_own: int, inplace: bool, spec: Any, 
 
 
 def _without_alpha(graph: GraphModule) -> GraphModule:
-    """`add` and `sub` with their factor as a product of its own: torch 2.13's inductor forgets it where it joins them with a matrix product."""
+    """`add` and `sub` with their factor as a product of its own: torch 2.13's inductor loses it where it fuses a matrix product."""
     for node in list(graph.graph.nodes):
         if (alpha := node.kwargs.get("alpha", 1)) != 1 and node.target in _SUMS:
             with graph.graph.inserting_before(node):
@@ -335,8 +342,8 @@ class _Recording:
         """Raise Uncapturable where the recorded operations are not all that the call does: `now` is what they compute."""
         if not tree.equal(now, self.seen) and (differ := _differences(self.spec, self.leaves, self.seen, now)):
             raise Uncapturable(
-                f"it does what is no operation of torch's that could be recorded ({'; '.join(differ)}): writes to a tensor by .data or .numpy()? "
-                "Write in place under torch.no_grad(): weight.copy_(...), buffer.mul_(...)"
+                f"it does what is no operation of torch's that could be recorded ({'; '.join(differ)}): writes to a tensor by .data or "
+                ".numpy()? Write in place under torch.no_grad(): weight.copy_(...), buffer.mul_(...)"
             )
 
     def __call__(self, count: Tensor, *tensors: Tensor) -> list[Tensor]:

@@ -123,7 +123,7 @@ class _Graphs:
             self.update.check(self._like)
 
     def _several(self, given: Any, kept: Any, x: tuple[list[Any], list[Any]], count: Any, draws: Draws) -> tuple[Any, Metrics]:
-        """Steps one after the other, for the compiler: `given` are trained parameters and optimizer state, `kept` buffers and frozen ones."""
+        """Steps in turn, for the compiler: `given` are trained parameters and optimizer state, `kept` buffers and frozen parameters."""
         (params, memory), (buffers, frozen), (batches, counts), seen = given, kept, x, []
         state = carried(_blind(self._like), params={**params, **frozen}, buffers=buffers, opt_state=memory, rng=TracedKey(draws))
         for i, batch in enumerate(batches):

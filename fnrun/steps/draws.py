@@ -46,7 +46,7 @@ class _Draw(NamedTuple):
         return self.operation(filled, *self.args, **self.options)
 
 
-#: Operations whose numbers depend on no tensor's values: those that fill their first argument, that look at its shape, and that make a tensor.
+#: Operations whose numbers depend on no tensor's values: they fill their first argument, look at its shape, or make a tensor.
 _FILL = {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "log_normal_", "geometric_"}
 _LIKE = {"rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout"}
 _MAKE = {"rand", "randn", "randint", "randperm", "normal"}

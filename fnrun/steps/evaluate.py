@@ -33,9 +33,9 @@ def make_eval_step(
 ) -> EvalStep:
     """The evaluation step `(state, batch) -> metrics`, in eval mode and without gradients.
 
-    `metric_fn(model, batch)` returns a dict of metrics, or what a `loss_fn` returns. `weights` says whose: the state's own (`"params"`), those
-    that a hook remembers (its name, as `"ema"`), or a function of the state that returns `params` or `(params, buffers)`.
-    Randomness within is keyed by the training step and the batch's place in the pass; `examples` and `host_random` as in `make_train_step`.
+    `metric_fn(model, batch)` returns a dict of metrics, or what a `loss_fn` returns. `weights` says whose: the state's own (`"params"`),
+    those that a hook remembers (its name, as `"ema"`), or a function of the state that returns `params` or `(params, buffers)`. Randomness
+    within is keyed by the training step and the batch's place in the pass; `examples` and `host_random` as in `make_train_step`.
     """
     check_model("make_eval_step", model)
     check_function("make_eval_step", metric_fn, 2, "metric_fn(model, batch)", "a dict of metrics, or a loss")
@@ -87,8 +87,8 @@ def _evaluation(
             raise no_state(name, state, batch, "batch")
         if differentiates():
             raise ValueError(
-                f"{name} is computed without gradients, and one within torch.func.grad, torch.func.jvp or forward differentiation would be 0: "
-                "differentiate fnrun.call(model, params, buffers, ...), or step.loss of a training step"
+                f"{name} is computed without gradients, and one within torch.func.grad, torch.func.jvp or forward differentiation would "
+                "be 0: differentiate fnrun.call(model, params, buffers, ...), or step.loss of a training step"
             )
         frames = state.position.frames
         params, buffers = weights_of(state, weights)

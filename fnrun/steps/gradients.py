@@ -83,10 +83,11 @@ _engine: Any = torch.autograd.Variable._execution_engine.run_backward  # pyright
 class Loss:
     """The part `step.loss` of a step: `(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`.
 
-    The module as a function, differentiable in whatever requires grad. `params` and `buffers` are dictionaries of tensors by name, which stay
-    as they are; the loss is what `loss_fn` returns, a scalar or a fold. Among the new buffers are the parameters that the forward wrote to. A module that uses `torch.utils.checkpoint` itself is refused where gradients are to be taken
-    (RuntimeError); `checkpoint_activations=` plays no part here. Randomness comes from `key` (for the bits of a step `state.rng.fold_in("train", state.step)`);
-    without one a random draw is an error.
+    The module as a function, differentiable in whatever requires grad. `params` and `buffers` are dictionaries of tensors by name, which
+    stay as they are; the loss is what `loss_fn` returns, a scalar or a fold. Among the new buffers are the parameters that the forward
+    wrote to. A module that uses `torch.utils.checkpoint` itself is refused where gradients are to be taken (RuntimeError);
+    `checkpoint_activations=` plays no part here. Randomness comes from `key`, for the bits of a step
+    `state.rng.fold_in("train", state.step)`; without one a random draw is an error.
     """
 
     def __init__(self, shell: Shell, loss_fn: Callable[..., Any], autocast: functools.partial[Any] | None, within: Surroundings) -> None:
@@ -126,8 +127,8 @@ class Loss:
 class Gradients:
     """The part `step.gradients` of a step: `(state, batch) -> (grads, buffers, metrics)`.
 
-    `grads` are by name, detached, of the loss itself (never scaled), None for a parameter that the loss does not reach. `buffers` are as the
-    forward left them, and with them the parameters that it wrote to, which the update begins with.
+    `grads` are by name, detached, of the loss itself (never scaled), None for a parameter that the loss does not reach. `buffers` are as
+    the forward left them, and with them the parameters that it wrote to, which the update begins with.
     """
 
     def __init__(
@@ -201,13 +202,13 @@ class Gradients:
             metrics = _with(metrics, reports)
         if len(buffers) > len(self.shell.buffers):
             raise ValueError(
-                f"{self.name}: the forward changes the parameters {sorted(buffers.keys() - set(self.shell.buffers))}, and each microbatch would change them in its "
-                "own way: use microbatches=1, or optim.accumulate"
+                f"{self.name}: the forward changes the parameters {sorted(buffers.keys() - set(self.shell.buffers))}, and each microbatch "
+                "would change them in its own way: use microbatches=1, or optim.accumulate"
             )
         return joined.part(grads, loss, n, buffers, moved, metrics)
 
     def _unless_weightless(self, weight: Tensor, grads: list[Any], metrics: Metrics) -> tuple[list[Any], Metrics]:
-        """Of a batch whose whole weight is 0 there are no gradients, so no update, nor metrics. Whether it is waits for a device, but in a graph."""
+        """A batch whose whole weight is 0 has no gradients, no update and no metrics. Asking waits for a device, but not in a graph."""
         skipped = read(weight == 0)
         if isinstance(skipped, Tensor) and not eager():  # who puts the parts together selects by it
             return grads, {**metrics, "skipped": skipped.double()}
@@ -216,7 +217,7 @@ class Gradients:
         return [None] * len(grads), self.loss.of_nothing()
 
     def _of(self, state: Any, batch: Any, n: int | None = None, moved: set[str] | None = None) -> tuple[list[Any], Weighed, Any, Metrics]:
-        """The gradients of the mean of a batch, or of a piece of `n` examples, what it weighs, the buffers (of which `moved` were written to), the metrics."""
+        """Of the mean of a batch, or of a piece of `n` examples: gradients, weight, buffers (`moved` were written to) and metrics."""
         shell = self.shell
         scale = None if self.loss_scale is None else self.loss_scale(state.opt_state)
         tensors = shell.tensors("params", state.params)
@@ -239,8 +240,8 @@ class Gradients:
             watching = first.watching
             if watching and any(leaf.grad is not None for leaf in leaves):
                 raise ValueError(
-                    f"{self.name}: the loss calls backward() itself, and a step takes the gradient of what loss_fn returns: add that loss to "
-                    "it, or take gradients within by torch.autograd.grad"
+                    f"{self.name}: the loss calls backward() itself, and a step takes the gradient of what loss_fn returns: add that loss "
+                    "to it, or take gradients within by torch.autograd.grad"
                 )
             weighed = self.cut.mean_of(loss, batch, n)
             value = weighed.mean

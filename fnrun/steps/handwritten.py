@@ -17,8 +17,8 @@ from fnrun.words import kind
 def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random: bool = False) -> Any:
     """Make a hand-written `(state, batch) -> (state, metrics)` a lawful training step.
 
-    Within, torch's ambient generators are seeded from `state.rng.fold_in("train", state.step)` (with `host_random` Python's and NumPy's too)
-    and put back afterwards; what `fnrun.report` is given joins the metrics; tensors are detached; `state.step` goes up by one.
+    Within, torch's ambient generators are seeded from `state.rng.fold_in("train", state.step)` (with `host_random` Python's and NumPy's
+    too) and put back afterwards; what `fnrun.report` is given joins the metrics; tensors are detached; `state.step` goes up by one.
 
     >>> import torch
     >>> from fnrun import TrainState

@@ -12,7 +12,7 @@ Metrics = dict[str, Any]
 
 
 class Step(Protocol):
-    """What loops turn: `(state, batch) -> (state, metrics)`, pure: the outputs are a function of the arguments alone, which stay as they are."""
+    """What loops turn: `(state, batch) -> (state, metrics)`, pure: outputs are a function of the arguments, which stay as they are."""
 
     def __call__(self, state: Any, batch: Any, /) -> tuple[Any, Metrics]: ...
 
@@ -24,7 +24,7 @@ class EvalStep(Protocol):
 
 
 class PureStep:
-    """The base of what fnrun knows to be a step and no loop, with what a loop may make use of. A user's function is a step too, and none of these.
+    """The base of what fnrun knows to be a step and no loop, with what a loop may use. A user's function is a step too, but none of these.
 
     A type and not an attribute: `functools.wraps` copies attributes to a wrapper, which may do anything.
     """

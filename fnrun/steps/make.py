@@ -42,39 +42,41 @@ def make_train_step(
     host_random: bool = False,
     **gone: Any,
 ) -> TrainStep:
-    """The training step of `model`: loss, gradient, update, as a pure function `(state, batch) -> (state, metrics)` and a value made of parts: see `TrainStep`.
+    """The training step of `model`, a pure function `(state, batch) -> (state, metrics)` made of loss, gradient and update: a `TrainStep`.
 
     `loss_fn(model, batch)` returns a scalar loss, or `(loss, metrics)`; it calls `model` as usual, whose tensors are the state's for that
     time. The metrics are `loss`, those of `loss_fn` and what was reported (`fnrun.report`), tensors that nobody has waited for.
 
     - Submodules run in the train/eval modes that they have now. Buffers (batch statistics) come back in the new state.
     - A parameter with `requires_grad=False` is not trained; one that the loss does not reach is left alone, as in torch.
-    - The loss may be a fold: `metrics.mean(values, weight)`, as a mean over the tokens that are no padding, or `metrics.sum(values)`, which is
-      not divided. A batch in which every weight is 0 makes no update, and its only metric is `skipped`, 1. A scalar is taken for a mean over the batch's
-      examples. Of one that is another mean, as with `ignore_index=` or class weights, or a sum, microbatches have another gradient, in silence.
-    - `microbatches=n` cuts the batch into n pieces, rows `rows * i // n` to `rows * (i + 1) // n`, computed one after the other: n times less
-      memory for activations. The gradient is that of the whole batch, where the loss is a fold or a mean over examples and the module treats
-      examples apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are added in a balanced
-      tree over the pieces. Refused (ValueError) are a parameter that the forward changes, a buffer that differs between pieces or counts what
-      is in them (one that goes up by one in each call is kept), and a metric with a value for each example.
-    - `examples` says how many examples a batch has, where its lengths and the stream that made it do not: a key or path of it (`"x"`, `"inputs/ids"`,
-      `"0"`), a number, or a function `batch -> int`. Plain metrics are weighed by it, and microbatches cut what has this length. Several keys,
-      `("x", "y")`, are all that is per example: nothing else is cut, whatever its length.
-    - `split(batch, n)` cuts the batch in place of that: at most n pieces in a list, each a batch, None for one that is absent. For graphs and
-      packed sequences. How many examples a piece has says `examples` too.
+    - The loss may be a fold: `metrics.mean(values, weight)`, as a mean over the tokens that are no padding, or `metrics.sum(values)`, which
+      is not divided. A batch in which every weight is 0 makes no update, and its only metric is `skipped`, 1. A scalar is taken for a mean
+      over the batch's examples. Of one that is another mean, as with `ignore_index=` or class weights, or a sum, microbatches have another
+      gradient, in silence.
+    - `microbatches=n` cuts the batch into n pieces, rows `rows * i // n` to `rows * (i + 1) // n`, computed one after the other: n times
+      less memory for activations. The gradient is that of the whole batch, where the loss is a fold or a mean over examples and the module
+      treats examples apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are
+      added in a balanced tree over the pieces. Refused (ValueError) are a parameter that the forward changes, a buffer that differs between
+      pieces or counts what is in them (one that goes up by one in each call is kept), and a metric with a value for each example.
+    - `examples` says how many examples a batch has, where its lengths and the stream that made it do not: a key or path of it (`"x"`,
+      `"inputs/ids"`, `"0"`), a number, or a function `batch -> int`. Plain metrics are weighed by it, and microbatches cut what has this
+      length. Several keys, `("x", "y")`, are all that is per example: nothing else is cut, whatever its length.
+    - `split(batch, n)` cuts the batch in place of that: at most n pieces in a list, each a batch, None for one that is absent. For graphs
+      and packed sequences. How many examples a piece has says `examples` too.
     - `precision="bf16"` or `"fp16"` runs `loss_fn` under autocast; parameters keep their dtype. fp16 wants `optim.dynamic_loss_scale`.
-    - `checkpoint_activations` names parts of the model whose activations are not kept for the backward but computed once more in it, for less
-      memory and the same bits: `"blocks"`, its repeated blocks (entries of an `nn.ModuleList` or `nn.Sequential` that are of one class and have
-      parts of their own), or a list of patterns that occur in paths of modules (`["encoder.layer"]`; globs with a `*`); of two of which one is
-      within the other the outer one. Forward hooks on modules within a part run again in the second computation, those on the part itself once.
-      `step.loss`, steps that evaluate and compiled graphs do without.
+    - `checkpoint_activations` names parts of the model whose activations are not kept for the backward but computed once more in it, for
+      less memory and the same bits: `"blocks"`, its repeated blocks (entries of an `nn.ModuleList` or `nn.Sequential` that are of one class
+      and have parts of their own), or a list of patterns that occur in paths of modules (`["encoder.layer"]`; globs with a `*`); of two of
+      which one is within the other the outer one. Forward hooks on modules within a part run again in the second computation, those on the
+      part itself once. `step.loss`, steps that evaluate and compiled graphs do without.
     - `compile` makes the whole step one graph (inductor), for each shape of the batch one, static: eager's numbers up to rounding, and the
       same bits from run to run. What depends on a tensor's value in Python cannot be captured: then it runs as without, with a warning.
     - `host_random` seeds Python's and NumPy's generators too (100 us a step), for a model that draws from them.
 
-    - What comes out is detached, and a gradient through a step is refused (ValueError), but under `torch.no_grad()`: a batch that was computed
-      of what requires grad, leaves that were put into the state, a hyperparameter that requires grad, transforms of torch.func that
-      differentiate. A leaf of the batch may require grad, for a penalty within the loss. `step.loss` and `optimizer.update` are differentiable.
+    - What comes out is detached, and a gradient through a step is refused (ValueError), but under `torch.no_grad()`: a batch that was
+      computed of what requires grad, leaves that were put into the state, a hyperparameter that requires grad, transforms of torch.func
+      that differentiate. A leaf of the batch may require grad, for a penalty within the loss. `step.loss` and `optimizer.update` are
+      differentiable.
 
     Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model, a batch of which
     is not clear how it is cut.
@@ -126,9 +128,9 @@ def _check_split(split: Any, microbatches: int, examples: Any) -> None:
 def _gone(options: dict[str, Any]) -> str:
     if "accumulate" in options:
         return (
-            "make_train_step: accumulate=n is microbatches=n now. The batch is cut into n pieces, each with randomness of its own, and the loss may "
-            "be a fold, so that masked means and sums are those of the whole batch: metrics.mean(values, weight), metrics.sum(values). To update "
-            "once in n batches: optim.accumulate(n, optimizer)"
+            "make_train_step: accumulate=n is microbatches=n now. The batch is cut into n pieces, each with randomness of its own, and "
+            "the loss may be a fold, so that masked means and sums are those of the whole batch: metrics.mean(values, weight), "
+            "metrics.sum(values). To update once in n batches: optim.accumulate(n, optimizer)"
         )
     return f"make_train_step() got an unexpected keyword argument {next(iter(options))!r}"
 
@@ -138,7 +140,8 @@ def _warn_of_eval_mode(model: nn.Module, name: str) -> None:
     if not model.training and (kinds := {type(m).__name__ for m in model.modules() if not m.training and _minds(m)}):
         warnings.warn(
             f"{name}: the model is in eval mode, and so it is trained: {', '.join(sorted(kinds))} work as in evaluation (no dropout, batch "
-            "statistics as they are). Call model.train() before the step is made; to keep parts as they are, put those in eval mode after it",
+            "statistics as they are). Call model.train() before the step is made; to keep parts as they are, put those in eval "
+            "mode after it",
             stacklevel=3,
         )
 

@@ -27,9 +27,9 @@ from fnrun.words import kind
 class PairwiseSum:
     """A sum over the numbers 0..n-1 as a tree: neighbours (0, 1), (2, 3), ... join, then pairs of those; an odd one is passed up.
 
-    Values come in the order of their numbers, some may be absent. They join by `+`, at most log2(n) + 1 of them live at a time. Whoever adds
-    the numbers from `start` on alone has `parts`, complete subtrees. Who joins the parts of all, in order, has the bits of the whole sum,
-    however the numbers were shared.
+    Values come in the order of their numbers, some may be absent. They join by `+`, at most log2(n) + 1 of them live at a time. Whoever
+    adds the numbers from `start` on alone has `parts`, complete subtrees. Who joins the parts of all, in order, has the bits of the whole
+    sum, however the numbers were shared.
 
     >>> left, right, whole = PairwiseSum(), PairwiseSum(3), PairwiseSum()
     >>> for i in range(8):
@@ -113,7 +113,7 @@ class Weighed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How a batch is cut: piece i of n holds rows `rows * i // n` to `rows * (i + 1) // n`; an empty one is absent. Or as a user's `split` does."""
+    """How a batch is cut, unless a user's `split` does: piece i of n is rows `rows * i // n` to `rows * (i + 1) // n`, absent if empty."""
 
     name: str
     pieces: int = 1
@@ -147,12 +147,13 @@ class Cut:
         sliced = rows.Sliced(batch, n, option if option is not None and option.named else None, option is not None, self._lists)
         if sliced.hidden:
             raise ValueError(
-                f"{self._cannot(batch)}: {', '.join(sliced.hidden)} lies in an object, and those are not cut. Cut it yourself, split=f with "
-                "f(batch, n) -> n pieces, or give a dictionary"
+                f"{self._cannot(batch)}: {', '.join(sliced.hidden)} lies in an object, and those are not cut. Cut it yourself, split=f "
+                "with f(batch, n) -> n pieces, or give a dictionary"
             )
         if option is None and sliced.others:
             raise ValueError(
-                f"{self._cannot(batch)}: {', '.join(path or 'it' for path in sliced.others)} would not be cut, the rest in {n} examples. {_SAY}"
+                f"{self._cannot(batch)}: {', '.join(path or 'it' for path in sliced.others)} would not be cut, the rest in {n} examples. "
+                f"{_SAY}"
             )
         if not sliced.cut and (n > 1 or not sliced.whole):
             raise ValueError(f"{self._cannot(batch)}: no part of it has an entry for each of {n} examples. {_SAY}")
@@ -170,8 +171,8 @@ class Cut:
         same = [path for path in both if _same(now[path], self._last[path])]
         if len(same) < len(both) and (same := [path for path in same if path != named]):
             raise ValueError(
-                f"{self.name}: {', '.join(path or 'the batch' for path in same)} is the very same in this batch and the one before, while others "
-                f"are new: so it has the batch's length by accident, and would be cut: {rows.shapes(batch)}. "
+                f"{self.name}: {', '.join(path or 'the batch' for path in same)} is the very same in this batch and the one before, while "
+                f"others are new: so it has the batch's length by accident, and would be cut: {rows.shapes(batch)}. "
                 "Name all that is per example, and only that is cut: examples=('x', 'y')"
             )
         self._last.clear()
@@ -185,8 +186,9 @@ class Cut:
         moved = [path or "the batch" for path, cut in parts.items() if self._seen.setdefault(path, cut) != cut]
         if moved:
             raise ValueError(
-                f"{self.name}: {', '.join(moved)} has an entry for each of the examples in some batches and not in others, so in some by accident; "
-                f"here are {n} examples: {rows.shapes(batch)}. Name all that is per example, and only that is cut: examples=('x', 'y')"
+                f"{self.name}: {', '.join(moved)} has an entry for each of the examples in some batches and not in others, so in some by "
+                f"accident; here are {n} examples: {rows.shapes(batch)}. Name all that is per example, and only that is cut: "
+                "examples=('x', 'y')"
             )
 
     def _by_split(self, batch: Any) -> Iterator[tuple[int, Any, int]]:
@@ -284,8 +286,8 @@ class Shapes:
 
 
 _NO_MEAN = (
-    "Metrics are averaged element by element, and a value for each example would be averaged with those of other examples. Give its mean, or a fold "
-    "of all values: metrics.mean(values), metrics.collect(values) to keep them in order, metrics.quantiles(values)"
+    "Metrics are averaged element by element, and a value for each example would be averaged with those of other examples. Give its mean, "
+    "or a fold of all values: metrics.mean(values), metrics.collect(values) to keep them in order, metrics.quantiles(values)"
 )
 
 
@@ -326,14 +328,14 @@ class Joined:
             )
         if before is not value and not torch.equal(before, value):
             raise ValueError(
-                f"{self.name}: the buffer {name!r} comes out of each microbatch with another value, and none of them is that of the whole batch. "
-                "What is averaged over examples are the mean and variance of torch's norms: use microbatches=1, or keep it out of the state "
-                "(register_buffer(..., persistent=False) for what is a cache)"
+                f"{self.name}: the buffer {name!r} comes out of each microbatch with another value, and none of them is that of the whole "
+                "batch. What is averaged over examples are the mean and variance of torch's norms: use microbatches=1, or keep it out of "
+                "the state (register_buffer(..., persistent=False) for what is a cache)"
             )
         if before is not value and _counted(self.buffers[name], value, rows):
             raise ValueError(
-                f"{self.name}: the buffer {name!r} counts, and a microbatch of {rows} examples counts for less than the whole batch. What goes up by "
-                "one in each call may do so: use microbatches=1, or count in the loss as a metric, metrics.sum"
+                f"{self.name}: the buffer {name!r} counts, and a microbatch of {rows} examples counts for less than the whole batch. What "
+                "goes up by one in each call may do so: use microbatches=1, or count in the loss as a metric, metrics.sum"
             )
 
     def result(self, whole: Part) -> tuple[list[Any], dict[str, Tensor], Metrics]:
@@ -355,8 +357,8 @@ class Joined:
 def _counted(before: Tensor, after: Tensor, rows: int) -> bool:
     """Whether a buffer that each piece leaves with one value may be a count of what is in a piece.
 
-    A whole number that changes other than by one, or numbers that all change by one amount. What depends on the parameters or on the calls alone,
-    as the vectors of spectral norm, is that of the whole batch.
+    A whole number that changes other than by one, or numbers that all change by one amount. What depends on the parameters or on the calls
+    alone, as the vectors of spectral norm, is that of the whole batch.
     """
     if after.dtype == torch.bool or before.shape != after.shape or not after.numel():
         return False

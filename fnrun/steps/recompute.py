@@ -1,10 +1,10 @@
 """Activation checkpointing: parts of a model whose activations are not kept for the backward, but computed once more in it.
 
-The parts' `forward` is another one for the length of a forward, so any model works unchanged. Inputs are kept, and what the part's modules hold
-as it begins, those around it, and the objects that it is given; the second computation is given all of it again, and leaves nothing behind:
-buffers, attributes, reports and generators are afterwards as the first one left them. So the gradient is that of the step without checkpointing,
-bit for bit. What a part reads elsewhere may be another thing by then: in the first forwards what the second computation saves for the backward
-is compared with what the first one saved, and a difference is refused.
+The parts' `forward` is another one for the length of a forward, so any model works unchanged. Inputs are kept, and what the part's modules
+hold as it begins, those around it, and the objects that it is given; the second computation is given all of it again, and leaves nothing
+behind: buffers, attributes, reports and generators are afterwards as the first one left them. So the gradient is that of the step without
+checkpointing, bit for bit. What a part reads elsewhere may be another thing by then: in the first forwards what the second computation
+saves for the backward is compared with what the first one saved, and a difference is refused.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def chosen(who: str, model: nn.Module, which: Any) -> list[tuple[str, nn.Module]
         found = list(_blocks(model, paths)) or list(_layers(model, paths))
         if not found:
             raise ValueError(
-                f"{who}: checkpoint_activations='blocks' finds no blocks in {type(model).__name__}: entries of an nn.ModuleList or nn.Sequential "
-                f"that are of one class. Name the parts by patterns of their paths; there are: {_listed(paths)}"
+                f"{who}: checkpoint_activations='blocks' finds no blocks in {type(model).__name__}: entries of an nn.ModuleList or "
+                f"nn.Sequential that are of one class. Name the parts by patterns of their paths; there are: {_listed(paths)}"
             )
     elif isinstance(which, (list, tuple)) and all(isinstance(pattern, str) for pattern in which):
         if not which:
@@ -71,13 +71,14 @@ def _matching(who: str, pattern: str, paths: Mapping[str, nn.Module]) -> Iterato
     if not found:
         near = difflib.get_close_matches(pattern, paths, n=5, cutoff=0.4)
         raise ValueError(
-            f"{who}: checkpoint_activations: pattern {pattern!r} matches no module; {'near' if near else 'there are'}: {_listed(near or paths)}"
+            f"{who}: checkpoint_activations: pattern {pattern!r} matches no module; {'near' if near else 'there are'}: "
+            f"{_listed(near or paths)}"
         )
     yield from found
 
 
 def _blocks(model: nn.Module, paths: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """What stands several times in a list: entries of one class that have parts of their own. Of an nn.Sequential in a list its own blocks, if it has any."""
+    """What stands several times in a list: entries of one class with parts of their own; of an nn.Sequential in it, that one's blocks."""
     for path, holder in {"": model, **paths}.items():
         if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
             continue
@@ -126,7 +127,7 @@ class Recomputed:
             self._leave(own)
 
     def over(self, fn: Callable[[], Any]) -> Any:
-        """`fn()`, a forward and its backward: afterwards nothing of them is kept, and errors of torch's about second computations name the part."""
+        """`fn()`, a forward and its backward. Nothing of them is kept, and torch's errors about second computations name the part."""
         try:
             return fn()
         except CheckpointError as error:
@@ -223,16 +224,16 @@ class _Part:
 
     def differs(self) -> str:
         return (
-            f"{self.name}: the second computation of {self.path!r} does not find what the first one found, so its gradient would be another one: "
-            "something that its forward reads has changed meanwhile, and is neither an argument nor held by its modules or those around it (a global "
-            "or a closure's variable, a tensor that is written to in place, a generator). Pass it as an argument, as a new tensor each time, or leave the part out "
-            "of checkpoint_activations="
+            f"{self.name}: the second computation of {self.path!r} does not find what the first one found, so its gradient would be "
+            "another one: something that its forward reads has changed meanwhile, and is neither an argument nor held by its modules or "
+            "those around it (a global or a closure's variable, a tensor that is written to in place, a generator). Pass it as an "
+            "argument, as a new tensor each time, or leave the part out of checkpoint_activations="
         )
 
     def writes(self) -> str:
         return (
-            f"{self.name}: an input of {self.path!r} was written to in place, by its forward or later in the loss, which the first calls did not "
-            "do, so its activations cannot be computed again: write in every call, or leave it out of checkpoint_activations="
+            f"{self.name}: an input of {self.path!r} was written to in place, by its forward or later in the loss, which the first calls "
+            "did not do, so its activations cannot be computed again: write in every call, or leave it out of checkpoint_activations="
         )
 
 

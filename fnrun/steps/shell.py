@@ -1,8 +1,8 @@
 """An `nn.Module` as a function of its tensors.
 
-Calling a module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `Shell` knows these slots. For the
-length of a call it puts a state's tensors there, and then the module's own back. That costs less than `torch.func.functional_call`, which
-looks the slots up by name at each call, and any module works unchanged.
+Calling a module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `Shell` knows these slots. For
+the length of a call it puts a state's tensors there, and then the module's own back. That costs less than `torch.func.functional_call`,
+which looks the slots up by name at each call, and any module works unchanged.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Shell:
     ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """`fn()` while the module holds these tensors; the buffers that it leaves behind, and the parameters that it wrote to.
 
-        The names of buffers that it wrote to are added to `moved`: by counts of writes, and, as kernels of norms do not keep these, by values in
-        the first calls.
+        The names of buffers that it wrote to are added to `moved`: by counts of writes, and, as kernels of norms do not keep these, by
+        values in the first calls.
 
         What is passed in is as it was. Raises ValueError, with the name, for a buffer that the call makes, or takes away: the state has no
         place for it. Raises RuntimeError where a call begins to write to a parameter that the first ones left alone: the write is done.
@@ -245,13 +245,13 @@ class Shell:
             self.written.update(names)
             raise RuntimeError(
                 f"{self.whose}: the call wrote to {names} in place, which the first ones did not, so the state that it was "
-                "given has changed. Go on from a checkpoint, and write in every call (then the step keeps the old values), or change parameters "
-                "between steps, in a hook: state.replace(params=...)"
+                "given has changed. Go on from a checkpoint, and write in every call (then the step keeps the old values), or change "
+                "parameters between steps, in a hook: state.replace(params=...)"
             )
 
     @contextlib.contextmanager
     def _in_made_modes(self) -> Iterator[None]:
-        """Where modules have their own `train` and `eval`, calls begin in the modes of when the shell was made: they may build and drop caches."""
+        """Where modules have their own `train` and `eval`, which may keep caches, calls begin in the modes of when the shell was made."""
         found = [(module, module.training) for module, _ in self.modes]
         if found == self.modes:
             yield
@@ -281,8 +281,8 @@ def _statistics(modules: Mapping[str, nn.Module]) -> tuple[dict[str, None], set[
 class _Structure:
     """What a module consists of: looked at before each call, for a step of another structure trains other parameters than it seems.
 
-    `named` are its own tensors by name. Another tensor of the same kind in a parameter's place (`model.to("meta")`, `load_state_dict(assign=True)`)
-    changes nothing, for the state has the values.
+    `named` are its own tensors by name. Another tensor of the same kind in a parameter's place (`model.to("meta")`,
+    `load_state_dict(assign=True)`) changes nothing, for the state has the values.
     """
 
     def __init__(self, model: nn.Module, named: dict[str, torch.Tensor]) -> None:
@@ -318,8 +318,8 @@ class _Structure:
         if any(found.values()):
             what = "; ".join(f"{kind}: {', '.join(map(repr, names))}" for kind, names in found.items() if names)
             raise ValueError(
-                f"{whose}: {type(self.model).__name__} has changed since the step was made ({what}), and the step does not follow. Make the "
-                "state and the steps after such a change"
+                f"{whose}: {type(self.model).__name__} has changed since the step was made ({what}), and the step does not follow. Make "
+                "the state and the steps after such a change"
             )
         self._parts, self.kept = list(map(dict, self._held)), list(now.values())
         self.named.update(now)
@@ -379,9 +379,9 @@ def not_checkpointed(whose: str, fn: Callable[[], Any], given: Any) -> Any:
     if not torch.is_grad_enabled() or not any(map(_requires_grad, _tensors(given))):
         return fn()
     message = (
-        f"{whose}: the forward uses torch.utils.checkpoint (or other hooks for saved tensors), which calls the module again in the backward, "
-        "and then it has its own tensors back: the gradient would be another one. Take gradients with make_train_step (step.gradients), or "
-        "switch the checkpointing off; for the outputs alone call it under torch.no_grad()"
+        f"{whose}: the forward uses torch.utils.checkpoint (or other hooks for saved tensors), which calls the module again in the "
+        "backward, and then it has its own tensors back: the gradient would be another one. Take gradients with make_train_step "
+        "(step.gradients), or switch the checkpointing off; for the outputs alone call it under torch.no_grad()"
     )
     with torch.autograd.graph.disable_saved_tensors_hooks(message):
         result = fn()
@@ -399,9 +399,10 @@ def call(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """`model(*args, **kwargs)` with these tensors in place of its own: the outputs, and the buffers after the call.
 
-    Gradients flow to `params`. Where they are to, a forward that uses `torch.utils.checkpoint` is refused (RuntimeError): it calls the module again
-    in the backward, when that has its own tensors back (`make_train_step` takes gradients before). With `train` the submodules run in the modes in which they are, without in eval mode. Neither the module nor
-    what is passed in changes. Raises ValueError where names are missing or unexpected.
+    Gradients flow to `params`. Where they are to, a forward that uses `torch.utils.checkpoint` is refused (RuntimeError): it calls the
+    module again in the backward, when that has its own tensors back (`make_train_step` takes gradients before). With `train` the submodules
+    run in the modes in which they are, without in eval mode. Neither the module nor what is passed in changes. Raises ValueError where
+    names are missing or unexpected.
 
     >>> model = nn.BatchNorm1d(2)
     >>> params, buffers = dict(model.named_parameters()), dict(model.named_buffers())

@@ -50,8 +50,8 @@ class Surroundings:
             random.setstate(python)
             np.random.set_state(numpy)
             warnings.warn(
-                f"{self.name} draws from the global generator of {' and '.join(names)}, which is not keyed by the state: two calls differ and "
-                "a resumed run is another run. Use torch's, or make the step with host_random=True",
+                f"{self.name} draws from the global generator of {' and '.join(names)}, which is not keyed by the state: two calls differ "
+                "and a resumed run is another run. Use torch's, or make the step with host_random=True",
                 stacklevel=5,
             )
 

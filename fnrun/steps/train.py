@@ -58,15 +58,15 @@ class TrainStep(PureStep):
     """A training step `(state, batch) -> (state, metrics)` made of parts, each a pure function that can be called and replaced alone.
 
     - `loss(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`: the module as a function, differentiable in anything.
-    - `gradients(state, batch) -> (grads, buffers, metrics)`: of the trained parameters by name, detached, None where the loss does not reach,
-      of the loss itself (never scaled); `buffers` as the forward left them, and with them the parameters that it wrote to.
+    - `gradients(state, batch) -> (grads, buffers, metrics)`: of the trained parameters by name, detached, None where the loss does not
+      reach, of the loss itself (never scaled); `buffers` as the forward left them, and with them the parameters that it wrote to.
     - `update(state, grads) -> (state, metrics)`: the optimizer alone: new `params` and `opt_state`, `step + 1`; what it reported.
 
-    The step is their composition: `g, b, m = step.gradients(state, batch); s, more = step.update(state.replace(buffers=b), g)` and
-    `(s, {**m, **more})`. A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other
-    gradients; `gradients` come of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's
-    generators are seeded from the state's key around it), and what it returns is detached and checked. `combine` says how the parts become a
-    step, one after the other or as one graph; `examples` how many examples a batch has, by which loops weigh plain metrics.
+    The step is their composition: `g, b, m = step.gradients(state, batch); s, more = step.update(state.replace(buffers=b), g)` and `(s,
+    {**m, **more})`. A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other gradients;
+    `gradients` come of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's generators
+    are seeded from the state's key around it), and what it returns is detached and checked. `combine` says how the parts become a step, one
+    after the other or as one graph; `examples` how many examples a batch has, by which loops weigh plain metrics.
 
     >>> from fnrun import TrainState, make_train_step, optim
     >>> model = torch.nn.Linear(3, 1)
@@ -90,8 +90,8 @@ class TrainStep(PureStep):
     def __post_init__(self) -> None:
         if isinstance(self.gradients, Gradients) and self.gradients.loss is not self.loss:
             raise TypeError(
-                f"{self.name}: its gradients are those of another loss, and would stay so. Make the step anew with another loss_fn, or replace "
-                "its gradients too"
+                f"{self.name}: its gradients are those of another loss, and would stay so. Make the step anew with another loss_fn, or "
+                "replace its gradients too"
             )
         changes, name = dict[str, Any](), self.name
         if not isinstance(self.gradients, (Gradients, Keyed)):
@@ -203,8 +203,8 @@ def together(metrics: list[Metrics], batches: list[Any], examples: list[int | No
 class Keyed:
     """A part that somebody put into a step: torch's generators are seeded around it, its reports are metrics.
 
-    The seed is of the state's key, the step and the function's name, so that what two transforms draw is not the same; where one stands in itself,
-    of how many are around it too.
+    The seed is of the state's key, the step and the function's name, so that what two transforms draw is not the same; where one stands in
+    itself, of how many are around it too.
     """
 
     def __init__(self, part: str, fn: Callable[..., Any], name: str) -> None:
@@ -239,8 +239,8 @@ class KeyedGradients(Keyed):
     def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:
         if not isinstance(result, tuple) or len(result) != 3 or not all(isinstance(each, Mapping) for each in result):
             raise TypeError(
-                f"the gradients of {self.name} are a function of (state, batch) that returns (grads, buffers, metrics), three dictionaries by "
-                f"name, and {kind(self.fn)} returned {kind(result)}"
+                f"the gradients of {self.name} are a function of (state, batch) that returns (grads, buffers, metrics), three "
+                f"dictionaries by name, and {kind(self.fn)} returned {kind(result)}"
             )
         grads, buffers, metrics = result
         if buffers.keys() - state.params.keys() != state.buffers.keys():
@@ -249,8 +249,8 @@ class KeyedGradients(Keyed):
                 sorted(buffers.keys() - state.buffers.keys() - state.params.keys()),
             )
             raise ValueError(
-                f"the gradients of {self.name}: {kind(self.fn)} returned other buffers than the state has: missing {missing}, unexpected {extra}. "
-                "They are what the forward made of state.buffers: return those of step.gradients, or state.buffers itself"
+                f"the gradients of {self.name}: {kind(self.fn)} returned other buffers than the state has: missing {missing}, unexpected "
+                f"{extra}. They are what the forward made of state.buffers: return those of step.gradients, or state.buffers itself"
             )
         metrics = {name: detached_all(value) for name, value in reported(metrics, reports).items()}
         return {name: detached(grad) for name, grad in grads.items()}, tree.map(detached, buffers), metrics
@@ -266,7 +266,8 @@ class KeyedUpdate(Keyed):
     def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping) or not is_state(result[0]):
             raise TypeError(
-                f"the update of {self.name} is a function of (state, grads) that returns (state, metrics), and {kind(self.fn)} returned {kind(result)}"
+                f"the update of {self.name} is a function of (state, grads) that returns (state, metrics), and {kind(self.fn)} returned "
+                f"{kind(result)}"
             )
         new, metrics = result
         if isinstance(new.step, int) and new.step != state.step + 1:

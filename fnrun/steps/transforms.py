@@ -18,9 +18,9 @@ from fnrun.steps.train import Combine, TrainStep, each
 def skip_nonfinite(step: Any) -> Any:
     """`step`, but an update after which the loss or a parameter is not finite does not happen: all but `state.step` stays as it was.
 
-    The step's metrics are then `{"skipped": 1.0}` alone, so that no NaN reaches a mean. It waits for the device at each step.
-    Several steps in one call are looked at one by one, and nothing is donated: the old state is needed until the new one is known to be good.
-    It goes around a step and inside a loop; around a loop it is refused (TypeError), for what loops keep cannot be taken back.
+    The step's metrics are then `{"skipped": 1.0}` alone, so that no NaN reaches a mean. It waits for the device at each step. Several steps
+    in one call are looked at one by one, and nothing is donated: the old state is needed until the new one is known to be good. It goes
+    around a step and inside a loop; around a loop it is refused (TypeError), for what loops keep cannot be taken back.
     """
     check_function("skip_nonfinite", step, 2, "step(state, batch)", "(state, metrics)")
     if isinstance(step, TrainStep):

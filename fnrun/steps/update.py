@@ -78,7 +78,7 @@ class Update:
             return optimizer.update(grads, memory, params, key=key, step=step)
 
     def check(self, state: Any) -> None:
-        """Raise ValueError where the state does not hold what the optimizer remembers of these parameters: looked at for each new structure."""
+        """Raise ValueError where the state does not hold what the optimizer remembers of these parameters. New structures are looked at."""
         memory = state.opt_state
         leaves, structure = optree.tree_flatten(memory)
         shapes = list(map(_shape, leaves))
@@ -89,9 +89,10 @@ class Update:
         if wanted != held:
             missing, extra = [p for p in wanted if p not in held][:5], [p for p in held if p not in wanted][:5]
             raise ValueError(
-                f"{self.name}: the state's opt_state is not that of this optimizer and these trained parameters: missing {missing}, unexpected {extra}. "
-                f"{'It was created without an optimizer. ' if memory is None else ''}Create the state with the same optimizer, and freeze "
-                "parameters before both; to go on with another optimizer, state.replace(opt_state=optimizer.init(state.params))"
+                f"{self.name}: the state's opt_state is not that of this optimizer and these trained parameters: missing {missing}, "
+                f"unexpected {extra}. {'It was created without an optimizer. ' if memory is None else ''}Create the state with the same "
+                "optimizer, and freeze parameters before both; to go on with another optimizer, "
+                "state.replace(opt_state=optimizer.init(state.params))"
             )
         for path, shape, leaf in zip(held, shapes, tree.leaves(fresh), strict=True):
             if shape and _shape(leaf) not in (shape, ()):
@@ -111,8 +112,8 @@ class Update:
         if grads.keys() != (names := set(self.trained)):
             missing, extra = sorted(names - grads.keys())[:5], sorted(grads.keys() - names)[:5]
             raise ValueError(
-                f"{who} are those of other parameters than are trained: missing {missing}, unexpected {extra}. None stands for one that is not to "
-                "be updated"
+                f"{who} are those of other parameters than are trained: missing {missing}, unexpected {extra}. None stands for one that "
+                "is not to be updated"
             )
         if torch.is_grad_enabled():
             check_cut_grads(self.name, grads)

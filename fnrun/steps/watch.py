@@ -1,8 +1,8 @@
 """What a call of a module does besides its outputs: seen in the first calls of a step.
 
-A functional step gives a module the state's tensors and takes back its outputs and buffers. What else a forward writes, reads or keeps would be
-lost, or would be an input that nobody sees. In the first calls (`FirstCalls`) every operation is looked at (`Operations`), and the attributes
-of the submodules before and after (`Attributes`). Later calls go unwatched.
+A functional step gives a module the state's tensors and takes back its outputs and buffers. What else a forward writes, reads or keeps
+would be lost, or would be an input that nobody sees. In the first calls (`FirstCalls`) every operation is looked at (`Operations`), and the
+attributes of the submodules before and after (`Attributes`). Later calls go unwatched.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ _DEPTH, _ENTRIES, _LOOKS = 4, 1000, 20_000
 class Attributes:
     """The plain attributes of all submodules at one moment: numbers and structures as text to compare, and the tensors in them.
 
-    Buffers that are not persistent and not in the state, of the names `state`, are caches and belong here. Tensors in the memory `own` do not.
+    Buffers that are not persistent and not in the state, of the names `state`, are caches and belong here. Tensors in the memory `own` do
+    not.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], state: set[str], own: set[int | None]) -> None:
@@ -286,11 +287,13 @@ class FirstCalls:
     ) -> None:
         self.whose, self.model, self.remaining = whose, model, left
         self.originals, self.params, self.slots = originals, params, slots
-        #: Parameters that calls write to, known to all steps of the model: they get copies, and what is in these afterwards is the new value.
+        #: Parameters that calls write to, known to all steps of the model: they get copies, and what is in these afterwards is the new
+        #: value.
         self.written: set[str] = _written.setdefault(model, set()) if left else set()
         #: Numbers of a module that say what its cache holds, with their values before there was a cache.
         self.keys: list[tuple[dict[str, Any], str, Any]] = []
-        #: A part of the forward is `torch.utils.checkpoint(..., use_reentrant=True)`: its parameters get their gradients from a backward of its own.
+        #: A part of the forward is `torch.utils.checkpoint(..., use_reentrant=True)`: its parameters get their gradients from a backward of
+        #: its own.
         self.reentrant = False
         self._judged: set[Place] = set()
         self._named: set[int] = set()  # foreign parameters and generators that were told of
@@ -364,8 +367,9 @@ class FirstCalls:
             self._named.update(map(id, strange))
             names = ", ".join(map(described, strange[:5])) + ", ..." * (len(strange) > 5)
             warnings.warn(
-                f"{self.whose}: the loss has a gradient to {names}, no part of {type(self.model).__name__}, so it is not trained. Make its module a submodule of the "
-                "model before the state and the step are made; or, if it is to stay as it is, call requires_grad_(False) on it",
+                f"{self.whose}: the loss has a gradient to {names}, no part of {type(self.model).__name__}, so it is not trained. Make "
+                "its module a submodule of the model before the state and the step are made; or, if it is to stay as it is, call "
+                "requires_grad_(False) on it",
                 stacklevel=2,
             )
 
@@ -455,11 +459,13 @@ class _Again:
 
 
 class Contents:
-    """What objects hold at one moment, and what is held in that: attributes (of modules parameters, buffers and modes too), and entries of lists,
-    dictionaries and sets. Submodules are looked at where they are given.
+    """What objects hold at one moment, and what is held in that.
 
-    With a list of `tensors` those that objects hold are not kept alive but put there, each once; who puts back gives others in their places.
-    What modules hold is kept as it is.
+    It holds attributes (of modules parameters, buffers and modes too), and entries of lists, dictionaries and sets. Submodules are looked
+    at where they are given.
+
+    With a list of `tensors` those that objects hold are not kept alive but put there, each once; who puts back gives others in their
+    places. What modules hold is kept as it is.
     """
 
     def __init__(self, objects: Iterable[Any], tensors: list[Tensor] | None = None) -> None:
