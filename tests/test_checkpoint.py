@@ -697,6 +697,25 @@ def test_a_layer_that_is_unfrozen_or_added_is_as_new_to_the_optimizer_as_in_torc
         torch.testing.assert_close(state.params.get(key, state.buffers.get(key)), value.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_what_an_optimizer_numbers_is_found_by_name_where_parameters_lie_in_one_another(tmp_path: Path) -> None:
+    optimizer = optim.nadam(1e-2)
+
+    def state(**params: Any) -> TrainState:
+        return TrainState(params=params, buffers={}, opt_state=optimizer.init(params), rng=Key(0), step=1)
+
+    before, one = state(a={"x": torch.ones(2)}, b={"y": torch.ones(2)}), torch.ones(2)
+    params, opt_state = before.params, before.opt_state
+    for x, y in ((None, one), (None, one), (one, one)):  # x misses two updates of three, y none
+        params, opt_state = optimizer.update({"a": {"x": x}, "b": {"y": y}}, opt_state, params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(before.replace(params=params, opt_state=opt_state))
+        like = state(a={"v": one, "x": one}, b={"w": one, "y": one})
+        back = checkpoints.restore(like, strict=False).opt_state
+        assert back.misses.each.tolist() == [3, 2, 3, 0]  # those that are new have missed all
+        x, y = opt_state.scalars["mu_product"]
+        assert back.scalars["mu_product"].tolist() == [1.0, x, 1.0, y]
+
+
 def test_the_shape_of_what_is_not_selected_is_nobodys_business(tmp_path: Path) -> None:
     state = trained(grown(True), optim.adam(1e-2), TrainState.create(grown(True), optim.adam(1e-2), seed=0), 0, 3)
     with Checkpoints(tmp_path) as checkpoints:
