@@ -88,10 +88,13 @@ def rollback(
 ) -> Any:
     """Go back to the last good state where `monitor` is not finite or has exploded.
 
-    Parameters, buffers, optimizer state and averaged weights go back. `when(value, good)` says whether `value` has exploded, where `good`
-    is the last one that had not, as `lambda value, good: value > 10 * good`; without it only infinities and NaN have. The step, the
-    position in the data and so the randomness go on: the retry meets other batches. At each retry `lr_scale` is what it was, times
-    `lr_factor`. After `max_retries` in the whole run the next explosion is a RuntimeError.
+    Parameters, buffers, optimizer state and averaged weights go back. The step, the position in the data and so the randomness go on: the
+    retry meets other batches.
+
+    - `when=None`: `when(value, good)` says whether `value` has exploded, where `good` is the last one that had not, as
+      `lambda value, good: value > 10 * good`. Without it only infinities and NaN have.
+    - `max_retries=3`: after so many in the whole run the next explosion is a RuntimeError.
+    - `lr_factor=1.0`: above 0, at most 1. At each retry `lr_scale` is what it was, times this.
 
     In a loop of training steps the last good state is the one before the last step whose loss was good, since the loss is that of the
     weights before the step; `every(n, rollback(...))` looks, and goes back, in strides of n. In rounds it is the state at the end of the

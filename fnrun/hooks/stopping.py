@@ -66,9 +66,14 @@ def early_stopping(
 ) -> Any:
     """Stop the run when `monitor`, a scalar, has not improved by more than `min_delta` for `patience` rounds in a row.
 
-    It also stops as soon as the metric reaches `threshold`, and with `check_finite` as soon as it is infinite or NaN; without, a NaN is no
-    improvement. Rounds in which the metric is not computed at all (validation each n-th epoch) don't count. Reading the value waits for
-    the device. Raises ValueError for options out of range and, with the names that exist, where the monitored step reports no such metric.
+    - `mode="min"`: whether less (`"min"`) or more (`"max"`) is better.
+    - `patience`: rounds, at least 1.
+    - `min_delta=0.0`: what an improvement exceeds, in units of the metric.
+    - `threshold=None`: stop as soon as the metric reaches it.
+    - `check_finite=True`: stop as soon as the metric is infinite or NaN. Without it, a NaN is no improvement.
+
+    Rounds in which the metric is not computed at all (validation each n-th epoch) don't count. Reading the value waits for the device.
+    Raises ValueError for options out of range and, with the names that exist, where the monitored step reports no such metric.
 
     Source: MMEngine's EarlyStoppingHook, for which however a value just as good as the best is an improvement, so that one that never
     changes never stops; here as in Keras and Lightning it is none.
@@ -148,13 +153,13 @@ def stop_after(
     """Stop the run after the first tick at which so many steps, tokens or epochs are reached: one of the three.
 
     - `steps`: those of `state.step`.
-    - `tokens`: those of the batches of the loop that it is given to, in all; `count(batch)` says how many one has (`lambda batch:
-      batch["input_ids"].numel()`). Where a batch is one tensor, they are its elements. A shape is known without waiting for the device.
+    - `tokens`: those of all batches of the loop that it is given to. `count(batch)` says how many one has, as
+      `lambda batch: batch["input_ids"].numel()`. Where a batch is one tensor, they are its elements. A shape is known without waiting for
+      the device.
     - `epochs`: finished passes over the data, those of `stream` where the program keeps its place in several.
 
     A run that was stopped goes on with a higher limit, once `state.stop` is cleared. A limit in time is no hook but an interrupt:
     `fnrun.deadline`. Raises ValueError for anything but one limit of at least 1, and where `stream` does not say whose epochs.
-
     """
     limits = {option: limit for option, limit in (("steps", steps), ("tokens", tokens), ("epochs", epochs)) if limit is not None}
     if len(limits) != 1:

@@ -62,11 +62,13 @@ class TrainStep(PureStep):
       reach, of the loss itself (never scaled); `buffers` as the forward left them, and with them the parameters that it wrote to.
     - `update(state, grads) -> (state, metrics)`: the optimizer alone: new `params` and `opt_state`, `step + 1`; what it reported.
 
-    The step is their composition: `g, b, m = step.gradients(state, batch); s, more = step.update(state.replace(buffers=b), g)` and `(s,
-    {**m, **more})`. A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other gradients;
-    `gradients` come of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's generators
-    are seeded from the state's key around it), and what it returns is detached and checked. `combine` says how the parts become a step, one
-    after the other or as one graph; `examples` how many examples a batch has, by which loops weigh plain metrics.
+    The step is their composition: `g, b, m = step.gradients(state, batch)`, then `s, more = step.update(state.replace(buffers=b), g)`,
+    which gives `(s, {**m, **more})`. `combine` says how the parts become a step: one after the other, or as one graph. `examples` says how
+    many examples a batch has, by which loops weigh plain metrics.
+
+    A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other gradients. `gradients` come
+    of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's generators are seeded from the
+    state's key around it), and what it returns is detached and checked.
 
     >>> from fnrun import TrainState, make_train_step, optim
     >>> model = torch.nn.Linear(3, 1)
