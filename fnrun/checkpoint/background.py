@@ -73,7 +73,7 @@ if hasattr(os, "register_at_fork"):  # a data worker has nothing to finish, and 
 
 
 def _finish_at_exit(background: Background) -> None:
-    """Let a program that ends without waiting finish its save: once the interpreter shuts down, orbax can start no more threads."""
+    """Let a program that ends without waiting finish its save: once the interpreter shuts down, no more threads can start."""
     if not _unfinished and hasattr(threading, "_register_atexit"):
         with contextlib.suppress(RuntimeError):  # the interpreter is shutting down already
             threading._register_atexit(_finish)  # pyright: ignore[reportAttributeAccessIssue]

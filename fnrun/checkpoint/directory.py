@@ -265,7 +265,7 @@ class Checkpoints:
         return self.reading(step, self._manifest)
 
     def check(self, step: Which = None) -> Manifest:
-        """The manifest, after every file of the checkpoint was compared with its digest. Arguments and errors as in `restore`."""
+        """The manifest, after every file of the checkpoint was compared with its digests. Arguments and errors as in `restore`."""
         return self.reading(step, self._checked)
 
     def _checked(self, entry: Entry) -> Manifest:
@@ -402,7 +402,7 @@ class Checkpoints:
         `device` brings all tensors there. `dtype` casts floating-point tensors to it, those that have it in `like` and those that
         `like` does not have (what hooks remember; without `like`, all), but never those of `position`: the totals of the loops that are open.
 
-        Raises DamagedError if a byte on disk is not as it was written, CheckpointError with a table of what differs from `like`, and for a
+        Raises DamagedError if a byte that is read is not as it was written, CheckpointError with a table of what differs from `like`, and for a
         device that cannot take it or a dtype that is not floating-point.
         """
         check_cast("restore", dtype)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import itertools
 import os
 import re
 import shutil
@@ -39,8 +38,6 @@ from fnrun.checkpoint.manifest import (
 
 #: So many threads restore.
 READERS = min(8, os.cpu_count() or 1)
-#: So many bytes of a file are one thread's work.
-SHARE = 16 * 1024 * 1024
 
 MANIFEST, DIGEST, ARRAYS = "manifest.json", "manifest.sha256", orbax.ARRAYS
 
@@ -194,31 +191,21 @@ def _check_whole(directory: Path, manifest: Manifest, names: Iterable[str]) -> N
 
 def _read(directory: Path, manifest: Manifest, parts: list[_Part]) -> None:
     """Read these pieces to where they go, each byte hashed on its way. Raises DamagedError, naming the first file that differs and what is lost."""
-    shares = [list(share) for _, share in itertools.groupby(_numbered(parts), lambda numbered: numbered[0])]
+    by_file: dict[str, list[_Part]] = {}
+    for part in sorted(parts, key=lambda part: (part.piece.file, part.piece.offset)):
+        by_file.setdefault(part.piece.file, []).append(part)
 
-    def read(share: list[tuple[Any, _Part]]) -> None:
-        name = share[0][1].piece.file
+    def read(name: str) -> None:
         try:
             with open(directory / name, "rb", buffering=0) as file:
-                for _, (leaf, piece, into) in share:
+                for leaf, piece, into in by_file[name]:
                     file.seek(piece.offset)
                     if not _same(file, leaf.size(piece), piece.digest, into):
                         raise _damaged(directory, manifest, name, _differs(piece.digest))
         except OSError as error:
             raise DamagedError(f"{directory / name} cannot be read: {error}; {_elsewhere(directory)}", _in(manifest, name)) from error
 
-    pieces.each(read, shares, READERS)
-
-
-def _numbered(parts: list[_Part]) -> list[tuple[Any, _Part]]:
-    """The pieces in the order in which they lie, each with its file and the number of the share of it that it belongs to."""
-    found: list[tuple[Any, _Part]] = []
-    read: dict[str, int] = {}
-    for part in sorted(parts, key=lambda part: (part.piece.file, part.piece.offset)):
-        before = read.get(part.piece.file, 0)
-        found.append(((part.piece.file, before // SHARE), part))
-        read[part.piece.file] = before + part.leaf.size(part.piece)
-    return found
+    pieces.each(read, by_file, READERS)
 
 
 def _same(file: io.FileIO, size: int, digest: str, into: np.ndarray | None = None) -> bool:
