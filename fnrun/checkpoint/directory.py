@@ -131,7 +131,7 @@ class Checkpoints:
 
     def _write(self, manifest: Manifest, sources: dict[int, Any], check: Callable[[], None]) -> None:
         self._open()
-        bits = writing.digest(manifest, sources)
+        bits = writing.bits(sources)
         here = [entry for entry in self._entries() if (entry.ticks, entry.step) == (manifest.ticks, manifest.step)]
         if here and store.holds(self._path(here[-1]), manifest, bits):
             self._abandon_after(here[-1])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import math
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,19 +29,18 @@ PACKED = 4 * 1024 * 1024
 PACK = 64 * 1024 * 1024
 #: So many files are made durable at a time: a file system writes its journal once for all of them.
 SYNCING = 8
+#: So many threads look meanwhile whether the leaves are still what was written.
+CHECKING = 2
 #: torch's dtypes that are NumPy's too.
 _NATIVE = {"bool", "float16", "float32", "float64", "complex64", "complex128"} | {
     f"{sign}int{8 * size}" for sign in ("", "u") for size in (1, 2, 4, 8)
 }
 
 
-def digest(manifest: Manifest, sources: dict[int, Any]) -> dict[int, np.ndarray]:
-    """The bytes of each leaf that is stored, after their digests have been entered in the manifest, as one piece each; waits for devices."""
-    bits = {number: tree.array(source) if isinstance(source, torch.Tensor) else _flat(source) for number, source in sources.items()}
-    bits = {number: data for number, data in bits.items() if data.size}
-    for number, found in zip(bits, pieces.each(pieces.digest, bits.values()), strict=True):
-        manifest.leaves[number].pieces = [Piece("", found)]
-    return bits
+def bits(sources: Mapping[int, Any]) -> dict[int, np.ndarray]:
+    """The bytes of tensors and arrays, flat, those of no elements left out; waits for devices."""
+    found = {number: tree.array(source) if isinstance(source, torch.Tensor) else _flat(source) for number, source in sources.items()}
+    return {number: data for number, data in found.items() if data.size}
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
@@ -49,8 +50,8 @@ def _flat(array: np.ndarray) -> np.ndarray:
 def write(directory: Path, manifest: Manifest, bits: dict[int, np.ndarray]) -> None:
     """All files of a checkpoint, on disk for good when this returns. `directory` must exist, empty.
 
-    Raises OSError where the disk does not take them, before anything is written if that can be known, and InPlaceError where a leaf is not
-    what it was when its digest was made: others may write to it past any count, by `.data`.
+    Raises OSError where the disk does not take them, before anything is written if that can be known, and InPlaceError where a leaf is by then
+    not what was written: others may write to it past any count, by `.data`.
     """
     contents = _contents(manifest.leaves, bits)
     if contents:
@@ -59,13 +60,16 @@ def write(directory: Path, manifest: Manifest, bits: dict[int, np.ndarray]) -> N
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             _new(directory / name, text)
             manifest.files[name] = File(len(text), pieces.digest(text))
-        pieces.each(lambda content: _write(directory, content, manifest.step), contents)
+        pieces.each(lambda content: _write(directory, content), contents)
         manifest.files |= {content.file: File(sum(data.size for _, data in content.leaves)) for content in contents}
     manifest.environment = {**environment(), **manifest.environment}
     encoded = msgspec.json.encode(manifest)
     _new(directory / MANIFEST, encoded)
     _new(directory / DIGEST, f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST}\n".encode())
-    pieces.each(files.sync, [directory, *directory.rglob("*")], SYNCING)
+    # The processor looks whether anything was changed while the disk works.
+    checks = [functools.partial(_check_unchanged, contents[first::CHECKING], manifest.step) for first in range(CHECKING)]
+    syncs = [functools.partial(files.sync, path) for path in (directory, *directory.rglob("*"))]
+    pieces.each(lambda job: job(), [*checks, *syncs], CHECKING + SYNCING)
 
 
 class _Content(NamedTuple):
@@ -94,7 +98,7 @@ def _contents(leaves: list[Leaf], bits: dict[int, np.ndarray]) -> list[_Content]
         array = _array(*group[0]) if own else orbax.Array((sum(data.size for _, data in group),), np.dtype(np.uint8))
         file, offset = orbax.chunk(number, array), 0
         for leaf, data in group:
-            leaf.pieces = [Piece(file, leaf.pieces[0].digest, offset)]
+            leaf.pieces = [Piece(file, "", offset)]
             offset += data.size
         found.append(_Content(file, array, group))
     return found
@@ -120,8 +124,8 @@ def _check_space(directory: Path, needed: int) -> None:
         )
 
 
-def _write(directory: Path, content: _Content, step: int) -> None:
-    """The bytes that are hashed are those that are written, whoever writes to the leaf meanwhile."""
+def _write(directory: Path, content: _Content) -> None:
+    """Write an array and enter the digests: the bytes that are hashed are those that are written, whoever writes to the leaf meanwhile."""
     scratch = np.empty(pieces.BLOCK, np.uint8)
     with open(directory / content.file, "xb") as file:
         for leaf, data in content.leaves:
@@ -131,10 +135,14 @@ def _write(directory: Path, content: _Content, step: int) -> None:
                 block[:] = data[at : at + pieces.BLOCK]
                 written.update(block.data)
                 file.write(block.data)
-            if f"blake3:{written.hexdigest()}" != leaf.pieces[0].digest:
+            leaf.pieces[0].digest = f"blake3:{written.hexdigest()}"
+
+
+def _check_unchanged(contents: Sequence[_Content], step: int) -> None:
+    for content in contents:
+        for leaf, data in content.leaves:
+            if pieces.digest(data) != leaf.pieces[0].digest:
                 raise told(leaf.path, f"the state of step {step}")
-        file.flush()
-        files.sync(file.fileno())
 
 
 def _new(path: Path, content: bytes) -> None:
