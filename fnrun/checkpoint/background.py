@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -31,6 +32,7 @@ class Background:
         before = self._thread
 
         def work() -> None:
+            time.sleep(0.001)  # whoever handed it over goes on first: a thread that begins keeps the interpreter for 5 ms
             _ended(before)
             try:
                 job()
