@@ -6,6 +6,7 @@ A new format gets a directory of its own, made by the code of its day: `python -
 from __future__ import annotations
 
 import math
+import shutil
 import struct as binary
 import sys
 from collections import OrderedDict, deque
@@ -17,6 +18,7 @@ import torch
 
 from fnrun import tree
 from fnrun.checkpoint import Checkpoints
+from fnrun.command.diff import states
 from fnrun.rng import Key
 from fnrun.state import Cursor, Frame, Position, TrainState
 
@@ -80,6 +82,20 @@ def test_what_an_earlier_version_wrote_is_read(directory: Path) -> None:
     assert restored.buffers["last"].stride() == state().buffers["last"].stride()
     assert tree.equal(checkpoints.restore(like=state()), state())
     assert checkpoints.restore(step=2).step == 2
+
+
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_the_same_bits_are_the_same_state_whatever_their_digests(number: str, tmp_path: Path) -> None:
+    """What is on disk in an earlier format is not written again; and differs in nothing from what is written today."""
+    shutil.copytree(FORMATS / number, tmp_path / "before")
+    before = Checkpoints(tmp_path / "before")
+    restored = before.restore()
+    before.save(restored)
+    before.wait()
+    assert len(before.entries()) == 2
+    with Checkpoints(tmp_path / "now") as now:
+        now.save(restored)
+    assert states(tmp_path / "before" / before.find().name, tmp_path / "now" / now.find().name)["state"] == []
 
 
 if __name__ == "__main__":
