@@ -27,9 +27,9 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.measure import alternate, ratios, spread, table
 from fnrun.checkpoint import Checkpoints
-from fnrun.files import sync
-from fnrun.state import TrainState
-from fnrun.tree import equal
+from fnrun.core.files import sync
+from fnrun.core.state import TrainState
+from fnrun.core.tree import equal
 
 Times = tuple[float, float, float]  # held, saved, restored
 

@@ -38,7 +38,7 @@ from benchmarks.measure import ROUNDS, Times, alternate, ratios, seconds, spread
 from benchmarks.problems import loss_fn, tiny
 from fnrun import Cursor, Position, data, observers, optim
 from fnrun.checkpoint import Checkpoints
-from fnrun.summary import summary
+from fnrun.runs.summary import summary
 
 STEPS = [10**n for n in range(2, 7)]
 ROWS = [10**n for n in range(3, 9)]

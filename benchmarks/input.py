@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.measure import ROUNDS, alternate, ratios, spread, table
 from fnrun import data
-from fnrun.rng import Key
-from fnrun.state import Cursor
+from fnrun.core.key import Key
+from fnrun.core.position import Cursor
 
 Sides = dict[str, Callable[[], float]]
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.measure import ROUNDS, Times, alternate, ratios, seconds, spread, table
 from fnrun import Key, TrainState, optim
-from fnrun.donation import Owner
+from fnrun.core.donation import Owner
 
 #: Name, ours, torch's class and its arguments.
 CASES: dict[str, tuple[Callable[[], optim.Optimizer], Any, dict[str, Any]]] = {

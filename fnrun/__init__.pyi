@@ -6,15 +6,18 @@ from . import (
     metrics as metrics,
     observers as observers,
     optim as optim,
-    rng as rng,
-    run as run,
     schedules as schedules,
-    state as state,
+    sinks as sinks,
     testing as testing,
-    tree as tree,
 )
-from .cli import main as main
-from .donation import DonatedStateError as DonatedStateError
+from .cli.experiment import main as main
+from .core import tree as tree
+from .core.donation import DonatedStateError as DonatedStateError
+from .core.key import Key as Key
+from .core.position import Cursor as Cursor, Frame as Frame, Position as Position
+from .core.reports import report as report
+from .core.state import TrainState as TrainState
+from .core.tree import snapshot as snapshot, static as static, struct as struct
 from .loops import (
     Loop as Loop,
     epoch_loop as epoch_loop,
@@ -30,10 +33,7 @@ from .loops import (
 from .loops.context import ProgramError as ProgramError
 from .loops.contracts import Hook as Hook, Observer as Observer
 from .loops.interrupts import any_of as any_of, deadline as deadline
-from .reports import report as report
-from .rng import Key as Key
-from .run import Experiment as Experiment, Run as Run, RunError as RunError
-from .state import Cursor as Cursor, Frame as Frame, Position as Position, TrainState as TrainState
+from .runs.run import Experiment as Experiment, Run as Run, RunError as RunError
 from .steps import (
     TrainStep as TrainStep,
     make_eval_step as make_eval_step,
@@ -44,6 +44,5 @@ from .steps import (
     value_and_grad as value_and_grad,
 )
 from .steps.shell import call as call
-from .tree import snapshot as snapshot, static as static, struct as struct
 
 __version__: str

@@ -2,6 +2,6 @@
 
 import sys
 
-from fnrun.command import main
+from fnrun.cli.commands import main
 
 sys.exit(main())

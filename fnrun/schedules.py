@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnrun.counts import count
-from fnrun.words import called, kind, uncalled
+from fnrun.core.counts import count
+from fnrun.core.words import called, kind, uncalled
 
 Schedule = Callable[[Any], Any]
 Value = float | Schedule

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fnrun import tree
-from fnrun.counts import count
-from fnrun.donation import shared
-from fnrun.inplace import InPlaceError, strictly
+from fnrun.core import tree
+from fnrun.core.counts import count
+from fnrun.core.donation import shared
+from fnrun.core.inplace import InPlaceError, strictly
+from fnrun.core.state import TrainState
 from fnrun.loops import Loop
 from fnrun.loops.context import tick_listener
 from fnrun.loops.entry import with_observers
 from fnrun.observers.log import listener
-from fnrun.observers.sinks import Record
-from fnrun.state import TrainState
+from fnrun.sinks import Record
 
 
 def assert_same(a: Any, b: Any, what: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,56 +15,67 @@ import fnrun
 
 PACKAGE = Path(fnrun.__file__).parent
 
-#: From the ground up; CONTRIBUTING.md says what each is for.
+#: Rooms are floors, from the ground up; CONTRIBUTING.md says what each is for.
 FLOORS = [
-    ["tree", "files", "tables", "documents", "entry", "counts", "undisturbed", "words", "context"],
-    ["rng", "reports", "donation", "environment", "inplace", "waiting", "entering", "rows", "placing"],
-    ["state", "schedules"],
-    ["optim", "data", "metrics", "checkpoint"],
+    ["core"],
+    ["checkpoint", "data", "metrics", "optim", "schedules"],
     ["steps"],
-    ["loops", "hooks"],
-    ["observers"],
-    ["writer", "run", "plot", "testing"],
-    ["summary", "cli", "verify"],
-    ["command"],
+    ["loops"],
+    ["hooks", "observers", "sinks"],
+    ["runs", "testing"],
+    ["cli"],
     ["__main__"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 #: On one floor these may be imported by those beside them.
-BESIDE = {
-    ("words", "tree"),
-    ("rng", "placing"),
-    ("writer", "run"),
-    ("run", "cli"),
-    ("summary", "cli"),
+BESIDE = {("schedules", "optim"), ("sinks", "observers"), ("hooks", "observers")}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
 }
 
 
-def part(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+def room(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def imports(path: Path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("fnrun."))
-        elif isinstance(node, ast.ImportFrom) and node.module == "fnrun":
-            yield from (f"fnrun.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fnrun."):
-            yield node.module
+def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Those of a module that run when it is imported, and those of its functions; not what only a type checker reads."""
+    for node in body:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        yield node
+        for name in ("body", "orelse", "finalbody", "handlers"):
+            yield from statements([each for each in getattr(node, name, []) if isinstance(each, (ast.stmt, ast.ExceptHandler))])
 
 
-MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+def imported(module: str, *, late: bool = True) -> set[str]:
+    """The modules of the package that a module imports; without those that its functions import late, if told so."""
+    found: set[str] = set()
+    body = ast.parse(MODULES[module].read_text()).body
+    for node in statements(body) if late else [each for each in statements(body) if each in body]:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fnrun":
+            source = (node.module or "").partition(".")[2]
+            for alias in node.names:
+                full = f"{source}.{alias.name}".removeprefix(".")
+                found.add(full if full in MODULES else source)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("fnrun."))
+    return found - {module, ""}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_the_floors_below(path):
-    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    assert own in FLOOR, f"{path} stands on no floor"
-    for module in imports(path):
-        other = part(module)
-        if other != own:
-            assert FLOOR[other] < FLOOR[own] or (other, own) in BESIDE, f"{own} imports {other}"
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_the_floors_below(module: str) -> None:
+    own = room(module)
+    assert own in FLOOR, f"{own} stands on no floor"
+    for other in map(room, imported(module)):
+        assert other == own or FLOOR[other] < FLOOR[own] or (other, own) in BESIDE, f"{module} imports {other}"
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    sorter = graphlib.TopologicalSorter({module: imported(module, late=False) & MODULES.keys() for module in MODULES})
+    sorter.prepare()  # raises CycleError, which names them
 
 
 def in_a_fresh_process(code: str) -> str:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fnrun import tree
 from fnrun.checkpoint.manifest import ARRAY_KINDS, SEQUENCES, CheckpointError, Leaf, Node, constant, dense, encode_constant, text
-from fnrun.words import a
+from fnrun.core import tree
+from fnrun.core.words import a
 
 #: Fields of a state that a fresh one cannot know: always rebuilt from the manifest, whatever `like` holds there.
 FREE = ("position", "memory")

@@ -24,15 +24,15 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from fnrun import files, tree
 from fnrun.checkpoint import codec, handed, restoring, store, writing
 from fnrun.checkpoint.background import Background
 from fnrun.checkpoint.handed import HandedOver
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, Manifest, Mode, encode_config, scalars
 from fnrun.checkpoint.match import Rename, check_cast
 from fnrun.checkpoint.retention import Which, best, check_keep, judges, monitored, superfluous
-from fnrun.donation import shared
-from fnrun.entry import Entry
+from fnrun.core import files, tree
+from fnrun.core.donation import shared
+from fnrun.core.entry import Entry
 
 M = TypeVar("M", Manifest, Judgement | Manifest)
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class Checkpoints:
     `config` is written into each manifest, and `environment` beside what is found out about versions and machine. `guard()` is called before
     anything is written and before it takes its place; raising a CheckpointError it keeps a process out that may not write any more.
 
-    >>> import tempfile, torch, fnrun.state
+    >>> import tempfile, torch, fnrun.core.state
     >>> state = fnrun.state.TrainState.create(torch.nn.Linear(2, 1), seed=0)
     >>> with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
     ...     checkpoints.save(state.replace(step=10), {"loss": 0.5}, monitor="loss")

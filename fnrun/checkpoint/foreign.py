@@ -21,11 +21,11 @@ from torch import (
     _weights_only_unpickler,  # pyright: ignore[reportPrivateUsage]
 )
 
-from fnrun import files, tree
 from fnrun.checkpoint import codec
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError
 from fnrun.checkpoint.match import check_cast, shortened
-from fnrun.words import a
+from fnrun.core import files, tree
+from fnrun.core.words import a
 
 #: Where a state dict stands in a file that holds more: MMEngine's and Lightning's, and that of many others.
 KEYS = ("state_dict", "model")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fnrun.checkpoint.manifest import Leaf
-from fnrun.inplace import InPlaceError, version
+from fnrun.core.inplace import InPlaceError, version
 
 
 class HandedOver:

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 import torch
 
-from fnrun import tree
-from fnrun.documents import jsonable
+from fnrun.core import tree
+from fnrun.core.documents import jsonable
 
 #: The version of the format. Earlier ones are read too (`former.migrate`); a later one is refused.
 FORMAT = 3

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from fnrun import tree
 from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of, named_today, picks
 from fnrun.checkpoint.manifest import TORCH_DTYPES, CheckpointError, Leaf, Node, constant, encode_constant, text
-from fnrun.tables import printable
+from fnrun.core import tree
+from fnrun.core.tables import printable
 
 #: Fields of a state that must match `like` exactly. Elsewhere an empty container or None in `like` takes whatever was saved.
 EXACT = ("params", "buffers", "opt_state")

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import fnrun
-from fnrun import files, tree
 from fnrun.checkpoint import codec, foreign, match, store
 from fnrun.checkpoint.directory import Checkpoints
 from fnrun.checkpoint.manifest import CheckpointError, text
 from fnrun.checkpoint.retention import Which
-from fnrun.entry import Entry
-from fnrun.placing import moved
-from fnrun.state import buffers_of, weights_of
-from fnrun.words import a
+from fnrun.core import files, tree
+from fnrun.core.entry import Entry
+from fnrun.core.placing import moved
+from fnrun.core.state import buffers_of, weights_of
+from fnrun.core.words import a
 
 Weights = str | Callable[[Any], Any]
 S = TypeVar("S")

@@ -16,12 +16,12 @@ import msgspec
 import numpy as np
 import torch
 
-from fnrun import files, tree
 from fnrun.checkpoint import orbax, pieces
 from fnrun.checkpoint.handed import told
 from fnrun.checkpoint.manifest import TORCH_DTYPES, File, Leaf, Manifest, Piece
 from fnrun.checkpoint.store import DIGEST, MANIFEST
-from fnrun.environment import environment
+from fnrun.core import files, tree
+from fnrun.core.environment import environment
 
 #: Smaller leaves are packed: an array has two files and a directory, which take about as long to make as these bytes to write.
 PACKED = 4 * 1024 * 1024

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fnrun import tree
-from fnrun.rng import Key
+from fnrun.core import tree
+from fnrun.core.key import Key
 
 
 class Generator(Protocol):

@@ -14,15 +14,15 @@ import numpy as np
 import optree
 import torch
 
-from fnrun import rows, tree
-from fnrun.counts import count
+from fnrun.core import examples as rows, tree
+from fnrun.core.counts import count
+from fnrun.core.key import Key
+from fnrun.core.position import Cursor
+from fnrun.core.words import a, kind, unknown
 from fnrun.data import ambient
 from fnrun.data.content import digest
 from fnrun.data.order import permutation
 from fnrun.data.stream import Stream, walk
-from fnrun.rng import Key
-from fnrun.state import Cursor
-from fnrun.words import a, kind, unknown
 
 #: So many rows of the order are computed at once: a NumPy call on 32 numbers costs nearly as much as one on thousands.
 BLOCK = 65_536

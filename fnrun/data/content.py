@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fnrun import tree
+from fnrun.core import tree
 
 #: Up to so many bytes the whole content is read; of more, evenly spaced blocks of about as much.
 LIMIT = 64 * 2**20

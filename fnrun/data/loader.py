@@ -20,15 +20,15 @@ import torch
 from torch._C import _error_if_any_worker_fails, _remove_worker_pids, _set_worker_pids
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
-from fnrun import rows
-from fnrun.counts import count
+from fnrun.core import examples as rows
+from fnrun.core.counts import count
+from fnrun.core.key import Key
+from fnrun.core.position import Cursor
+from fnrun.core.waiting import Interrupted, asked
+from fnrun.core.words import unknown
 from fnrun.data import ambient
 from fnrun.data.arrays import Order, check_seed, cut, passes
 from fnrun.data.stream import Stream, walk
-from fnrun.rng import Key
-from fnrun.state import Cursor
-from fnrun.waiting import Interrupted, asked
-from fnrun.words import unknown
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

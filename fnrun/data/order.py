@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fnrun.counts import count
-from fnrun.rng import Key
+from fnrun.core.counts import count
+from fnrun.core.key import Key
 
 #: Half-rounds. Four make a sound network over many bits; small domains want more.
 ROUNDS = 8

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from torch.utils.data import default_collate
 
-from fnrun import rows, tree
+from fnrun.core import examples as rows, tree
+from fnrun.core.key import Key
+from fnrun.core.position import Cursor
+from fnrun.core.words import a
 from fnrun.data.stream import Stream
-from fnrun.rng import Key
-from fnrun.state import Cursor
-from fnrun.words import a
 
 
 class SaysWhere(Protocol):

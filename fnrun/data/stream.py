@@ -9,13 +9,13 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 
-from fnrun import tree
+from fnrun.core import tree
+from fnrun.core.examples import retold
+from fnrun.core.inplace import Guard
+from fnrun.core.key import Key
+from fnrun.core.position import Cursor
+from fnrun.core.words import a, kind
 from fnrun.data.content import digest
-from fnrun.inplace import Guard
-from fnrun.rng import Key
-from fnrun.rows import retold
-from fnrun.state import Cursor
-from fnrun.words import a, kind
 
 
 @runtime_checkable

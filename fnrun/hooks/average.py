@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from fnrun.counts import count
+from fnrun.core.counts import count
+from fnrun.core.position import counted
+from fnrun.core.state import TrainState, carried
 from fnrun.optim import applied_updates
-from fnrun.state import TrainState, carried, counted
 
 Buffers = Literal["copy", "average"]
 Per = Literal["step", "update"]

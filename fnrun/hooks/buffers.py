@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from fnrun.state import TrainState
+from fnrun.core.state import TrainState
 
 
 def sync_buffers(state: TrainState, metrics: dict[str, Any]) -> TrainState:

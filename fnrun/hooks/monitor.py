@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from fnrun.state import LoopState, in_training
+from fnrun.core.position import in_training
+from fnrun.core.state import LoopState
 
 Mode = Literal["min", "max"]
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from fnrun.counts import count
+from fnrun.core.counts import count
+from fnrun.core.state import TrainState
 from fnrun.hooks import leaves
 from fnrun.hooks.monitor import Mode, check_mode, reported
-from fnrun.state import TrainState
 
 ThresholdMode = Literal["rel", "abs"]
 

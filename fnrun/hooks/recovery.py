@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fnrun.counts import count
+from fnrun.core.counts import count
+from fnrun.core.position import in_training
+from fnrun.core.state import TrainState
 from fnrun.hooks import leaves
 from fnrun.hooks.monitor import monitored
 from fnrun.optim.lists import all_finite
-from fnrun.state import TrainState, in_training
 
 
 @dataclasses.dataclass(frozen=True)

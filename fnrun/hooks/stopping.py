@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fnrun import counts
+from fnrun.core import counts
+from fnrun.core.state import LoopState
 from fnrun.hooks.monitor import Mode, better, check_mode, monitored
-from fnrun.state import LoopState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fnrun.counts import count
+from fnrun.core.counts import count
+from fnrun.core.position import counted, due, in_training
+from fnrun.core.words import kind
 from fnrun.hooks.monitor import reported
-from fnrun.state import counted, due, in_training
-from fnrun.words import kind
 
 AnyHook = Any  # a Hook or a function (state, metrics) -> state
 

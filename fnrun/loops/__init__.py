@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Never
 
-from fnrun.counts import count
+from fnrun.core.counts import count
+from fnrun.core.words import kind, unknown
 from fnrun.loops.base import AnyHook, Loop
 from fnrun.loops.combinators import Every, InOrder, Repeat, Workflow
 from fnrun.loops.contracts import Observer, check_watching
 from fnrun.loops.data_loops import EpochLoop, EvalLoop, PredictLoop, StepLoop
 from fnrun.loops.fused import FusedStepLoop
 from fnrun.loops.structure import AnyStep, Composed, Wrapper, check_step, title
-from fnrun.words import kind, unknown
 
 
 def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), donate: bool = False) -> Loop:

@@ -13,9 +13,12 @@ from typing import Any, ClassVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from fnrun.context import OUTSIDE, loop_context
+from fnrun.core.context import OUTSIDE, loop_context
+from fnrun.core.donation import Owner
+from fnrun.core.position import Cursor, Frame
+from fnrun.core.state import S, is_state, no_state
+from fnrun.core.words import kind
 from fnrun.data import Batches
-from fnrun.donation import Owner
 from fnrun.loops import guarded
 from fnrun.loops.context import LoopContext
 from fnrun.loops.contracts import Hook, HookContract, Observer, ObserverContract, hook_contracts, observer_contracts
@@ -24,9 +27,7 @@ from fnrun.loops.entry import aside, outermost
 from fnrun.loops.structure import AnyStep, Composed, check_step, donates, functions, loops_of, stands_openly, title
 from fnrun.loops.tick import OpenLoop
 from fnrun.metrics import values
-from fnrun.state import Cursor, Frame, S, is_state, no_state
 from fnrun.steps import PureStep
-from fnrun.words import kind
 
 Metrics = dict[str, Any]
 AnyHook = Hook | Callable[[Any, Metrics], Any]

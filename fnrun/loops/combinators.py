@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-from fnrun.context import OUTSIDE, loop_context
+from fnrun.core.context import OUTSIDE, loop_context
+from fnrun.core.position import Cursor, Frame
+from fnrun.core.words import a
 from fnrun.loops.base import Loop
 from fnrun.loops.context import LoopContext, ProgramError, other_program
 from fnrun.loops.structure import AnyStep, Composed, added, prefixes, total_steps
-from fnrun.state import Cursor, Frame
-from fnrun.words import a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

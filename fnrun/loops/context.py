@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fnrun.donation import Owner
+from fnrun.core.donation import Owner
 
 if TYPE_CHECKING:
     from fnrun.data import Batches

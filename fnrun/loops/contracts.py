@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from fnrun.core.words import a, bindable, kind, uncalled
 from fnrun.loops.structure import Composed, named
-from fnrun.words import a, bindable, kind, uncalled
 
 Metrics = dict[str, Any]
 
@@ -212,7 +212,7 @@ def _monitors(part: Any) -> tuple[str, ...]:
 
 #: Where else in a program the library's own belong.
 _HOMES = {
-    "fnrun.observers.sinks": "it is a sink, to which a log writes: observers=[observers.log(to=[...])]",
+    "fnrun.sinks": "it is a sink, to which a log writes: observers=[observers.log(to=[...])]",
     "fnrun.checkpoint": "observers=[observers.checkpoint(it)] saves there",
     "fnrun.optim": "it belongs to the optimizer: optim.chain(it, optim.adamw(...))",
     "fnrun.schedules": "a schedule is an argument of the optimizer: optim.adamw(schedule)",

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fnrun import rows, tree
+from fnrun.core import examples as rows, tree
+from fnrun.core.position import Cursor, Frame
+from fnrun.core.words import kind
 from fnrun.data import Batches
 from fnrun.loops import totals as running
 from fnrun.loops.base import Loop
@@ -19,9 +21,7 @@ from fnrun.loops.context import LoopContext
 from fnrun.loops.structure import AnyStep, title
 from fnrun.loops.unobserved import LONGEST, interval
 from fnrun.metrics.by_name import rates_last, weight
-from fnrun.state import Cursor, Frame
 from fnrun.steps import PureStep
-from fnrun.words import kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fnrun.inplace import SMALL, strictly
+from fnrun.core.inplace import SMALL, strictly
+from fnrun.core.position import Position
 from fnrun.loops.structure import Composed
-from fnrun.state import Position
 
 
 @dataclasses.dataclass

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from fnrun.context import OUTSIDE, loop_context
-from fnrun.donation import Owner, owner_of, why_dead
+from fnrun.core.context import OUTSIDE, loop_context
+from fnrun.core.donation import Owner, owner_of, why_dead
+from fnrun.core.position import Position
+from fnrun.core.state import S
+from fnrun.core.undisturbed import restoring
+from fnrun.core.waiting import Interrupted, interrupts
+from fnrun.core.words import kind
 from fnrun.loops.context import LoopContext, ProgramExit, tick_listener
 from fnrun.loops.program import Program
 from fnrun.loops.structure import Composed, donates, functions, loops_of
 from fnrun.optim.wrappers import waiting
-from fnrun.state import Position, S
 from fnrun.steps import PureStep
-from fnrun.undisturbed import restoring
-from fnrun.waiting import Interrupted, interrupts
-from fnrun.words import kind
 
 logger = logging.getLogger("fnrun")
 

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from fnrun.core.position import Cursor, Frame
 from fnrun.loops.context import LoopContext
 from fnrun.loops.data_loops import StepLoop, way_out
 from fnrun.loops.structure import AnyStep, title
-from fnrun.state import Cursor, Frame
 from fnrun.steps import PureStep, TrainStep
 
 

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from fnrun import inplace
+from fnrun.core import inplace
+from fnrun.core.inplace import Guard, InPlaceError
+from fnrun.core.key import Key, Scope
+from fnrun.core.position import due
+from fnrun.core.state import is_state
+from fnrun.core.undisturbed import undisturbed
+from fnrun.core.words import kind
 from fnrun.data import ambient
-from fnrun.inplace import Guard, InPlaceError
 from fnrun.loops.contracts import HookContract, ObserverContract
 from fnrun.loops.program import Program
 from fnrun.loops.structure import title
-from fnrun.rng import Key, Scope
-from fnrun.state import due, is_state
-from fnrun.undisturbed import undisturbed
-from fnrun.words import kind
 
 
 def applied(hooks: Iterable[tuple[Callable[[Any, Any], Any], str]], state: Any, given: Any) -> Any:

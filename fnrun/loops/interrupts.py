@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fnrun.core.waiting import asked
 from fnrun.loops.streams import Streams
-from fnrun.waiting import asked
 
 Interrupt = Callable[[], str | None]
 

@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fnrun.donation import why_dead
-from fnrun.inplace import Guard, looked_at
+from fnrun.core.donation import why_dead
+from fnrun.core.inplace import Guard, looked_at
+from fnrun.core.key import Key
+from fnrun.core.state import LoopState
+from fnrun.core.waiting import Interrupted
 from fnrun.loops.context import ProgramError, ProgramExit, tick_listener
 from fnrun.loops.contracts import HookContract, ObserverContract
 from fnrun.loops.streams import Streams
-from fnrun.rng import Key
-from fnrun.state import LoopState
-from fnrun.waiting import Interrupted
 
 
 class Program:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fnrun.core.inplace import InPlaceError
+from fnrun.core.key import Key
+from fnrun.core.position import Cursor
+from fnrun.core.state import LoopState
+from fnrun.core.waiting import asked
 from fnrun.data import Batches, as_batches
-from fnrun.inplace import InPlaceError
 from fnrun.loops.context import LoopContext, ProgramError
-from fnrun.rng import Key
-from fnrun.state import Cursor, LoopState
-from fnrun.waiting import asked
 
 logger = logging.getLogger("fnrun")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fnrun.core.words import bindable, kind, uncalled
 from fnrun.steps import PureStep
-from fnrun.words import bindable, kind, uncalled
 
 AnyStep = Callable[[Any, Any], Any]
 

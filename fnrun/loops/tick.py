@@ -16,14 +16,14 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fnrun.context import OUTSIDE, loop_context
-from fnrun.donation import surviving
+from fnrun.core.context import OUTSIDE, loop_context
+from fnrun.core.donation import surviving
+from fnrun.core.position import Cursor, Frame, Position
+from fnrun.core.waiting import Interrupted
 from fnrun.loops import guarded
 from fnrun.loops.context import LoopContext, ProgramExit, other_program
 from fnrun.loops.unobserved import run_unobserved
-from fnrun.state import Cursor, Frame, Position
 from fnrun.steps import PureStep
-from fnrun.waiting import Interrupted
 
 if TYPE_CHECKING:
     from fnrun.loops.base import Loop

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnrun.core.tree import struct
+from fnrun.core.words import a
 from fnrun.metrics.base import wide
 from fnrun.metrics.basic import Last, Max, Mean, Min, Sum
 from fnrun.metrics.by_name import flat
-from fnrun.tree import struct
-from fnrun.words import a
 
 
 @struct(name="fnrun.loops.Means")

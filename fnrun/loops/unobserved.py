@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fnrun.donation import why_dead
+from fnrun.core.donation import why_dead
+from fnrun.core.position import Frame, Position
+from fnrun.core.waiting import Interrupted
 from fnrun.loops import totals as running
 from fnrun.loops.context import ProgramExit
 from fnrun.metrics.by_name import rates_last
-from fnrun.state import Frame, Position
 from fnrun.steps import PureStep
-from fnrun.waiting import Interrupted
 
 if TYPE_CHECKING:
     from fnrun.loops.tick import OpenLoop

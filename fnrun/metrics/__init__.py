@@ -7,6 +7,7 @@ make the fold of one batch. Nothing in this package waits for a device, and no f
 import importlib
 from typing import Any
 
+from fnrun.core.examples import examples
 from fnrun.metrics.adapter import TorchmetricsInputs, TorchmetricsState, from_torchmetrics
 from fnrun.metrics.auroc import AUROC, ExactAUROC, auroc
 from fnrun.metrics.base import Fold
@@ -29,7 +30,6 @@ from fnrun.metrics.perplexity import Perplexity, perplexity
 from fnrun.metrics.quantiles import Quantiles, quantiles
 from fnrun.metrics.regression import R2, Moments, Pearson, RootMean, mae, mse, pearson, r2, rmse
 from fnrun.metrics.segmentation import iou, mean_iou
-from fnrun.rows import examples
 
 __all__ = [
     "AUROC",

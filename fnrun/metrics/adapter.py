@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fnrun import tree
+from fnrun.core import tree
+from fnrun.core.key import Key
+from fnrun.core.tree import static, struct
+from fnrun.core.words import a
 from fnrun.metrics.base import check_same
 from fnrun.metrics.collect import Chunks, collect
 from fnrun.metrics.naming import name_of
-from fnrun.rng import Key
-from fnrun.tree import static, struct
-from fnrun.words import a
 
 #: What this process has adapted, by name: a fold holds data alone, and one that comes from a checkpoint finds its metric here.
 _adapted: dict[str, Any] = {}

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fnrun.core.tree import static, struct
 from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, wide
 from fnrun.metrics.bins import Bins
 from fnrun.metrics.collect import Chunks, collect
-from fnrun.tree import static, struct
 
 BINS = Bins(low=-10, high=10, per_octave=64)
 AVERAGES = ("macro", "weighted", None)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnrun.core.tree import struct
 from fnrun.metrics.base import Additive, wide
-from fnrun.tree import struct
 
 
 @struct(name="fnrun.metrics.Mean")

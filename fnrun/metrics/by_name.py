@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fnrun import rows
+from fnrun.core import examples as rows
 from fnrun.metrics.basic import Last
 
 

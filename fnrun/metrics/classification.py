@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fnrun.counts import count
+from fnrun.core.counts import count
+from fnrun.core.tree import static, struct
 from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, wide
 from fnrun.metrics.basic import Mean
-from fnrun.tree import static, struct
 
 # --- how high the label stands -----------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnrun import tree
-from fnrun.tree import struct
+from fnrun.core import tree
+from fnrun.core.tree import struct
 
 
 @struct(name="fnrun.metrics.Chunks")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fnrun import tree
+from fnrun.core import tree
 
 
 def name_of(what: str, metric: Any) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fnrun.core.tree import struct
 from fnrun.metrics.base import Additive, check_scores, wide
-from fnrun.tree import struct
 
 
 @struct(name="fnrun.metrics.Perplexity")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnrun.core.tree import static, struct
 from fnrun.metrics.base import check_same, wide
 from fnrun.metrics.bins import Bins
-from fnrun.tree import static, struct
 
 BINS = Bins(low=-40, high=40, per_octave=64)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fnrun.core.tree import struct
 from fnrun.metrics.base import Additive, wide
 from fnrun.metrics.basic import Mean, mean
-from fnrun.tree import struct
 
 
 def mae(predictions: Tensor, targets: Tensor) -> Mean:

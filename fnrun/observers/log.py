@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from fnrun.counts import count
+from fnrun.core.counts import count
+from fnrun.core.position import counted, due, in_training
+from fnrun.core.state import LoopState
+from fnrun.core.words import kind, uncalled
 from fnrun.observers.pace import Pace
 from fnrun.observers.ranks import rank
-from fnrun.observers.sinks import Record, Sink, console, record
 from fnrun.observers.window import Size, Statistic, Window, compute, windows
-from fnrun.state import LoopState, counted, due, in_training
-from fnrun.words import kind, uncalled
+from fnrun.sinks import Record, Sink, console, record
 
 logger = logging.getLogger("fnrun")
 

@@ -10,13 +10,14 @@ from typing import Any
 import optree
 import torch
 
-from fnrun import tree
-from fnrun.counts import count
-from fnrun.donation import storage
+from fnrun.core import tree
+from fnrun.core.counts import count
+from fnrun.core.donation import storage
+from fnrun.core.position import due
+from fnrun.core.state import LoopState
 from fnrun.observers.ranks import rank
-from fnrun.observers.sinks import Sink
 from fnrun.observers.writing import Writing
-from fnrun.state import LoopState, due
+from fnrun.sinks import Sink
 
 logger = logging.getLogger("fnrun")
 
@@ -80,7 +81,7 @@ def resident() -> dict[str, float]:
 def table(state: Any) -> str:
     """The largest tensors of a state and what each part of it takes.
 
-    >>> from fnrun.state import TrainState
+    >>> from fnrun.core.state import TrainState
     >>> print(table(TrainState.create(torch.nn.Linear(1024, 512))))
     memory: the state takes 2.0 MiB: params 2.0
            2.00 MiB  params/weight         [512, 1024] float32

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fnrun import files, tree
 from fnrun.checkpoint import CheckpointError, Checkpoints
+from fnrun.core import files, tree
 from fnrun.observers.ranks import rank
 from fnrun.optim.lists import all_finite
 

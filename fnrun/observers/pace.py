@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fnrun.state import Frame
+from fnrun.core.position import Frame
 
 
 def fraction(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> float | None:
@@ -41,16 +41,3 @@ class Pace:
             self._first = (self.done, now)
         done, began = self._first
         return (now - began) * (1 - self.done) / (self.done - done) if self.done > done else None
-
-
-def clock_time(seconds: float) -> str:
-    """`0:07`, `12:34`, `1:02:03`, `2 days, 3:04:05`.
-
-    >>> [clock_time(s) for s in (7.4, 754, 3723)]
-    ['0:07', '12:34', '1:02:03']
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    text = f"{hours}:{minutes:02}:{rest:02}" if hours or days else f"{minutes}:{rest:02}"
-    return f"{days} day{'s' * (days > 1)}, {text}" if days else text

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fnrun import files, tree
-from fnrun.documents import jsonable
-from fnrun.observers.sinks.lines import Lines, naming
-from fnrun.state import LoopState
+from fnrun.core import files, tree
+from fnrun.core.documents import jsonable
+from fnrun.core.state import LoopState
+from fnrun.sinks.lines import Lines, naming
 
 _SHARD = re.compile(r"\d{9}\.pt")
 

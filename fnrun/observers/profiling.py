@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from fnrun import files
+from fnrun.core import files
+from fnrun.core.state import LoopState
 from fnrun.observers.ranks import rank
-from fnrun.observers.sinks.lines import naming
-from fnrun.state import LoopState
+from fnrun.sinks.lines import naming
 
 logger = logging.getLogger("fnrun")
 

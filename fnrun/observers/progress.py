@@ -8,10 +8,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from fnrun.observers.pace import Pace, clock_time
+from fnrun.core.position import Frame
+from fnrun.core.state import LoopState
+from fnrun.core.tables import clock_time
+from fnrun.observers.pace import Pace
 from fnrun.observers.ranks import rank
-from fnrun.observers.sinks.console import shown
-from fnrun.state import Frame, LoopState
+from fnrun.sinks.console import shown
 
 logger = logging.getLogger("fnrun")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fnrun.environment import ranks
+from fnrun.core.environment import ranks
 
 
 def rank() -> int:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from fnrun import files
+from fnrun.core import files
+from fnrun.core.tables import printable
 from fnrun.observers.ranks import rank
-from fnrun.observers.sinks.console import StdoutHandler
-from fnrun.tables import printable
+from fnrun.sinks.console import StdoutHandler
 
 logger = logging.getLogger("fnrun")
 

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.checkpoint.manifest import ranked
 from fnrun.checkpoint.retention import check_keep, monitored
-from fnrun.counts import count
-from fnrun.donation import why_dead
-from fnrun.environment import ranks
+from fnrun.core.counts import count
+from fnrun.core.donation import why_dead
+from fnrun.core.environment import ranks
+from fnrun.core.inplace import InPlaceError
+from fnrun.core.position import Position, due, in_training
+from fnrun.core.state import LoopState
+from fnrun.core.words import kind
 from fnrun.hooks.monitor import reported
-from fnrun.inplace import InPlaceError
-from fnrun.state import LoopState, Position, due, in_training
-from fnrun.words import kind
 
 logger = logging.getLogger("fnrun")
 

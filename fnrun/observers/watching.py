@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnrun import tree
-from fnrun.counts import count
-from fnrun.donation import shared
-from fnrun.observers.media import histogram
-from fnrun.observers.sinks import Sink
+from fnrun.core import tree
+from fnrun.core.counts import count
+from fnrun.core.donation import shared
+from fnrun.core.position import due
+from fnrun.core.reports import report
+from fnrun.core.state import LoopState
 from fnrun.observers.writing import Writing
 from fnrun.optim import Transform
-from fnrun.reports import report
-from fnrun.state import LoopState, due
+from fnrun.sinks import Sink
+from fnrun.sinks.media import histogram
 
 
 class _Watch:

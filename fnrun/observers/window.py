@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from fnrun import metrics as folds
-from fnrun.counts import count
+from fnrun.core.counts import count
 from fnrun.loops import totals as running
 from fnrun.loops.totals import Totals
 from fnrun.metrics.by_name import rates_last

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fnrun.core.state import LoopState
 from fnrun.observers.ranks import rank
-from fnrun.observers.sinks import Sink, record
-from fnrun.state import LoopState
+from fnrun.sinks import Sink, record
 
 
 class Writing:

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from fnrun.rng import Key
-from fnrun.words import a, brief, called
+from fnrun.core.key import Key
+from fnrun.core.words import a, brief, called
 
 
 class _Made:

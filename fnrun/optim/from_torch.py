@@ -11,12 +11,12 @@ import optree
 import torch
 from torch import Tensor
 
+from fnrun.core.key import Key
+from fnrun.core.tree import join, struct
+from fnrun.core.words import a
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Leaf, Settings
 from fnrun.optim.lists import eager, note, read
-from fnrun.rng import Key
-from fnrun.tree import join, struct
-from fnrun.words import a
 
 # How an entry of torch's memory stands in ours, whose structure never changes: not there (yet), there, there and None.
 ABSENT, PRESENT, NOTHING = 0, 1, 2

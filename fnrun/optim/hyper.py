@@ -10,10 +10,10 @@ import optree
 import torch
 from torch import Tensor
 
-from fnrun.entering import check_uncut
+from fnrun.core.entering import check_uncut
+from fnrun.core.tree import join, node, struct
+from fnrun.core.words import bindable, kind, uncalled
 from fnrun.optim.lists import read
-from fnrun.tree import join, node, struct
-from fnrun.words import bindable, kind, uncalled
 
 Number = float | Tensor
 Hyper = Any  # a number, a schedule `step -> number`, or one in the state

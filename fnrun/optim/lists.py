@@ -20,7 +20,7 @@ import optree
 import torch
 from torch import Tensor
 
-from fnrun.reports import name_of, report
+from fnrun.core.reports import name_of, report
 
 #: Where torch keeps the kernels that it does not export by name.
 kernels: Any = torch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnrun.counts import count
+from fnrun.core.counts import count
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyper, Settings, constant
 from fnrun.optim.rule import Rule, optimizer

@@ -11,12 +11,12 @@ from typing import Any
 import optree
 from torch import Tensor
 
+from fnrun.core.reports import collect, report
+from fnrun.core.tree import join
+from fnrun.core.words import a, kind
 from fnrun.optim.base import Optimizer, Transform
 from fnrun.optim.hyper import Hyper
-from fnrun.reports import collect, report
 from fnrun.schedules import multiply
-from fnrun.tree import join
-from fnrun.words import a, kind
 
 #: A pytree of labels with the structure of the parameters, or a function of a leaf's path and the leaf (of its name, shape and dtype).
 Labels = Any

@@ -14,12 +14,12 @@ import optree
 import torch
 from torch import Tensor
 
-from fnrun.donation import writable
+from fnrun.core.donation import writable
+from fnrun.core.key import Key
+from fnrun.core.tree import struct
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
 from fnrun.optim.lists import Flat, Ops, each, flows, foreach, is_none, is_zero, note, plain, read
-from fnrun.rng import Key
-from fnrun.tree import struct
 
 Lists = dict[str, Any]  # slots: a list with an entry for each parameter; scalars: one tensor
 

@@ -8,11 +8,11 @@ import optree
 import torch
 from torch import Tensor
 
+from fnrun.core.tree import struct
 from fnrun.optim.base import Transform
 from fnrun.optim.hyper import Hyper, Settings, constant
 from fnrun.optim.lists import Flat, Ops, is_none, note, ops_for
 from fnrun.schedules import Schedule
-from fnrun.tree import struct
 
 
 def _with_settings(settings: Settings, apply: Any, keyed: bool = False) -> Transform:

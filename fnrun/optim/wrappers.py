@@ -14,12 +14,12 @@ import optree
 import torch
 from torch import Tensor
 
-from fnrun.counts import count
-from fnrun.donation import keeping
+from fnrun.core.counts import count
+from fnrun.core.donation import keeping
+from fnrun.core.tree import struct
 from fnrun.optim.base import Optimizer, Wrapper
 from fnrun.optim.lists import all_finite, note, ops_for, read, tree_map
 from fnrun.optim.rule import Misses
-from fnrun.tree import struct
 
 
 def choose(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:

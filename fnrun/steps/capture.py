@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fnrun import tree
-from fnrun.donation import storage
+from fnrun.core import tree
+from fnrun.core.donation import storage
+from fnrun.core.key import Key
+from fnrun.core.words import a
 from fnrun.optim.lists import capturing
-from fnrun.rng import Key
 from fnrun.steps.draws import Draws, Uncapturable
-from fnrun.words import a
 
 logger = logging.getLogger("fnrun")
 

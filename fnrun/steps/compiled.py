@@ -9,12 +9,12 @@ from typing import Any
 import optree
 import torch
 
-from fnrun import entering
-from fnrun.donation import Owner, contents, fields, writable
-from fnrun.inplace import FIRST, Guard
+from fnrun.core import entering
+from fnrun.core.donation import Owner, contents, fields, writable
+from fnrun.core.inplace import FIRST, Guard
+from fnrun.core.state import carried, check_state, made
 from fnrun.metrics.basic import Mean
 from fnrun.optim import hyperparams
-from fnrun.state import carried, check_state, made
 from fnrun.steps.capture import Captured
 from fnrun.steps.draws import Draws, TracedKey, Uncapturable
 from fnrun.steps.given import check_unasked

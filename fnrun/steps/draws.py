@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fnrun.reports import collect
-from fnrun.rng import Key, Scope, ambient
+from fnrun.core.key import Key, Scope, ambient
+from fnrun.core.reports import collect
 
 
 class Uncapturable(Exception):

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fnrun.entering import differentiates
-from fnrun.inplace import FIRST
-from fnrun.rows import said
-from fnrun.state import check_model, is_state, no_state, weights_of
+from fnrun.core.entering import differentiates
+from fnrun.core.inplace import FIRST
+from fnrun.core.state import check_model, is_state, no_state, weights_of
+from fnrun.core.words import kind
+from fnrun.steps.cutting import said
 from fnrun.steps.given import autocast as autocast_of, check_function, loss_and_metrics, reported
 from fnrun.steps.kinds import EvalStep, Function, Metrics
 from fnrun.steps.shell import Shell
 from fnrun.steps.surroundings import Surroundings
-from fnrun.words import kind
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from fnrun import entering, tree
-from fnrun.entering import asks, differentiates
+from fnrun.core import entering, tree
+from fnrun.core.entering import asks, differentiates
+from fnrun.core.words import a, bindable, kind, uncalled
 from fnrun.steps.kinds import Metrics
-from fnrun.words import a, bindable, kind, uncalled
 
 
 def detached(leaf: Any) -> Any:

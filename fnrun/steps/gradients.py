@@ -11,10 +11,10 @@ import optree
 import torch
 from torch import Tensor
 
-from fnrun import tree
+from fnrun.core import tree
+from fnrun.core.examples import shapes
+from fnrun.core.state import check_state
 from fnrun.optim.lists import PLAIN, eager, read
-from fnrun.rows import shapes
-from fnrun.state import check_state
 from fnrun.steps.given import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Part, Weighed

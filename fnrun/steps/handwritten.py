@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fnrun import tree
-from fnrun.inplace import Guard
-from fnrun.state import S, no_state
+from fnrun.core import tree
+from fnrun.core.inplace import Guard
+from fnrun.core.state import S, no_state
+from fnrun.core.words import kind
 from fnrun.steps.given import check_function, detached, detached_all, reported
 from fnrun.steps.kinds import Function, Metrics
 from fnrun.steps.surroundings import Surroundings
-from fnrun.words import kind
 
 
 def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random: bool = False) -> Any:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from fnrun import rows
+from fnrun.core import examples as rows
 
 Metrics = dict[str, Any]
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fnrun.counts import count
-from fnrun.inplace import FIRST
-from fnrun.rows import said
-from fnrun.state import check_apart, check_model, check_optimizer
+from fnrun.core.counts import count
+from fnrun.core.inplace import FIRST
+from fnrun.core.state import check_apart, check_model, check_optimizer
+from fnrun.core.words import kind
 from fnrun.steps.compiled import Compiled
+from fnrun.steps.cutting import said
 from fnrun.steps.given import autocast, check_function
 from fnrun.steps.gradients import Gradients, Loss
 from fnrun.steps.pieces import Cut
@@ -22,7 +23,6 @@ from fnrun.steps.shell import Shell
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.train import IN_TURN, TrainStep
 from fnrun.steps.update import Update
-from fnrun.words import kind
 
 if TYPE_CHECKING:
     from fnrun.optim import Optimizer

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fnrun import rows
+from fnrun.core import examples as rows
+from fnrun.core.words import kind
 from fnrun.metrics.base import wide
 from fnrun.metrics.basic import Mean, Sum
 from fnrun.optim.lists import PLAIN, eager
+from fnrun.steps.cutting import Examples, Sliced
 from fnrun.steps.draws import Uncapturable
 from fnrun.steps.given import detached_all
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.shell import Shell
-from fnrun.words import kind
 
 
 class PairwiseSum:
@@ -139,12 +140,12 @@ class Cut:
         if self.pieces > 1 and self.split is None:
             self.sliced(batch)
 
-    def sliced(self, batch: Any) -> tuple[rows.Sliced, int]:
+    def sliced(self, batch: Any) -> tuple[Sliced, int]:
         """The batch, of which rows can be taken, and how many it has. Raises ValueError where it is not clear how it is cut."""
-        n, option = self.examples(batch), self.examples if isinstance(self.examples, rows.Examples) else None
+        n, option = self.examples(batch), self.examples if isinstance(self.examples, Examples) else None
         if n is None:
             raise ValueError(f"{self._cannot(batch)}, and those of one length alone would be cut. {_SAY}")
-        sliced = rows.Sliced(batch, n, option if option is not None and option.named else None, option is not None, self._lists)
+        sliced = Sliced(batch, n, option if option is not None and option.named else None, option is not None, self._lists)
         if sliced.hidden:
             raise ValueError(
                 f"{self._cannot(batch)}: {', '.join(sliced.hidden)} lies in an object, and those are not cut. Cut it yourself, split=f "
@@ -164,7 +165,7 @@ class Cut:
                 self._look(batch, sliced, "" if option is None or callable(option.option) else str(option.option))
         return sliced, n
 
-    def _look(self, batch: Any, sliced: rows.Sliced, named: str) -> None:
+    def _look(self, batch: Any, sliced: Sliced, named: str) -> None:
         """What is the same in two batches is no example's, if the rest is new, and has the batch's length by accident, as class weights."""
         now = {path: mark for path, leaf in sliced.cut.items() if (mark := _mark(leaf)) is not None}
         both = [path for path in now if path in self._last]
@@ -208,7 +209,7 @@ class Cut:
                     f"{self.name}: how many examples a piece of split= has is not clear: {rows.shapes(piece)}. Say it: {rows.REMEDY}"
                 )
         whole, total = self.examples(batch) if rows.counts(batch) else None, sum(n or 0 for n in each)
-        if isinstance(self.examples, rows.Examples):
+        if isinstance(self.examples, Examples):
             whole = self.examples(batch)
         if whole is not None and whole != total:
             raise ValueError(

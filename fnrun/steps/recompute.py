@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from fnrun.reports import collect
+from fnrun.core.reports import collect
+from fnrun.core.undisturbed import undisturbed
+from fnrun.core.words import kind
 from fnrun.steps.shell import Shell
 from fnrun.steps.watch import Contents, versions
-from fnrun.undisturbed import undisturbed
-from fnrun.words import kind
 
 #: They have no forward.
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

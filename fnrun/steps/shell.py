@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fnrun import rng, tree
-from fnrun.state import buffers_of
+from fnrun.core import key as rng, tree
+from fnrun.core.state import buffers_of
+from fnrun.core.undisturbed import undisturbed
 from fnrun.steps.watch import FirstCalls, reentrant, versions
-from fnrun.undisturbed import undisturbed
 
 #: The shells whose modules hold other tensors at this moment, under the ambient lock: a loss may call a step of its own.
 _at_work: list[Shell] = []

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fnrun import tree
-from fnrun.inplace import FIRST
-from fnrun.reports import collect
-from fnrun.rng import Key, Scope, ambient
-from fnrun.undisturbed import undisturbed
+from fnrun.core import tree
+from fnrun.core.inplace import FIRST
+from fnrun.core.key import Key, Scope, ambient
+from fnrun.core.reports import collect
+from fnrun.core.undisturbed import undisturbed
 
 
 class Surroundings:

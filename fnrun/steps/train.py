@@ -9,21 +9,22 @@ from typing import Any, Protocol
 
 import torch
 
-from fnrun import metrics as folds, rows, tree
-from fnrun.donation import Owner
-from fnrun.inplace import Guard
+from fnrun import metrics as folds
+from fnrun.core import examples as rows, tree
+from fnrun.core.donation import Owner
+from fnrun.core.inplace import Guard
+from fnrun.core.state import carried, check_state, is_state
+from fnrun.core.words import kind
 from fnrun.metrics.base import wide
 from fnrun.metrics.by_name import weight
 from fnrun.optim.lists import eager
 from fnrun.optim.wrappers import choose
-from fnrun.state import carried, check_state, is_state
 from fnrun.steps.given import detached, detached_all, reported
 from fnrun.steps.gradients import Gradients
 from fnrun.steps.kinds import Metrics, PureStep
 from fnrun.steps.pieces import Shapes
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.update import Update, with_written
-from fnrun.words import kind
 
 
 class Combine(Protocol):

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import optree
 import torch
 
-from fnrun import tree
-from fnrun.donation import Owner, contents
-from fnrun.inplace import Guard
-from fnrun.reports import collect
-from fnrun.state import check_state, made
+from fnrun.core import tree
+from fnrun.core.donation import Owner, contents
+from fnrun.core.inplace import Guard
+from fnrun.core.reports import collect
+from fnrun.core.state import check_state, made
+from fnrun.core.words import kind
 from fnrun.steps.given import check_cut, check_cut_grads, detached_all
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.shell import Shell
-from fnrun.words import kind
 
 if TYPE_CHECKING:
     from fnrun.optim import Optimizer

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fnrun.reports import collect
-from fnrun.rng import ambient
-from fnrun.undisturbed import undisturbed
+from fnrun.core.key import ambient
+from fnrun.core.reports import collect
+from fnrun.core.undisturbed import undisturbed
 
 
 def memory(tensor: Tensor) -> int | None:

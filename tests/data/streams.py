@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from hypothesis import settings
 
-from fnrun import tree
+from fnrun.core import tree
+from fnrun.core.key import Key
+from fnrun.core.position import Cursor
 from fnrun.data import Batches
-from fnrun.rng import Key
-from fnrun.state import Cursor
 
 KEY = Key(7)
 

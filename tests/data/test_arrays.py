@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from fnrun import data
+from fnrun.core.key import Key
+from fnrun.core.position import Cursor
 from fnrun.data import content
-from fnrun.rng import Key
-from fnrun.state import Cursor
 from tests.data.streams import KEY, same, take, unhurried, untouched
 
 

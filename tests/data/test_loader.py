@@ -14,9 +14,10 @@ from hypothesis import given, settings, strategies as st
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 import fnrun
-from fnrun import data, waiting
-from fnrun.rng import Key
-from fnrun.state import Cursor
+from fnrun import data
+from fnrun.core import waiting
+from fnrun.core.key import Key
+from fnrun.core.position import Cursor
 from tests.data.streams import KEY, same, take, unhurried, untouched
 from tests.programs import fresh
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from fnrun.core.key import Key
 from fnrun.data import permutation
-from fnrun.rng import Key
 from tests.data.streams import unhurried
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from fnrun import data, tree
-from fnrun.state import Cursor
+from fnrun import data
+from fnrun.core import tree
+from fnrun.core.position import Cursor
 from tests.data.streams import KEY, same, take, unhurried, untouched
 
 

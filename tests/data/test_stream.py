@@ -7,9 +7,10 @@ from hypothesis import given, strategies as st
 from torch.utils.data import TensorDataset
 
 import fnrun
-from fnrun import Key, data, tree
+from fnrun import Key, data
+from fnrun.core import tree
+from fnrun.core.position import Cursor
 from fnrun.data.order import permutation
-from fnrun.state import Cursor
 from tests.data.streams import KEY, same, take, unhurried
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import fnrun
-from fnrun import tree
 from fnrun.checkpoint import Checkpoints
+from fnrun.core import tree
 
 ROOT = Path(__file__).parents[2]
 #: Bits may depend on the number of threads, so both sides of a comparison have one.

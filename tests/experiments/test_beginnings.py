@@ -13,8 +13,8 @@ import torch
 
 import fnrun
 from fnrun import observers, optim
-from fnrun.command import main
-from fnrun.run import Run, RunError
+from fnrun.cli.commands import main
+from fnrun.runs.run import Run, RunError
 from tests.experiments.tiny import Config, at, build, happens, tiny
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from experiments import digits
 from fnrun.checkpoint import Checkpoints
-from fnrun.run import Run, RunError
-from fnrun.summary import command_line
+from fnrun.runs.run import Run, RunError
+from fnrun.runs.summary import command_line
 from tests.experiments.commands import ENVIRONMENT, ROOT, Process, call, outcome, run
 
 SHORT = ["--epochs", 2, "--batch-size", 128]

@@ -13,9 +13,9 @@ import torch
 
 import fnrun
 from fnrun import data, observers, optim
-from fnrun.command import main
+from fnrun.cli.commands import main
 from fnrun.loops.context import ProgramError
-from fnrun.run import Run
+from fnrun.runs.run import Run
 from tests.experiments.tiny import at, happens, tiny
 
 #: The rows of each step, in order.

@@ -16,10 +16,12 @@ import pytest
 import yaml
 
 import fnrun
-from fnrun import cli, interrupts, writer
+from fnrun import interrupts
 from fnrun.checkpoint import Checkpoints
+from fnrun.cli.experiment import experiment as cli
 from fnrun.loops.program import Program
-from fnrun.run import Run
+from fnrun.runs import writer
+from fnrun.runs.run import Run
 from tests.experiments.commands import outcome
 from tests.experiments.tiny import Config, at, build, flip, tiny, until
 

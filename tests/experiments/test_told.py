@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fnrun
-from fnrun import cli, data, observers, optim
-from fnrun.run import Run
+from fnrun import data, observers, optim
+from fnrun.cli.experiment import experiment as cli
+from fnrun.runs.run import Run
 from tests.experiments.commands import call
 from tests.experiments.tiny import tiny
 

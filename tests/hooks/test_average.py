@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fnrun
-from fnrun import hooks, optim, tree
+from fnrun import hooks, optim
+from fnrun.core import tree
 from fnrun.testing import assert_resumable
 
 HOOKS = {"ema": hooks.ema(0.9), "annealed_ema": hooks.annealed_ema(0.9), "swa": hooks.swa()}

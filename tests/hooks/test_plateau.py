@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import fnrun
-from fnrun import hooks, optim, tree
+from fnrun import hooks, optim
+from fnrun.core import tree
 
 
 def fresh(optimizer=None):

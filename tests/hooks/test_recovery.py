@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fnrun
-from fnrun import hooks, optim, tree
+from fnrun import hooks, optim
+from fnrun.core import tree
 from fnrun.testing import assert_same, states_seen
 
 NAN = math.nan

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fnrun
-from fnrun import data, hooks, metrics, observers, optim, tree
+from fnrun import data, hooks, metrics, observers, optim
+from fnrun.core import tree
 from fnrun.testing import assert_observers_do_not_matter, assert_resumable, assert_same, states_seen
 
 

@@ -11,7 +11,7 @@ import fnrun
 from fnrun import data, hooks, observers, optim
 from fnrun.checkpoint import CheckpointError, Checkpoints, codec, writing
 from fnrun.checkpoint.manifest import Manifest
-from fnrun.inplace import InPlaceError
+from fnrun.core.inplace import InPlaceError
 from fnrun.testing import assert_pure, assert_same
 from tests.programs import fresh, train
 

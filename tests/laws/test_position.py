@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from fnrun import tree
 from fnrun.checkpoint import Checkpoints
+from fnrun.core import tree
 from fnrun.testing import assert_resumable, assert_same, states_seen
 from tests.programs import build, fresh, lengths, logs, programs
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fnrun
-from fnrun import data, hooks, metrics, observers, optim, schedules, tree
+from fnrun import data, hooks, metrics, observers, optim, schedules
 from fnrun.checkpoint import Checkpoints
+from fnrun.core import tree
 from fnrun.testing import assert_observers_do_not_matter, assert_resumable, assert_same, states_seen
 
 

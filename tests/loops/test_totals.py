@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from fnrun import TrainState, metrics, tree
+from fnrun import TrainState, metrics
 from fnrun.checkpoint import Checkpoints
+from fnrun.core import tree
 from fnrun.loops import totals as running
 from tests.metrics.folds import close, floats, unhurried
 

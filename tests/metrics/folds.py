@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from hypothesis import settings, strategies as st
 
-from fnrun import metrics, tree
+from fnrun import metrics
+from fnrun.core import tree
 
 unhurried = settings(deadline=None)
 floats = st.floats(-100, 100, width=32)

@@ -11,7 +11,8 @@ from torch import nn
 from torchmetrics import classification, functional, regression, retrieval, text, wrappers
 
 import fnrun
-from fnrun import data, metrics, testing, tree
+from fnrun import data, metrics, testing
+from fnrun.core import tree
 from fnrun.metrics.adapter import _adapted, _values  # pyright: ignore[reportPrivateUsage]
 from tests.metrics.folds import agree, cut, generator, merged, scored
 

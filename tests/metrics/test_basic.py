@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, strategies as st
 from torch.func import vmap  # pyright: ignore[reportPrivateImportUsage]
 
-from fnrun import metrics, tree
+from fnrun import metrics
+from fnrun.core import tree
 from tests.metrics.folds import close, floats, unhurried
 
 parts = st.lists(st.lists(floats, min_size=1, max_size=5), min_size=2, max_size=5)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fnrun import metrics, tree
+from fnrun import metrics
+from fnrun.core import tree
 from tests.metrics.folds import agree
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fnrun import metrics, tree
+from fnrun import metrics
+from fnrun.core import tree
 
 
 @pytest.mark.parametrize(

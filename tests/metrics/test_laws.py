@@ -14,8 +14,9 @@ from torch import nn
 from torch.func import vmap  # pyright: ignore[reportPrivateImportUsage]
 
 import fnrun
-from fnrun import data, metrics, optim, testing, tree
-from fnrun.state import Frame, Position
+from fnrun import data, metrics, optim, testing
+from fnrun.core import tree
+from fnrun.core.position import Frame, Position
 from tests.metrics.folds import COLLECTING, EVERY, agree, cut, in_parts, scored, unhurried
 
 each = pytest.mark.parametrize("name", EVERY)

@@ -13,7 +13,7 @@ import torch
 
 import fnrun
 from fnrun import observers, optim, schedules
-from fnrun.observers.sinks import Record
+from fnrun.sinks import Record
 from tests.programs import fresh
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import fnrun
-from fnrun import observers, optim, tree
+from fnrun import observers, optim
+from fnrun.core import tree
 from fnrun.testing import assert_pure, assert_same
 
 

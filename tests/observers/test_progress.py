@@ -15,9 +15,9 @@ import torch
 
 import fnrun
 from fnrun import observers
+from fnrun.core.position import Frame
 from fnrun.observers.pace import fraction
 from fnrun.observers.progress import describe
-from fnrun.state import Frame
 from fnrun.testing import states_seen
 from tests.programs import fresh, train
 

@@ -16,7 +16,7 @@ import torch
 from fnrun import data, epoch_loop, eval_loop, observers, optim, repeat, sequence, step
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.checkpoint.background import Background
-from fnrun.state import TrainState
+from fnrun.core.state import TrainState
 from fnrun.steps import make_eval_step, make_train_step
 
 

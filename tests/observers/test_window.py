@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import fnrun
-from fnrun import metrics, observers, tree
+from fnrun import metrics, observers
+from fnrun.core import tree
 from fnrun.observers.window import Window
 from tests.observers.test_log import Kept
 from tests.programs import fresh

@@ -8,7 +8,8 @@ from typing import Any
 import optree
 import torch
 
-from fnrun import Key, optim, schedules, tree
+from fnrun import Key, optim, schedules
+from fnrun.core import tree
 
 Tensors = dict[str, torch.Tensor]
 

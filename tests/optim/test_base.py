@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fnrun
-from fnrun import optim, schedules, tree
+from fnrun import optim, schedules
+from fnrun.core import tree
 
 P = {"x": torch.ones(2)}
 

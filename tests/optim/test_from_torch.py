@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fnrun import optim, schedules, tree
+from fnrun import optim, schedules
+from fnrun.core import tree
 
 from . import cases
 

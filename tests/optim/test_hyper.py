@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fnrun import optim, schedules, tree
-from fnrun.reports import collect
+from fnrun import optim, schedules
+from fnrun.core import tree
+from fnrun.core.reports import collect
 
 from . import cases
 

@@ -10,9 +10,10 @@ import torch
 import torch.utils._pytree as torch_pytree
 from hypothesis import given, settings, strategies as st
 
-from fnrun import Key, TrainState, make_train_step, optim, tree
-from fnrun.donation import Owner
-from fnrun.reports import collect
+from fnrun import Key, TrainState, make_train_step, optim
+from fnrun.core import tree
+from fnrun.core.donation import Owner
+from fnrun.core.reports import collect
 
 from . import cases
 from .cases import OPTIMIZERS

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import fnrun
-from fnrun import optim, schedules, tree
-from fnrun.reports import collect
+from fnrun import optim, schedules
+from fnrun.core import tree
+from fnrun.core.reports import collect
 
 from . import cases
 from .cases import OPTIMIZERS

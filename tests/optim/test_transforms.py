@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fnrun import Key, optim, schedules, tree
-from fnrun.reports import collect
+from fnrun import Key, optim, schedules
+from fnrun.core import tree
+from fnrun.core.reports import collect
 
 from . import cases
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import fnrun
-from fnrun import data, optim, schedules, tree
+from fnrun import data, optim, schedules
+from fnrun.core import tree
+from fnrun.core.reports import collect
 from fnrun.optim.lists import all_finite
-from fnrun.reports import collect
 
 from . import cases
 

@@ -23,9 +23,10 @@ from typing import NamedTuple, Self
 import torch
 from blake3 import blake3
 
-from fnrun import tree
 from fnrun.checkpoint import CheckpointError, Checkpoints, store
-from fnrun.state import Position, TrainState
+from fnrun.core import tree
+from fnrun.core.position import Position
+from fnrun.core.state import TrainState
 
 
 def small(step: int) -> TrainState:

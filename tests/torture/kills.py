@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from fnrun import tree
 from fnrun.checkpoint import CheckpointError, Checkpoints
+from fnrun.core import tree
 from tests.torture.training import WAYS, Process, parameters
 
 #: Seconds from the first save to the kill, at most: that of several saves.

@@ -21,7 +21,7 @@ from torch import nn
 import fnrun
 from fnrun import data, observers, optim
 from fnrun.checkpoint import Checkpoints
-from fnrun.state import Position
+from fnrun.core.position import Position
 
 #: Parameters of several sizes.
 SIZES = {"large": 70_000, "larger": 90_000, "middle": 5_000, "small": 7, "one": 1}

@@ -1,0 +1,1 @@
+"""Command lines: experiment.py makes that of an experiment (`fnrun.main`), commands/ is the command `fnrun`."""

@@ -1,0 +1,35 @@
+"""`fnrun export`: the weights of a checkpoint, for other programs."""
+
+from __future__ import annotations
+
+import torch
+
+from fnrun.checkpoint import export
+from fnrun.cli.commands import CommandError, Export
+from fnrun.cli.commands.output import document, place, say, writing
+from fnrun.cli.commands.stored import checkpoint_at
+from fnrun.core.tables import size
+
+
+def run(asked: Export) -> int:
+    checkpoints, entry = checkpoint_at(asked.path, asked.checkpoint)
+    if asked.out.exists() and not asked.overwrite:
+        raise CommandError(f"{asked.out} is there already; --overwrite replaces it")
+    with writing(asked.out):
+        export(checkpoints, asked.out, weights=asked.weights, step=entry, dtype=_dtype(asked.dtype), overwrite=asked.overwrite)
+    told = {"checkpoint": place(checkpoints.directory / entry.name), "step": entry.step, "weights": asked.weights, "file": str(asked.out)}
+    told["bytes"] = asked.out.stat().st_size
+    if asked.json:
+        document(told)
+    else:
+        say(f"{asked.out}  {asked.weights} of step {entry.step}, {size(told['bytes'])}, from {told['checkpoint']}")
+    return 0
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CommandError(f"--dtype is a floating-point dtype of torch: bfloat16, float16, float32 or float64, not {name!r}")
+    return dtype

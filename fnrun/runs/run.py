@@ -1,0 +1,386 @@
+"""A run: a directory that holds a training from its first step to its last. And an experiment: what can be run.
+
+    runs/<experiment>/<name>/
+        config.yaml         the experiment's module, its config, and how that came to be: the run's history
+        environment.json    versions and machine, when the run began
+        status.json         running, stopped, finished or crashed, and at which step
+        run.lock            who writes here at the moment
+        checkpoints/        whole states
+        metrics.jsonl       one line a record
+        run.log             what was said, and when
+
+Nothing in it depends on where it lies: a run can be moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import functools
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import msgspec
+
+from fnrun.core import files
+from fnrun.core.environment import environment
+from fnrun.core.words import kind
+from fnrun.runs import writer
+from fnrun.runs.config import check_config, convert, decode, read_yaml
+from fnrun.runs.writer import RunError, Status, WaitingInterrupted, Writing
+
+if TYPE_CHECKING:
+    from fnrun.checkpoint import Checkpoints
+
+__all__ = [
+    "Experiment",
+    "Run",
+    "RunError",
+    "Status",
+    "WaitingInterrupted",
+    "Writing",
+    "load_build",
+]
+
+C = TypeVar("C")
+
+CONFIG = "config.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What `build(config, run)` returns: values and functions, nothing started.
+
+    `state()` makes the fresh state; `program` trains it over `data`, whose values may be functions that make the streams; `evaluate` is a
+    loop over the same data that a restored state is evaluated with.
+    """
+
+    state: Callable[[], Any]
+    program: Callable[..., tuple[Any, dict[str, Any]]]
+    data: Mapping[str, Any]
+    evaluate: Callable[..., tuple[Any, dict[str, Any]]] | None = None
+
+    def __post_init__(self) -> None:
+        from fnrun.core.state import is_state
+        from fnrun.steps import PureStep
+
+        if isinstance(self.state, type) or not callable(self.state):
+            raise TypeError(
+                f"Experiment: state= takes a function that makes the fresh state, and not {kind(self.state)}: "
+                "state=lambda: TrainState.create(model, optimizer)"
+            )
+        for name, loop in (("program", self.program), ("evaluate", self.evaluate)):
+            if (isinstance(loop, type) or not callable(loop) or isinstance(loop, PureStep)) and not (name == "evaluate" and loop is None):
+                hint = (
+                    "epoch_loop(step) or eval_loop(step)"
+                    if isinstance(loop, PureStep)
+                    else "such as fnrun.repeat(...), or a function of its type"
+                )
+                raise TypeError(f"Experiment: {name}= takes a loop, and not {kind(loop)}: {hint}")
+        if self.data is None or isinstance(self.data, type) or is_state(self.data):
+            raise TypeError(
+                f"Experiment: data= takes a mapping of streams, such as {{'train': data.arrays(...)}}, and not {kind(self.data)}"
+            )
+
+    def fresh(self) -> Any:
+        """What `state()` makes. Raises TypeError where it is no state."""
+        from fnrun.core.state import is_state
+
+        state = self.state()
+        if not is_state(state):
+            raise TypeError(f"Experiment: state() returned {kind(state)}: it returns a state, such as TrainState.create(model, optimizer)")
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory. `Run.create` makes one, `Run.open` opens one, and `with run.writing():` is where one trains.
+
+    `experiment` is the module whose `build` makes the experiment, or `module:function`. `history` says, oldest first, where the run left
+    the path of its first config: `{"changed": {"epochs": [5, 8]}, "step": 115, "ticks": 120}` of each resume with another config, and what
+    it was forked from.
+    """
+
+    path: Path
+    experiment: str
+    config: Any
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list, hash=False)
+
+    @classmethod
+    def create(cls, experiment: str, config: Any, path: str | Path | None = None) -> Run:
+        """A new run of `experiment` at `path`, by default `runs/<the module's last name>/<date and time>`.
+
+        The directory appears with its config or not at all. Raises RunError where `path` holds something already, or cannot be written, and
+        for a config that could not be read again.
+        """
+        check_config(config)
+        short = experiment.partition(":")[0].rpartition(".")[2]
+        if path is not None:
+            target = files.place(path)
+            if not cls._place(target, experiment, config):
+                raise RunError(f"{target} already holds {_contents(target)}")
+            return cls(target, experiment, config)
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        for suffix in ["", *(f"-{n}" for n in range(2, 100))]:
+            target = Path("runs") / short / f"{stamp}{suffix}"
+            if cls._place(target, experiment, config):
+                return cls(target, experiment, config)
+        raise RunError(f"no free name for a run in {Path('runs') / short}")
+
+    @staticmethod
+    def _place(target: Path, experiment: str, config: Any) -> bool:
+        """Make the new run there; False where the place is taken."""
+        try:
+            with appearing(target) as made:
+                Run(made, experiment, config).write_beginning()
+        except PlaceTaken:
+            return False
+        return True
+
+    def write_beginning(self) -> None:
+        """Write what a run has from the beginning: its config and the environment."""
+        files.write(self.path / CONFIG, self._content())
+        files.write(self.path / "environment.json", json.dumps(environment(), indent=2).encode() + b"\n")
+
+    @classmethod
+    def open(cls, path: str | Path, config_type: type | None = None, experiment: str | None = None) -> Run:
+        """The run at `path`, its config decoded as `config_type` (without one: as plain dictionaries).
+
+        Raises RunError where there is none, where it is one of another experiment, or where the config cannot be read (naming the field).
+        """
+        path = files.place(path)
+        file = path / CONFIG
+        if not path.is_dir():
+            raise RunError(f"there is no run at {path}")
+        try:
+            raw = read_yaml(file)
+        except FileNotFoundError:
+            raise RunError(f"{path} is no run: it has no config.yaml") from None
+        except OSError as error:
+            raise RunError(f"cannot read {file}: {error.strerror or error}") from error
+        if not isinstance(raw, dict) or not isinstance(raw.get("experiment"), str) or "config" not in raw:
+            raise RunError(f"{file} is damaged: a run's config has the fields experiment and config")
+        if experiment is not None and raw["experiment"] != experiment:
+            raise RunError(f"{path} is a run of {raw['experiment']}, not of {experiment}")
+        history = _history(raw.get("history", []), str(file))
+        return cls(path, raw["experiment"], decode(raw["config"], config_type, str(file)) if config_type else raw["config"], history)
+
+    def write_config(self) -> None:
+        """Make config and history on disk this run's own; the file is replaced whole."""
+        try:
+            files.write(self.path / CONFIG, self._content())
+        except OSError as error:
+            raise RunError(f"cannot write {self.path / CONFIG}: {error.strerror or error}") from error
+
+    def _content(self) -> bytes:
+        content = {"experiment": self.experiment, "config": msgspec.to_builtins(self.config)}
+        return msgspec.yaml.encode(content | ({"history": self.history} if self.history else {}))
+
+    def untouched(self) -> bool:
+        """Whether nothing would be lost if the run began anew: it has no checkpoint, and no line that was logged."""
+        logged = self.metrics.exists() and self.metrics.stat().st_size
+        return not logged and not self.checkpoints.entries()
+
+    def discard(self) -> None:
+        """Delete a run in which nothing has begun: its place is free at once, whenever this is killed."""
+        path = self.path.resolve()
+        aside = path.with_name(files.temporary_name())
+        try:
+            path.rename(aside)
+        except OSError:  # a directory that is mounted there, or one beside which nothing may be made
+            for child in sorted((child for child in path.iterdir() if not _nobodys(child)), key=lambda child: child.name != CONFIG):
+                shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def writing(self, interrupt: Callable[[], str | None] | None = None) -> Iterator[Writing]:
+        """Within it this process alone writes to the run, and the run's status says how it goes: `with run.writing(): fit(...)`.
+
+        What is yielded is an interrupt, for a process that lost the run to another one: `fit(state, data, interrupt=writing)`. At the end
+        checkpoints under way are waited for, and the status is `finished`, `stopped` where `writing.stopped(reason)` said so, or `crashed`.
+
+        Raises RunError where another process writes there: at once if it is of this host, after up to 90 seconds without a sign of life to
+        wait for if it is of another one; `interrupt` ends the waiting. Raises RunError in one of several processes that a launcher such as
+        torchrun started (`WORLD_SIZE`), and at the end if the run was lost.
+        """
+        with writer.writing(self.path, interrupt) as now, self.written_by(now):
+            yield now
+
+    @contextlib.contextmanager
+    def written_by(self, now: Writing) -> Iterator[None]:
+        """The part of `writing` that is about the run as it was opened: its checkpoints are saved as long as `now` holds the directory."""
+        with contextlib.ExitStack() as stack:
+            stack.push(functools.partial(self._leave, now))
+            vars(self)["_writing"] = now
+            yield
+
+    def _leave(self, now: Writing, *exc: Any) -> None:
+        if now.lost is None:
+            del vars(self)["_writing"]
+        if "checkpoints" in vars(self):
+            self.checkpoints.__exit__(*exc)
+            if entries := self.checkpoints.entries():
+                now.at(entries[-1].step, entries[-1].ticks)
+
+    def _guard(self) -> None:
+        """Keep a process from saving that has lost the run to another one."""
+        from fnrun.checkpoint import CheckpointError
+
+        try:
+            if (now := vars(self).get("_writing")) is not None:
+                now.check()
+        except RunError as error:
+            raise CheckpointError(str(error)) from error
+
+    def status(self) -> Status:
+        """What is known of the run without opening its checkpoints. Raises RunError where the file is damaged."""
+        return writer.status(self.path)
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints; each says with which config it was made, and by which source."""
+        from fnrun.checkpoint import Checkpoints
+
+        source = {"experiment": _source(self.experiment)}
+        return Checkpoints(self.path / "checkpoints", config=msgspec.to_builtins(self.config), environment=source, guard=self._guard)
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "run.log"
+
+
+class PlaceTaken(RunError):
+    """Where a run is to be made there is something already."""
+
+
+@contextlib.contextmanager
+def appearing(target: Path, mode: int | None = None) -> Iterator[Path]:
+    """A directory to fill beside `target`, which takes its place at the end, with these permissions; after an error nothing is there.
+
+    Raises PlaceTaken where `target` is a file, or holds something; RunError where it cannot be made.
+    """
+
+    def taken() -> PlaceTaken | None:
+        full = target.exists() and (not target.is_dir() or any(not _nobodys(entry) for entry in target.iterdir()))
+        return PlaceTaken(f"{target} already holds {_contents(target)}: choose another place, for nothing is overwritten") if full else None
+
+    if (refusal := taken()) is not None:
+        raise refusal
+    try:
+        real = target.resolve()  # where a link points to
+        real.parent.mkdir(parents=True, exist_ok=True)
+        within = real.is_dir() and (real.is_mount() or not os.access(real.parent, os.W_OK | os.X_OK))
+        made = (real if within else real.parent) / files.temporary_name()
+        made.mkdir()
+        try:
+            if mode is not None:
+                made.chmod(mode)
+            yield made
+            _take_place(made, real, within)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        if target.is_dir() and (refusal := taken()) is not None:
+            raise refusal from error
+        raise RunError(f"cannot make the run directory {target}: {error.strerror or error}") from error
+
+
+def _take_place(made: Path, target: Path, within: bool) -> None:
+    """`made` as `target`. A directory that is mounted there, or beside which nothing may be made, is filled instead, the config last."""
+    if not within:
+        try:
+            made.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
+                raise
+        else:
+            return
+    for entry in sorted(made.iterdir(), key=lambda entry: entry.name == CONFIG):
+        shutil.move(entry, target)
+    files.sync(target)
+
+
+def _nobodys(entry: Path) -> bool:
+    """What may lie in a directory that is free: what a killed process left half made, and what a file system has in its root."""
+    return files.TEMPORARY.fullmatch(entry.name) is not None or entry.name == "lost+found"
+
+
+def _contents(target: Path) -> str:
+    if (target / CONFIG).exists():
+        return f"a run. To go on with it: resume {target}"
+    return "a file" if target.is_file() else "other files"
+
+
+class _Departure(msgspec.Struct):
+    """What an entry of a history holds at least; see `Run`."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    ticks: Annotated[int, msgspec.Meta(ge=0)]
+    changed: dict[str, tuple[Any, Any]] = {}
+    forked: str | None = None
+    sha256: str | None = None
+
+
+def _history(raw: Any, where: str) -> list[dict[str, Any]]:
+    convert(raw, list[_Departure], where, "history")
+    return raw
+
+
+def built(build: Callable[[Any, Run], Experiment], config: Any, run: Run) -> Experiment:
+    """What `build` returns. Raises RunError where it is no experiment."""
+    experiment: Any = build(config, run)
+    if not isinstance(experiment, Experiment):
+        name = getattr(build, "__qualname__", "build")
+        hint = "is its last line a return?" if experiment is None else "Experiment(state=..., program=..., data=...)"
+        raise RunError(f"{name}(config, run) returned {kind(experiment)}: it returns an fnrun.Experiment; {hint}")
+    return experiment
+
+
+# --- whose code it is --------------------------------------------------------------------------------------------------
+
+
+def load_build(experiment: str) -> Callable[[Any, Run], Experiment]:
+    """The function that `experiment` names, imported as a program does that is started in the current directory.
+
+    `module` is its function `build`, `module:function` another one. Raises RunError where there is no such module or function; an exception
+    of the module's own passes.
+    """
+    module, _, function = experiment.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and misses another one
+        raise RunError(f"there is no module {module} in {here}, or among what is installed: go to where {experiment} lies") from error
+    build: Callable[[Any, Run], Experiment] | None = getattr(found, function or "build", None)
+    if build is None or not callable(build):
+        raise RunError(f"{module} ({getattr(found, '__file__', None)}) has no function {function or 'build'}")
+    return build
+
+
+def _source(experiment: str) -> str:
+    """The module of an experiment with the digest of its file, if it is loaded and has one."""
+    from fnrun.core.tree import module_name
+
+    module = experiment.partition(":")[0]
+    loaded = sys.modules.get("__main__" if module_name("__main__") == module else module)
+    try:
+        return f"{module} sha256:{hashlib.sha256(Path(getattr(loaded, '__file__', None) or '').read_bytes()).hexdigest()}"
+    except OSError:
+        return module

@@ -1,0 +1,12 @@
+"""Where records go. A sink opens at a state and must then hold what a run that was never interrupted would have written up to it."""
+
+from fnrun.sinks.base import Record, Sink, record
+from fnrun.sinks.console import StdoutHandler, console
+from fnrun.sinks.csv import csv
+from fnrun.sinks.jsonl import jsonl
+from fnrun.sinks.mlflow import mlflow
+from fnrun.sinks.tensorboard import tensorboard
+from fnrun.sinks.trackio import trackio
+from fnrun.sinks.wandb import wandb
+
+__all__ = ["Record", "Sink", "StdoutHandler", "console", "csv", "jsonl", "mlflow", "record", "tensorboard", "trackio", "wandb"]

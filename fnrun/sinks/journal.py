@@ -1,0 +1,121 @@
+"""Sinks that are services: what was handed to them cannot be taken back, and what a killed process had not handed over yet is lost.
+
+So a run keeps a journal of its own of what the service is to hold. When it is resumed, the journal is cut as every file is; lines of it
+that never reached the service are sent again, and lines that the service has already and that come again are left out: after an exact
+resume they would be the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fnrun.core import files
+from fnrun.core.documents import jsonable
+from fnrun.core.state import LoopState
+from fnrun.sinks.base import Record
+from fnrun.sinks.lines import Lines, naming, order_of, place
+from fnrun.sinks.media import Histogram, Image, Text
+
+
+class Service(Protocol):
+    """A run of a tracking service. Its lines are numbered, from 0."""
+
+    def start(self) -> int:
+        """Make the run, or go on with it: how many lines it holds."""
+        ...
+
+    def send(self, number: int, record: Record, /) -> None: ...
+    def finish(self) -> None: ...
+
+
+class Journaled:
+    """A sink that keeps `service` at what its journal, the file `path`, says."""
+
+    def __init__(self, path: Path, service: Service) -> None:
+        self.lines, self.service = Lines(path), service
+        self._number = self._held = 0
+
+    def __str__(self) -> str:
+        return str(self.lines.path)
+
+    def open(self, state: LoopState) -> None:
+        if self.lines:
+            return
+        self.lines.open(state.position.order)
+        self._number, self._held = 0, self.service.start()
+        with naming(self.lines.path), self.lines.path.open(encoding="utf-8") as file:
+            for line in file:
+                self._send(_decoded(json.loads(line)))
+
+    def write(self, record: Record) -> None:
+        self.lines.append(_encoded(record))
+        self._send(record)
+
+    def _send(self, record: Record) -> None:
+        if self._number >= self._held:
+            self.service.send(self._number, record)
+        self._number += 1
+
+    def flush(self) -> None:
+        self.lines.flush()
+
+    def close(self) -> None:
+        if self.lines:
+            self.lines.close()
+            self.service.finish()
+
+
+def identity(path: Path, fresh: str) -> str:
+    """The service's name for a run, kept in the file `path`: what stands there, or from now on `fresh`."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or not path.read_text(encoding="utf-8").strip():
+            files.write(path, f"{fresh}\n".encode())
+        return path.read_text(encoding="utf-8").strip()
+
+
+def _encoded(record: Record) -> dict[str, Any]:
+    metrics = {name: jsonable(_packed(value)) for name, value in record.metrics.items()}
+    return {**place(record), "metrics": metrics, "clock": record.clock}
+
+
+def _decoded(line: dict[str, Any]) -> Record:
+    metrics = {name: _unpacked(value) for name, value in line["metrics"].items()}
+    return Record(order_of(line), line["step"], line["epoch"], metrics, line["clock"])
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, Image):
+        from PIL import Image as pictures
+
+        file = io.BytesIO()
+        pictures.fromarray(value.pixels().squeeze()).save(file, "PNG")
+        return {"image": base64.b64encode(file.getvalue()).decode()}
+    if isinstance(value, Text):
+        return {"text": value.text}
+    if isinstance(value, Histogram):
+        return {"counts": value.counts.tolist(), "edges": value.edges.tolist()}
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    match value:
+        case {"image": png}:
+            import numpy as np
+            from PIL import Image as pictures
+
+            pixels = torch.from_numpy(np.array(pictures.open(io.BytesIO(base64.b64decode(png)))))
+            return Image(pixels if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+        case {"text": text}:
+            return Text(text)
+        case {"counts": counts, "edges": edges}:
+            return Histogram(torch.tensor(counts, dtype=torch.float64), torch.tensor(edges, dtype=torch.float64))
+        case str():
+            return float(value)  # NaN and infinities
+    return value

@@ -1,0 +1,43 @@
+"""One JSON object a line: what programs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fnrun.core import files
+from fnrun.core.documents import jsonable
+from fnrun.core.state import LoopState
+from fnrun.sinks.base import Record, Sink
+from fnrun.sinks.lines import Lines, place
+from fnrun.sinks.media import Media
+
+
+class _JsonLines:
+    def __init__(self, path: Path) -> None:
+        self.lines = Lines(path)
+
+    def __str__(self) -> str:
+        return str(self.lines.path)
+
+    def open(self, state: LoopState) -> None:
+        if not self.lines:
+            self.lines.open(state.position.order)
+
+    def write(self, record: Record) -> None:
+        values = {name: jsonable(value) for name, value in record.metrics.items() if not isinstance(value, Media)}
+        self.lines.append({**place(record), **values, "clock": record.clock})
+
+    def flush(self) -> None:
+        self.lines.flush()
+
+    def close(self) -> None:
+        self.lines.close()
+
+
+def jsonl(path: str | Path) -> Sink:
+    """One JSON object a line: `ticks`, `at`, `step`, `epoch`, metrics by name, and an object `clock` with everything that was timed.
+
+    `ticks` and `at` (the finished ticks of each open loop, outermost first) order the lines of a run. When a run is resumed, lines that are
+    later than its state are cut off, for they will be written again. NaN and infinities are the strings that `float` reads.
+    """
+    return _JsonLines(files.place(path))
