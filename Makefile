@@ -19,7 +19,7 @@ types: $(VENV)/.test
 	$(BIN)/basedpyright --level error
 
 # What documents promise is printed alike whatever the CPU's kernels are: once more with the plainest ones.
-PROMISED := fnrun tests/test_readme.py tests/test_pages.py
+PROMISED := fnrun tests/docs
 
 pytest: $(VENV)/.test
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PROMISED)

@@ -48,7 +48,7 @@ class Checkpoints:
     anything is written and before it takes its place; raising a CheckpointError it keeps a process out that may not write any more.
 
     >>> import tempfile, torch, fnrun.core.state
-    >>> state = fnrun.state.TrainState.create(torch.nn.Linear(2, 1), seed=0)
+    >>> state = fnrun.TrainState.create(torch.nn.Linear(2, 1), seed=0)
     >>> with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
     ...     checkpoints.save(state.replace(step=10), {"loss": 0.5}, monitor="loss")
     ...     checkpoints.save(state.replace(step=20), {"loss": 0.7}, monitor="loss")

@@ -40,7 +40,7 @@ from fnrun.core.key import Key
 from fnrun.core.position import Cursor, Frame, Position
 from fnrun.core.state import TrainState
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Pair(NamedTuple):

@@ -25,7 +25,7 @@ from fnrun.runs.writer import LOCK, RunError, status, writing
 from tests.torture.flips import sign
 from tests.torture.training import BATCHES, OPTIMIZER, SERVER, Net, fresh, loss, parameters
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def training(checkpoints: Checkpoints, before: Callable[[int], None] = lambda step: None, *, donate: bool = False, **options: Any) -> Any:

@@ -25,7 +25,7 @@ from fnrun.core.position import Cursor, Frame
 from fnrun.observers import Text
 from tests.checkpoint.test_formats import FORMATS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def declared(module: str, qualname: str, **options: Any) -> Any:

@@ -81,7 +81,7 @@ def test_a_fresh_state_that_nobody_seeded_is_told(finished):
 
 def test_pairs_are_chosen_by_where_they_end(finished):
     assert outcomes(verify(finished, to=[5, 15])) == [(None, 5, "equal"), (10, 15, "equal")]
-    with pytest.raises(fnrun.run.RunError, match=r"no checkpoint of step 7, 8; there are: 5, 10, 15"):
+    with pytest.raises(fnrun.RunError, match=r"no checkpoint of step 7, 8; there are: 5, 10, 15"):
         verify(finished, to=[8, 5, 7])
 
 

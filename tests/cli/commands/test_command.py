@@ -14,7 +14,7 @@ import pytest
 from fnrun.cli.commands import COMMANDS
 from tests.cli.commands.made import document, told
 
-PAGE = Path(__file__).parents[2] / "docs" / "command.md"
+PAGE = Path(__file__).parents[3] / "docs" / "command.md"
 
 
 def in_a_fresh_process(code: str) -> str:
