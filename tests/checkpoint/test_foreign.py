@@ -277,8 +277,8 @@ def hostile(canary: Path) -> dict[str, Any]:
         "rebuilt by a call": Reduced(
             "torch._tensor._rebuild_from_type_v2", Reduced("builtins.eval", write), Reduced("builtins.type"), (), None
         ),
-        "a state": Reduced("tests.test_foreign.Explosive", state={"path": str(canary)}),
-        "a state in two": Reduced("tests.test_foreign.Explosive", state=(None, {"path": str(canary)})),
+        "a state": Reduced("tests.checkpoint.test_foreign.Explosive", state={"path": str(canary)}),
+        "a state in two": Reduced("tests.checkpoint.test_foreign.Explosive", state=(None, {"path": str(canary)})),
         "a dictionary that makes": Reduced("collections.defaultdict", Reduced("builtins.eval", write)),
         "in a key": {Reduced("builtins.eval", write): 1},
         "in an ordered dictionary": Reduced("collections.OrderedDict", [("a", Reduced("os.system", touch))]),

@@ -138,7 +138,7 @@ def test_json(parent, tmp_path, capsys):
 
 def test_without_flags_the_experiment_is_not_imported(parent, tmp_path):
     config = shutil.copytree(parent.path, tmp_path / "parent") / "config.yaml"
-    config.write_text(config.read_text().replace("tests.replayed", "no_such_module"))
+    config.write_text(config.read_text().replace("tests.runs.replayed", "no_such_module"))
     fork(tmp_path / "parent", "--step", 5, "--out", tmp_path / "new")
     assert fnrun.Run.open(tmp_path / "new").experiment == "no_such_module"
 

@@ -24,7 +24,7 @@ def test_runs_are_listed_with_what_is_known_the_last_active_first(runs, capsys):
     rows = document(capsys, "ls", runs)
     assert [Path(row["path"]).name for row in rows] == ["other", "resumed", "whole"]
     row = rows[-1]
-    assert (row["experiment"], row["state"], row["step"], row["epoch"]) == ("tests.command.made", "finished", 6, 2)
+    assert (row["experiment"], row["state"], row["step"], row["epoch"]) == ("tests.cli.commands.made", "finished", 6, 2)
     manifest = fnrun.Run.open(runs / "whole").checkpoints.manifest("best")
     assert row["metrics"] == {
         "val/loss": {"mode": "min", "last": manifest.metrics["val/loss"], "best": manifest.metrics["val/loss"], "best_step": 6}

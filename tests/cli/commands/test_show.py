@@ -83,7 +83,7 @@ def test_it_needs_no_class_of_the_state(stored):
 def test_a_run_a_directory_and_a_checkpoint_are_shown_alike(runs, capsys):
     run = runs / "whole"
     found = document(capsys, "show", run)
-    assert found["experiment"] == "tests.command.made"
+    assert found["experiment"] == "tests.cli.commands.made"
     assert found["config"] == {"epochs": 2, "seed": 0, "lr": 0.05}
     assert found["step"] == 6
     assert found["monitors"] == {"val/loss": "min"}
