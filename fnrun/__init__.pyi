@@ -43,6 +43,6 @@ from .steps import (
     step as step,
     value_and_grad as value_and_grad,
 )
-from .steps.shell import call as call
+from .steps.functional import call as call
 
 __version__: str

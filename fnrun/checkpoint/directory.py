@@ -29,7 +29,7 @@ from fnrun.checkpoint.background import Background
 from fnrun.checkpoint.handed import HandedOver
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, Manifest, Mode, encode_config, scalars
 from fnrun.checkpoint.match import Rename, check_cast
-from fnrun.checkpoint.retention import Which, best, check_keep, judges, monitored, superfluous
+from fnrun.checkpoint.retention import Which, best, check_keep, judges, monitors_of, superfluous
 from fnrun.core import files, tree
 from fnrun.core.donation import shared
 from fnrun.core.entry import Entry
@@ -64,7 +64,7 @@ class Checkpoints:
         environment: Mapping[str, str] | None = None,
         guard: Callable[[], None] | None = None,
     ) -> None:
-        self.directory = files.place(directory).absolute()  # the process may change its directory
+        self.directory = files.local_path(directory).absolute()  # the process may change its directory
         self.config = encode_config(config)
         self.environment = dict(environment or {})
         self.guard = guard
@@ -95,12 +95,12 @@ class Checkpoints:
         Raises CheckpointError at once for what cannot be saved, ValueError for a monitored metric that is not among `metrics`.
         The failure of an earlier save is raised when this one is under way.
         """
-        monitors = monitored(monitor, mode)
+        monitors = monitors_of(monitor, mode)
         if unknown := [metric for metric in monitors if metrics and metric not in metrics]:
             raise ValueError(f"save: {unknown[0]!r} is monitored and not among the metrics: {', '.join(map(repr, metrics or ()))}")
         if self.guard is not None:
             self.guard()
-        step, ticks = _place(state)
+        step, ticks = _step_and_ticks(state)
         self._background.join()  # before the copy, so that there is one at most
         description, metrics = codec.describe(shared(state)), _numbers(metrics or {})
         if (changed := self._handed.take(step, description.leaves, description.sources)) is not None:
@@ -368,7 +368,7 @@ class Checkpoints:
     @classmethod
     def at(cls, path: str | Path) -> tuple[Checkpoints, Entry]:
         """The one checkpoint in the directory `path`, and those beside it. Raises CheckpointError where `path` is none."""
-        path = files.place(path).absolute()
+        path = files.local_path(path).absolute()
         entry = Entry.of(path.name)
         if entry is None or not path.is_dir():
             raise CheckpointError(f"{path} is no checkpoint: one is a directory named STEP-TICKS, such as {Entry(120, 100, 0).name}")
@@ -485,7 +485,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tree.snapshot(value) for name, value in metrics.items() if not isinstance(value, kinds) or math.prod(value.shape) == 1}
 
 
-def _place(state: Any) -> tuple[int, int]:
+def _step_and_ticks(state: Any) -> tuple[int, int]:
     """The step and the ticks by which a state is filed; the ticks of one without a position are its steps."""
     step = getattr(state, "step", None)
     if type(step) is not int or step < 0:

@@ -78,7 +78,7 @@ def state_dict(source: str | Path | Mapping[str, Any], key: str | None = None) -
     """What `params_from` returns; tensors of a file may be mapped from it, and are to be copied."""
     if isinstance(source, Mapping):
         return _chosen(source, key, "the mapping")
-    path = files.place(source)
+    path = files.local_path(source)
     if path.is_dir():
         raise CheckpointError(f"{path} is a directory: load_from(path, like) takes runs and checkpoints, this takes a file")
     try:
@@ -273,7 +273,7 @@ def _chosen(content: Any, key: str | None, where: str) -> dict[str, Tensor]:
         found = ", ".join(f"{name} ({_words(value)})" for name, value in list(content.items())[:30])
         what = f"{'more than one' if chosen else 'no'} state dict under {' or '.join(keys)}"
         raise CheckpointError(f"{where} holds {what}; it has: {found or 'nothing'}. Name one of these: params_from(..., key=...)")
-    others = [f"{name} is {_words(value)}" for name, value in chosen[0].items() if not (isinstance(name, str) and _plain(value))]
+    others = [f"{name} is {_words(value)}" for name, value in chosen[0].items() if not (isinstance(name, str) and _is_dense(value))]
     if others:
         raise CheckpointError(
             f"{where}: a state dict has plain, dense tensors by name, and here {shortened(others)}. Leave out what is none: read the "
@@ -284,14 +284,14 @@ def _chosen(content: Any, key: str | None, where: str) -> dict[str, Tensor]:
     return {name: Tensor.detach(value) for name, value in chosen[0].items()}  # not value.detach(), which a file can set
 
 
-def _plain(value: Any) -> bool:
+def _is_dense(value: Any) -> bool:
     plain = type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
     return plain and value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
 
 
 def _words(value: Any) -> str:
     if isinstance(value, Tensor):
-        return "a tensor" if _plain(value) else f"{a(type(value).__name__)} of {value.layout}, {value.dtype}, on {value.device}"
+        return "a tensor" if _is_dense(value) else f"{a(type(value).__name__)} of {value.layout}, {value.dtype}, on {value.device}"
     article = "an" if type(value).__name__[0] in "aeiouAEIOU" else "a"
     return f"{article} {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, Mapping) else "")
 

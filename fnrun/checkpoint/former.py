@@ -89,7 +89,7 @@ def _in_words_of_3(structure: Any, leaves: list[dict[str, Any]]) -> tuple[Any, l
     made: list[dict[str, Any]] = []
     number: dict[int, int] = {}
 
-    def walk(node: Any) -> Any:
+    def walk(node: Any, depth: int = 0) -> Any:
         if not isinstance(node, dict):
             if node in number:
                 raise ValueError("the structure does not name each leaf once")
@@ -98,14 +98,20 @@ def _in_words_of_3(structure: Any, leaves: list[dict[str, Any]]) -> tuple[Any, l
             return number[node]
         family, _, name = node["kind"].partition(" ")
         if family != "struct" or name not in STRUCTS:
-            return {**node, "children": [walk(child) for child in node["children"]]}
+            return {**node, "children": [walk(child, depth + 1) for child in node["children"]]}
         keys, children = list(node.get("keys", [])), list[Any]()
         for key, child in zip(node.get("keys", []), node["children"], strict=True):
             if (name, key) == ("fnrun.state:Frame", "loop"):
                 keys[len(children) : len(children) + 1] = ("kind", "path", "nth")
                 children += named(child)
-            else:
-                children.append(walk(child))
+                continue
+            begin = len(made)
+            children.append(walk(child, depth + 1))
+            if (name, key) == ("fnrun.state:Cursor", "memo"):
+                keys[keys.index("memo")] = "loader_state"
+                for leaf in range(begin, len(made)):
+                    parts = made[leaf]["path"].split("/")
+                    made[leaf] = {**made[leaf], "path": "/".join([*parts[:depth], "loader_state", *parts[depth + 1 :]])}
         return {**node, "kind": f"struct {STRUCTS[name]}", "keys": keys, "children": children}
 
     def named(loop: int) -> list[int]:

@@ -31,7 +31,7 @@ class HandedOver:
                 continue
             known, count = held.get(id(source), (None, 0))
             if changed is None and known is not None and known() is source and version(source) != count:
-                changed = told(leaves[number].path, f"the state of step {last}")
+                changed = changed_after_saving(leaves[number].path, f"the state of step {last}")
             self._held[id(source)] = weakref.ref(source), version(source)
         return changed
 
@@ -44,10 +44,10 @@ def check(leaves: list[Leaf], sources: Mapping[int, Any], versions: Mapping[int,
     """Raises InPlaceError, with the path, where a tensor was written to since it was noted."""
     for number, source in sources.items():
         if isinstance(source, torch.Tensor) and version(source) != versions.get(id(source), version(source)):
-            raise told(leaves[number].path, f"the state of step {step}")
+            raise changed_after_saving(leaves[number].path, f"the state of step {step}")
 
 
-def told(path: str, state: str) -> InPlaceError:
+def changed_after_saving(path: str, state: str) -> InPlaceError:
     return InPlaceError(
         f"{path} was changed in place after {state} was handed over to be saved. A hook, an observer, a step or a transform writes to what it was "
         "given: program.dry_run(state, data) and fnrun.testing.assert_pure name it. (Who gives a state away by state.donate() waits for the save first)"

@@ -27,7 +27,7 @@ def which(text: str) -> int | str | None:
     return text
 
 
-def monitored(monitor: str | Mapping[str, Mode] | None, mode: Mode) -> dict[str, Mode]:
+def monitors_of(monitor: str | Mapping[str, Mode] | None, mode: Mode) -> dict[str, Mode]:
     """The monitored metrics with their modes. Raises ValueError for a mode that is neither "min" nor "max"."""
     monitors: dict[str, Mode] = {monitor: mode} if isinstance(monitor, str) else dict(monitor or {})
     for one in (mode, *monitors.values()):

@@ -213,7 +213,7 @@ def export(
     ...     tree.equal(params_from(path), state.params)
     True
     """
-    to = files.place(to)
+    to = files.local_path(to)
     match.check_cast("export", dtype)
     foreign.check_target(to, overwrite=overwrite)
     found, at = _found(source, weights, step)
@@ -294,7 +294,7 @@ def _checkpoints(source: Any) -> tuple[Checkpoints, Entry | None] | None:
         raise CheckpointError(
             f"{a(type(source).__name__)} holds no weights that are known: give a state, a run, a checkpoint, a file or a state dict"
         )
-    path = files.place(source)
+    path = files.local_path(source)
     if not path.is_dir():
         return None
     if (path / store.MANIFEST).exists() or Entry.of(path.name):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fnrun.checkpoint import orbax, pieces
-from fnrun.checkpoint.handed import told
+from fnrun.checkpoint.handed import changed_after_saving
 from fnrun.checkpoint.manifest import TORCH_DTYPES, File, Leaf, Manifest, Piece
 from fnrun.checkpoint.store import DIGEST, MANIFEST
 from fnrun.core import files, tree
@@ -142,7 +142,7 @@ def _check_unchanged(contents: Sequence[_Content], step: int) -> None:
     for content in contents:
         for leaf, data in content.leaves:
             if pieces.digest(data) != leaf.pieces[0].digest:
-                raise told(leaf.path, f"the state of step {step}")
+                raise changed_after_saving(leaf.path, f"the state of step {step}")
 
 
 def _new(path: Path, content: bytes) -> None:

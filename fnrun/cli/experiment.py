@@ -21,8 +21,8 @@ import tyro
 
 from fnrun.checkpoint import CheckpointError, DamagedError
 from fnrun.checkpoint.retention import which
-from fnrun.core.donation import why_dead
-from fnrun.core.files import PlaceError, placed
+from fnrun.core.donation import deleted_reason
+from fnrun.core.files import PathError, local_paths
 from fnrun.core.position import Cursor
 from fnrun.core.tables import number, printable, table
 from fnrun.core.tree import module_name
@@ -103,7 +103,7 @@ def _tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
 
 def _users_fault(error: Exception) -> bool:
     """Whether the message says all there is to say: errors about runs, checkpoints, programs, and the disk under them."""
-    return isinstance(error, (RunError, CheckpointError, ProgramError, PlaceError))
+    return isinstance(error, (RunError, CheckpointError, ProgramError, PathError))
 
 
 # --- the flags ---------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class _Evaluate:
 def _resumed(build: Build, name: str, path: Path, args: list[str]) -> tuple[Any, Run]:
     """The command with flags that are not given as the run has them, and the run."""
     run = Run.open(path, config_type(build), name)
-    return placed(_flags(args, name, config_type(build), _Resume(run=path, config=run.config))), run
+    return local_paths(_flags(args, name, config_type(build), _Resume(run=path, config=run.config))), run
 
 
 def _flags(args: list[str], name: str, config_type: type, default: Any = None) -> Any:
@@ -266,7 +266,7 @@ def _printable_warnings() -> Iterator[None]:
 
 def _trained(build: Build, name: str, command: Any, asked: _Asked) -> int:
     writer.check_alone()
-    command = placed(command)
+    command = local_paths(command)
     if not isinstance(command, _Resume):
         return _train(build, name, command.out, command, asked)
     if command.auto and not (command.run / CONFIG).exists():
@@ -401,7 +401,7 @@ def _departing(before: Run, run: Run, state: Any, fresh: Any) -> Any:
         for name, cursor in state.position.streams.items():
             if cursor.batch:  # what is left of the pass is another rest, in another order
                 logger.info("data of %r: the rest of epoch %d is left out", name, cursor.epoch + 1)
-                cursors = {**state.position.streams, name: Cursor(cursor.epoch + 1, 0, cursor.source, cursor.memo)}
+                cursors = {**state.position.streams, name: Cursor(cursor.epoch + 1, 0, cursor.source, cursor.loader_state)}
                 state = state.replace(position=dataclasses.replace(state.position, streams=cursors))
     return state
 
@@ -475,7 +475,7 @@ def _run(run: Run, program: Any, state: Any, data: Any, interrupt: Interrupt, *,
             return program(state, data, interrupt=interrupt)[0]
         except OtherData as error:
             agreed = "forked" in last or "other_data" in last
-            if not (agreed or other_data) or why_dead(error.state) is not None:
+            if not (agreed or other_data) or deleted_reason(error.state) is not None:
                 raise
             state = _moved(error.state, error.name, error.source)
             if not agreed:
@@ -537,7 +537,7 @@ def _workers_end_too(asked: _Asked) -> Iterator[None]:
 
 
 def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
-    command = placed(command)
+    command = local_paths(command)
     run = Run.open(command.run, config_type(build), name)
     step = which(command.checkpoint)
     if run.checkpoints.latest() is None:

@@ -58,9 +58,9 @@ _INSTEAD = {
 class Donatable:
     """The base of states that may be donated: its fields are gone when it is dead."""
 
-    __slots__ = ("__weakref__", "_owner", "_why_dead")
+    __slots__ = ("__weakref__", "_deleted_reason", "_owner")
 
-    _why_dead: str | tuple[int, str]
+    _deleted_reason: str | tuple[int, str]
     _owner: Owner
 
     def __new__(cls, *args: Any, **options: Any) -> Self:  # and not `__post_init__`, which a subclass may have for itself
@@ -74,13 +74,13 @@ class Donatable:
             hint = next((hint for names, hint in _INSTEAD.items() if name in names.split()), f"it has {', '.join(fields(type(self)))}")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}: {hint}", name=name, obj=self)
         raise DonatedStateError(
-            f"state.{name}: {why_dead(self)}. Use the state that came out of it; in a hook or an observer that keeps states, keep "
+            f"state.{name}: {deleted_reason(self)}. Use the state that came out of it; in a hook or an observer that keeps states, keep "
             "fnrun.snapshot(state); after an exception, restore the last checkpoint"
         )
 
     def __repr__(self) -> str:
         """In one line, whatever its leaves are."""
-        if (by := why_dead(self)) is not None:
+        if (by := deleted_reason(self)) is not None:
             return f"{type(self).__name__}({by})"
         return f"{type(self).__name__}({', '.join(f'{name}={_brief(getattr(self, name))}' for name in fields(type(self)))})"
 
@@ -91,7 +91,7 @@ class Donatable:
         too, another state with the same parameters, is not written over.
         """
         kept = contents(self)
-        _end(self, "this state was given away by state.donate()")
+        _mark_deleted(self, "this state was given away by state.donate()")
         given = type(self)(**kept)
         del kept  # which holds all of it too
         object.__setattr__(given, "_owner", Owner.of(given))
@@ -138,16 +138,16 @@ def contents(state: Any) -> dict[str, Any]:
     return dict(zip(fields(type(state)), _values(type(state))(state), strict=True))
 
 
-def why_dead(state: Any) -> str | None:
+def deleted_reason(state: Any) -> str | None:
     """What became of a dead state, None for one that is alive (or was never donatable)."""
     try:
-        why = object.__getattribute__(state, "_why_dead")
+        why = object.__getattribute__(state, "_deleted_reason")
     except AttributeError:
         return None
     return why if isinstance(why, str) else "this state was donated: step {} ({}) wrote the next one over it".format(*why)
 
 
-def _end(state: Any, why: str | tuple[int, str]) -> None:
+def _mark_deleted(state: Any, why: str | tuple[int, str]) -> None:
     """Take a state's fields away: touching one says why, or which step it was, by number and name."""
     delete = object.__delattr__
     for name in fields(type(state)):
@@ -155,10 +155,10 @@ def _end(state: Any, why: str | tuple[int, str]) -> None:
             delete(state, name)
         except AttributeError:  # gone already
             pass
-    object.__setattr__(state, "_why_dead", why)
+    object.__setattr__(state, "_deleted_reason", why)
 
 
-def surviving(state: Any) -> Any:
+def without_donated(state: Any) -> Any:
     """A state as it will be readable after it was donated: without parameters and optimizer state."""
     if not isinstance(state, Donatable):
         return state
@@ -166,7 +166,7 @@ def surviving(state: Any) -> Any:
     for name in fields(type(state)):
         if name not in DONATED:
             object.__setattr__(kept, name, getattr(state, name))
-    object.__setattr__(kept, "_why_dead", "an observer that folds sees the state before the tick without what the tick wrote over")
+    object.__setattr__(kept, "_deleted_reason", "an observer that folds sees the state before the tick without what the tick wrote over")
     return kept
 
 
@@ -255,7 +255,7 @@ class Owner:
             states, self._states = self._states, []
             for ref in states:
                 if (each := ref()) is not None and self._carries(each):
-                    _end(each, by)
+                    _mark_deleted(each, by)
         else:
             self._tensors, self._memory, self._states = {}, frozenset(), []
         token = _writes.set(self)

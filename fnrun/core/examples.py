@@ -200,16 +200,16 @@ def examples(batch: Any) -> int:
     >>> examples([torch.zeros(3, 9, 9), torch.zeros(3, 7, 7)]), examples([torch.zeros(8, 4), torch.zeros(8)])
     (2, 8)
     """
-    if (rows := known(batch)) is None:
+    if (rows := example_count(batch)) is None:
         raise ValueError(f"how many examples this batch has is not clear: {shapes(batch)}")
     return rows
 
 
-def known(batch: Any) -> int | None:
+def example_count(batch: Any) -> int | None:
     """`examples(batch)`, or None where that is not clear."""
     cls = type(batch)
     if cls is torch.Tensor and batch.ndim:
-        rows = told(batch)[0]
+        rows = attached_count(batch)[0]
         return batch.size(0) if rows is None else rows
     if cls in _USUAL and batch and (cls in _PLAIN or batch.told[0] is None):  # found out without a look at the whole tree
         values = batch.values() if cls in (dict, _Dict) else batch
@@ -220,10 +220,10 @@ def known(batch: Any) -> int | None:
             and (cls not in (list, _List) or (cls is _List and batch.told[1]) or len({(value.dtype, value.ndim) for value in batch}) > 1)
         ):
             return lengths.pop()  # pyright: ignore[reportReturnType]
-    return _known(batch, *told(batch))
+    return _example_count(batch, *attached_count(batch))
 
 
-def _known(batch: Any, told: int | None, columns: bool) -> int | None:
+def _example_count(batch: Any, told: int | None, columns: bool) -> int | None:
     if told is not None:
         return told
     lists = {part.kind for part in parts(batch, as_entries)} - {"array", "values", "numbers"}
@@ -255,7 +255,7 @@ def _labels(value: tuple[Any, ...]) -> bool:
 
 def counts(batch: Any) -> bool:
     """Whether there is anything that counts, or a stream's word."""
-    return told(batch)[0] is not None or any(part.kind != "numbers" for part in parts(batch, as_entries))
+    return attached_count(batch)[0] is not None or any(part.kind != "numbers" for part in parts(batch, as_entries))
 
 
 def ambiguous(batch: Any) -> bool:
@@ -307,23 +307,23 @@ _PLAIN = frozenset(_MARKED)
 _USUAL = frozenset({*_MARKED, *_MARKED.values()})
 
 
-def told(batch: Any) -> tuple[int | None, bool]:
+def attached_count(batch: Any) -> tuple[int | None, bool]:
     """What its stream said of a batch: how many examples, and whether torch's collate made its lists, which are columns then."""
     return getattr(batch, "told" if type(batch) in (_Dict, _List, _Tuple) else "_fnrun_told", (None, False))
 
 
-def tell(batch: Any, rows: int | None, columns: bool = False) -> Any:
+def attach_count(batch: Any, rows: int | None, columns: bool = False) -> Any:
     """The batch, with a stream's word of it where that is needed: of the same type, or of a subclass that prints and compares alike."""
-    speaks = rows is None or known(batch) == rows
-    return batch if speaks and not (columns and ambiguous(batch)) else with_told(batch, rows, columns)
+    speaks = rows is None or example_count(batch) == rows
+    return batch if speaks and not (columns and ambiguous(batch)) else with_count(batch, rows, columns)
 
 
-def retold(made: Any, batch: Any) -> Any:
+def keep_count(made: Any, batch: Any) -> Any:
     """What was made of the tensors of a batch, with a stream's word of that batch."""
-    return made if (word := told(batch)) == (None, False) or told(made) == word else with_told(made, *word)
+    return made if (word := attached_count(batch)) == (None, False) or attached_count(made) == word else with_count(made, *word)
 
 
-def with_told(batch: Any, rows: int | None, columns: bool) -> Any:
+def with_count(batch: Any, rows: int | None, columns: bool) -> Any:
     cls = type(batch)
     if cls in _MARKED:
         batch = _MARKED[cls](batch)
@@ -334,7 +334,7 @@ def with_told(batch: Any, rows: int | None, columns: bool) -> Any:
     elif hasattr(batch, "__dict__"):  # a tensor, or an object of the user's, which goes as it is from hand to hand
         object.__setattr__(batch, "_fnrun_told", (rows, columns))
     elif hasattr(batch, "_fields"):
-        batch = with_told(_with_attributes(cls)(*batch), rows, columns)
+        batch = with_count(_with_attributes(cls)(*batch), rows, columns)
     return batch
 
 
@@ -356,8 +356,8 @@ def _register(cls: Any) -> None:
         if cls is _Dict:
             order, keys, said = context
             values = dict(zip(keys, children, strict=True))
-            return with_told({key: values[key] for key in order}, *said)
-        return with_told(cls._fnrun_like(children), *context)
+            return with_count({key: values[key] for key in order}, *said)
+        return with_count(cls._fnrun_like(children), *context)
 
     def with_keys(node: Any) -> Any:
         children, context, entries = flatten(node)

@@ -27,30 +27,30 @@ _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
-class PlaceError(ValueError):
+class PathError(ValueError):
     """What was given as a place is none on this machine's file systems."""
 
 
-def place(path: str | os.PathLike[str]) -> Path:
-    """A path as a user gives it: `~` is the home directory. Raises PlaceError for a URL, which would name a directory of this machine.
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a user gives it: `~` is the home directory. Raises PathError for a URL, which would name a directory of this machine.
 
-    >>> place("~/runs") == Path.home() / "runs", str(place("runs/try1"))
+    >>> local_path("~/runs") == Path.home() / "runs", str(local_path("runs/try1"))
     (True, 'runs/try1')
     """
     text = os.fspath(path)
     if _URL.match(text):
-        raise PlaceError(f"{text} is a URL, and fnrun reads and writes local files only: give a path, and copy from there or to there")
+        raise PathError(f"{text} is a URL, and fnrun reads and writes local files only: give a path, and copy from there or to there")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise PlaceError(f"{text}: {error}") from error
+        raise PathError(f"{text}: {error}") from error
 
 
-def placed(command: Any) -> Any:
-    """A dataclass with every path among its fields as `place` reads it. Raises PlaceError."""
+def local_paths(command: Any) -> Any:
+    """A dataclass with every path among its fields as `local_path` reads it. Raises PathError."""
 
     def read(value: Any) -> Any:
-        return place(value) if isinstance(value, Path) else tuple(map(read, value)) if isinstance(value, tuple) else value
+        return local_path(value) if isinstance(value, Path) else tuple(map(read, value)) if isinstance(value, tuple) else value
 
     return dataclasses.replace(command, **{field.name: read(getattr(command, field.name)) for field in dataclasses.fields(command)})
 

@@ -50,7 +50,7 @@ def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _plain(leaf: Any) -> bool:
+def _has_bits(leaf: Any) -> bool:
     """Whether bits can be compared."""
     plain = type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout == torch.strided and not leaf.is_nested and not leaf.is_meta
     return plain and not _transformed(leaf)
@@ -71,7 +71,7 @@ class Marks:
         self._versions = [version(leaf) if isinstance(leaf, torch.Tensor) else 0 for leaf in self._leaves]
         self._copies: list[Any] | None = None
         if bits:
-            self._copies = [leaf.detach().clone() if _plain(leaf) else None for leaf in self._leaves]
+            self._copies = [leaf.detach().clone() if _has_bits(leaf) else None for leaf in self._leaves]
 
     def found(self) -> tuple[str, str] | None:
         """The path of the first leaf that is not as it was, and what was done; None if all are."""
@@ -121,7 +121,7 @@ class Guard:
         limit = _strict.get()
         if limit is None:
             limit = SMALL if self.left == FIRST else -1
-        bits = limit >= 0 and sum(leaf.nbytes for leaf in tree.leaves(given) if _plain(leaf)) <= limit
+        bits = limit >= 0 and sum(leaf.nbytes for leaf in tree.leaves(given) if _has_bits(leaf)) <= limit
         self.left = max(0, self.left - 1)
         return [Marks(each, bits=bits) for each in given]
 

@@ -19,13 +19,13 @@ class Cursor:
 
     `(epoch, n)` with n the last batch's successor is written `(epoch + 1, 0)`. `source` says what the stream is made of, in words
     (rows, batch size, a digest of the content): in other data the same position would mean other rows.
-    `memo` is what a stream that cannot compute its batches from a position says of itself (`data.stateful`).
+    `loader_state` is what a stream that cannot compute its batches from a position says of itself (`data.stateful`).
     """
 
     epoch: int = 0
     batch: int = 0
     source: str = ""
-    memo: Any = None
+    loader_state: Any = None
 
     def moved(self, source: str) -> tuple[Cursor, str]:
         """Where to go on in other data, and what that means, in words.
@@ -44,7 +44,7 @@ class Cursor:
             if done >= size and not dropped:  # in the middle of the pass there too
                 twice = f", {done % size} of which come a second time" if done % size else ""
                 return Cursor(self.epoch, done // size, source), f"epoch {self.epoch + 1} goes on behind its first {done} examples{twice}"
-        if self.memo is not None:
+        if self.loader_state is not None:
             return Cursor(source=source), "the new data begins where it stands by itself, its epochs counted from 1"
         if not self.batch:
             return Cursor(self.epoch, 0, source), f"epoch {self.epoch + 1} begins with the new data"
@@ -128,11 +128,11 @@ def in_training(state: Any) -> bool:
     return not frames or frames[-1].kind in TRAINING
 
 
-def counted(state: Any) -> int:
+def tick_number(state: Any) -> int:
     """The number of the tick that has just ended: `state.step` in a loop of training steps, finished rounds elsewhere."""
     return state.step if in_training(state) else state.position.frames[-1].ticks
 
 
-def due(state: Any, every: int) -> bool:
+def is_due(state: Any, every: int) -> bool:
     """Whether a hook or an observer with `every=n` acts now: counted in `state.step` in a loop of training steps, in rounds elsewhere."""
-    return counted(state) % every == 0
+    return tick_number(state) % every == 0

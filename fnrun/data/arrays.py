@@ -135,9 +135,9 @@ class Arrays(Stream):
             made = structure.unflatten(gathered.popleft())
             if self.transform is not None:
                 made = _transformed(self.transform, made, key.fold_in(epoch, "batch", batch))
-                made = rows.tell(made, min(self.batch_size, self.rows - batch * self.batch_size), columns=lists)
+                made = rows.attach_count(made, min(self.batch_size, self.rows - batch * self.batch_size), columns=lists)
             elif lists:
-                made = rows.tell(made, None, columns=True)
+                made = rows.attach_count(made, None, columns=True)
             yield made, Cursor(*after, self.source)
 
 

@@ -70,7 +70,7 @@ class Loader(Stream):
         try:
             for batch, (_, at, after) in zip(made, walk(cursor, len(self), replay), strict=True):
                 asked_for = min(self.batch_size, self.rows - at * self.batch_size)
-                yield rows.tell(batch, asked_for, columns=self.collate is default_collate), Cursor(*after, self.source)
+                yield rows.attach_count(batch, asked_for, columns=self.collate is default_collate), Cursor(*after, self.source)
         finally:
             getattr(made, "close", lambda: None)()
 

@@ -55,10 +55,10 @@ class Stateful(Stream):
         while True:
             items = self._pass(key.fold_in(epoch), batch)
             try:
-                for item, last, memo in items:
+                for item, last, loader_state in items:
                     batch += 1
-                    item = rows.tell(item, None, columns=True) if columns else item
-                    yield item, Cursor(epoch + 1, 0, source, memo) if last else Cursor(epoch, batch, source, memo)
+                    item = rows.attach_count(item, None, columns=True) if columns else item
+                    yield item, Cursor(epoch + 1, 0, source, loader_state) if last else Cursor(epoch, batch, source, loader_state)
             finally:
                 items.close()
             if replay:
@@ -70,14 +70,14 @@ class Stateful(Stream):
         untouched = not self.first
         if untouched:
             self.first.append(tree.snapshot(self.iterable.state_dict()))
-        if cursor.memo is None:
+        if cursor.loader_state is None:
             if cursor.epoch or cursor.batch:
                 raise ValueError(
                     f"the position (epoch {cursor.epoch}, batch {cursor.batch}) does not say in which state the stream was there"
                 )
             if untouched:
                 return self.first[0]
-        state = self.first[0] if cursor.memo is None else cursor.memo
+        state = self.first[0] if cursor.loader_state is None else cursor.loader_state
         self.iterable.load_state_dict(tree.snapshot(state))
         return state
 
@@ -101,11 +101,11 @@ class Stateful(Stream):
                 raise ValueError(f"{self.source} has no batch in a pass")
             last = False
             while not last:
-                memo = tree.snapshot(self.iterable.state_dict())
+                loader_state = tree.snapshot(self.iterable.state_dict())
                 batch += 1
                 ahead = following(batch)
                 last = ahead is none
-                yield item, last, tree.snapshot(self.iterable.state_dict()) if last else memo
+                yield item, last, tree.snapshot(self.iterable.state_dict()) if last else loader_state
                 item = ahead
         finally:
             for end in ("close", "_shutdown_workers"):  # a generator's; a DataLoader iterator's
@@ -148,7 +148,7 @@ def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
     ...     def load_state_dict(self, state):
     ...         self.at = state["at"]
     >>> batch, after = next(stateful(Count()).iterate(Key(0), Cursor()))
-    >>> batch, after.memo, next(stateful(Count()).iterate(Key(0), after))[0]
+    >>> batch, after.loader_state, next(stateful(Count()).iterate(Key(0), after))[0]
     (1, {'at': 1}, 2)
     """
     if not (hasattr(iterable, "state_dict") and hasattr(iterable, "load_state_dict")):

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 import torch
 
 from fnrun.core import tree
-from fnrun.core.examples import retold
+from fnrun.core.examples import keep_count
 from fnrun.core.inplace import Guard
 from fnrun.core.key import Key
 from fnrun.core.position import Cursor
@@ -210,7 +210,7 @@ class _Copy:
 
     def __call__(self, batch: Any) -> Any:
         if self.stream is None:
-            return retold(tree.map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch), batch)
+            return keep_count(tree.map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch), batch)
 
         def to_cuda(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -218,7 +218,7 @@ class _Copy:
             return (leaf.pin_memory() if leaf.device.type == "cpu" else leaf).to(self.device, non_blocking=True)
 
         with torch.cuda.stream(self.stream):
-            return retold(tree.map(to_cuda, batch), batch)
+            return keep_count(tree.map(to_cuda, batch), batch)
 
     def arrived(self, batch: Any) -> Any:
         """The batch, safe to use in the current stream."""

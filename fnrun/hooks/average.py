@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from fnrun.core.counts import count
-from fnrun.core.position import counted
+from fnrun.core.position import tick_number
 from fnrun.core.state import TrainState, carried
 from fnrun.optim import applied_updates
 
@@ -69,7 +69,7 @@ class _Average:
         memory = state.memory[self.name]
         updates, seen = memory["updates"], {}
         if self.per == "step":
-            tick = counted(state)
+            tick = tick_number(state)
             due = tick >= self.start and (tick - self.start) % self.every == 0
         else:
             tick = self._applied(state)

@@ -39,7 +39,7 @@ def reported(who: str, monitor: str, state: LoopState, metrics: dict[str, Any]) 
     return False
 
 
-def monitored(who: str, monitor: str, state: LoopState, metrics: dict[str, Any]) -> float | None:
+def monitored_value(who: str, monitor: str, state: LoopState, metrics: dict[str, Any]) -> float | None:
     """The monitored value, for which it waits; None in a tick without it. Raises as `reported`."""
     return float(metrics[monitor]) if reported(who, monitor, state, metrics) else None
 

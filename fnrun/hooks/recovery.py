@@ -11,7 +11,7 @@ from fnrun.core.counts import count
 from fnrun.core.position import in_training
 from fnrun.core.state import TrainState
 from fnrun.hooks import leaves
-from fnrun.hooks.monitor import monitored
+from fnrun.hooks.monitor import monitored_value
 from fnrun.optim.lists import all_finite
 
 
@@ -39,7 +39,7 @@ class _Rollback:
         return self._remembering(state, {**memory, "good": memory["good"] or kept, "newest": kept})
 
     def after(self, state: TrainState, metrics: dict[str, Any]) -> TrainState:
-        value = monitored(self.name, self.monitor, state, metrics)
+        value = monitored_value(self.name, self.monitor, state, metrics)
         if value is None:
             return state
         memory = state.memory[self.name]

@@ -11,7 +11,7 @@ import torch
 
 from fnrun.core import counts
 from fnrun.core.state import LoopState
-from fnrun.hooks.monitor import Mode, better, check_mode, monitored
+from fnrun.hooks.monitor import Mode, better, check_mode, monitored_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _EarlyStopping:
         return {"best": None, "waited": 0}
 
     def after(self, state: Any, metrics: dict[str, Any]) -> Any:
-        value = monitored(self.name, self.monitor, state, metrics)
+        value = monitored_value(self.name, self.monitor, state, metrics)
         if value is None:
             return state
         memory = state.memory[self.name]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fnrun.core.counts import count
-from fnrun.core.position import counted, due, in_training
+from fnrun.core.position import in_training, is_due, tick_number
 from fnrun.core.words import kind
 from fnrun.hooks.monitor import reported
 
@@ -85,7 +85,7 @@ def every(n: int, hook: AnyHook) -> AnyHook:
     A `before` of the hook is not held back: it belongs to the batch, not to the count. Raises ValueError for an n below 1.
     """
     n = count("every: n", n)
-    return _conditional(lambda state: due(state, n), hook)
+    return _conditional(lambda state: is_due(state, n), hook)
 
 
 def at(ticks: int | Iterable[int], hook: AnyHook) -> AnyHook:
@@ -93,7 +93,7 @@ def at(ticks: int | Iterable[int], hook: AnyHook) -> AnyHook:
     chosen = frozenset(count("at: a step", tick) for tick in (ticks if isinstance(ticks, Iterable) else [ticks]))
     if not chosen:
         raise ValueError("at: name at least one step, the first is 1")
-    return _conditional(lambda state: counted(state) in chosen, hook)
+    return _conditional(lambda state: tick_number(state) in chosen, hook)
 
 
 def between(begin: int, end: int | None, hook: AnyHook) -> AnyHook:
@@ -105,7 +105,7 @@ def between(begin: int, end: int | None, hook: AnyHook) -> AnyHook:
     end = None if end is None else count("between: end", end)
     if end is not None and end <= begin:
         raise ValueError(f"between: no step is at least {begin!r} and less than {end!r}")
-    return _conditional(lambda state: begin <= counted(state) and (end is None or counted(state) < end), hook)
+    return _conditional(lambda state: begin <= tick_number(state) and (end is None or tick_number(state) < end), hook)
 
 
 def when(condition: Callable[[Any], bool], hook: AnyHook) -> AnyHook:

@@ -93,7 +93,7 @@ class Loop(Composed):
     def title(self) -> str:
         return self.kind
 
-    def own(self) -> list[Any]:
+    def own_loops(self) -> list[Any]:
         return [self]
 
     def enter(self, at: LoopContext) -> LoopContext:

@@ -84,7 +84,7 @@ class OverData(Loop):
 
     @functools.cached_property
     def _known(self) -> Callable[[Any], int | None]:
-        return self.step.examples if isinstance(self.step, PureStep) else rows.known
+        return self.step.examples if isinstance(self.step, PureStep) else rows.example_count
 
     def examples_of(self, x: Any, result: Any) -> int:
         known = self._known(x)

@@ -70,7 +70,7 @@ def _short(name: str, step: Any, around: DryRun, clock: _Clock) -> Any:
     """The step with one tick for each loop that stands in it openly; its notes go under `around`."""
     if not isinstance(step, Composed):  # a step, or a function that may call loops
         return step
-    if not step.own():  # `every` is no loop and has no tick of its own
+    if not step.own_loops():  # `every` is no loop and has no tick of its own
         return step.cut(lambda inner_name, inner: _short(name, inner, around, clock))
     note = DryRun(name, step.title())
     around.inner.append(note)

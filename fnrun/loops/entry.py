@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fnrun.core.context import OUTSIDE, loop_context
-from fnrun.core.donation import Owner, owner_of, why_dead
+from fnrun.core.donation import Owner, deleted_reason, owner_of
 from fnrun.core.position import Position
 from fnrun.core.state import S
 from fnrun.core.undisturbed import restoring
@@ -60,7 +60,7 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
             _say_what_is_not_finite(program, unwound.state, metrics)
         return unwound.state, metrics
     except Interrupted as interrupted:  # while a program that a hook, an observer or a step of this one calls waited for a batch
-        if interrupted.by is not program.interrupt or why_dead(program.latest) is not None:
+        if interrupted.by is not program.interrupt or deleted_reason(program.latest) is not None:
             program.close(program.latest, interrupted)
             raise
         program.close(program.latest, interrupted.text)
@@ -123,6 +123,6 @@ def with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...
         inner["step"] = with_observers(fields["step"], change)
     if isinstance(fields.get("steps"), dict):
         inner["steps"] = {name: with_observers(member, change) for name, member in fields["steps"].items()}
-    if isinstance(step, Composed) and step.own():
+    if isinstance(step, Composed) and step.own_loops():
         inner["observers"] = change(tuple(step.observers))
     return dataclasses.replace(step, **inner)

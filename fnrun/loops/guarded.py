@@ -16,7 +16,7 @@ import torch
 from fnrun.core import inplace
 from fnrun.core.inplace import Guard, InPlaceError
 from fnrun.core.key import Key, Scope
-from fnrun.core.position import due
+from fnrun.core.position import is_due
 from fnrun.core.state import is_state
 from fnrun.core.undisturbed import undisturbed
 from fnrun.core.words import kind
@@ -55,7 +55,7 @@ class Guarded:
 
     def __call__(self, state: Any, given: Any) -> Any:
         guard = self.guard
-        if not guard.on or (self.every is not None and not due(state, self.every)):
+        if not guard.on or (self.every is not None and not is_due(state, self.every)):
             if self.label is None:
                 return self.call(state, given)
             with scope(state, self.label):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fnrun.core.donation import why_dead
+from fnrun.core.donation import deleted_reason
 from fnrun.core.inplace import Guard, looked_at
 from fnrun.core.key import Key
 from fnrun.core.state import LoopState
@@ -156,6 +156,6 @@ class ObserverLives:
                 yield functools.partial(self._close, observer, observer.close, state, reason)
 
     def _close(self, observer: ObserverContract, close: Callable[[Any, Any], Any], state: Any, reason: Any) -> None:
-        alive = state if why_dead(state) is None else None
+        alive = state if deleted_reason(state) is None else None
         with looked_at(f"`close` of an observer ({type(observer.given).__name__})", alive):
             close(state, reason)

@@ -51,7 +51,7 @@ class Composed:
         """What it is, in a few words."""
         raise NotImplementedError
 
-    def own(self) -> list[Any]:
+    def own_loops(self) -> list[Any]:
         """This one as a list, if it is a loop."""
         return []
 
@@ -104,21 +104,21 @@ def loops_of(step: Any) -> list[Any]:
     """The loops of a program that are known to stand in it, outermost first."""
     if not isinstance(step, Composed):
         return []
-    return [*step.own(), *(loop for _, each in step.inner() for loop in loops_of(each))]
+    return [*step.own_loops(), *(loop for _, each in step.inner() for loop in loops_of(each))]
 
 
 def donates(step: Any) -> bool:
     """Whether a loop that stands in it openly, with no wrapper between, writes over its states."""
     if not isinstance(step, Composed) or isinstance(step, Wrapper):
         return False
-    return any(loop.donate for loop in step.own()) or any(donates(each) for _, each in step.inner())
+    return any(loop.donate for loop in step.own_loops()) or any(donates(each) for _, each in step.inner())
 
 
 def stands_openly(step: Any) -> bool:
     """Whether a loop stands there, with no wrapper around it."""
     if not isinstance(step, Composed) or isinstance(step, Wrapper):
         return False
-    return bool(step.own()) or all(stands_openly(each) for _, each in step.inner())
+    return bool(step.own_loops()) or all(stands_openly(each) for _, each in step.inner())
 
 
 def functions(step: Any) -> list[Any]:

@@ -17,7 +17,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from fnrun.core.context import OUTSIDE, loop_context
-from fnrun.core.donation import surviving
+from fnrun.core.donation import without_donated
 from fnrun.core.position import Cursor, Frame, Position
 from fnrun.core.waiting import Interrupted
 from fnrun.loops import guarded
@@ -123,7 +123,7 @@ class OpenLoop:
             if not tick.fresh:  # a fold reads its own loop's frame, whatever was open within when the state was saved
                 tick.before = framed(tick.before, tick.before.position.frames[: self.depth + 1])
             if self.at.owner is not None:
-                tick.before = surviving(tick.before)
+                tick.before = without_donated(tick.before)
         state, tick.result = self.loop.turn(state, tick.x, tick.frame, self.at)
         if len(state.position.frames) != self.depth + 1:
             raise other_program(state, self.program)

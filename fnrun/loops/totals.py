@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fnrun.core.tree import struct
 from fnrun.core.words import a
-from fnrun.metrics.base import wide
+from fnrun.metrics.base import to_accumulator_dtype
 from fnrun.metrics.basic import Last, Max, Mean, Min, Sum
 from fnrun.metrics.by_name import flat
 
@@ -36,11 +36,16 @@ class Means:
             return Means(self.names, self.total + value, self.weight + 1.0, self.unit)
         # The product is rounded by itself: fused with the sum, its bits would depend on where in the stack the value stands.
         share = examples / self.unit
-        return Means(self.names, self.total + (wide(value) if isinstance(value, Tensor) else value) * share, self.weight + share, self.unit)
+        return Means(
+            self.names,
+            self.total + (to_accumulator_dtype(value) if isinstance(value, Tensor) else value) * share,
+            self.weight + share,
+            self.unit,
+        )
 
     def add_each(self, values: Tensor, examples: Sequence[int]) -> Means:
         """Several ticks at once, with the bits of one after the other: `values` is `[ticks, names]`."""
-        rows, weight = wide(values), self.weight
+        rows, weight = to_accumulator_dtype(values), self.weight
         if any(n != self.unit for n in examples):
             shares = [n / self.unit for n in examples]
             rows = rows * torch.tensor(shares, dtype=rows.dtype, device=rows.device).unsqueeze(1)
@@ -103,8 +108,8 @@ def fold(totals: Totals | None, metrics: Mapping[str, Any], examples: int) -> To
     if totals is not None and totals.shared == (names := tuple(metrics)) and _scalars(metrics) and _like(totals, metrics):
         waiting = (*totals.waiting, (examples, *metrics.values()))
         together = Totals(totals.names, totals.means, totals.numbers, totals.folds, names, waiting)
-        return together if len(waiting) < TOGETHER else settled(together)
-    totals = _fold(settled(totals), metrics, examples)
+        return together if len(waiting) < TOGETHER else flushed(together)
+    totals = _fold(flushed(totals), metrics, examples)
     if _scalars(metrics):
         return dataclasses.replace(totals, shared=tuple(metrics))
     return totals
@@ -144,7 +149,7 @@ def _like(totals: Totals, metrics: Mapping[str, Any]) -> bool:
     return all(type(kept[name]) is type(value) if name in kept else type(value) not in _FOLDS for name, value in metrics.items())
 
 
-def settled(totals: Totals | None) -> Totals:
+def flushed(totals: Totals | None) -> Totals:
     """The totals with no tick waiting."""
     if totals is None:
         return Totals()
@@ -238,7 +243,7 @@ def _add(means: tuple[Means, ...], tensors: dict[str, Tensor], examples: int) ->
         for name, value in tensors.items():
             groups.setdefault((value.shape, value.dtype, value.device), []).append(name)
         for (shape, _, _), names in groups.items():
-            value = wide(_stacked(names, [tensors[name] for name in names], shape))
+            value = to_accumulator_dtype(_stacked(names, [tensors[name] for name in names], shape))
             added.append(Means(tuple(names), torch.zeros_like(value), 0.0, examples or 1).add(value, examples))
     return tuple(added)
 
@@ -248,7 +253,7 @@ def _stacked(names: Sequence[str], values: list[Tensor], shape: torch.Size) -> T
         if value.shape != shape:
             raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(shape)} in the ticks before")
     if len({value.dtype for value in values}) > 1:  # stacked as they are, an int would be rounded to its neighbour's float32
-        values = [wide(value) for value in values]
+        values = [to_accumulator_dtype(value) for value in values]
     stacked = torch.stack(values)
     return stacked.detach() if stacked.requires_grad else stacked
 
@@ -264,7 +269,7 @@ def compute(totals: Totals) -> dict[str, Any]:
 
     What a fold computes is under its name; of a fold that computes a dict, under `name/key`.
     """
-    totals = settled(totals)
+    totals = flushed(totals)
     found: dict[str, Any] = {}
     for stack in totals.means:
         found.update(zip(stack.names, (stack.total / stack.weight).unbind(), strict=True))

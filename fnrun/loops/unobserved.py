@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fnrun.core.donation import why_dead
+from fnrun.core.donation import deleted_reason
 from fnrun.core.position import Frame, Position
 from fnrun.core.waiting import Interrupted
 from fnrun.loops import totals as running
@@ -69,9 +69,9 @@ def run_unobserved(opened: OpenLoop, state: Any, frame: Frame, ticks: int) -> An
     except ProgramExit:
         raise
     except Interrupted as interrupted:
-        raise program.ended(interrupted, finished(state) if done and why_dead(state) is None else state) from interrupted.__cause__
+        raise program.ended(interrupted, finished(state) if done and deleted_reason(state) is None else state) from interrupted.__cause__
     except BaseException:
-        if done and why_dead(state) is None:
+        if done and deleted_reason(state) is None:
             finished(state)
         raise
     return finished(state)

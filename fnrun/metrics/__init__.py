@@ -83,6 +83,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The loops' totals, under the names by which users know them. They stand on a floor above, so they are imported when asked for."""
-    if name in ("Means", "Totals", "compute", "fold", "fold_each", "settled"):
+    if name in ("Means", "Totals", "compute", "fold", "fold_each", "flushed"):
         return getattr(importlib.import_module("fnrun.loops.totals"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

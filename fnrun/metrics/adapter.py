@@ -153,7 +153,7 @@ class _Metric:
 
     def __call__(self, *args: Any, **kwargs: Any) -> TorchmetricsState:
         with self._lock:
-            self._place(tree.leaves((args, kwargs)))
+            self._move_to_device_of(tree.leaves((args, kwargs)))
             self.metric.reset()
             try:
                 self.metric.update(*args, **kwargs)
@@ -195,7 +195,7 @@ class _Metric:
 
     def computed(self, fold: TorchmetricsState) -> Any:
         with self._lock, Key(0).scope(), torch.no_grad():
-            self._place(tree.leaves(fold.states))
+            self._move_to_device_of(tree.leaves(fold.states))
             self.metric.reset()
             try:
                 for at, part in self.parts.items():
@@ -215,7 +215,7 @@ class _Metric:
         rows = torch.cat(state)
         return rows[0] if len(rows) == 1 else rows
 
-    def _place(self, leaves: list[Any]) -> None:
+    def _move_to_device_of(self, leaves: list[Any]) -> None:
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if any(part.device != leaf.device for part in self.parts.values()):

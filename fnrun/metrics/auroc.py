@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fnrun.core.tree import static, struct
-from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, wide
+from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, to_accumulator_dtype
 from fnrun.metrics.bins import Bins
 from fnrun.metrics.collect import Chunks, collect
 
@@ -33,7 +33,7 @@ class AUROC(Additive):
         return self._of_pairs(lambda positives, negatives: positives * negatives / 2)
 
     def _of_pairs(self, pairs: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        positives, negatives = wide(self.positives), wide(self.negatives)
+        positives, negatives = to_accumulator_dtype(self.positives), to_accumulator_dtype(self.negatives)
         both = positives.sum(-1) * negatives.sum(-1)
         areas = pairs(positives, negatives).sum(-1) / both.clamp(min=1)
         unknown = self.positives[..., -1] + self.negatives[..., -1] > 0
@@ -51,10 +51,10 @@ class ExactAUROC(Additive):
         """The area by ranks (Mann-Whitney), where a positive and a negative of one score count as half a pair in order."""
         rows = self.seen.compute()
         scores, positive, valid = _against_the_rest(rows["score"], rows["label"])
-        positives, negatives = wide((positive & valid).sum(-1)), wide((~positive & valid).sum(-1))
+        positives, negatives = to_accumulator_dtype((positive & valid).sum(-1)), to_accumulator_dtype((~positive & valid).sum(-1))
         place = torch.where(valid, scores, torch.inf)  # a NaN that does not count would lead the search astray
         place, order = place.sort(-1)
-        negative = wide((~positive & valid).gather(-1, order).long())
+        negative = to_accumulator_dtype((~positive & valid).gather(-1, order).long())
         before = torch.nn.functional.pad(negative.cumsum(-1), (1, 0))
         lower, upper = (torch.searchsorted(place, place, right=right) for right in (False, True))
         pairs = (before.gather(-1, lower) + before.gather(-1, upper)) / 2
@@ -127,7 +127,7 @@ def _log_odds(scores: Tensor) -> Tensor:
     logs of probabilities they are a function of the class's own entry. Of other rows they are a function of its place in the sorted row:
     neither the order of the other classes nor a shift of all makes a difference.
     """
-    logits, classes = wide(scores), scores.shape[1]
+    logits, classes = to_accumulator_dtype(scores), scores.shape[1]
     pad, infinity = torch.nn.functional.pad, torch.inf
     tolerance = min(1e-3, 4 * (classes + 4) * torch.finfo(scores.dtype).eps)
     sums = logits.logsumexp(1)

@@ -55,7 +55,7 @@ def _fields(cls: Any) -> tuple[tuple[str, bool], ...]:
     return tuple((field.name, not field.metadata.get("pytree_node", True)) for field in dataclasses.fields(cls))
 
 
-def wide(values: Tensor) -> Tensor:
+def to_accumulator_dtype(values: Tensor) -> Tensor:
     """`values` in the widest float of their device."""
     return values.to(wide_dtype(values.device))
 
@@ -72,7 +72,7 @@ def averaged(values: Tensor, seen: Tensor, weight: Tensor, average: str | None) 
     """
     if average is None:
         return torch.where(seen, values, torch.nan)
-    weight = wide(seen) if average == "macro" else torch.where(seen, weight, 0)
+    weight = to_accumulator_dtype(seen) if average == "macro" else torch.where(seen, weight, 0)
     return torch.where(seen, values * weight, 0).sum(-1) / weight.sum(-1)
 
 

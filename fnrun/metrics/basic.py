@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fnrun.core.tree import struct
-from fnrun.metrics.base import Additive, wide
+from fnrun.metrics.base import Additive, to_accumulator_dtype
 
 
 @struct(name="fnrun.metrics.Mean")
@@ -84,7 +84,7 @@ def mean(values: Any, weight: Any = None) -> Mean:
     >>> whole.merge(mean(torch.tensor([7.0]))).compute()
     tensor(3.2500, dtype=torch.float64)
     """
-    values = wide(torch.as_tensor(values))
+    values = to_accumulator_dtype(torch.as_tensor(values))
     if weight is None:
         return Mean(values.sum(), values.new_full((), values.numel()))
     weight = torch.as_tensor(weight, device=values.device).to(values.dtype)
@@ -111,7 +111,7 @@ def _remedy(weight: torch.Size, values: torch.Size) -> str:
 def sum(values: Any) -> Sum:
     """The sum over all elements."""
     values = torch.as_tensor(values)
-    return Sum((wide(values) if values.is_floating_point() else values).sum())
+    return Sum((to_accumulator_dtype(values) if values.is_floating_point() else values).sum())
 
 
 def last(value: Any) -> Last:

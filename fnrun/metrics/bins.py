@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fnrun.metrics.base import wide
+from fnrun.metrics.base import to_accumulator_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Bins:
 
     def index(self, values: Tensor) -> Tensor:
         """The bin of each value, int64."""
-        values = wide(values)
+        values = to_accumulator_dtype(values)
         magnitude = values.abs()
         mantissa, exponent = torch.frexp(magnitude)  # in [0.5, 1)
         step = ((2 * mantissa - 1) * self.per_octave).floor()
@@ -57,7 +57,7 @@ class Bins:
         """
         place = (index - self.side).abs()
         step = (place - 1) % self.per_octave
-        octave = torch.exp2(wide((place - 1 - step) // self.per_octave + self.low))
+        octave = torch.exp2(to_accumulator_dtype((place - 1 - step) // self.per_octave + self.low))
         start, end = octave * (1 + step / self.per_octave), octave * (1 + (step + 1) / self.per_octave)
         magnitude = torch.where(place == self.side, torch.inf, 2 * start * end / (start + end))
         return torch.where(place == 0, 0, torch.where(index < self.side, -magnitude, magnitude))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fnrun.core.counts import count
 from fnrun.core.tree import static, struct
-from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, wide
+from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, to_accumulator_dtype
 from fnrun.metrics.basic import Mean
 
 # --- how high the label stands -----------------------------------------------------------------------------------------
@@ -34,9 +34,9 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
         top = logits.argmax(1, keepdim=True)
         hit = (top.squeeze(1) == labels) & ~logits.gather(1, top).squeeze(1).isnan()
     else:
-        hit = _place(logits, labels) < k
+        hit = _classes_before(logits, labels) < k
     counted = _within(labels.long(), classes)  # a narrow int could not be compared with as many classes
-    return Mean(wide((hit & counted).sum()), wide(counted.sum()))
+    return Mean(to_accumulator_dtype((hit & counted).sum()), to_accumulator_dtype(counted.sum()))
 
 
 @struct(name="fnrun.metrics.TopK")
@@ -48,7 +48,7 @@ class TopK(Additive):
     ks: tuple[int, ...] = static()
 
     def compute(self) -> dict[str, Tensor]:
-        shares = wide(self.hits) / wide(self.counted).unsqueeze(-1)
+        shares = to_accumulator_dtype(self.hits) / to_accumulator_dtype(self.counted).unsqueeze(-1)
         return {f"top{k}": share for k, share in zip(self.ks, shares.unbind(-1), strict=True)}
 
 
@@ -63,11 +63,11 @@ def top_k(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> TopK:
     ks = [count("top_k: each of ks", k) for k in ks]
     if not ks or any(not 1 <= k <= classes for k in ks) or len(set(ks)) < len(ks):
         raise ValueError(f"top_k: ks={tuple(ks)} of {classes} classes; wanted are different numbers from 1 to {classes}")
-    place, counted = _place(logits, labels), _within(labels.long(), classes)
-    return TopK(torch.stack([((place < k) & counted).sum() for k in ks]), counted.sum(), tuple(ks))
+    ahead, counted = _classes_before(logits, labels), _within(labels.long(), classes)
+    return TopK(torch.stack([((ahead < k) & counted).sum() for k in ks]), counted.sum(), tuple(ks))
 
 
-def _place(logits: Tensor, labels: Tensor) -> Tensor:
+def _classes_before(logits: Tensor, labels: Tensor) -> Tensor:
     """How many classes stand before the label's own."""
     classes = logits.shape[1]
     labels = labels.long()  # a narrow int could not be compared with as many classes
@@ -155,7 +155,7 @@ class ClassCounts(Additive):
     average: str | None = static()
 
     def compute(self) -> Tensor | dict[str, Tensor]:
-        counts = wide(torch.stack([self.hits, self.predicted, self.labelled]))
+        counts = to_accumulator_dtype(torch.stack([self.hits, self.predicted, self.labelled]))
         if self.average == "micro":
             counts = counts.sum(-1, keepdim=True)
         found = {measure: self._averaged(_measured(measure, *counts.unbind(0)), counts) for measure in self.measures}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fnrun.core.tree import struct
-from fnrun.metrics.base import Additive, check_scores, wide
+from fnrun.metrics.base import Additive, check_scores, to_accumulator_dtype
 
 
 @struct(name="fnrun.metrics.Perplexity")
@@ -36,4 +36,4 @@ def perplexity(logits: Tensor, labels: Tensor) -> Perplexity:
     own = logits.gather(1, labels.clamp(0, classes - 1).unsqueeze(1)).squeeze(1)
     nll = logits.logsumexp(1) - own
     counted = (labels >= 0) & (labels < classes)
-    return Perplexity(torch.where(counted, wide(nll), 0).sum(), wide(counted.sum()))
+    return Perplexity(torch.where(counted, to_accumulator_dtype(nll), 0).sum(), to_accumulator_dtype(counted.sum()))

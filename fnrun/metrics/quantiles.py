@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fnrun.core.tree import static, struct
-from fnrun.metrics.base import check_same, wide
+from fnrun.metrics.base import check_same, to_accumulator_dtype
 from fnrun.metrics.bins import Bins
 
 BINS = Bins(low=-40, high=40, per_octave=64)
@@ -33,7 +33,7 @@ class Quantiles:
         below = self.counts[..., :-1].cumsum(-1)
 
         def quantile(q: float) -> Tensor:
-            rank = (wide(below[..., -1:] - 1) * q).floor()
+            rank = (to_accumulator_dtype(below[..., -1:] - 1) * q).floor()
             value = BINS.middle((below <= rank).sum(-1)).clamp(self.low, self.high)  # NaN where one was seen, for they are NaN then
             return torch.where(below[..., -1] > 0, value, torch.nan)
 
@@ -53,7 +53,7 @@ def quantiles(values: Any, q: float | Sequence[float] = (0.5, 0.9, 0.99)) -> Qua
     >>> quantiles(torch.arange(1, 1001)).merge(quantiles(torch.arange(1001, 2001))).compute()["p50"]
     tensor(1003.9841, dtype=torch.float64)
     """
-    values = wide(torch.as_tensor(values)).reshape(-1).detach()
+    values = to_accumulator_dtype(torch.as_tensor(values)).reshape(-1).detach()
     wanted = q if isinstance(q, (int, float)) else tuple(float(one) for one in q)
     if any(not 0 <= one <= 1 for one in (wanted if isinstance(wanted, tuple) else (wanted,))) or wanted == ():
         raise ValueError(f"quantiles: q is a number from 0 to 1, or several, not {q!r}")

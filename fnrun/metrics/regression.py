@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fnrun.core.tree import struct
-from fnrun.metrics.base import Additive, wide
+from fnrun.metrics.base import Additive, to_accumulator_dtype
 from fnrun.metrics.basic import Mean, mean
 
 
@@ -129,4 +129,4 @@ def _pair(what: str, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tens
             f"{what}: predictions of shape {tuple(predictions.shape)} and targets of shape {tuple(targets.shape)} differ: "
             "squeeze or reshape one of them"
         )
-    return wide(predictions.detach()), wide(targets.detach())
+    return to_accumulator_dtype(predictions.detach()), to_accumulator_dtype(targets.detach())

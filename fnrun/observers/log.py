@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fnrun.core.counts import count
-from fnrun.core.position import counted, due, in_training
+from fnrun.core.position import in_training, is_due, tick_number
 from fnrun.core.state import LoopState
 from fnrun.core.words import kind, uncalled
 from fnrun.observers.pace import Pace
@@ -54,7 +54,8 @@ class _Log:
             return None
         kept = folded if folded is not None and "run" not in self.windows else self._first(before) | (folded or {})
         return {
-            size: window.fold(kept.get(size, ()), counted(before) % self.every, metrics, examples) for size, window in self.windows.items()
+            size: window.fold(kept.get(size, ()), tick_number(before) % self.every, metrics, examples)
+            for size, window in self.windows.items()
         }
 
     def fold_each(self, folded: Any, before: Any, ticks: Sequence[tuple[Any, int]]) -> Any:
@@ -92,10 +93,10 @@ class _Log:
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         self._ticks += max(1, state.step - self._step) if in_training(state) else 1
         self._step = state.step
-        if self._ticks == 1 or due(state, self.every):
+        if self._ticks == 1 or is_due(state, self.every):
             now = time.perf_counter()
             left = self._pace.at(state.position.frames, self._program.lengths, now)
-            if due(state, self.every):
+            if is_due(state, self.every):
                 self._line(state, now, left)
 
     def _line(self, state: LoopState, now: float, left: float | None) -> None:

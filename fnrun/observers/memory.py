@@ -13,7 +13,7 @@ import torch
 from fnrun.core import tree
 from fnrun.core.counts import count
 from fnrun.core.donation import storage
-from fnrun.core.position import due
+from fnrun.core.position import is_due
 from fnrun.core.state import LoopState
 from fnrun.observers.ranks import rank
 from fnrun.observers.writing import Writing
@@ -43,7 +43,7 @@ class _Memory:
         if not self._shown:
             self._shown = True
             logger.info("%s", table(state))
-        if due(state, self.every):
+        if is_due(state, self.every):
             self._writing.write(state, {"state_mib": sum(_sizes(state).values()) / 2**20}, resident())
 
     def flush(self) -> None:

@@ -35,7 +35,7 @@ def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
     compiled step cannot be seen: debug it with `compile=False`. What cannot be written (a full disk) is an error in the log. The step needs
     `loss` among its metrics. It goes around a step and inside a loop; around a loop it is refused (TypeError).
     """
-    seen, place = False, files.place(to)
+    seen, place = False, files.local_path(to)
 
     @functools.wraps(step)
     def wrapped(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
@@ -96,12 +96,12 @@ def _cause(step: Any, model: nn.Module, state: Any, batch: Any, metrics: dict[st
     modules = [(name, has_nan, finite_input) for name, finite, has_nan, finite_input in forward if not finite]
     if modules:
         name, has_nan, finite_input = modules[0]
-        said = f"the first module with an output that is not finite: {_place(model, name)}" + (
+        said = f"the first module with an output that is not finite: {_module_in_words(model, name)}" + (
             "" if finite_input else ", and its input was not finite"
         )
         nan = next((name for name, has_nan, _ in modules if has_nan), None)
         if not has_nan and nan is not None:  # an infinity may be meant, in a mask; a NaN is not
-            said += f" (infinite); the first with a NaN: {_place(model, nan)}"
+            said += f" (infinite); the first with a NaN: {_module_in_words(model, nan)}"
         return said
     if not _finite(metrics["loss"]):
         return "every module's output is finite: the loss function made it"
@@ -110,7 +110,7 @@ def _cause(step: Any, model: nn.Module, state: Any, batch: Any, metrics: dict[st
     return "the forward is finite, and so are the gradients between modules: a parameter's gradient or the optimizer made it"
 
 
-def _place(model: nn.Module, name: str) -> str:
+def _module_in_words(model: nn.Module, name: str) -> str:
     return f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__})"
 
 
@@ -140,8 +140,8 @@ def _watching(model: nn.Module) -> Iterator[tuple[list[tuple[str, bool, bool, bo
         taken, given = ([t for t in tree.leaves(value) if isinstance(t, Tensor)] for value in (inputs, outputs))
         forward.append((name, _finite(given), any(bool(t.isnan().any()) for t in given), _finite(taken)))
         # Its gradient is made by what takes a tensor, so that is what it is called by; of modules within each other by the innermost.
-        follow(taken, f"input of {_place(model, name)}", rename=next(module.children(), None) is None)
-        follow(given, f"output of {_place(model, name)}", rename=False)
+        follow(taken, f"input of {_module_in_words(model, name)}", rename=next(module.children(), None) is None)
+        follow(given, f"output of {_module_in_words(model, name)}", rename=False)
 
     hooks = [
         module.register_forward_hook(
@@ -171,14 +171,14 @@ def _save(directory: Path, state: Any, batch: Any, found: str) -> str:
     lines = (
         "To repeat it, with the model, the optimizer and the step made as in the run:\n\n"
         f'    state = fnrun.checkpoint.Checkpoints("{directory / "state"}").restore(like=fnrun.TrainState.create(model, optimizer))\n'
-        f'    batch = torch.load("{file}", weights_only={_plain(file)})\n'
+        f'    batch = torch.load("{file}", weights_only={_loads_safely(file)})\n'
         "    state, metrics = train_step(state, batch)\n"
     )
     files.write(directory / "report.txt", f"{found}\n\n{lines}".encode())
     return lines
 
 
-def _plain(file: Path) -> bool:
+def _loads_safely(file: Path) -> bool:
     """Whether it can be read without running code: tensors in plain containers can, other classes cannot."""
     try:
         torch.load(file, weights_only=True)

@@ -128,5 +128,5 @@ def predictions(path: str | Path) -> Any:
     >>> print(predictions("runs/digits/predictions.jsonl"))
     predictions -> runs/digits/predictions.jsonl
     """
-    path = files.place(path)
+    path = files.local_path(path)
     return _Rows(path) if path.suffix == ".jsonl" else _Shards(path)

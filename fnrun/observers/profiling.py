@@ -122,4 +122,4 @@ def profile(steps: range, to: str | Path) -> Any:
     """
     if not isinstance(steps, range) or steps.step != 1 or not steps or steps[0] < 1:
         raise ValueError(f"profile: steps is a range such as range(10, 13), from 1 on, not {steps!r}")
-    return _Profile(steps, files.place(to))
+    return _Profile(steps, files.local_path(to))

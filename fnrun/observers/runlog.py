@@ -33,7 +33,7 @@ def logging_to(path: str | Path, level: Level = "info") -> Iterator[None]:
     Where several processes train together, only the first one prints, and each other one has a file of its own: `run.rank1.log` beside
     `run.log`. An exception that ends the block is in the file with its traceback. Raises OSError where the file cannot be written.
     """
-    path, own = files.place(path), rank()
+    path, own = files.local_path(path), rank()
     file = logging.StreamHandler(
         files.opened(path if own == 0 else path.with_name(f"{path.stem}.rank{own}{path.suffix}"), "a", encoding="utf-8")
     )

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.checkpoint.manifest import ranked
-from fnrun.checkpoint.retention import check_keep, monitored
+from fnrun.checkpoint.retention import check_keep, monitors_of
 from fnrun.core.counts import count
-from fnrun.core.donation import why_dead
+from fnrun.core.donation import deleted_reason
 from fnrun.core.environment import ranks
 from fnrun.core.inplace import InPlaceError
-from fnrun.core.position import Position, due, in_training
+from fnrun.core.position import Position, in_training, is_due
 from fnrun.core.state import LoopState
 from fnrun.core.words import kind
 from fnrun.hooks.monitor import reported
@@ -47,14 +47,14 @@ class _Checkpoint:
         self._saved = state.position.order if state.position.ticks else None  # a state that stands somewhere came from a checkpoint
         self._failures = 0
         self._seen, self._best = (None, {}), None
-        _check_place(self.checkpoints)
+        _check_checkpoints(self.checkpoints)
         if ranks()[0]:
             raise CheckpointError(
                 f"{self.checkpoints.directory}: this is process {ranks()[0]} of several; the first one alone may save there"
             )
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        now = due(state, self.every)
+        now = is_due(state, self.every)
         # One save is in flight at most, so how that one went comes before the next one.
         self._surviving(state, self.checkpoints.wait if now else self.checkpoints.poll)
         if now or not in_training(state):
@@ -107,7 +107,7 @@ class _Checkpoint:
             changed = error if isinstance(error.__cause__, InPlaceError) else None
         if isinstance(reason, CheckpointError) and reason.state is not None:
             state = reason.state  # of the tick in which the run gave up
-        if (by := why_dead(state)) is not None:
+        if (by := deleted_reason(state)) is not None:
             logger.error("%s, and did not come to its end: the last checkpoint is the good state", by)
         elif state.position.ticks and self._saved != state.position.order:
             try:
@@ -130,7 +130,7 @@ class _Checkpoint:
             raise changed
 
 
-def _check_place(checkpoints: Any) -> None:
+def _check_checkpoints(checkpoints: Any) -> None:
     if not isinstance(checkpoints, Checkpoints):
         raise TypeError(
             f"checkpoint: it saves to fnrun.checkpoint.Checkpoints(directory), or run.checkpoints, and not to {kind(checkpoints)}"
@@ -163,9 +163,9 @@ def checkpoint(
     Raises ValueError where no step reports a monitored metric.
     """
     if checkpoints is not None:  # a program may be drawn and checked before there is a place; it cannot begin
-        _check_place(checkpoints)
+        _check_checkpoints(checkpoints)
     check_keep("checkpoint", keep, keep_every)
     if keep_every is not None and keep is None:
         raise ValueError("checkpoint: keep_every says what stays besides the `keep` newest: give keep too (without it everything stays)")
     every, max_failures = count("checkpoint: every", every), count("checkpoint: max_failures", max_failures)
-    return _Checkpoint(checkpoints, monitored(monitor, mode), keep, keep_every, every, max_failures)
+    return _Checkpoint(checkpoints, monitors_of(monitor, mode), keep, keep_every, every, max_failures)

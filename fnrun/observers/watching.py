@@ -11,7 +11,7 @@ from torch import Tensor
 from fnrun.core import tree
 from fnrun.core.counts import count
 from fnrun.core.donation import shared
-from fnrun.core.position import due
+from fnrun.core.position import is_due
 from fnrun.core.reports import report
 from fnrun.core.state import LoopState
 from fnrun.observers.writing import Writing
@@ -35,7 +35,7 @@ class _Watch:
         self._keep(state)  # a resumed run may stand right before a line
 
     def __call__(self, state: Any, metrics: dict[str, Any]) -> None:
-        if due(state, self.every):
+        if is_due(state, self.every):
             self._writing.write(state, self._values(state))
         self._keep(state)
 

@@ -70,7 +70,7 @@ class Window:
             parts = () if begins else parts
         metrics = self._expanded(metrics)
         if begins or not parts:
-            ended = (*parts[:-1], running.settled(parts[-1])) if parts else ()
+            ended = (*parts[:-1], running.flushed(parts[-1])) if parts else ()
             return (*ended, running.fold(None, metrics, examples))[-max(1, self.parts) :]
         return (*parts[:-1], running.fold(parts[-1], metrics, examples))
 
@@ -104,7 +104,7 @@ class Window:
 
 def compute(parts: Sequence[Totals]) -> dict[str, Any]:
     """The values over all parts, by name."""
-    parts = [running.settled(part) for part in parts]
+    parts = [running.flushed(part) for part in parts]
     if len(parts) == 1:
         return running.compute(parts[0])
     sums: dict[str, Any] = {}

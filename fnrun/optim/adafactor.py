@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyper, Settings, constant
-from fnrun.optim.lists import is_zero, read
+from fnrun.optim.lists import host_value, is_zero
 from fnrun.optim.rule import Rule, optimizer
 
 
@@ -35,10 +35,10 @@ def adafactor(
         fresh = t**beta2_decay
         rate = _least(h["lr"], 1 / t**0.5)
         floors = [torch.finfo(x.dtype).eps if eps[0] is None else eps[0] for x in p]
-        sizes = [_most(read(norm) / max(x.numel(), 1) ** 0.5, eps[1]) * rate for norm, x in zip(ops.norm(p), p, strict=True)]
+        sizes = [_most(host_value(norm) / max(x.numel(), 1) ** 0.5, eps[1]) * rate for norm, x in zip(ops.norm(p), p, strict=True)]
         estimates, new = _variances(ops, g, slots, floors, fresh)
         step = ops.mul_(ops.rsqrt_(ops.clamp_min_(estimates, [floor * floor for floor in floors])), g)
-        norms = [read(norm) / (max(x.numel(), 1) ** 0.5 * d) for norm, x in zip(ops.norm(step), step, strict=True)]
+        norms = [host_value(norm) / (max(x.numel(), 1) ** 0.5 * d) for norm, x in zip(ops.norm(step), step, strict=True)]
         step = ops.mul_(step, [-size / _most(norm, 1.0) for size, norm in zip(sizes, norms, strict=True)])
         if is_zero(h["weight_decay"]):
             return ops.add(p, step), new

@@ -10,7 +10,7 @@ from torch import Tensor
 from fnrun.optim.adam import adam_settings
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyper, constant
-from fnrun.optim.lists import is_zero, read_all
+from fnrun.optim.lists import host_values, is_zero
 from fnrun.optim.rule import Rule, optimizer
 
 Betas = tuple[Hyper, Hyper]
@@ -59,7 +59,7 @@ def nadam(
         m, v = moments(ops, g, slots, h)
         mu, mu_next = (h["beta1"] * (1.0 - 0.5 * 0.96 ** (s * h["momentum_decay"])) for s in (t, t + 1))
         products = (slots["mu_product"] * mu).to(slots["mu_product"].dtype)
-        seen = read_all(products, p)
+        seen = host_values(products, p)
         denominator = ops.add_(ops.div_(ops.sqrt(v), (1 - h["beta2"] ** t) ** 0.5), h["eps"])
         new = ops.addcdiv(p, g, denominator, [-(h["lr"] * (1.0 - mu) / (1.0 - s)) for s in seen])
         new = ops.addcdiv_(new, m, denominator, [-(h["lr"] * mu_next / (1.0 - s * mu_next)) for s in seen])

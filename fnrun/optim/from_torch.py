@@ -16,7 +16,7 @@ from fnrun.core.tree import join, struct
 from fnrun.core.words import a
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Leaf, Settings
-from fnrun.optim.lists import eager, note, read
+from fnrun.optim.lists import eager, host_value, report_as
 
 # How an entry of torch's memory stands in ours, whose structure never changes: not there (yet), there, there and None.
 ABSENT, PRESENT, NOTHING = 0, 1, 2
@@ -111,7 +111,7 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         nonlocal follows
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
         flat: list[Any] = spec.flatten_up_to(grads)
-        values = settings.at(state.hyper, read(state.hyper.count))
+        values = settings.at(state.hyper, host_value(state.hyper.count))
         scale = values.pop("lr_scale")
         hyper = Hyperparams(state.hyper.count + 1, state.hyper.leaves)
         named = _named(params)
@@ -134,7 +134,7 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
             _set_rates(torch_optimizer, rates)
         for i, rate in enumerate(rates):
             if rate is not None:
-                note("lr", rate, (me, i))
+                report_as("lr", rate, (me, i))
         _step(torch_optimizer, copies, flat)
         if scale != 1.0:
             _check_unmoved(cls, rates, _rates(torch_optimizer))

@@ -13,7 +13,7 @@ from torch import Tensor
 from fnrun.core.entering import check_uncut
 from fnrun.core.tree import join, node, struct
 from fnrun.core.words import bindable, kind, uncalled
-from fnrun.optim.lists import read
+from fnrun.optim.lists import host_value
 
 Number = float | Tensor
 Hyper = Any  # a number, a schedule `step -> number`, or one in the state
@@ -89,7 +89,7 @@ class Settings:
         """The values now, and the memory one update on; without schedules and leaves there is none, and `state` stays as it is."""
         if self.fixed:
             return self.constants, state
-        return self.at(state, read(state.count)), Hyperparams(state.count + 1, state.leaves)
+        return self.at(state, host_value(state.count)), Hyperparams(state.count + 1, state.leaves)
 
     def at(self, state: Hyperparams, count: Any) -> dict[str, Any]:
         """The values now: numbers where they can be known without waiting for a device, else tensors."""
@@ -98,7 +98,7 @@ class Settings:
         for name, schedule in self.schedules:
             values[name] = schedule(count)
         for name, value in state.leaves.items():
-            values[name] = read(value)
+            values[name] = host_value(value)
         return values
 
 

@@ -58,7 +58,7 @@ def _lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
     return x + weight * (y - x) if isinstance(weight, Tensor) else torch.lerp(x, y, weight)
 
 
-_EACH = {
+_OPERATIONS = {
     "add": _add,
     "addcmul": _addcmul,
     "addcdiv": _addcdiv,
@@ -91,20 +91,20 @@ _LOW = (torch.float16, torch.bfloat16)
 
 
 def _foreach() -> SimpleNamespace:
-    fresh = {name: getattr(kernels, f"_foreach_{name}") for name in _EACH}
-    over = {f"{name}_": _over(getattr(kernels, f"_foreach_{name}_")) for name in _EACH}
+    fresh = {name: getattr(kernels, f"_foreach_{name}") for name in _OPERATIONS}
+    over = {f"{name}_": _over(getattr(kernels, f"_foreach_{name}_")) for name in _OPERATIONS}
     return SimpleNamespace(**fresh, **over, clone=kernels._foreach_clone, norm=_norms)
 
 
-def _each() -> SimpleNamespace:
-    fresh = {name: _leafwise(fn) for name, fn in _EACH.items()}
+def _leafwise_ops() -> SimpleNamespace:
+    fresh = {name: _leafwise(fn) for name, fn in _OPERATIONS.items()}
     over = {f"{name}_": operation for name, operation in fresh.items()}
     return SimpleNamespace(**fresh, **over, clone=_leafwise(torch.clone), norm=_leafwise(_norm))
 
 
 Ops = SimpleNamespace
 foreach: Ops = _foreach()
-each: Ops = _each()
+leafwise: Ops = _leafwise_ops()
 
 
 _capturing: ContextVar[bool] = ContextVar("capturing", default=False)
@@ -132,7 +132,7 @@ is_none = functools.partial(operator.is_, None)
 _requires_grad = operator.attrgetter("requires_grad")
 
 
-def plain(*lists: Any) -> bool:
+def kernels_apply(*lists: Any) -> bool:
     """Whether kernels that write in place may compute on copies of these tensors: ordinary ones, and no gradient flows through."""
     if not eager():
         return False
@@ -204,8 +204,8 @@ class Flat:
 
 
 def ops_for(*lists: Any, values: Mapping[str, Any] = MappingProxyType({})) -> Ops:
-    """`foreach` where the tensors are plain and the `values` numbers, else `each`."""
-    return foreach if plain(*lists) and not any(isinstance(value, Tensor) for value in values.values()) else each
+    """`foreach` where the tensors are plain and the `values` numbers, else `leafwise`."""
+    return foreach if kernels_apply(*lists) and not any(isinstance(value, Tensor) for value in values.values()) else leafwise
 
 
 def _on_host(value: Any) -> bool:
@@ -213,7 +213,7 @@ def _on_host(value: Any) -> bool:
     return type(value) is Tensor and value.is_cpu and eager() and not flows([value])
 
 
-def read(value: Any) -> Any:
+def host_value(value: Any) -> Any:
     """A number that is a tensor on the host, as a Python number; anything else as it is."""
     return value.item() if _on_host(value) else value
 
@@ -228,15 +228,15 @@ def all_finite(leaves: Iterable[Any]) -> Any:
     norms = ops_for(there).norm(there, math.inf)
     device = norms[0].device
     dtype = functools.reduce(torch.promote_types, {n.dtype for n in norms})  # what one of them can hold is finite
-    return read(torch.isfinite(torch.stack([n.to(device, dtype) for n in norms])).all())
+    return host_value(torch.isfinite(torch.stack([n.to(device, dtype) for n in norms])).all())
 
 
-def read_all(values: Tensor, like: list[Tensor]) -> list[Any]:
+def host_values(values: Tensor, like: list[Tensor]) -> list[Any]:
     """The numbers of a vector, one for each tensor of `like`: Python numbers where the host knows them, else scalars on its device."""
     return values.tolist() if _on_host(values) else [value.to(x.device) for value, x in zip(values.unbind(), like, strict=True)]
 
 
-def note(name: str, value: Any, owner: object = None) -> None:
+def report_as(name: str, value: Any, owner: object = None) -> None:
     """`report`; where several owners report under one name in one step, each has a name of its own."""
     report(name if owner is None else name_of(name, owner), value)
 

@@ -21,7 +21,7 @@ from fnrun.schedules import multiply
 #: A pytree of labels with the structure of the parameters, or a function of a leaf's path and the leaf (of its name, shape and dtype).
 Labels = Any
 
-#: From the leaves by path, in the order of the model, to a factor on the learning rate of each.
+#: From the leaves by path, in the order of the model, to a factor on the learning rate of leafwise.
 Multipliers = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
 

@@ -19,7 +19,7 @@ from fnrun.core.key import Key
 from fnrun.core.tree import struct
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
-from fnrun.optim.lists import Flat, Ops, each, flows, foreach, is_none, is_zero, note, plain, read
+from fnrun.optim.lists import Flat, Ops, flows, foreach, host_value, is_none, is_zero, kernels_apply, leafwise, report_as
 
 Lists = dict[str, Any]  # slots: a list with an entry for each parameter; scalars: one tensor
 
@@ -72,7 +72,7 @@ class Misses:
 
     def always(self, times: int) -> list[bool]:
         """Which leaves were missed each of so many times."""
-        if is_zero(read(self.total)):
+        if is_zero(host_value(self.total)):
             return [False] * len(self.each)
         return (self.each == times).tolist()
 
@@ -144,12 +144,12 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
         flat: list[Any] = spec.flatten_up_to(grads)
         slots: Lists = {name: spec.flatten_up_to(tree) for name, tree in state.slots.items()}
         slots.update(state.scalars)
-        count = read(state.hyper.count)
+        count = host_value(state.hyper.count)
         values = constants.at(state.hyper, count)
-        note("lr", values["lr"], owner)
+        report_as("lr", values["lr"], owner)
         misses = state.misses
         missing = any(map(is_none, flat))
-        if missing or not is_zero(read(misses.total)):
+        if missing or not is_zero(host_value(misses.total)):
             groups = list(_by_age(flat, misses))
             misses = misses.record(flat) if missing else misses
             new, slots = _grouped(rule, groups, leaves, flat, slots, values, count)
@@ -165,7 +165,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
 def _by_age(grads: list[Any], misses: Misses) -> Iterator[tuple[Any, list[int]]]:
     """The leaves that have a gradient, by how many updates they missed; each for itself where that is known on a device only."""
     groups: dict[int, list[int]] = defaultdict(list)
-    missed = [read(m) for m in misses.each.unbind()]
+    missed = [host_value(m) for m in misses.each.unbind()]
     for i, grad in enumerate(grads):
         if grad is not None and isinstance(missed[i], int):
             groups[missed[i]].append(i)
@@ -204,7 +204,7 @@ def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, val
     if params[0].dtype.is_complex:
         return _as_real(rule, params, grads, slots, values, t)
     tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
-    if plain([*params, *grads, *(itertools.chain.from_iterable(slots.values()) if rule.fused is not None else ())]):
+    if kernels_apply([*params, *grads, *(itertools.chain.from_iterable(slots.values()) if rule.fused is not None else ())]):
         if rule.fused is not None and _takes(rule, params[0], tensors, values, t):
             return _fused(rule, params, grads, slots, values, t)
         if not tensors and not isinstance(t, Tensor):
@@ -263,7 +263,7 @@ def _out_of_place(
     device = params[0].device
     values = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
     t = t.to(device, torch.float64) if isinstance(t, Tensor) else t
-    new, changed = rule.update(each, params, grads, slots, values, t)
+    new, changed = rule.update(leafwise, params, grads, slots, values, t)
     scalars = {name: changed.pop(name) for name in rule.scalars}
     return _cast(new, params), {**{name: _cast(slot, slots[name]) for name, slot in changed.items()}, **scalars}
 

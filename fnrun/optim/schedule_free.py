@@ -11,7 +11,7 @@ from torch import Tensor
 from fnrun.optim.adam import adam_settings
 from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyper
-from fnrun.optim.lists import is_zero, read_all, tree_map
+from fnrun.optim.lists import host_values, is_zero, tree_map
 from fnrun.optim.rule import Rule, RuleState, optimizer
 
 
@@ -43,7 +43,7 @@ def schedule_free_adamw(
         lr_max = slots["lr_max"].clamp(min=h["lr"])
         weights = lr_max**weight_lr_power
         totals = slots["weight_sum"] + weights
-        shares = read_all(torch.where(totals > 0, weights / torch.where(totals > 0, totals, 1.0), 0.0), y)
+        shares = host_values(torch.where(totals > 0, weights / torch.where(totals > 0, totals, 1.0), 0.0), y)
         x = ops.add_(ops.mul_(x, [1.0 - s for s in shares]), ops.mul(z, shares))
         new = ops.add_(ops.mul_(x, beta1), z, alpha=1.0 - beta1)
         return new, {"z": list(z), "exp_avg_sq": list(v), "lr_max": lr_max, "weight_sum": totals}

@@ -11,7 +11,7 @@ from torch import Tensor
 from fnrun.core.tree import struct
 from fnrun.optim.base import Transform
 from fnrun.optim.hyper import Hyper, Settings, constant
-from fnrun.optim.lists import Flat, Ops, is_none, note, ops_for
+from fnrun.optim.lists import Flat, Ops, is_none, ops_for, report_as
 from fnrun.schedules import Schedule
 
 
@@ -63,8 +63,8 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         norm = global_norm(ops, grads)
-        note("grad_norm", norm)
-        note("clipped", (norm > h["max_norm"]).to(norm.dtype))
+        report_as("grad_norm", norm)
+        report_as("clipped", (norm > h["max_norm"]).to(norm.dtype))
         return _times(ops, grads, (h["max_norm"] / norm).clamp(max=1.0))
 
     return _with_settings(Settings(max_norm=max_norm), apply)
@@ -76,7 +76,7 @@ def clip_by_norm(max_norm: Hyper) -> Transform:
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         factors = [(h["max_norm"] / norm).clamp(max=1.0) for norm in ops.norm(grads)]
-        note("clipped", _share(factors))
+        report_as("clipped", _share(factors))
         return _times(ops, grads, factors)
 
     return _with_settings(Settings(max_norm=max_norm), apply)
@@ -107,7 +107,7 @@ def adaptive_clip(clipping: Hyper = 0.01, eps: Hyper = 1e-3) -> Transform:
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         limits = [_unit_norm(p).clamp(min=h["eps"]) * h["clipping"] for p in params]
         factors = [(limit / _unit_norm(g).clamp(min=1e-6)).clamp(max=1.0) for limit, g in zip(limits, grads, strict=True)]
-        note("clipped", _share([torch.where((factor < 1.0).any(), 0.0, 1.0) for factor in factors]))
+        report_as("clipped", _share([torch.where((factor < 1.0).any(), 0.0, 1.0) for factor in factors]))
         return [(g * factor).to(g.dtype) for g, factor in zip(grads, factors, strict=True)]
 
     return _with_settings(Settings(clipping=clipping, eps=eps), apply)
@@ -170,7 +170,7 @@ def zero_nonfinite() -> Transform:
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         finite = [torch.isfinite(g) for g in grads]
         counts = [(~there).sum() for there in finite]
-        note("nonfinite", torch.stack([count.to(counts[0].device) for count in counts]).sum().to(torch.float32))
+        report_as("nonfinite", torch.stack([count.to(counts[0].device) for count in counts]).sum().to(torch.float32))
         return [torch.where(there, g, 0.0) for there, g in zip(finite, grads, strict=True)]
 
     return _with_settings(Settings(), apply)

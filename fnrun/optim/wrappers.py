@@ -18,7 +18,7 @@ from fnrun.core.counts import count
 from fnrun.core.donation import keeping
 from fnrun.core.tree import struct
 from fnrun.optim.base import Optimizer, Wrapper
-from fnrun.optim.lists import all_finite, note, ops_for, read, tree_map
+from fnrun.optim.lists import all_finite, host_value, ops_for, report_as, tree_map
 from fnrun.optim.rule import Misses
 
 
@@ -129,7 +129,7 @@ def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
                 g, before = [leaves[i] for i in there], [sums[i] for i in there]
                 for i, total in zip(there, ops_for(g, before).add(before, g), strict=True):
                     sums[i] = total
-            micro = read(state.micro)
+            micro = host_value(state.micro)
 
             def apply() -> Any:
                 mean = [None if missed else total / n for total, missed in zip(sums, misses.always(n), strict=True)]
@@ -181,7 +181,7 @@ def apply_if_finite(optimizer: Optimizer | None = None) -> Any:
 
         def update(grads: Any, state: SkipState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
             finite = all_finite(optree.tree_leaves(grads, none_is_leaf=True))
-            note("skipped", _skipped(finite))
+            report_as("skipped", _skipped(finite))
             new, after = choose(
                 finite,
                 lambda: inner.update(grads, state.inner, params, key=key, step=step),
@@ -234,7 +234,7 @@ def lookahead(optimizer: Optimizer | None = None, *, sync_period: int = 6, slow_
                 return again, LookaheadState(slow, state.count * 0, after)
 
             return choose(
-                read(state.count) + 1 == sync_period,
+                host_value(state.count) + 1 == sync_period,
                 meet,
                 lambda: (fast, LookaheadState(state.slow, state.count + 1, after)),
             )
@@ -278,7 +278,7 @@ def freeze_until(step: int, optimizer: Optimizer | None = None) -> Any:
         def update(grads: Any, state: FreezeState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
             nothing = tree_map(lambda _: None, grads)
             new, after = choose(
-                read(state.count) >= begin,
+                host_value(state.count) >= begin,
                 lambda: inner.update(grads, state.inner, params, key=key, step=step),
                 lambda: inner.update(nothing, state.inner, params, key=key, step=step),
             )
@@ -335,8 +335,8 @@ def dynamic_loss_scale(
         def update(grads: Any, state: ScaleState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
             leaves, spec = optree.tree_flatten(grads, none_is_leaf=True)
             finite = all_finite(leaves)
-            note("loss_scale", state.scale)
-            note("skipped", _skipped(finite))
+            report_as("loss_scale", state.scale)
+            report_as("skipped", _skipped(finite))
             new, after = choose(
                 finite,
                 lambda: inner.update(spec.unflatten(leaves), state.inner, params, key=key, step=step),

@@ -125,24 +125,24 @@ class Run:
         check_config(config)
         short = experiment.partition(":")[0].rpartition(".")[2]
         if path is not None:
-            target = files.place(path)
-            if not cls._place(target, experiment, config):
+            target = files.local_path(path)
+            if not cls._claim(target, experiment, config):
                 raise RunError(f"{target} already holds {_contents(target)}")
             return cls(target, experiment, config)
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         for suffix in ["", *(f"-{n}" for n in range(2, 100))]:
             target = Path("runs") / short / f"{stamp}{suffix}"
-            if cls._place(target, experiment, config):
+            if cls._claim(target, experiment, config):
                 return cls(target, experiment, config)
         raise RunError(f"no free name for a run in {Path('runs') / short}")
 
     @staticmethod
-    def _place(target: Path, experiment: str, config: Any) -> bool:
+    def _claim(target: Path, experiment: str, config: Any) -> bool:
         """Make the new run there; False where the place is taken."""
         try:
             with appearing(target) as made:
                 Run(made, experiment, config).write_beginning()
-        except PlaceTaken:
+        except PathTaken:
             return False
         return True
 
@@ -157,7 +157,7 @@ class Run:
 
         Raises RunError where there is none, where it is one of another experiment, or where the config cannot be read (naming the field).
         """
-        path = files.place(path)
+        path = files.local_path(path)
         file = path / CONFIG
         if not path.is_dir():
             raise RunError(f"there is no run at {path}")
@@ -263,7 +263,7 @@ class Run:
         return self.path / "run.log"
 
 
-class PlaceTaken(RunError):
+class PathTaken(RunError):
     """Where a run is to be made there is something already."""
 
 
@@ -271,12 +271,12 @@ class PlaceTaken(RunError):
 def appearing(target: Path, mode: int | None = None) -> Iterator[Path]:
     """A directory to fill beside `target`, which takes its place at the end, with these permissions; after an error nothing is there.
 
-    Raises PlaceTaken where `target` is a file, or holds something; RunError where it cannot be made.
+    Raises PathTaken where `target` is a file, or holds something; RunError where it cannot be made.
     """
 
-    def taken() -> PlaceTaken | None:
+    def taken() -> PathTaken | None:
         full = target.exists() and (not target.is_dir() or any(not _nobodys(entry) for entry in target.iterdir()))
-        return PlaceTaken(f"{target} already holds {_contents(target)}: choose another place, for nothing is overwritten") if full else None
+        return PathTaken(f"{target} already holds {_contents(target)}: choose another place, for nothing is overwritten") if full else None
 
     if (refusal := taken()) is not None:
         raise refusal
@@ -290,7 +290,7 @@ def appearing(target: Path, mode: int | None = None) -> Iterator[Path]:
             if mode is not None:
                 made.chmod(mode)
             yield made
-            _take_place(made, real, within)
+            _rename_into(made, real, within)
         finally:
             shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
@@ -299,7 +299,7 @@ def appearing(target: Path, mode: int | None = None) -> Iterator[Path]:
         raise RunError(f"cannot make the run directory {target}: {error.strerror or error}") from error
 
 
-def _take_place(made: Path, target: Path, within: bool) -> None:
+def _rename_into(made: Path, target: Path, within: bool) -> None:
     """`made` as `target`. A directory that is mounted there, or beside which nothing may be made, is filled instead, the config last."""
     if not within:
         try:

@@ -113,7 +113,7 @@ def _plan(run: Run, to: Collection[int] | None, from_start: bool) -> list[_Task 
         steps = ", ".join(str(step) for step in checkpoints.steps())
         raise RunError(f"{run.path} has no checkpoint of step {', '.join(map(str, unknown))}; there are: {steps}")
     manifests, damaged = _manifests(checkpoints, entries)
-    newest = _newest_at_each_place(manifests)
+    newest = _newest_at_each_order(manifests)
     planned: list[_Task | Pair] = []
     before: Entry | None = None
     for entry in entries:
@@ -142,7 +142,7 @@ def _manifests(checkpoints: Checkpoints, entries: Sequence[Entry]) -> tuple[dict
     return manifests, damaged
 
 
-def _newest_at_each_place(manifests: Mapping[Entry, Manifest]) -> list[Entry]:
+def _newest_at_each_order(manifests: Mapping[Entry, Manifest]) -> list[Entry]:
     """The checkpoints that lead to the last one: a run that went on from an older checkpoint may have left others beside them."""
     kept: list[Entry] = []
     for entry in reversed(list(manifests)):
@@ -215,7 +215,7 @@ def _proof(run: Run, task: _Task, rebuilt: _Rebuilt) -> Pair:
             return pair("different", str(error))
         if reached.position.order != expected.position.order:
             return pair(
-                "different", f"the replay never stands where the checkpoint stands, {_place(expected)}: it came to {_place(reached)}"
+                "different", f"the replay never stands where the checkpoint stands, {_where(expected)}: it came to {_where(reached)}"
             )
         differences = [difference for difference in tree.diff(expected, reached) if not _OF_THE_LOG.match(difference.path)]
         if not differences:
@@ -246,7 +246,7 @@ def _replay(experiment: Experiment, state: Any, target: Position) -> Any:
     return reached[0] if reached else end
 
 
-def _place(state: Any) -> str:
+def _where(state: Any) -> str:
     frames = " > ".join(f"{frame.name} tick {frame.ticks}" for frame in state.position.frames)
     stopped = f", stopped by {state.stop!r}" if state.stop else ""
     return f"step {state.step} ({frames or 'the end of the program'}){stopped}"

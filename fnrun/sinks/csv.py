@@ -12,7 +12,7 @@ from fnrun.core import files
 from fnrun.core.documents import jsonable
 from fnrun.core.state import LoopState
 from fnrun.sinks.base import Record, Sink
-from fnrun.sinks.lines import OnDisk, naming, order_of, place
+from fnrun.sinks.lines import OnDisk, naming, order_of, position_fields
 from fnrun.sinks.media import Media
 
 PLACE = ("ticks", "at", "step", "epoch")
@@ -66,7 +66,7 @@ class _Csv(OnDisk):
 
     def write(self, record: Record) -> None:
         assert self._file is not None, "open the sink first"
-        row = place(record)
+        row = position_fields(record)
         row.update((name, _cell(value)) for name, value in record.metrics.items() if not isinstance(value, Media))
         row.update((f"clock/{name}", value) for name, value in record.clock.items())
         with naming(self.path):
@@ -88,4 +88,4 @@ def csv(path: str | Path) -> Sink:
     A metric that comes later gets a column of its own, behind the others. When a run is resumed, rows that are later than its state are cut
     off.
     """
-    return _Csv(files.place(path))
+    return _Csv(files.local_path(path))

@@ -19,7 +19,7 @@ from fnrun.core import files
 from fnrun.core.documents import jsonable
 from fnrun.core.state import LoopState
 from fnrun.sinks.base import Record
-from fnrun.sinks.lines import Lines, naming, order_of, place
+from fnrun.sinks.lines import Lines, naming, order_of, position_fields
 from fnrun.sinks.media import Histogram, Image, Text
 
 
@@ -82,7 +82,7 @@ def identity(path: Path, fresh: str) -> str:
 
 def _encoded(record: Record) -> dict[str, Any]:
     metrics = {name: jsonable(_packed(value)) for name, value in record.metrics.items()}
-    return {**place(record), "metrics": metrics, "clock": record.clock}
+    return {**position_fields(record), "metrics": metrics, "clock": record.clock}
 
 
 def _decoded(line: dict[str, Any]) -> Record:

@@ -8,7 +8,7 @@ from fnrun.core import files
 from fnrun.core.documents import jsonable
 from fnrun.core.state import LoopState
 from fnrun.sinks.base import Record, Sink
-from fnrun.sinks.lines import Lines, place
+from fnrun.sinks.lines import Lines, position_fields
 from fnrun.sinks.media import Media
 
 
@@ -25,7 +25,7 @@ class _JsonLines:
 
     def write(self, record: Record) -> None:
         values = {name: jsonable(value) for name, value in record.metrics.items() if not isinstance(value, Media)}
-        self.lines.append({**place(record), **values, "clock": record.clock})
+        self.lines.append({**position_fields(record), **values, "clock": record.clock})
 
     def flush(self) -> None:
         self.lines.flush()
@@ -40,4 +40,4 @@ def jsonl(path: str | Path) -> Sink:
     `ticks` and `at` (the finished ticks of each open loop, outermost first) order the lines of a run. When a run is resumed, lines that are
     later than its state are cut off, for they will be written again. NaN and infinities are the strings that `float` reads.
     """
-    return _JsonLines(files.place(path))
+    return _JsonLines(files.local_path(path))

@@ -89,7 +89,7 @@ def _kept(file: IO[bytes], order: tuple[int, ...]) -> int:
     return 0
 
 
-def place(record: Record) -> dict[str, Any]:
+def position_fields(record: Record) -> dict[str, Any]:
     """The fields that say when in the run a line was written."""
     check_names(record.metrics)
     ticks, *own = record.order

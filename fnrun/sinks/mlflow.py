@@ -74,5 +74,5 @@ def mlflow(directory: str | Path, *, experiment: str, tracking_uri: str | None =
     resume they are the same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
     """
     require("mlflow", "mlflow", "mlflow")
-    path = files.place(directory)
+    path = files.local_path(directory)
     return Journaled(path / "mlflow.jsonl", _MlflowRun(path, experiment, tracking_uri, name, config))

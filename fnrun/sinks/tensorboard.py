@@ -122,4 +122,4 @@ def tensorboard(directory: str | Path) -> Sink:
     be written again, and a TensorBoard that is looking on is told: the directory is for this run alone.
     """
     require("tensorboard", "tensorboard", "tensorboard")
-    return _TensorBoard(files.place(directory))
+    return _TensorBoard(files.local_path(directory))

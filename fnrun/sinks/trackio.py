@@ -56,5 +56,5 @@ def trackio(directory: str | Path, *, project: str, config: Any = None) -> Sink:
     are the same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
     """
     require("trackio", "trackio", "trackio")
-    path = files.place(directory)
+    path = files.local_path(directory)
     return Journaled(path / "trackio.jsonl", _TrackioRun(path, project, config))

@@ -89,6 +89,6 @@ def wandb(
     that a killed process had not uploaded are sent again after a resume, and those that wandb has already are not: after an exact resume
     they are the same. Where you resume with other settings, wandb keeps the old lines between the checkpoint and the kill.
     """
-    path = files.place(directory)
+    path = files.local_path(directory)
     run = _WandbRun(path, mode, config, summary or {}, {"project": project, **options})
     return Journaled(path / "wandb.jsonl", run)

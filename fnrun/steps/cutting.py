@@ -16,15 +16,15 @@ from fnrun.core.examples import (
     Part,
     as_columns,
     as_entries,
+    attached_count,
     children,
+    example_count,
     has_no_length,
-    known,
     length_of,
     one_each,
     parts,
     shapes,
-    told,
-    with_told,
+    with_count,
     zipped,
 )
 from fnrun.core.words import bindable, kind
@@ -76,11 +76,11 @@ class Examples:
 
     def _at(self, batch: Any, path: str) -> int:
         _, part = self.find(batch, path)
-        if (rows := told(batch)[0]) is not None and one_each(part, rows):
+        if (rows := attached_count(batch)[0]) is not None and one_each(part, rows):
             return rows
         if not any(each.kind not in ("list", "numbers") for each in parts(part, as_entries)):
             raise ValueError(f"{self.who}: {path!r} is {kind(part)}, which has no length; the batch has {shapes(batch)}")
-        if (rows := known(part)) is None:
+        if (rows := example_count(part)) is None:
             raise ValueError(f"{self.who}: what is in {path!r} differs in its length: {shapes(part)}")
         return rows
 
@@ -99,9 +99,9 @@ class Examples:
         return at, found
 
 
-def said(who: str, option: Any) -> Callable[[Any], int | None]:
+def examples_option(who: str, option: Any) -> Callable[[Any], int | None]:
     """How many examples a batch has, where `option` is what a user said of that, or None."""
-    return known if option is None else Examples(who, option)
+    return example_count if option is None else Examples(who, option)
 
 
 _NONE: Mapping[str, bool] = {}
@@ -118,7 +118,7 @@ class Sliced:
     def __init__(
         self, batch: Any, rows: int, named: Examples | None = None, known: bool = False, before: Mapping[str, bool] = _NONE
     ) -> None:
-        self._told = told(batch)
+        self._told = attached_count(batch)
         columns, known = self._told[1], known or self._told[0] is not None
         are_zipped = zipped(batch) == rows
         self.lists: dict[str, bool] = {}  # by path, whether a list of arrays or dictionaries is one of examples
@@ -168,7 +168,7 @@ class Sliced:
     def __getitem__(self, rows: slice) -> Any:
         leaves = [_rows(leaf, rows) if cut else leaf for leaf, cut in zip(self._leaves, self._cut, strict=True)]
         piece = optree.tree_unflatten(self._spec, leaves)
-        return piece if self._told == (None, False) else with_told(piece, rows.stop - rows.start, self._told[1])
+        return piece if self._told == (None, False) else with_count(piece, rows.stop - rows.start, self._told[1])
 
 
 def _rows(leaf: Any, rows: slice) -> Any:

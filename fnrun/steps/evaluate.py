@@ -13,10 +13,10 @@ from fnrun.core.entering import differentiates
 from fnrun.core.inplace import FIRST
 from fnrun.core.state import check_model, is_state, no_state, weights_of
 from fnrun.core.words import kind
-from fnrun.steps.cutting import said
+from fnrun.steps.cutting import examples_option
+from fnrun.steps.functional import FunctionalModule
 from fnrun.steps.given import autocast as autocast_of, check_function, loss_and_metrics, reported
 from fnrun.steps.kinds import EvalStep, Function, Metrics
-from fnrun.steps.shell import Shell
 from fnrun.steps.surroundings import Surroundings
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def make_eval_step(
             result = {"loss": loss, **metrics}
         return reported(result, reports)
 
-    return Function(eval_step, name=f"eval_step({type(model).__name__})", examples=said("make_eval_step", examples))
+    return Function(eval_step, name=f"eval_step({type(model).__name__})", examples=examples_option("make_eval_step", examples))
 
 
 def make_predict_step(
@@ -78,7 +78,7 @@ def _evaluation(
         hint = f": the name of the hook, weights={named!r}" if isinstance(named, str) else ""
         raise TypeError(f"weights= takes 'params', a hook's name or a function of the state, and not {kind(weights)}{hint}")
     name = f"the evaluation of {type(model).__name__}"
-    shell = Shell(model, name, watched=FIRST)
+    shell = FunctionalModule(model, name, watched=FIRST)
     within = Surroundings(name, host)
     autocast = autocast_of(precision, shell.device_type) or nullcontext
 

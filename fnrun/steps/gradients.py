@@ -14,12 +14,12 @@ from torch import Tensor
 from fnrun.core import tree
 from fnrun.core.examples import shapes
 from fnrun.core.state import check_state
-from fnrun.optim.lists import PLAIN, eager, read
+from fnrun.optim.lists import PLAIN, eager, host_value
+from fnrun.steps.functional import FunctionalModule, not_checkpointed
 from fnrun.steps.given import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Part, Weighed
 from fnrun.steps.recompute import Recomputed
-from fnrun.steps.shell import Shell, not_checkpointed
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.watch import described, leaves as leaves_of
 
@@ -90,7 +90,9 @@ class Loss:
     `state.rng.fold_in("train", state.step)`; without one a random draw is an error.
     """
 
-    def __init__(self, shell: Shell, loss_fn: Callable[..., Any], autocast: functools.partial[Any] | None, within: Surroundings) -> None:
+    def __init__(
+        self, shell: FunctionalModule, loss_fn: Callable[..., Any], autocast: functools.partial[Any] | None, within: Surroundings
+    ) -> None:
         self.shell, self.loss_fn, self.autocast, self.within = shell, loss_fn, autocast, within
         self._told = False
 
@@ -209,7 +211,7 @@ class Gradients:
 
     def _unless_weightless(self, weight: Tensor, grads: list[Any], metrics: Metrics) -> tuple[list[Any], Metrics]:
         """A batch whose whole weight is 0 has no gradients, no update and no metrics. Asking waits for a device, but not in a graph."""
-        skipped = read(weight == 0)
+        skipped = host_value(weight == 0)
         if isinstance(skipped, Tensor) and not eager():  # who puts the parts together selects by it
             return grads, {**metrics, "skipped": skipped.double()}
         if not skipped:

@@ -40,7 +40,7 @@ class PureStep:
     #: What it was asked for besides, in words: how it is cut, computed, compiled.
     options_text = ""
     #: How many examples a batch has, None where that is not clear: plain metrics are weighed by it.
-    examples: Callable[[Any], int | None] = staticmethod(rows.known)
+    examples: Callable[[Any], int | None] = staticmethod(rows.example_count)
 
     def __call__(self, state: Any, batch: Any, /) -> Any:
         raise NotImplementedError

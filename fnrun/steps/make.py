@@ -14,12 +14,12 @@ from fnrun.core.inplace import FIRST
 from fnrun.core.state import check_apart, check_model, check_optimizer
 from fnrun.core.words import kind
 from fnrun.steps.compiled import Compiled
-from fnrun.steps.cutting import said
+from fnrun.steps.cutting import examples_option
+from fnrun.steps.functional import FunctionalModule
 from fnrun.steps.given import autocast, check_function
 from fnrun.steps.gradients import Gradients, Loss
 from fnrun.steps.pieces import Cut
 from fnrun.steps.recompute import Recomputed
-from fnrun.steps.shell import Shell
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.train import IN_TURN, TrainStep
 from fnrun.steps.update import Update
@@ -99,10 +99,10 @@ def make_train_step(
         raise TypeError(f"make_train_step: compile= is True or False, and not {kind(compile)}")
     check_apart("make_train_step", model)
     name = f"train_step({type(model).__name__})"
-    shell = Shell(model, name, watched=FIRST)
+    shell = FunctionalModule(model, name, watched=FIRST)
     if not shell.trained:
         raise ValueError(f"{shell.name} has no parameter to train: all have requires_grad=False, or there are none")
-    cut = Cut(name, count("make_train_step: microbatches", microbatches), said("make_train_step", examples), split)
+    cut = Cut(name, count("make_train_step: microbatches", microbatches), examples_option("make_train_step", examples), split)
     if split is not None:
         _check_split(split, microbatches, examples)
     shell.check_hooks()

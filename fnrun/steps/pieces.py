@@ -15,14 +15,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fnrun.core import examples as rows
 from fnrun.core.words import kind
-from fnrun.metrics.base import wide
+from fnrun.metrics.base import to_accumulator_dtype
 from fnrun.metrics.basic import Mean, Sum
 from fnrun.optim.lists import PLAIN, eager
 from fnrun.steps.cutting import Examples, Sliced
 from fnrun.steps.draws import Uncapturable
+from fnrun.steps.functional import FunctionalModule
 from fnrun.steps.given import detached_all
 from fnrun.steps.kinds import Metrics
-from fnrun.steps.shell import Shell
 
 
 class PairwiseSum:
@@ -118,7 +118,7 @@ class Cut:
 
     name: str
     pieces: int = 1
-    examples: Callable[[Any], int | None] = rows.known
+    examples: Callable[[Any], int | None] = rows.example_count
     split: Callable[[Any, int], Any] | None = None
     _seen: dict[str, bool] = dataclasses.field(default_factory=dict)  # by path, whether a part of the batches has been cut
     _lists: dict[str, bool] = dataclasses.field(default_factory=dict)  # by path, whether a list of them was one of examples
@@ -230,7 +230,7 @@ class Cut:
                 )
             return Weighed(loss.total / torch.where(weight == 0, 1, weight), weight)
         if isinstance(loss, Sum):
-            n = n or rows.known(batch) or 1  # by which a sum is divided and multiplied again: a number of the usual size
+            n = n or rows.example_count(batch) or 1  # by which a sum is divided and multiplied again: a number of the usual size
             return Weighed(loss.total / n, n, divided=False)
         return Weighed(loss, None)  # which is refused as what it is
 
@@ -295,7 +295,7 @@ _NO_MEAN = (
 class Joined:
     """How the pieces of one step come together; `buffers` are the step's own."""
 
-    def __init__(self, name: str, shell: Shell, buffers: Mapping[str, Tensor]) -> None:
+    def __init__(self, name: str, shell: FunctionalModule, buffers: Mapping[str, Tensor]) -> None:
         self.name, self.buffers = name, buffers
         self.averages, self.counts = shell.statistics
         self._names = [name for name in self.averages if name in buffers]
@@ -393,7 +393,7 @@ class _PlainMean(NamedTuple):
 def _foldable(value: Any, rows: int) -> Any:
     if hasattr(value, "merge"):
         return value
-    return _PlainMean((wide(value.detach()) if isinstance(value, Tensor) else value) * rows, rows)
+    return _PlainMean((to_accumulator_dtype(value.detach()) if isinstance(value, Tensor) else value) * rows, rows)
 
 
 def _value(metric: Any) -> Any:

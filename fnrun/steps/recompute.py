@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from fnrun.core.reports import collect
 from fnrun.core.undisturbed import undisturbed
 from fnrun.core.words import kind
-from fnrun.steps.shell import Shell
+from fnrun.steps.functional import FunctionalModule
 from fnrun.steps.watch import Contents, versions
 
 #: They have no forward.
@@ -111,7 +111,7 @@ def _listed(paths: Any) -> str:
 class Recomputed:
     """The parts of a shell's model that are computed once more in the backward."""
 
-    def __init__(self, name: str, shell: Shell, which: Any, host: bool) -> None:
+    def __init__(self, name: str, shell: FunctionalModule, which: Any, host: bool) -> None:
         self.parts = [_Part(name, path, module, shell, host) for path, module in chosen(name, shell.model, which)]
         self._calls: list[_Call] = []
         self._copies: dict[int, tuple[Any, Any, Tensor]] = {}
@@ -164,7 +164,7 @@ class _Part:
     #: In so many forwards with the part its second computation is compared with the first.
     LOOKS = 3
 
-    def __init__(self, name: str, path: str, module: nn.Module, shell: Shell, host: bool) -> None:
+    def __init__(self, name: str, path: str, module: nn.Module, shell: FunctionalModule, host: bool) -> None:
         self.name, self.path, self.module, self.shell, self.host = name, path, module, shell, host
         #: What a call of the module calls: compiled ones stay as they are within.
         self.entry = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"

@@ -15,7 +15,7 @@ from fnrun.core.donation import Owner
 from fnrun.core.inplace import Guard
 from fnrun.core.state import carried, check_state, is_state
 from fnrun.core.words import kind
-from fnrun.metrics.base import wide
+from fnrun.metrics.base import to_accumulator_dtype
 from fnrun.metrics.by_name import weight
 from fnrun.optim.lists import eager
 from fnrun.optim.wrappers import choose
@@ -88,7 +88,7 @@ class TrainStep(PureStep):
     update: Callable[[Any, Any], tuple[Any, Metrics]]
     name: str = "train_step"
     combine: Combine = IN_TURN
-    examples: Callable[[Any], int | None] = rows.known
+    examples: Callable[[Any], int | None] = rows.example_count
 
     def __post_init__(self) -> None:
         if isinstance(self.gradients, Gradients) and self.gradients.loss is not self.loss:
@@ -194,7 +194,7 @@ def together(metrics: list[Metrics], batches: list[Any], examples: list[int | No
         done = True if skipped is None else torch.as_tensor(skipped) == 0
         for name, value in values.items():
             if not hasattr(value, "merge"):  # a mean over examples, each element on its own; of an update that was not made there is none
-                plain = wide(torch.as_tensor(value))
+                plain = to_accumulator_dtype(torch.as_tensor(value))
                 value = folds.Mean(plain * n, torch.full_like(plain, n))
                 if done is not True and name != "skipped":
                     value = folds.Mean(torch.where(done, value.total, 0), torch.where(done, value.weight, 0))

@@ -15,9 +15,9 @@ from fnrun.core.inplace import Guard
 from fnrun.core.reports import collect
 from fnrun.core.state import check_state, made
 from fnrun.core.words import kind
+from fnrun.steps.functional import FunctionalModule
 from fnrun.steps.given import check_cut, check_cut_grads, detached_all
 from fnrun.steps.kinds import Metrics
-from fnrun.steps.shell import Shell
 
 if TYPE_CHECKING:
     from fnrun.optim import Optimizer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Update:
     """The part `step.update` of a step: `(state, grads) -> (state, metrics)`."""
 
-    def __init__(self, name: str, optimizer: Optimizer, shell: Shell) -> None:
+    def __init__(self, name: str, optimizer: Optimizer, shell: FunctionalModule) -> None:
         self.name, self.optimizer, self.trained = name, optimizer, shell.trained
         self._whole, self._buffers = len(shell.trained) == len(shell.params), frozenset(shell.buffers)
         self._guard = Guard(name)

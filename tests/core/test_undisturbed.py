@@ -115,8 +115,8 @@ class AtLine:
 
 RESTORING = {
     rng.Scope._put_back.__code__,
-    shell.Shell._put_back.__code__,
-    shell.Shell._switch.__code__,
+    shell.FunctionalModule._put_back.__code__,
+    shell.FunctionalModule._switch.__code__,
     shell._Attributes.put_back.__code__,
     watch.Operations.undo.__code__,
 }
@@ -131,7 +131,7 @@ def test_a_step_by_itself_puts_back_what_an_exception_in_the_middle_left(made, c
     model, step, state = made
     for _ in range(calls):
         state, _ = step(state, torch.ones(4, 2))
-    before, codes, n = looks(model), RESTORING | {shell.Shell._run.__code__}, 0
+    before, codes, n = looks(model), RESTORING | {shell.FunctionalModule._run.__code__}, 0
     while True:
         tracing = AtLine(n, codes, raise_it)
         try:

@@ -72,12 +72,12 @@ def test_memos_are_copies():
     stream = data.stateful(Shards(3))
     iterator = stream.iterate(KEY, Cursor())
     _, cursor = next(iterator)
-    before = tree.snapshot(cursor.memo)
+    before = tree.snapshot(cursor.loader_state)
     for _ in range(5):
         next(iterator)
-    assert tree.equal(cursor.memo, before)
+    assert tree.equal(cursor.loader_state, before)
     take(stream, 3, cursor)
-    assert tree.equal(cursor.memo, before)
+    assert tree.equal(cursor.loader_state, before)
 
 
 def test_global_generators_are_never_moved():

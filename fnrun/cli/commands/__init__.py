@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from fnrun.core.files import PlaceError, placed
+from fnrun.core.files import PathError, local_paths
 
 __all__ = ["COMMANDS", "CommandError", "main"]
 
@@ -201,7 +201,7 @@ def main(args: Sequence[str] | None = None) -> int:
         name, asked = _parse(args)
         if asked is None:
             return 0
-        code = importlib.import_module(f"fnrun.cli.commands.{name}").run(placed(asked))
+        code = importlib.import_module(f"fnrun.cli.commands.{name}").run(local_paths(asked))
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has gone, and needs no more of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -223,7 +223,7 @@ def _users_fault(error: Exception) -> bool:
     """Whether the message says all there is to say. A module that was not imported has raised nothing."""
     known = [("fnrun.runs.run", "RunError"), ("fnrun.checkpoint.manifest", "CheckpointError")]
     classes = [getattr(sys.modules[module], name) for module, name in known if module in sys.modules]
-    return isinstance(error, (CommandError, PlaceError, *classes))
+    return isinstance(error, (CommandError, PathError, *classes))
 
 
 def _parse(args: list[str]) -> tuple[str, Any]:

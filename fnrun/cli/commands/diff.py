@@ -15,7 +15,7 @@ from fnrun.checkpoint import Manifest
 from fnrun.checkpoint.codec import named_today
 from fnrun.checkpoint.manifest import Leaf, Node, constant, text
 from fnrun.cli.commands import CommandError, Diff
-from fnrun.cli.commands.output import document, place, say
+from fnrun.cli.commands.output import document, say, shown_path
 from fnrun.cli.commands.places import is_run, what_is_at
 from fnrun.cli.commands.stored import checkpoint_at, numbers
 from fnrun.core import tree
@@ -110,7 +110,7 @@ class _Side:
 
     def about(self) -> dict[str, Any]:
         directory = self.checkpoints.directory / self.entry.name
-        return {"checkpoint": place(directory), "step": self.manifest.step, "ticks": self.manifest.ticks, "leaves": len(self.leaves)}
+        return {"checkpoint": shown_path(directory), "step": self.manifest.step, "ticks": self.manifest.ticks, "leaves": len(self.leaves)}
 
     def content(self, path: str) -> Any:
         """All that makes a leaf what it is but its bytes, with the path of the one that it shares them with."""
@@ -206,7 +206,7 @@ def measure(a: Any, b: Any) -> dict[str, Any]:
 
 def logged(a: Path, b: Path) -> dict[str, Any] | None:
     """The first lines of two `metrics.jsonl` that differ, timing apart, and in what; None where none do."""
-    left, right = (_by_place(records(path) if path.is_file() else []) for path in (a, b))
+    left, right = (_by_order(records(path) if path.is_file() else []) for path in (a, b))
     for key in sorted({*left, *right}):
         for mine, yours in zip_longest(left.get(key, []), right.get(key, [])):
             if mine is None or yours is None:
@@ -216,7 +216,7 @@ def logged(a: Path, b: Path) -> dict[str, Any] | None:
     return None
 
 
-def _by_place(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, ...], list[dict[str, Any]]]:
+def _by_order(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, ...], list[dict[str, Any]]]:
     """The lines, without their clocks, by the ticks at which they were written; several logs may write at one."""
     found: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for line in lines:

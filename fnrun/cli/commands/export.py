@@ -6,7 +6,7 @@ import torch
 
 from fnrun.checkpoint import export
 from fnrun.cli.commands import CommandError, Export
-from fnrun.cli.commands.output import document, place, say, writing
+from fnrun.cli.commands.output import document, say, shown_path, writing
 from fnrun.cli.commands.stored import checkpoint_at
 from fnrun.core.tables import size
 
@@ -17,7 +17,12 @@ def run(asked: Export) -> int:
         raise CommandError(f"{asked.out} is there already; --overwrite replaces it")
     with writing(asked.out):
         export(checkpoints, asked.out, weights=asked.weights, step=entry, dtype=_dtype(asked.dtype), overwrite=asked.overwrite)
-    told = {"checkpoint": place(checkpoints.directory / entry.name), "step": entry.step, "weights": asked.weights, "file": str(asked.out)}
+    told = {
+        "checkpoint": shown_path(checkpoints.directory / entry.name),
+        "step": entry.step,
+        "weights": asked.weights,
+        "file": str(asked.out),
+    }
     told["bytes"] = asked.out.stat().st_size
     if asked.json:
         document(told)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fnrun.checkpoint import Checkpoints, DamagedError, Entry, store
 from fnrun.cli.commands import CommandError, Gc
-from fnrun.cli.commands.output import document, place, say, writing
+from fnrun.cli.commands.output import document, say, shown_path, writing
 from fnrun.cli.commands.places import run_at, runs_below
 from fnrun.core import files
 from fnrun.core.tables import size, table
@@ -147,7 +147,7 @@ def _delete(runs: list[Run], rows: list[dict[str, Any]]) -> None:
 
 
 def _print(rows: list[dict[str, Any]], notes: list[str]) -> None:
-    cells = [[size(row["bytes"]), row["reason"], place(Path(row["path"]))] for row in rows]
+    cells = [[size(row["bytes"]), row["reason"], shown_path(Path(row["path"]))] for row in rows]
     say(table(["size", "reason", "what"], cells, right=["size"]) if rows else "nothing to delete")
     for note in notes:
         say(note)

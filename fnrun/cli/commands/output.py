@@ -33,7 +33,7 @@ def writing(path: Path) -> Iterator[None]:
         raise CommandError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
 
 
-def place(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """A path as people call it: from the current directory where it lies below."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

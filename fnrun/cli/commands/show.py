@@ -12,7 +12,7 @@ from fnrun.checkpoint import CheckpointError, DamagedError, Manifest
 from fnrun.checkpoint.manifest import Leaf, constant
 from fnrun.checkpoint.match import paths, selector
 from fnrun.cli.commands import CommandError, Show
-from fnrun.cli.commands.output import document, place, say
+from fnrun.cli.commands.output import document, say, shown_path
 from fnrun.cli.commands.stored import checkpoint_at, run_of, statistics
 from fnrun.core.tables import number, size, table
 from fnrun.core.tree import words
@@ -33,7 +33,7 @@ def run(asked: Show) -> int:
         damage = error
     lost = damage.leaves if damage is not None else ()
     leaves = [_row(leaf, manifest, values, lost) for leaf in manifest.leaves if wanted(leaf.path)]
-    about = {"checkpoint": place(checkpoints.directory / entry.name), **_about(manifest, run_of(checkpoints))}
+    about = {"checkpoint": shown_path(checkpoints.directory / entry.name), **_about(manifest, run_of(checkpoints))}
     if asked.json:
         document({**about, "leaves": leaves, "totals": _totals(leaves), "damage": damage and {"error": str(damage), "lost": lost}})
     else:

@@ -32,7 +32,7 @@ def run(asked: Verify) -> int:
     count = Counter(pair.outcome for pair in pairs)
     failed = count["different"] + count["damaged"]
     if asked.json:
-        document({"run": str(run.path), "proven": count["equal"], "failed": failed, "pairs": [_plain(pair) for pair in pairs]})
+        document({"run": str(run.path), "proven": count["equal"], "failed": failed, "pairs": [_jsonable(pair) for pair in pairs]})
     else:
         print(_summary(run, pairs, count["equal"], failed))
         if not failed and not asked.to and (first := pairs[0].begin) is not None:
@@ -77,7 +77,7 @@ def _name(entry: Entry, ambiguous: set[int]) -> str:
     return entry.name if entry.step in ambiguous else str(entry.step)
 
 
-def _plain(pair: Pair) -> dict[str, Any]:
+def _jsonable(pair: Pair) -> dict[str, Any]:
     return {
         "from": pair.begin and pair.begin.name,
         "to": pair.end.name,

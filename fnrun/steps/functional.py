@@ -1,6 +1,6 @@
 """An `nn.Module` as a function of its tensors.
 
-Calling a module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `Shell` knows these slots. For
+Calling a module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `FunctionalModule` knows these slots. For
 the length of a call it puts a state's tensors there, and then the module's own back. That costs less than `torch.func.functional_call`,
 which looks the slots up by name at each call, and any module works unchanged.
 """
@@ -23,11 +23,11 @@ from fnrun.core.undisturbed import undisturbed
 from fnrun.steps.watch import FirstCalls, reentrant, versions
 
 #: The shells whose modules hold other tensors at this moment, under the ambient lock: a loss may call a step of its own.
-_at_work: list[Shell] = []
+_at_work: list[FunctionalModule] = []
 _NONE: dict[str, torch.Tensor] = {}
 
 
-class Shell:
+class FunctionalModule:
     """The slots of `model`: parameters and buffers by name, tied ones in every place where they stand.
 
     `modes` are the train/eval modes of the submodules now; `run` sets them, so that what somebody does to the module later changes nothing.
@@ -410,7 +410,7 @@ def call(
     >>> int(after["num_batches_tracked"]), int(model.num_batches_tracked)
     (1, 0)
     """
-    shell = Shell(model)
+    shell = FunctionalModule(model)
     tensors = [p.clone() for p in shell.tensors("params", params)]  # a forward may write to them
     shell.written.update(shell.params)
     before = versions(tensors)

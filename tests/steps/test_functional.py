@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fnrun
-from fnrun.steps.shell import Shell
+from fnrun.steps.functional import FunctionalModule
 
 
 def tensors(model):
@@ -99,7 +99,7 @@ def test_the_module_is_put_back_also_when_it_raises():
 def test_modes_are_those_of_when_the_step_was_made():
     model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
     model[1].eval()
-    shell = Shell(model)
+    shell = FunctionalModule(model)
     model.eval()
     seen = []
     shell.run(lambda: seen.append((model.training, model[0].training, model[1].training)), shell.tensors("params", tensors(model)[0]), tensors(model)[1], train=True)  # fmt: skip
