@@ -83,7 +83,7 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
 
 
 #: Whose frames say nothing to whom an experiment belongs.
-_FOLDED = tuple(f"{Path(root).resolve()}{os.sep}" for root in (Path(__file__).parent, Path(torch.__file__).parent))
+_FOLDED = tuple(f"{Path(root).resolve()}{os.sep}" for root in (Path(__file__).parents[1], Path(torch.__file__).parent))
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:

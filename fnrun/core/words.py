@@ -44,7 +44,12 @@ def uncalled(value: Any) -> str | None:
     module = getattr(value, "__module__", None) or ""
     if not inspect.isfunction(value) or not module.startswith("fnrun.") or vars(sys.modules[module]).get(value.__name__) is not value:
         return None
-    return f"{module.split('.')[1]}.{value.__name__}"
+    room = module.split(".")[1]
+    return f"{_PUBLIC.get(room, room)}.{value.__name__}"
+
+
+#: Rooms whose functions users know by another name.
+_PUBLIC = {"sinks": "observers", **dict.fromkeys(("core", "loops", "runs", "steps"), "fnrun")}
 
 
 def unknown(who: str, given: Mapping[str, Any], ours: Mapping[str, str]) -> TypeError:

@@ -6,7 +6,7 @@ From top to bottom, each of what stands above it:
     given          what a user's functions are given and return: detached, of the right kinds, or refused in words
     surroundings   what a step runs in: generators seeded from its key, its reports collected
     watch          the first calls of a module, looked at: what it does besides outputs and buffers
-    shell          a module as a function of its tensors
+    functional     a module as a function of its tensors
     recompute      parts of a module whose activations are computed again in the backward
     pieces         a batch in microbatches, and what they come to together
     gradients      a loss, and its gradient for a batch or its pieces

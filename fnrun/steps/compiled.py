@@ -82,14 +82,14 @@ class _Graphs:
     def rehearse(self, state: Any, batch: Any) -> None:
         """The first calls without the compiler, for it sees only what a call computes; they are thrown away."""
         if isinstance(self._loss, Loss):
-            self._rehearsals = self._loss.shell.first.remaining
+            self._rehearsals = self._loss.functional.first.remaining
         while self._rehearsals:
             self.gradients(state, batch)
             self._rehearsals -= 1
 
     def __call__(self, state: Any, batches: list[Any], counts: list[Any], owner: Owner | None) -> tuple[Any, Metrics] | None:
         if isinstance(self._loss, Loss):
-            self._loss.shell.check()
+            self._loss.functional.check()
         trained = self.update.trained if isinstance(self.update, Update) else tuple(state.params)
         count, params = state.step, {name: state.params[name] for name in trained}
         whole = len(params) == len(state.params)

@@ -78,9 +78,9 @@ def _evaluation(
         hint = f": the name of the hook, weights={named!r}" if isinstance(named, str) else ""
         raise TypeError(f"weights= takes 'params', a hook's name or a function of the state, and not {kind(weights)}{hint}")
     name = f"the evaluation of {type(model).__name__}"
-    shell = FunctionalModule(model, name, watched=FIRST)
+    functional = FunctionalModule(model, name, watched=FIRST)
     within = Surroundings(name, host)
-    autocast = autocast_of(precision, shell.device_type) or nullcontext
+    autocast = autocast_of(precision, functional.device_type) or nullcontext
 
     def run(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         if not is_state(state) or not hasattr(state, "rng"):
@@ -94,7 +94,7 @@ def _evaluation(
         params, buffers = weights_of(state, weights)
         place = frames[-1].ticks if frames else 0
         with within(state.rng, "eval", state.step, place) as reports, torch.no_grad(), autocast():
-            outputs, _, _ = shell.run(lambda: fn(model, batch), shell.tensors("params", params), buffers, train=False)
+            outputs, _, _ = functional.run(lambda: fn(model, batch), functional.tensors("params", params), buffers, train=False)
         return outputs, reports
 
     return run

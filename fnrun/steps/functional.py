@@ -1,7 +1,7 @@
 """An `nn.Module` as a function of its tensors.
 
-Calling a module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `FunctionalModule` knows these slots. For
-the length of a call it puts a state's tensors there, and then the module's own back. That costs less than `torch.func.functional_call`,
+Calling a module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `FunctionalModule` knows them. For the
+length of a call it puts a state's tensors there, and then the module's own back. That costs less than `torch.func.functional_call`,
 which looks the slots up by name at each call, and any module works unchanged.
 """
 
@@ -210,7 +210,7 @@ class FunctionalModule:
         return {name: container[key].detach() for name, (container, key) in owners.items()}  # pyright: ignore[reportOptionalMemberAccess]
 
     def check(self) -> None:
-        """Raises ValueError where the module is of another structure than when this shell was made."""
+        """Raises ValueError where the module is of another structure than when this was made."""
         with rng.ambient_lock:
             if not _at_work:
                 self.structure.check(self.whose, train=True)
@@ -251,7 +251,7 @@ class FunctionalModule:
 
     @contextlib.contextmanager
     def _in_made_modes(self) -> Iterator[None]:
-        """Where modules have their own `train` and `eval`, which may keep caches, calls begin in the modes of when the shell was made."""
+        """Where modules have their own `train` and `eval`, which may keep caches, calls begin in the modes that it was made with."""
         found = [(module, module.training) for module, _ in self.modes]
         if found == self.modes:
             yield
@@ -410,16 +410,16 @@ def call(
     >>> int(after["num_batches_tracked"]), int(model.num_batches_tracked)
     (1, 0)
     """
-    shell = FunctionalModule(model)
-    tensors = [p.clone() for p in shell.tensors("params", params)]  # a forward may write to them
-    shell.written.update(shell.params)
+    functional = FunctionalModule(model)
+    tensors = [p.clone() for p in functional.tensors("params", params)]  # a forward may write to them
+    functional.written.update(functional.params)
     before = versions(tensors)
     outputs, after, _ = not_checkpointed(
-        shell.whose,
-        lambda: shell.run(lambda: model(*args, **kwargs), tensors, buffers, train=train),
+        functional.whose,
+        lambda: functional.run(lambda: model(*args, **kwargs), tensors, buffers, train=train),
         [tensors, dict(buffers), args, kwargs],
     )
     if train and before != (now := versions(tensors)):
-        names = [name for name, a, b in zip(shell.params, before or (), now or (), strict=True) if a != b]
-        raise ValueError(f"{shell.name} writes to {names} in place, and a call has no way to return them: make_train_step has")
+        names = [name for name, a, b in zip(functional.params, before or (), now or (), strict=True) if a != b]
+        raise ValueError(f"{functional.name} writes to {names} in place, and a call has no way to return them: make_train_step has")
     return outputs, after

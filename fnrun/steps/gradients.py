@@ -91,20 +91,20 @@ class Loss:
     """
 
     def __init__(
-        self, shell: FunctionalModule, loss_fn: Callable[..., Any], autocast: functools.partial[Any] | None, within: Surroundings
+        self, functional: FunctionalModule, loss_fn: Callable[..., Any], autocast: functools.partial[Any] | None, within: Surroundings
     ) -> None:
-        self.shell, self.loss_fn, self.autocast, self.within = shell, loss_fn, autocast, within
+        self.functional, self.loss_fn, self.autocast, self.within = functional, loss_fn, autocast, within
         self._told = False
 
     def __call__(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, *, key: Any = None) -> Any:
-        shell = self.shell
-        tensors = shell.tensors("params", params, apart=False)
-        if shell.written:
-            tensors = [t.clone() if name in shell.written else t for name, t in zip(shell.params, tensors, strict=True)]
+        functional = self.functional
+        tensors = functional.tensors("params", params, apart=False)
+        if functional.written:
+            tensors = [t.clone() if name in functional.written else t for name, t in zip(functional.params, tensors, strict=True)]
         with self.within.undrawn() if key is None else self.within(key) as reports:
             (loss, metrics), buffers, written = not_checkpointed(
-                self.shell.whose,
-                lambda: shell.run(lambda: self.forward(batch), tensors, buffers, train=True),
+                self.functional.whose,
+                lambda: functional.run(lambda: self.forward(batch), tensors, buffers, train=True),
                 [tensors, dict(buffers), batch],
             )
         return loss, ({**buffers, **written}, reported(metrics, reports))
@@ -113,16 +113,16 @@ class Loss:
         """The metrics of a batch in which every weight is 0: no loss, which would be a NaN. That there is one is said once."""
         if not self._told:
             self._told = True
-            logger.warning("%s: a batch in which every weight of the loss is 0 makes no update (said once)", self.shell.whose)
+            logger.warning("%s: a batch in which every weight of the loss is 0 makes no update (said once)", self.functional.whose)
         return {"skipped": 1.0}
 
     def forward(self, batch: Any) -> tuple[Any, Metrics]:
-        """Within `shell.run`: the loss and its metrics."""
+        """Within `functional.run`: the loss and its metrics."""
         if self.autocast is None:
-            result = self.loss_fn(self.shell.model, batch)
+            result = self.loss_fn(self.functional.model, batch)
         else:
             with self.autocast():
-                result = self.loss_fn(self.shell.model, batch)
+                result = self.loss_fn(self.functional.model, batch)
         return (result, {}) if isinstance(result, Tensor) else loss_and_metrics(result)
 
 
@@ -143,10 +143,10 @@ class Gradients:
         recomputed: Recomputed | None = None,
     ) -> None:
         self.name, self.loss, self.loss_scale, self.cut, self.within, self.recomputed = name, loss, loss_scale, cut, within, recomputed
-        shell = self.shell = loss.shell
-        places = {name: i for i, name in enumerate(shell.params)}
-        self._trained = [places[name] for name in shell.trained]
-        self._all = len(shell.trained) == len(shell.params)
+        functional = self.functional = loss.functional
+        places = {name: i for i, name in enumerate(functional.params)}
+        self._trained = [places[name] for name in functional.trained]
+        self._all = len(functional.trained) == len(functional.params)
 
     def __call__(self, state: Any, batch: Any) -> tuple[dict[str, Any], dict[str, Tensor], Metrics]:
         check_state(self.name, state, batch, "batch")
@@ -157,7 +157,7 @@ class Gradients:
         else:
             with torch.enable_grad():
                 grads, buffers, metrics = take(state, batch)
-        return dict(zip(self.shell.trained, grads, strict=True)), buffers, metrics
+        return dict(zip(self.functional.trained, grads, strict=True)), buffers, metrics
 
     def options(self) -> list[str]:
         """How they are computed, in words, where that was chosen."""
@@ -181,7 +181,7 @@ class Gradients:
         return grads, buffers, metrics
 
     def _in_pieces(self, state: Any, batch: Any) -> tuple[list[Any], Any, Metrics]:
-        joined, total = Joined(self.name, self.shell, state.buffers), PairwiseSum()
+        joined, total = Joined(self.name, self.functional, state.buffers), PairwiseSum()
         for i, piece, n in self.cut(batch):
             total.add(i, self._piece(joined, state, i, piece, n))
         whole = total.result()
@@ -202,10 +202,10 @@ class Gradients:
                 error.add_note(f"raised in microbatch {i} of {self.cut.pieces}, which is {shapes(piece)}")
                 raise
             metrics = _with(metrics, reports)
-        if len(buffers) > len(self.shell.buffers):
+        if len(buffers) > len(self.functional.buffers):
             raise ValueError(
-                f"{self.name}: the forward changes the parameters {sorted(buffers.keys() - set(self.shell.buffers))}, and each microbatch "
-                "would change them in its own way: use microbatches=1, or optim.accumulate"
+                f"{self.name}: the forward changes the parameters {sorted(buffers.keys() - set(self.functional.buffers))}, and each "
+                "microbatch would change them in its own way: use microbatches=1, or optim.accumulate"
             )
         return joined.part(grads, loss, n, buffers, moved, metrics)
 
@@ -220,17 +220,17 @@ class Gradients:
 
     def _of(self, state: Any, batch: Any, n: int | None = None, moved: set[str] | None = None) -> tuple[list[Any], Weighed, Any, Metrics]:
         """Of the mean of a batch, or of a piece of `n` examples: gradients, weight, buffers (`moved` were written to) and metrics."""
-        shell = self.shell
+        functional = self.functional
         scale = None if self.loss_scale is None else self.loss_scale(state.opt_state)
-        tensors = shell.tensors("params", state.params)
+        tensors = functional.tensors("params", state.params)
         leaves = [tensors[i].detach().requires_grad_() for i in self._trained]
         if self._all:
             tensors = leaves
         else:
             for i, leaf in zip(self._trained, leaves, strict=True):
                 tensors[i] = leaf
-        shell.hook(self._trained, leaves)
-        first = shell.first
+        functional.hook(self._trained, leaves)
+        first = functional.first
 
         def forward_and_backward() -> tuple[
             Any, Any, Metrics
@@ -253,15 +253,15 @@ class Gradients:
             grads = _backward(value if scale is None else value * scale, leaves, through_leaves=first.reentrant)
             if grads[0] is None and all(grad is None for grad in grads):
                 raise ValueError(
-                    f"{self.name}: the loss reaches no trained parameter of {shell.name}: does it call the model that it is given? "
+                    f"{self.name}: the loss reaches no trained parameter of {functional.name}: does it call the model that it is given? "
                     f"It has a gradient to {', '.join(map(described, leaves_of(value)))}"
                 )
             if watching:
-                check_dense(self.name, dict(zip(shell.trained, grads, strict=True)))
+                check_dense(self.name, dict(zip(functional.trained, grads, strict=True)))
             return grads, weighed, {"loss": loss, **metrics}
 
         run = forward_and_backward if self.recomputed is None else functools.partial(self.recomputed.over, forward_and_backward)
-        (grads, weighed, metrics), buffers, written = shell.run(run, tensors, state.buffers, train=True, moved=moved)
+        (grads, weighed, metrics), buffers, written = functional.run(run, tensors, state.buffers, train=True, moved=moved)
         if scale is not None:
             grads = unscaled(grads, scale)
         if written:

@@ -99,19 +99,19 @@ def make_train_step(
         raise TypeError(f"make_train_step: compile= is True or False, and not {kind(compile)}")
     check_apart("make_train_step", model)
     name = f"train_step({type(model).__name__})"
-    shell = FunctionalModule(model, name, watched=FIRST)
-    if not shell.trained:
-        raise ValueError(f"{shell.name} has no parameter to train: all have requires_grad=False, or there are none")
+    functional = FunctionalModule(model, name, watched=FIRST)
+    if not functional.trained:
+        raise ValueError(f"{functional.name} has no parameter to train: all have requires_grad=False, or there are none")
     cut = Cut(name, count("make_train_step: microbatches", microbatches), examples_option("make_train_step", examples), split)
     if split is not None:
         _check_split(split, microbatches, examples)
-    shell.check_hooks()
+    functional.check_hooks()
     _warn_of_eval_mode(model, name)
     within = Surroundings(name, host_random)
-    loss = Loss(shell, loss_fn, autocast(precision, shell.device_type), within)
-    recomputed = None if checkpoint_activations is None else Recomputed(name, shell, checkpoint_activations, host_random)
+    loss = Loss(functional, loss_fn, autocast(precision, functional.device_type), within)
+    recomputed = None if checkpoint_activations is None else Recomputed(name, functional, checkpoint_activations, host_random)
     gradients = Gradients(name, loss, optimizer.loss_scale, cut, within, recomputed)
-    update = Update(name, optimizer, shell)
+    update = Update(name, optimizer, functional)
     return TrainStep(loss, gradients, update, name, Compiled() if compile else IN_TURN, cut.examples)
 
 

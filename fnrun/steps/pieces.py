@@ -295,9 +295,9 @@ _NO_MEAN = (
 class Joined:
     """How the pieces of one step come together; `buffers` are the step's own."""
 
-    def __init__(self, name: str, shell: FunctionalModule, buffers: Mapping[str, Tensor]) -> None:
+    def __init__(self, name: str, functional: FunctionalModule, buffers: Mapping[str, Tensor]) -> None:
         self.name, self.buffers = name, buffers
-        self.averages, self.counts = shell.statistics
+        self.averages, self.counts = functional.statistics
         self._names = [name for name in self.averages if name in buffers]
         self._first: dict[str, Tensor] = {}
         self._others: dict[str, Tensor] = {}

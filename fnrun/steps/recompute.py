@@ -109,15 +109,15 @@ def _listed(paths: Any) -> str:
 
 
 class Recomputed:
-    """The parts of a shell's model that are computed once more in the backward."""
+    """The parts of a functional module that are computed once more in the backward."""
 
-    def __init__(self, name: str, shell: FunctionalModule, which: Any, host: bool) -> None:
-        self.parts = [_Part(name, path, module, shell, host) for path, module in chosen(name, shell.model, which)]
+    def __init__(self, name: str, functional: FunctionalModule, which: Any, host: bool) -> None:
+        self.parts = [_Part(name, path, module, functional, host) for path, module in chosen(name, functional.model, which)]
         self._calls: list[_Call] = []
         self._copies: dict[int, tuple[Any, Any, Tensor]] = {}
 
     def run(self, fn: Callable[[Any], Any], batch: Any, buffers: Mapping[str, Tensor]) -> Any:
-        """`fn(batch)`, a forward within `shell.run` that began with these buffers."""
+        """`fn(batch)`, a forward within `functional.run` that began with these buffers."""
         own = [part.module.__dict__.get(part.entry) for part in self.parts]
         try:
             for part in self.parts:
@@ -164,21 +164,21 @@ class _Part:
     #: In so many forwards with the part its second computation is compared with the first.
     LOOKS = 3
 
-    def __init__(self, name: str, path: str, module: nn.Module, shell: FunctionalModule, host: bool) -> None:
-        self.name, self.path, self.module, self.shell, self.host = name, path, module, shell, host
+    def __init__(self, name: str, path: str, module: nn.Module, functional: FunctionalModule, host: bool) -> None:
+        self.name, self.path, self.module, self.functional, self.host = name, path, module, functional, host
         #: What a call of the module calls: compiled ones stay as they are within.
         self.entry = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-        modules = dict(shell.model.named_modules())
+        modules = dict(functional.model.named_modules())
         parents = ["", *itertools.accumulate(path.split(".")[:-1], lambda a, b: f"{a}.{b}")]
         own = list(module.modules())
         self.modules = [*own, *(modules[parent] for parent in parents)]  # and those around it, which it may read
-        self.slots, self.elsewhere = shell.slots_of(own)
+        self.slots, self.elsewhere = functional.slots_of(own)
         #: Which of its inputs are written to, by it or by what comes after: it keeps copies of them.
         self.written: set[int] = set()
         self.looks, self._used = self.LOOKS, False
 
     def others(self) -> list[Tensor]:
-        """What the shell holds besides the part's buffers."""
+        """What the functional module holds besides the part's buffers."""
         return [container[key] for container, key, _ in self.elsewhere]
 
     def enter(self, buffers: Mapping[str, Tensor], calls: list[_Call], copies: dict[Any, Any]) -> None:
@@ -217,7 +217,7 @@ class _Part:
     def values(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of the part's buffers as it begins: those of the state, unless something has written to them in this forward."""
         held = {name: container[key] for container, key, name in self.slots}
-        first = self.shell.first.watching  # which looks at what is read
+        first = self.functional.first.watching  # which looks at what is read
         return {
             name: t.clone() if first or t._version or name not in buffers else buffers[name] for name, t in held.items() if t is not None
         }
@@ -308,7 +308,7 @@ class _Again:
         self._seen: list[_Values] = []
         self._looking = _looking(self._seen) if call.seen else contextlib.nullcontext()
         self._reports, self._now = collect(), (call.before.now(), call.inputs.now())
-        self._counts = versions(part.others()) if part.shell.first.watching else None
+        self._counts = versions(part.others()) if part.functional.first.watching else None
         self._host = None if call.host is None else _set_host(call.host)
         self._reports.__enter__()
         call.before.put_back()

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class Update:
     """The part `step.update` of a step: `(state, grads) -> (state, metrics)`."""
 
-    def __init__(self, name: str, optimizer: Optimizer, shell: FunctionalModule) -> None:
-        self.name, self.optimizer, self.trained = name, optimizer, shell.trained
-        self._whole, self._buffers = len(shell.trained) == len(shell.params), frozenset(shell.buffers)
+    def __init__(self, name: str, optimizer: Optimizer, functional: FunctionalModule) -> None:
+        self.name, self.optimizer, self.trained = name, optimizer, functional.trained
+        self._whole, self._buffers = len(functional.trained) == len(functional.params), frozenset(functional.buffers)
         self._guard = Guard(name)
         self._known: list[Any] = []  # structures of optimizer states that this step can go on with
         self._made: Any = None  # what marks the one that it made last, which needs no look

@@ -276,7 +276,7 @@ _written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictio
 
 
 class FirstCalls:
-    """The first `left` calls of a shell, each looked at. What they do is put right (`written`, `keys`), refused, or told once.
+    """The first `left` calls of a functional, each looked at. What they do is put right (`written`, `keys`), refused, or told once.
 
     `slots` are the containers, keys and indices of the tensors that the module holds for a call, `originals` its own, by name; the first
     `params` of them are parameters.

@@ -34,7 +34,7 @@ import fnrun
 from fnrun import checkpoint, optim
 from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, codec, orbax, pieces, store, writing
 from fnrun.checkpoint.manifest import FORMAT
-from fnrun.cli.experiment import commands as command
+from fnrun.cli import commands as command
 from fnrun.core import tree
 from fnrun.core.key import Key
 from fnrun.core.position import Cursor, Frame, Position

@@ -161,10 +161,10 @@ def test_what_is_no_state_dict_is_refused(tmp_path, content, words) -> None:
 
 def test_a_pickled_module_is_no_state_dict(tmp_path) -> None:
     torch.save({"model": Net(), "epoch": 3}, path := tmp_path / "yolo.pt")
-    with pytest.raises(CheckpointError, match=r"it has: model \(a tests.test_foreign.Net\), epoch \(an int\)"):
+    with pytest.raises(CheckpointError, match=r"it has: model \(a tests.checkpoint.test_foreign.Net\), epoch \(an int\)"):
         params_from(path)
     torch.save(Net(), path)
-    with pytest.raises(CheckpointError, match=r"holds a tests.test_foreign.Net, not a state dict"):
+    with pytest.raises(CheckpointError, match=r"holds a tests.checkpoint.test_foreign.Net, not a state dict"):
         params_from(path)
 
 

@@ -23,7 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fnrun.checkpoint import CheckpointError, Checkpoints, load_from, store
-from fnrun.cli.experiment import commands as command
+from fnrun.cli import commands as command
 from fnrun.core import tree
 from fnrun.core.position import Frame, Position
 from fnrun.core.state import TrainState

@@ -23,7 +23,7 @@ from fnrun.cli.commands import main as command
 from fnrun.core import tree
 from fnrun.core.position import Cursor, Frame
 from fnrun.observers import Text
-from tests.checkpoint.test_formats import FORMATS
+from tests.test_formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def test_every_struct_of_ours_has_a_name_that_says_from_where_one_imports_it_and
     for name, cls in names.items():
         package, _, own = name.rpartition(".")
         assert own == cls.__qualname__
-        assert cls.__module__.startswith(package)
+        assert cls.__module__.startswith(package) or getattr(importlib.import_module(package), own) is cls
         assert len(package.split(".")) <= 2, f"{name} names a file, and files move"
     assert set(STRUCTS.values()) <= set(names)
 
@@ -167,6 +167,30 @@ def test_a_frame_of_an_earlier_format_has_fields_and_the_same_name(loop: str, fr
     assert Frame(*(leaves[f"position/frames/0/{field}"] for field in ("kind", "path", "nth"))).name == frame.name
     assert [leaves[f"position/frames/0/{field}"] for field in ("kind", "path", "nth")] == [frame.kind, frame.path, frame.nth]
     assert frame.name in (loop, f"{loop} /")
+
+
+def test_what_a_stream_remembered_is_found_under_its_new_name():
+    cursor = {
+        "kind": "struct fnrun.state:Cursor",
+        "keys": ["epoch", "memo", "batch"],
+        "children": [0, {"kind": "dict", "keys": ["memo", "at"], "children": [1, {"kind": "list", "children": [2]}]}, 3],
+    }
+    paths = ["streams/memo/epoch", "streams/memo/memo/memo", "streams/memo/memo/at/0", "streams/memo/batch"]
+    raw = {
+        "format": 2,
+        "structure": {"kind": "dict", "keys": ["streams"], "children": [{"kind": "dict", "keys": ["memo"], "children": [cursor]}]},
+        "leaves": [{"path": path, "kind": "int", "value": i} for i, path in enumerate(paths)],
+    }
+    now = migrate(raw)
+    (stream,) = now["structure"]["children"][0]["children"]
+    assert stream["keys"] == ["epoch", "loader_state", "batch"]
+    assert stream["children"][1]["keys"] == ["memo", "at"]
+    assert {leaf["path"]: leaf["value"] for leaf in now["leaves"]} == {
+        "streams/memo/epoch": 0,
+        "streams/memo/loader_state/memo": 1,
+        "streams/memo/loader_state/at/0": 2,
+        "streams/memo/batch": 3,
+    }
 
 
 @pytest.mark.parametrize("change", ["twice", "never", "no text"])

@@ -19,19 +19,19 @@ from torch.utils import _pytree as torch_pytree
 from fnrun.core import tree
 
 
-@tree.struct
+@tree.struct(name="tests.test_tree:Point")
 class Point:
     x: Any
     y: Any = 0.0
     unit: str = tree.static(default="m")
 
 
-@tree.struct
+@tree.struct(name="tests.test_tree:Named")
 class Named(Point):
     name: Any = "p"
 
 
-Pair = namedtuple("Pair", ["a", "b"])
+Pair = namedtuple("Pair", ["a", "b"], module="tests.test_tree")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.complex_numbers(), st.text(max_size=3), st.binary(max_size=3))

@@ -14,7 +14,7 @@ from torch import nn
 import fnrun
 from fnrun import optim
 from fnrun.core import key as rng, reports, undisturbed
-from fnrun.steps import shell, watch
+from fnrun.steps import functional, watch
 
 
 class Modal(nn.Module):
@@ -83,7 +83,7 @@ def looks(model):
         torch.get_rng_state().tolist(),
         random.getstate(),
         reports.collecting(),
-        list(shell._at_work),
+        list(functional._at_work),
         torch.is_grad_enabled(),
         torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
     )
@@ -115,9 +115,9 @@ class AtLine:
 
 RESTORING = {
     rng.Scope._put_back.__code__,
-    shell.FunctionalModule._put_back.__code__,
-    shell.FunctionalModule._switch.__code__,
-    shell._Attributes.put_back.__code__,
+    functional.FunctionalModule._put_back.__code__,
+    functional.FunctionalModule._switch.__code__,
+    functional._Attributes.put_back.__code__,
     watch.Operations.undo.__code__,
 }
 
@@ -131,7 +131,7 @@ def test_a_step_by_itself_puts_back_what_an_exception_in_the_middle_left(made, c
     model, step, state = made
     for _ in range(calls):
         state, _ = step(state, torch.ones(4, 2))
-    before, codes, n = looks(model), RESTORING | {shell.FunctionalModule._run.__code__}, 0
+    before, codes, n = looks(model), RESTORING | {functional.FunctionalModule._run.__code__}, 0
     while True:
         tracing = AtLine(n, codes, raise_it)
         try:

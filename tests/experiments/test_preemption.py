@@ -18,7 +18,7 @@ import yaml
 import fnrun
 from fnrun import interrupts
 from fnrun.checkpoint import Checkpoints
-from fnrun.cli.experiment import experiment as cli
+from fnrun.cli import experiment as cli
 from fnrun.loops.program import Program
 from fnrun.runs import writer
 from fnrun.runs.run import Run

@@ -12,7 +12,7 @@ import torch
 
 import fnrun
 from fnrun import data, observers, optim
-from fnrun.cli.experiment import experiment as cli
+from fnrun.cli import experiment as cli
 from fnrun.runs.run import Run
 from tests.experiments.commands import call
 from tests.experiments.tiny import tiny

@@ -266,11 +266,11 @@ def test_what_was_overtaken_is_told_apart(copied):
 
 def test_no_run_no_checkpoint_no_experiment(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 2
-    empty = fnrun.Run.create("tests.replayed", replayed.Config(), tmp_path / "empty")
+    empty = fnrun.Run.create("tests.runs.replayed", replayed.Config(), tmp_path / "empty")
     assert main(["verify", str(empty.path)]) == 2
     run = trained(tmp_path / "run", "--epochs", 1)
     config = run.path / "config.yaml"
-    config.write_text(config.read_text().replace("tests.replayed", "no.such.experiment"))
+    config.write_text(config.read_text().replace("tests.runs.replayed", "no.such.experiment"))
     assert main(["verify", str(run.path)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3

@@ -99,10 +99,10 @@ def test_the_module_is_put_back_also_when_it_raises():
 def test_modes_are_those_of_when_the_step_was_made():
     model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
     model[1].eval()
-    shell = FunctionalModule(model)
+    functional = FunctionalModule(model)
     model.eval()
     seen = []
-    shell.run(lambda: seen.append((model.training, model[0].training, model[1].training)), shell.tensors("params", tensors(model)[0]), tensors(model)[1], train=True)  # fmt: skip
+    functional.run(lambda: seen.append((model.training, model[0].training, model[1].training)), functional.tensors("params", tensors(model)[0]), tensors(model)[1], train=True)  # fmt: skip
     assert seen == [(True, True, False)]
     assert not model.training
 

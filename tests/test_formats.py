@@ -1,6 +1,6 @@
 """Checkpoints that earlier versions wrote stay readable for ever: `tests/formats/N` was written once, in format N, and is never written again.
 
-A new format gets a directory of its own, made by the code of its day: `python -m tests.checkpoint.test_formats tests/formats/N`.
+A new format gets a directory of its own, made by the code of its day: `python -m tests.test_formats tests/formats/N`.
 """
 
 from __future__ import annotations

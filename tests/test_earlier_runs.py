@@ -73,7 +73,7 @@ def test_a_run_that_an_earlier_version_began_is_resumed_to_the_end_that_it_would
     run = shutil.copytree(begun, tmp_path / begun.name)
     (name,) = (path.name for path in (run / "checkpoints").iterdir())
     command = [sys.executable, "-m", "tests.test_earlier_runs", "resume", str(run), then["canary"]]
-    done = subprocess.run(command, env={**os.environ, **ALIKE}, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **ALIKE}, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     now = json.loads((run / "ending.json").read_text())
     manifests = [(place / "checkpoints" / name / "manifest.json").read_bytes() for place in (begun, run)]
@@ -105,5 +105,5 @@ def resume(run: Path, expected: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "resume":
         resume(Path(sys.argv[2]), sys.argv[3])
-    else:  # python -m tests.runs.test_earlier_runs WHOLE_RUN > tests/earlier_runs/digits-N.json, by the version that made both
+    else:  # python -m tests.test_earlier_runs WHOLE_RUN > tests/earlier_runs/digits-N.json, by the version that made both
         print(json.dumps({"canary": canary(), "ending": ending(Path(sys.argv[1]))}, indent=1))
