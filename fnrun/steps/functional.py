@@ -1,7 +1,7 @@
 """An `nn.Module` as a function of its tensors.
 
-Calling a module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `FunctionalModule` knows them. For the
-length of a call it puts a state's tensors there, and then the module's own back. That costs less than `torch.func.functional_call`,
+Calling a module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `FunctionalModule` knows them.
+For the length of a call it puts a state's tensors there, and then the module's own back. That costs less than `torch.func.functional_call`,
 which looks the slots up by name at each call, and any module works unchanged.
 """
 
