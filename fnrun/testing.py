@@ -105,7 +105,10 @@ def assert_resumable(
     limit: int = 20,
     restored: Callable[[Any, Any], Any] = through_a_checkpoint,
 ) -> None:
-    """Law 2: from every state that an observer could see, saved and restored, `loop` ends as the whole run: bits, metrics and log lines.
+    """Law 2: from every state that an observer could see, saved and restored, `loop` goes on and ends as the whole run.
+
+    Compared are the state at the end, its metrics, the lines of the logs, and what observers fold at each tick. What an observer that does
+    not fold keeps in itself shows in none of these.
 
     Of more than `limit` states, `limit` are tried, evenly spaced, the first and the last among them. `restored(state, like)` says how a
     state is saved and restored; by default through a real checkpoint.
@@ -113,14 +116,22 @@ def assert_resumable(
     limit = count("assert_resumable: limit", limit, 2)  # the first and the last
     lines, (seen, (end, metrics)) = _listening(lambda: states_seen(loop, state, data))
     assert seen, "no loop finished a tick: nothing to resume from"
+    folds = {one.position.order: _folds(one) for one in seen}
     chosen = seen if len(seen) <= limit else [seen[round(i * (len(seen) - 1) / (limit - 1))] for i in range(limit)]
     for one in chosen:
-        again_lines, (again, again_metrics) = _listening(lambda one=one: loop(restored(one, state), data))
+        again_lines, (again_seen, (again, again_metrics)) = _listening(lambda one=one: states_seen(loop, restored(one, state), data))
         where = " > ".join(f"{frame.name} tick {frame.ticks}" for frame in one.position.frames)
         assert_same(end, again, f"resumed from {where}, the program ends in another state")
         assert_same(metrics, again_metrics, f"resumed from {where}, the program ends with other metrics")
         later = [line for line in lines if line["order"] > one.position.order]
         assert_same(later, again_lines, f"resumed from {where}, the program logs other lines")
+        for other in again_seen:
+            assert_same(folds.get(other.position.order), _folds(other), f"resumed from {where}, an observer folds something else")
+
+
+def _folds(state: Any) -> dict[str, Any]:
+    """What observers fold in the open loops, by loop."""
+    return {frame.name: frame.folds for frame in state.position.frames}
 
 
 def _listening(run: Callable[[], Any]) -> tuple[list[dict[str, Any]], Any]:

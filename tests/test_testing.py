@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -70,3 +72,20 @@ def test_a_log_that_a_resume_would_change_is_found():
     loop = fnrun.epoch_loop(train, observers=[log])
     with pytest.raises(AssertionError, match=r"logs other lines(.|\n)*metrics/loss"):
         assert_resumable(loop, fresh(), [torch.ones(1) * i for i in range(5)], restored=lambda state, like: state)
+
+
+def test_an_observer_that_folds_what_it_keeps_in_itself_fails_the_resume_law():
+    class Counting:
+        name = "counting"
+        seen = 0
+
+        def fold(self, folded: Any, before: Any, metrics: Any, examples: int) -> int:
+            self.seen += examples  # and not `folded`: a run that goes on counts from where this object stands
+            return self.seen
+
+        def __call__(self, state: Any, metrics: Any) -> None:
+            pass
+
+    loop = fnrun.epoch_loop(lambda state, batch: (state, {}), observers=[Counting()])
+    with pytest.raises(AssertionError, match="an observer folds something else"):
+        assert_resumable(loop, fresh(), STREAM, limit=2)

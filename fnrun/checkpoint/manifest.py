@@ -147,7 +147,7 @@ class Manifest(msgspec.Struct, kw_only=True):
         return ranked(self.metrics.get(metric, "nan"), mode) if metric in self.monitors else None
 
     def check(self) -> None:
-        """Raise an error unless the structure names each leaf once, in order and with its path, each leaf says where its bytes are, and metrics are numbers."""
+        """Raise ValueError unless the leaves are those of the structure, their pieces and digests can be read, and metrics are numbers."""
         placed = list(_placed(self.structure))
         if [number for number, _ in placed] != list(range(len(self.leaves))):
             raise ValueError("the structure does not name each leaf once")
@@ -168,6 +168,9 @@ class Manifest(msgspec.Struct, kw_only=True):
             if leaf.strides is not None and not dense(leaf.shape, leaf.strides):
                 raise ValueError(f"{leaf.path} has strides with gaps or overlaps")
         _check_places(self.leaves)
+        for name, file in self.files.items():
+            if file.digest and _DIGEST.fullmatch(file.digest) is None:
+                raise ValueError(f"the digest of {name} is {file.digest!r}")
         for value in self.metrics.values():
             float(value)
 

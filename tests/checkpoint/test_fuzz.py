@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from fnrun.checkpoint import CheckpointError, Checkpoints, load_from, store
+from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, load_from, store
 from fnrun.cli import commands as command
 from fnrun.core import tree
 from fnrun.core.position import Frame, Position
@@ -208,7 +208,7 @@ LIKELY: dict[Any, list[Any]] = {
     "strides": SHAPES,
     "dtype": ["float32", "float64", "bfloat16", "bool", "int64", "complex128", "uint8", "<f4", "|O", "<U1000000", "|V8", "M8[s]", "<f8,<i4", "bits8", "quint8", ""],
     "device": ["meta", "cuda:7", "xla", "nowhere", "cpu:3"],
-    "sha256": ["0" * 64, "", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"],
+    "digest": ["", "md5:" + "0" * 64, "blake3", "blake3:" + "0" * 64, "sha256:" + "0" * 63, ":"],
     "path": PATHS,
     "static": [[["label", 1]], [["__class__", "x"]], [["__dict__", {"tuple": []}]], [10**18], [-1], ["list"], ["eval"], [[]], [["inside", 1], ["label", 1]]],
     "keys": [["__class__", "second"], ["inside", "inside"], [], [None, {"tuple": []}], ["first", "second", "third"]],
@@ -284,6 +284,29 @@ def test_a_forged_manifest_is_an_error_or_a_state(saved: tuple[Checkpoints, Path
     write({folder / name: content for name, content in original.items()})
     assert tree.equal(checkpoints.restore(), state())
     assert min(answers[True], answers[False]) > 300
+
+
+def forge_digest_of_a_piece(manifest: Any) -> None:
+    next(leaf for leaf in manifest["leaves"] if leaf.get("pieces"))["pieces"][0]["digest"] = "md5:" + "0" * 64
+
+
+def forge_digest_of_a_file(manifest: Any) -> None:
+    next(file for file in manifest["files"].values() if file.get("digest"))["digest"] = "md5:" + "0" * 64
+
+
+@pytest.mark.parametrize("forge", [forge_digest_of_a_piece, forge_digest_of_a_file])
+def test_a_digest_of_an_algorithm_that_nobody_knows_is_damage(saved: tuple[Checkpoints, Path], forge: Callable[[Any], None]) -> None:
+    checkpoints, folder = saved
+    original = {name: (folder / name).read_bytes() for name in (store.MANIFEST, store.DIGEST)}
+    manifest = json.loads(original[store.MANIFEST])
+    forge(manifest)
+    sign(folder, json.dumps(manifest).encode())
+    try:
+        for ask in (checkpoints.restore, checkpoints.read, checkpoints.check, checkpoints.manifest):
+            with pytest.raises(DamagedError, match=r"manifest\.json is not a manifest"):
+                ask()
+    finally:
+        write({folder / name: content for name, content in original.items()})
 
 
 ASKED: list[list[Callable[[Checkpoints], Any]]] = [
