@@ -123,3 +123,16 @@ class NumPy:
 def generators() -> tuple[Generator, ...]:
     """torch's, Python's and NumPy's, in this process."""
     return Torch(), Python(), NumPy()
+
+
+def save_hosts() -> list[tuple[Generator, Any]]:
+    """Python's and NumPy's, each with its state."""
+    return [(generator, generator.save()) for generator in generators()[1:]]
+
+
+def restore_hosts(saved: list[tuple[Generator, Any]]) -> list[str]:
+    """Restore those that have moved; returns their names."""
+    moved = [(generator, state) for generator, state in saved if generator.moved(state)]
+    for generator, state in moved:
+        generator.restore(state)
+    return [generator.what for generator, _ in moved]

@@ -152,16 +152,14 @@ def _picked(leaf: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def _transformed(transform: Callable[[Any, Key], Any], batch: Any, key: Key) -> Any:
     """`transform(batch, key)`, with torch's generators seeded from the key; Python's and NumPy's must not be drawn from."""
-    hosts = [(generator, generator.save()) for generator in ambient.generators()[1:]]
+    saved = ambient.save_hosts()
     with key.scope():
         made = transform(batch, key)
-    for generator, state in hosts:
-        if generator.moved(state):
-            generator.restore(state)
-            raise RuntimeError(
-                f"the transform drew from {generator.what}, which would not repeat after a resume: "
-                "draw from torch's, or from random.Random(key.bits) or np.random.default_rng(key.bits)"
-            )
+    if moved := ambient.restore_hosts(saved):
+        raise RuntimeError(
+            f"the transform drew from {' and '.join(moved)}, which would not repeat after a resume: "
+            "draw from torch's, or from random.Random(key.bits) or np.random.default_rng(key.bits)"
+        )
     return made
 
 

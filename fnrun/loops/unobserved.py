@@ -34,7 +34,7 @@ class Before(NamedTuple):
 def interval(loop: Any) -> int:
     """Each so many training steps somebody looks; 1 where a hook acts, or an observer that may look at each state."""
     step = loop.step
-    reads_step_only = isinstance(step, PureStep) and step.looks_at_step_only
+    reads_step_only = isinstance(step, PureStep) and step.ignores_position
     if loop.hook_contracts or not reads_step_only or not all(observer.idle_between for observer in loop.observer_contracts):
         return 1
     return math.gcd(*(observer.every or 1 for observer in loop.observer_contracts)) if loop.observer_contracts else LONGEST

@@ -1,23 +1,25 @@
 """Steps: pure functions `(state, batch) -> (state, metrics)`, made of a module, a loss and an optimizer, or written by hand.
 
-From top to bottom, each of what stands above it:
+From top to bottom, each module imports only from those above it:
 
-    kinds          what a step is
-    given          what a user's functions are given and return: detached, of the right kinds, or refused in words
-    surroundings   what a step runs in: generators seeded from its key, its reports collected
-    watch          the first calls of a module, looked at: what it does besides outputs and buffers
+    kinds          what a step is: protocols and base classes
+    checks         what a user's functions are passed and return: detached, of the right kinds, or refused
+    surroundings   seeded generators and collected reports around a call
+    watch          the first calls of a module, watched for side effects
     functional     a module as a function of its tensors
-    recompute      parts of a module whose activations are computed again in the backward
-    pieces         a batch in microbatches, and what they come to together
-    gradients      a loss, and its gradient for a batch or its pieces
-    update         the optimizer alone
-    train          the step as a value: a loss, gradients, an update, and how they are combined
-    draws          what a graph draws at random, drawn outside of it
+    recompute      activation checkpointing
+    cutting        slices of a batch; the option `examples=`
+    draws          random numbers of a graph, drawn outside of it
+    microbatches   a batch in microbatches, and the sums of their gradients and metrics
+    gradients      a loss, and its gradient for a batch or its microbatches
+    update         the optimizer's part of a step
+    train          the step as a value: loss, gradients, update, and how they are combined
     capture        a function of tensors as one graph
-    compiled       a step's parts combined as one graph
-    make           the training step of a model, a loss function and an optimizer
-    evaluate, handwritten   other steps
-    transforms     steps made of steps
+    compiled       a step as one graph
+    make           `make_train_step`
+    evaluate       `make_eval_step`, `make_predict_step`
+    handwritten    `step`
+    transforms     functions from step to step
 """
 
 from fnrun.steps.evaluate import make_eval_step, make_predict_step

@@ -1,4 +1,4 @@
-"""The parts of a step combined as one compiled graph, for one step or several at a time."""
+"""A step as one compiled graph, for one update or several."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fnrun.core.state import carried, check_state, made
 from fnrun.metrics.basic import Mean
 from fnrun.optim import hyperparams
 from fnrun.steps.capture import Captured
+from fnrun.steps.checks import check_unasked
 from fnrun.steps.draws import Draws, TracedKey, Uncapturable
-from fnrun.steps.given import check_unasked
 from fnrun.steps.gradients import Gradients, Loss
 from fnrun.steps.kinds import Metrics
 from fnrun.steps.train import IN_TURN, TrainStep, composed, each, together
@@ -25,7 +25,7 @@ from fnrun.steps.update import Update
 
 
 class Compiled:
-    """A step's parts combined as one graph. What cannot be captured runs without, with one warning."""
+    """A step's parts as one graph. A step that cannot be captured runs eagerly, with one warning."""
 
     donates = fuses = True
     text = "compiled"
@@ -38,7 +38,7 @@ class Compiled:
         if torch.is_grad_enabled():
             for batch in batches:
                 check_unasked(step.name, state, batch)
-            if entering.any_cut:  # the graph has tensors of its own in their places
+            if entering.any_cut:  # the graph has other tensors in their places
                 entering.check_uncut(hyperparams(state.opt_state))
         if isinstance(step.gradients, Gradients):
             for batch in batches:
@@ -54,9 +54,9 @@ class Compiled:
             if isinstance(loss, Mean) and isinstance(step.loss, Loss) and loss.weight.is_cpu and not loss.weight:
                 return result[0], {**step.loss.of_nothing(), "skipped": result[1]["skipped"]}
             return result
-        failed_now = not graphs.told
-        graphs.told = True
-        result = IN_TURN(step, state, batches, owner)  # first, for what it raises is the step's own and no matter of the compiler
+        failed_now = not graphs.warned
+        graphs.warned = True
+        result = IN_TURN(step, state, batches, owner)  # before the warning: an error of the step is none of the compiler
         if failed_now:
             warnings.warn(f"{step.name} is not compiled and goes on without: {graphs.reason}", stacklevel=4)
         return result
@@ -68,9 +68,9 @@ class _Graphs:
     def __init__(self, step: TrainStep) -> None:
         self.gradients, self.update, self.name = step.gradients, step.update, step.name
         self._loss = step.loss
-        self.told = False
+        self.warned = False
         self._captured = Captured(self._several, step.name)
-        self._like: Any = None  # a state of the kind that is trained
+        self._like: Any = None  # the state of the call that is captured
         self._rehearsals = FIRST
         self._guard = Guard(step.name)
         self._culprit = self.update.culprit if isinstance(self.update, Update) else None
@@ -80,7 +80,7 @@ class _Graphs:
         return self._captured.reason
 
     def rehearse(self, state: Any, batch: Any) -> None:
-        """The first calls without the compiler, for it sees only what a call computes; they are thrown away."""
+        """Run the watched first calls eagerly, and discard their results: a recorded call cannot be watched."""
         if isinstance(self._loss, Loss):
             self._rehearsals = self._loss.functional.first.remaining
         while self._rehearsals:
@@ -100,7 +100,7 @@ class _Graphs:
                 (params, state.opt_state), kept, (batches, counts), count, state.rng, self._check, inplace=owner is not None
             )
         finally:
-            self._like = None  # also where the state is refused: nobody would let go of it
+            self._like = None  # also after an error: a reference would keep the state alive
         if call is None:
             return None
         every = contents(state)
@@ -123,7 +123,7 @@ class _Graphs:
             self.update.check(self._like)
 
     def _several(self, given: Any, kept: Any, x: tuple[list[Any], list[Any]], count: Any, draws: Draws) -> tuple[Any, Metrics]:
-        """Steps in turn, for the compiler: `given` are trained parameters and optimizer state, `kept` buffers and frozen parameters."""
+        """The function that is captured: `given` are trained parameters and optimizer state, `kept` buffers and frozen parameters."""
         (params, memory), (buffers, frozen), (batches, counts), seen = given, kept, x, []
         state = carried(_blind(self._like), params={**params, **frozen}, buffers=buffers, opt_state=memory, rng=TracedKey(draws))
         for i, batch in enumerate(batches):
@@ -136,7 +136,7 @@ class _Graphs:
 
 
 class _Unseen:
-    """In place of a field of the state that a compiled step has not."""
+    """Stands for a field of the state that a compiled step does not have."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""Cutting a batch of examples, and what a user says of how many it has."""
+"""Slices of a batch of examples, and the option `examples=`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from fnrun.core.words import bindable, kind
 
 
 class Examples:
-    """The option `examples=`, called with a batch: how many it has, None where that is not clear.
+    """The option `examples=`, callable with a batch: its number of examples, None where that is unclear.
 
-    It is a key or path of the batch (`"x"`, `"inputs/ids"`, `"0"`), several of them, a number, or a function `batch -> int`. `named` are
-    the paths where there are several: exactly those parts have an entry for each example.
+    The option is a key or path of the batch (`"x"`, `"inputs/ids"`, `"0"`), several of them, a number, or a function `batch -> int`.
+    Several are `named`: exactly those parts have an entry for each example.
     """
 
     def __init__(self, who: str, option: Any) -> None:
@@ -85,7 +85,7 @@ class Examples:
         return rows
 
     def find(self, batch: Any, path: str) -> tuple[tuple[Any, ...], Any]:
-        """The place of that path, in the tree's own terms, and what is there."""
+        """The path as optree's entries, and the part there."""
         at, found = (), batch
         for entry in tree.split(path):
             fields = getattr(type(found), "_fields", ())
@@ -100,26 +100,22 @@ class Examples:
 
 
 def examples_option(who: str, option: Any) -> Callable[[Any], int | None]:
-    """How many examples a batch has, where `option` is what a user said of that, or None."""
+    """`batch -> int | None`, the number of examples by the option `examples=`."""
     return example_count if option is None else Examples(who, option)
 
 
-_NONE: Mapping[str, bool] = {}
-
-
 class Sliced:
-    """A batch of so many examples, of which rows can be taken: `[start:end]` of each part with an entry for each, the rest whole.
+    """A batch of `rows` examples: `[start:end]` slices each part with an entry for each example, and leaves the rest whole.
 
-    `parts` says by path whether each part that counts is cut. Where the number is `known`, of a stream or of an option, a tuple or list of
-    so many things is one of examples, if their own lengths are another number. What such a list was in a batch `before`, of examples or
-    structure, it is again.
+    - `named`: the option that names what is cut; None finds it by lengths.
+    - `known`: `rows` comes from a stream or an option. Then a tuple or list of `rows` entries is one of examples, if the entries' lengths
+      differ from `rows`.
+    - `before`: by path, whether a list was one of examples in an earlier batch. It is then read in the same way.
     """
 
-    def __init__(
-        self, batch: Any, rows: int, named: Examples | None = None, known: bool = False, before: Mapping[str, bool] = _NONE
-    ) -> None:
-        self._told = attached_count(batch)
-        columns, known = self._told[1], known or self._told[0] is not None
+    def __init__(self, batch: Any, rows: int, named: Examples | None, known: bool, before: Mapping[str, bool]) -> None:
+        self._attached = attached_count(batch)
+        columns, known = self._attached[1], known or self._attached[0] is not None
         are_zipped = zipped(batch) == rows
         self.lists: dict[str, bool] = {}  # by path, whether a list of arrays or dictionaries is one of examples
 
@@ -143,9 +139,9 @@ class Sliced:
         paths, self._leaves, self._spec = optree.tree_flatten_with_path(batch, is_leaf=lambda value: id(value) in lists)
         places = [named.find(batch, path)[0] for path in named.named] if named is not None else None
         leaves = {tree.join(path): leaf for path, leaf in zip(paths, self._leaves, strict=True)}
-        self.parts: dict[str, bool] = {}
-        self.others: list[str] = []  # arrays and lists of examples that have another length
-        self.hidden: list[str] = []  # those with an entry for each example that lie in an object, which cannot be cut
+        self.parts: dict[str, bool] = {}  # by path, whether a part that counts is cut
+        self.others: list[str] = []  # arrays and lists of another length
+        self.hidden: list[str] = []  # parts of objects, which cannot be cut
         for part in found:
             path, counts = tree.join(part.path), part.kind not in ("list", "numbers")
             fits = counts and length_of(part.value) == rows
@@ -160,15 +156,14 @@ class Sliced:
                 self.parts[path] = True
             if self.parts.get(path) and path not in leaves:
                 self.hidden.append(path)
-        #: What is cut, by path.
-        self.cut = {path: leaf for path, leaf in leaves.items() if self.parts.get(path)}
+        self.cut = {path: leaf for path, leaf in leaves.items() if self.parts.get(path)}  # by path
         self._cut = [tree.join(path) in self.cut for path in paths]
-        self.whole = all(part.kind == "numbers" for part in found) and all(map(has_no_length, self._leaves))  # nothing in it has a length
+        self.whole = all(part.kind == "numbers" for part in found) and all(map(has_no_length, self._leaves))  # nothing has a length
 
     def __getitem__(self, rows: slice) -> Any:
         leaves = [_rows(leaf, rows) if cut else leaf for leaf, cut in zip(self._leaves, self._cut, strict=True)]
         piece = optree.tree_unflatten(self._spec, leaves)
-        return piece if self._told == (None, False) else with_count(piece, rows.stop - rows.start, self._told[1])
+        return piece if self._attached == (None, False) else with_count(piece, rows.stop - rows.start, self._attached[1])
 
 
 def _rows(leaf: Any, rows: slice) -> Any:

@@ -13,13 +13,11 @@ from fnrun.core.entering import differentiates
 from fnrun.core.inplace import FIRST
 from fnrun.core.state import check_model, is_state, no_state, weights_of
 from fnrun.core.words import kind
+from fnrun.steps.checks import autocast as autocast_of, check_function, loss_and_metrics, reported
 from fnrun.steps.cutting import examples_option
 from fnrun.steps.functional import FunctionalModule
-from fnrun.steps.given import autocast as autocast_of, check_function, loss_and_metrics, reported
 from fnrun.steps.kinds import EvalStep, Function, Metrics
 from fnrun.steps.surroundings import Surroundings
-
-# --- evaluation --------------------------------------------------------------------------------------------------------
 
 
 def make_eval_step(
@@ -33,13 +31,15 @@ def make_eval_step(
 ) -> EvalStep:
     """The evaluation step `(state, batch) -> metrics`, in eval mode and without gradients.
 
-    `metric_fn(model, batch)` returns a dict of metrics, or what a `loss_fn` returns. `weights` says whose: the state's own (`"params"`),
-    those that a hook remembers (its name, as `"ema"`), or a function of the state that returns `params` or `(params, buffers)`. Randomness
-    within is keyed by the training step and the batch's place in the pass; `examples` and `host_random` as in `make_train_step`.
+    `metric_fn(model, batch)` returns a dict of metrics, or what a `loss_fn` returns. Random draws in it are keyed by the training step and
+    the batch's place in the pass.
+
+    - `weights="params"`: the state's parameters. Otherwise the name of a hook that remembers some (`"ema"`), or a function of the state
+      that returns `params` or `(params, buffers)`.
+    - `examples`, `precision`, `host_random`: as in `make_train_step`.
     """
-    check_model("make_eval_step", model)
     check_function("make_eval_step", metric_fn, 2, "metric_fn(model, batch)", "a dict of metrics, or a loss")
-    run = _evaluation(model, metric_fn, weights, precision, host_random)
+    run = _evaluation("make_eval_step", model, metric_fn, weights, precision, host_random)
 
     def eval_step(state: Any, batch: Any) -> Metrics:
         result, reports = run(state, batch)
@@ -59,20 +59,17 @@ def make_predict_step(
     precision: str | None = None,
     host_random: bool = False,
 ) -> Callable[[Any, Any], Any]:
-    """The prediction step `(state, batch) -> outputs`: any pytree that `predict_fn(model, batch)` returns; else as `make_eval_step`."""
-    check_model("make_predict_step", model)
+    """The prediction step `(state, batch) -> outputs`, any pytree of `predict_fn(model, batch)`. Options: see `make_eval_step`."""
     check_function("make_predict_step", predict_fn, 2, "predict_fn(model, batch)", "outputs")
-    run = _evaluation(model, predict_fn, weights, precision, host_random)
-
-    def predict_step(state: Any, batch: Any) -> Any:
-        return run(state, batch)[0]
-
-    return Function(predict_step, name=f"predict_step({type(model).__name__})")
+    run = _evaluation("make_predict_step", model, predict_fn, weights, precision, host_random)
+    return Function(lambda state, batch: run(state, batch)[0], name=f"predict_step({type(model).__name__})")
 
 
 def _evaluation(
-    model: nn.Module, fn: Callable[[nn.Module, Any], Any], weights: str | Callable[[Any], Any], precision: str | None, host: bool
+    who: str, model: nn.Module, fn: Callable[..., Any], weights: str | Callable[[Any], Any], precision: str | None, host: bool
 ) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
+    """`(state, batch) -> (fn(model, batch), reports)`."""
+    check_model(who, model)
     if not isinstance(weights, str) and not callable(weights):
         named = getattr(weights, "name", None)
         hint = f": the name of the hook, weights={named!r}" if isinstance(named, str) else ""

@@ -1,8 +1,8 @@
 """An `nn.Module` as a function of its tensors.
 
-Calling a module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `FunctionalModule` knows them.
-For the length of a call it puts a state's tensors there, and then the module's own back. That costs less than `torch.func.functional_call`,
-which looks the slots up by name at each call, and any module works unchanged.
+A module reads its tensors from slots: entries of each submodule's `_parameters` and `_buffers`. A `FunctionalModule` puts a state's tensors
+there for the length of a call, and then the module's own back. Any module works unchanged, and it costs less than
+`torch.func.functional_call`, which looks the slots up by name at each call.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from fnrun.core.state import buffers_of
 from fnrun.core.undisturbed import undisturbed
 from fnrun.steps.watch import FirstCalls, reentrant, versions
 
-#: The shells whose modules hold other tensors at this moment, under the ambient lock: a loss may call a step of its own.
+#: The functional modules whose calls are under way, outermost first, under the ambient lock: a loss may call another step.
 _at_work: list[FunctionalModule] = []
 _NONE: dict[str, torch.Tensor] = {}
 
 
 class FunctionalModule:
-    """The slots of `model`: parameters and buffers by name, tied ones in every place where they stand.
+    """The slots of `model`, by the names of its parameters and buffers; tied tensors have several.
 
-    `modes` are the train/eval modes of the submodules now; `run` sets them, so that what somebody does to the module later changes nothing.
-    `whose` calls they are is said in messages. The first `watched` calls are looked at: what the module does besides outputs and buffers.
+    - `whose`: whose calls they are, in messages.
+    - `watched=0`: the number of first calls that are watched for side effects.
+
+    `modes` are the train/eval modes of the submodules when this is made: each call sets them, whatever was done to the module since.
     """
 
     def __init__(self, model: nn.Module, whose: str | None = None, *, watched: int = 0) -> None:
-        with rng.ambient_lock:  # not while another thread has other tensors in the module
+        with rng.ambient_lock:  # not during another thread's call
             parameters, buffers = dict(model.named_parameters()), buffers_of(model)
             named = {**parameters, **buffers}
             self.model, self.name = model, type(model).__name__
@@ -60,15 +62,15 @@ class FunctionalModule:
                     else:
                         self._slots.append((container, key, index[id(tensor)]))
             places = {i: (container, key) for container, key, i in self._slots}
-            #: Where each parameter, each buffer is put: the first of its slots.
+            #: A slot of each parameter, of each buffer.
             self._owners = [places[i] for i in range(len(parameters))]
             self._places = [places[len(parameters) + i] for i in range(len(buffers))]
             borrowed = [_Attributes(path, module) for path, module in modules.items()]
             self._borrowed = [(a, a.dict, len(a.dict), a.buffers, len(a.buffers)) for a in borrowed]
             self._changing = [a for a in borrowed if a.kept or a.unset]
-            #: Buffers of torch's norms that a call in training writes to: the averages that they keep, and their counts of calls.
+            #: Buffers of torch's norms that training writes to: running averages, and counts of calls.
             self.statistics = _statistics(modules)
-            self._uncounted: set[str] = set()  # what calls write to without counting it
+            self._uncounted: set[str] = set()  # buffers that calls write to without a change of `_version`
             self._overrides = any(_overrides(module) for module in modules.values())
             self.first = FirstCalls(self.whose, model, named, len(parameters), self._slots, watched)
             self.written, self._keys = self.first.written, self.first.keys
@@ -76,7 +78,7 @@ class FunctionalModule:
     def tensors(self, what: str, tensors: Mapping[str, torch.Tensor], *, apart: bool = True) -> list[torch.Tensor]:
         """`tensors` in the order of the model's names. Raises ValueError, with the names, where the two don't match.
 
-        `apart` from what a call may do to them: detached in the first calls, copies of those that calls write to.
+        With `apart` calls do not reach the state: parameters are detached in the first calls, and copied if calls write to them.
         """
         names = self.params if what == "params" else self.buffers
         if len(tensors) == len(names):
@@ -100,13 +102,15 @@ class FunctionalModule:
         train: bool,
         moved: set[str] | None = None,
     ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """`fn()` while the module holds these tensors; the buffers that it leaves behind, and the parameters that it wrote to.
+        """`fn()` while the module has these tensors: its result, the buffers afterwards, and the parameters that it wrote to.
 
-        The names of buffers that it wrote to are added to `moved`: by counts of writes, and, as kernels of norms do not keep these, by
-        values in the first calls.
+        - `params`, in the order of names, and `buffers` are not written to.
+        - `train`: use the modes of when this was made; otherwise eval mode.
+        - `moved`: a set to which the names of written buffers are added, by counts of writes, and by values in the first calls, since
+          kernels of norms do not count.
 
-        What is passed in is as it was. Raises ValueError, with the name, for a buffer that the call makes, or takes away: the state has no
-        place for it. Raises RuntimeError where a call begins to write to a parameter that the first ones left alone: the write is done.
+        Raises ValueError, with the name, for a buffer that the call makes or removes: the state has no place for it. Raises RuntimeError
+        for a write to a parameter that the first calls did not write to: the state's tensor has changed.
         """
         with rng.ambient_lock:
             if self._overrides and not _at_work:
@@ -143,7 +147,7 @@ class FunctionalModule:
             self.structure.check(self.whose, train)
         saved = [container[key] for container, key, _ in self._slots]
         changed = [(module, module.training) for module, mode in modes if module.training != mode]
-        if self._overrides and (changed or not train):  # their own `train` sets the modes of all their parts
+        if self._overrides and (changed or not train):  # an overridden `train` may set the modes of all submodules
             changed = [(module, module.training) for module, _ in modes]
         depth = len(_at_work)
         try:
@@ -154,12 +158,12 @@ class FunctionalModule:
                 if changed:
                     self._switch(modes)
                 result = fn()
-                values = self._buffers_after()  # no comprehension here: since 3.12 they are inlined, with handlers of their own
+                values = self._buffers_after()  # no comprehension here: since 3.12 they are inlined, with their own handlers
                 written = self._rewritten() if self.written else _NONE
                 strays = self._strays(values)
             finally:
                 self._put_back(saved, changed, depth)
-        except KeyboardInterrupt:  # outside of a program it may have come in the middle of that
+        except KeyboardInterrupt:  # outside of a program it may have interrupted `_put_back`
             self._put_back(saved, changed, depth)
             raise
         if strays:
@@ -169,7 +173,7 @@ class FunctionalModule:
             )
         if not self.buffers:
             return result, {}, written
-        # All are new, also those that nobody wrote to: batch norm's kernels write without counting up `_version`, so one cannot tell.
+        # All are new tensors, even those that were not written to: batch norm's kernels write without a change of `_version`.
         return result, {name: b.detach() if b.requires_grad else b for name, b in zip(self.buffers, values, strict=True)}, written  # pyright: ignore[reportOptionalMemberAccess,reportReturnType]  # fmt: skip
 
     @undisturbed
@@ -210,30 +214,30 @@ class FunctionalModule:
         return {name: container[key].detach() for name, (container, key) in owners.items()}  # pyright: ignore[reportOptionalMemberAccess]
 
     def check(self) -> None:
-        """Raises ValueError where the module is of another structure than when this was made."""
+        """Raise ValueError where the module's structure has changed since this was made."""
         with rng.ambient_lock:
             if not _at_work:
                 self.structure.check(self.whose, train=True)
 
     def slots_of(self, modules: list[nn.Module]) -> tuple[list[tuple[dict[str, Any], str, str]], list[tuple[dict[str, Any], str, str]]]:
         """The slots (container, key, name) of the buffers of these modules, and all other slots, parameters too."""
-        names, own = [*self.params, *self.buffers], {id(module._buffers) for module in modules}
+        names, containers = [*self.params, *self.buffers], {id(module._buffers) for module in modules}
         slots: tuple[list[Any], list[Any]] = [], []
         for container, key, i in self._slots:
-            slots[id(container) not in own].append((container, key, names[i]))
+            slots[id(container) not in containers].append((container, key, names[i]))
         return slots
 
     def hook(self, places: list[int], leaves: list[torch.Tensor]) -> None:
-        """Give the `leaves`, which stand for the parameters at these places, the gradient hooks of the module's own."""
-        own = self.structure.kept
-        if any(map(_hooks, own)):
+        """Register the gradient hooks of the module's parameters at these places on `leaves`, which replace them."""
+        parameters = self.structure.parameters
+        if any(map(_hooks, parameters)):
             for i, leaf in zip(places, leaves, strict=True):
-                for hook in (_hooks(own[i]) or {}).values():
+                for hook in (_hooks(parameters[i]) or {}).values():
                     leaf.register_hook(hook)
 
     def check_hooks(self) -> None:
-        """Raises ValueError for hooks that wait for `parameter.grad`, which a functional step never sets."""
-        hooked = [name for name, p in zip(self.params, self.structure.kept, strict=True) if p._post_accumulate_grad_hooks]  # pyright: ignore[reportAttributeAccessIssue]
+        """Raise ValueError for hooks that wait for `parameter.grad`, which a functional step never sets."""
+        hooked = [name for name, p in zip(self.params, self.structure.parameters, strict=True) if p._post_accumulate_grad_hooks]  # pyright: ignore[reportAttributeAccessIssue]
         if hooked:
             raise ValueError(
                 f"{self.whose}: {hooked} have hooks of register_post_accumulate_grad_hook, which wait for parameter.grad, and a step never "
@@ -251,7 +255,7 @@ class FunctionalModule:
 
     @contextlib.contextmanager
     def _in_made_modes(self) -> Iterator[None]:
-        """Where modules have their own `train` and `eval`, which may keep caches, calls begin in the modes that it was made with."""
+        """Set the modes of when this was made, for modules with their own `train` and `eval`, which may keep caches."""
         found = [(module, module.training) for module, _ in self.modes]
         if found == self.modes:
             yield
@@ -279,28 +283,28 @@ def _statistics(modules: Mapping[str, nn.Module]) -> tuple[dict[str, None], set[
 
 
 class _Structure:
-    """What a module consists of: looked at before each call, for a step of another structure trains other parameters than it seems.
+    """A module's parameters and submodules, compared before each call: after a change the step would train other parameters than it seems.
 
-    `named` are its own tensors by name. Another tensor of the same kind in a parameter's place (`model.to("meta")`,
-    `load_state_dict(assign=True)`) changes nothing, for the state has the values.
+    `named` are the module's own tensors. Another tensor of the same shape and dtype in a parameter's place (`model.to("meta")`,
+    `load_state_dict(assign=True)`) is no change, since the state has the values.
     """
 
     def __init__(self, model: nn.Module, named: dict[str, torch.Tensor]) -> None:
         self.model, self.named = model, named
         parameters = dict(model.named_parameters())
-        self.params, self.kept = tuple(parameters), list(parameters.values())
-        self.kinds = [(p.shape, p.dtype) for p in self.kept]
-        self.trained = list(map(_requires_grad, self.kept))
+        self.params, self.parameters = tuple(parameters), list(parameters.values())
+        self.kinds = [(p.shape, p.dtype) for p in self.parameters]
+        self.trained = list(map(_requires_grad, self.parameters))
         self._held: list[dict[str, Any]] = [held for m in model.modules() for held in (m._parameters, m._modules)]
         self._parts = list(map(dict, self._held))
 
     def check(self, whose: str, train: bool, kinds: bool = False) -> None:
-        """Raises ValueError, with the names, where parameters or layers are others than those of when the step was made."""
+        """Raise ValueError, with the names, where parameters or layers have changed since the step was made."""
         try:
-            same = self._held == self._parts  # in C, by identity as long as nothing is another
-        except RuntimeError:  # two tensors cannot be compared so
+            same = self._held == self._parts  # in C, by identity while nothing has changed
+        except RuntimeError:  # of two tensors
             same = False
-        if same and not kinds and not (train and list(map(_requires_grad, self.kept)) != self.trained):
+        if same and not kinds and not (train and list(map(_requires_grad, self.parameters)) != self.trained):
             return
         now = dict(self.model.named_parameters())
         before = list(zip(self.params, self.kinds, self.trained, strict=True))
@@ -321,7 +325,7 @@ class _Structure:
                 f"{whose}: {type(self.model).__name__} has changed since the step was made ({what}), and the step does not follow. Make "
                 "the state and the steps after such a change"
             )
-        self._parts, self.kept = list(map(dict, self._held)), list(now.values())
+        self._parts, self.parameters = list(map(dict, self._held)), list(now.values())
         self.named.update(now)
 
 
@@ -330,16 +334,16 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 
 def _overrides(module: nn.Module) -> bool:
-    """Whether a module has its own way to be put into train or eval mode."""
+    """Whether a module overrides `train` or `eval`."""
     cls = type(module)
     return cls.train is not nn.Module.train or cls.eval is not nn.Module.eval or bool({"train", "eval"} & module.__dict__.keys())
 
 
 class _Attributes:
-    """What a call may leave in a module besides tensors in slots, and how it is taken out again.
+    """A module's plain attributes, to remove tensors that a call has left there.
 
-    Tensors that are plain attributes (the weight of `weight_norm`, what a forward keeps for later) would keep a graph alive and tell one
-    call from the next. Recurrent layers make a second list of their weights anew in a call that finds others in the slots.
+    They would keep a graph alive, and make calls differ: the weight of `weight_norm`, activations that a forward stores. Recurrent layers
+    rebuild a second list of their weights in a call that finds other tensors in the slots.
     """
 
     __slots__ = ("buffers", "dict", "entries", "kept", "names", "path", "unset")
@@ -371,12 +375,12 @@ class _Attributes:
             del self.buffers[key]
 
 
-def not_checkpointed(whose: str, fn: Callable[[], Any], given: Any) -> Any:
-    """`fn()`, a forward whose gradients are taken afterwards, if anything in `given` requires them.
+def not_checkpointed(whose: str, fn: Callable[[], Any], inputs: Any) -> Any:
+    """`fn()`, a forward whose backward comes after the call, if any of its `inputs` requires grad.
 
     Raises RuntimeError where it uses `torch.utils.checkpoint`.
     """
-    if not torch.is_grad_enabled() or not any(map(_requires_grad, _tensors(given))):
+    if not torch.is_grad_enabled() or not any(map(_requires_grad, _tensors(inputs))):
         return fn()
     message = (
         f"{whose}: the forward uses torch.utils.checkpoint (or other hooks for saved tensors), which calls the module again in the "
@@ -399,10 +403,12 @@ def call(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """`model(*args, **kwargs)` with these tensors in place of its own: the outputs, and the buffers after the call.
 
-    Gradients flow to `params`. Where they are to, a forward that uses `torch.utils.checkpoint` is refused (RuntimeError): it calls the
-    module again in the backward, when that has its own tensors back (`make_train_step` takes gradients before). With `train` the submodules
-    run in the modes in which they are, without in eval mode. Neither the module nor what is passed in changes. Raises ValueError where
-    names are missing or unexpected.
+    Gradients flow to `params`, `buffers` and arguments. None of them is written to, nor is the module.
+
+    - `train=True`: use the submodules' present modes; False uses eval mode.
+
+    Raises ValueError for missing or unexpected names. Raises RuntimeError where a gradient is required and the forward uses
+    `torch.utils.checkpoint`, which calls the module again in the backward, when its own tensors are back (`make_train_step` allows it).
 
     >>> model = nn.BatchNorm1d(2)
     >>> params, buffers = dict(model.named_parameters()), dict(model.named_buffers())

@@ -1,4 +1,4 @@
-"""The gradient: of any function, and of a model's loss over a batch, whole or in pieces."""
+"""Gradients: of any function, and of a model's loss over a batch, whole or in microbatches."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fnrun.core import tree
 from fnrun.core.examples import shapes
 from fnrun.core.state import check_state
 from fnrun.optim.lists import PLAIN, eager, host_value
+from fnrun.steps.checks import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.functional import FunctionalModule, not_checkpointed
-from fnrun.steps.given import check_dense, check_function, check_scalar, check_unasked, detached, detached_all, loss_and_metrics, reported
 from fnrun.steps.kinds import Metrics
-from fnrun.steps.pieces import Cut, Joined, PairwiseSum, Part, Weighed
+from fnrun.steps.microbatches import Cut, Joined, PairwiseSum, Part, Weighted
 from fnrun.steps.recompute import Recomputed
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.watch import described, leaves as leaves_of
@@ -29,8 +29,8 @@ logger = logging.getLogger("fnrun")
 def value_and_grad(fn: Callable[[Any], Any], *, has_aux: bool = False) -> Callable[[Any], tuple[Any, Any]]:
     """The function `params -> (fn(params), gradient of fn at params)`; with `has_aux`, `fn` returns `(value, aux)`.
 
-    `params` is a pytree of tensors; the gradient has its structure, with None for a tensor that the value does not depend on. Values and
-    gradients are detached. Raises ValueError where the value is no scalar or depends on none of the tensors.
+    `params` is a pytree of tensors. The gradient has its structure, with None for a tensor that the value does not depend on. Values, aux
+    and gradients are detached. Raises ValueError where the value is not a scalar, or depends on none of the tensors.
 
     >>> value_and_grad(lambda p: (p["x"] ** 2).sum())({"x": torch.tensor([1.0, 3.0])})
     (tensor(10.), {'x': tensor([2., 6.])})
@@ -53,19 +53,19 @@ def value_and_grad(fn: Callable[[Any], Any], *, has_aux: bool = False) -> Callab
 
 
 def _backward(scalar: Tensor, leaves: list[Tensor], *, through_leaves: bool = False) -> list[Tensor | None]:
-    """The gradients; `through_leaves` by way of their `grad`, where backwards within the backward put theirs too."""
+    """The gradients of the leaves; with `through_leaves` from their `grad`, to which a backward within the backward adds its part."""
     if not PLAIN.issuperset(map(type, (scalar, *leaves))):
         if not through_leaves:
             return list(torch.autograd.grad(scalar, leaves, allow_unused=True))
         scalar.backward()
         return [leaf.grad for leaf in leaves]
-    # What `torch.autograd.grad` calls in the end for ordinary tensors; half of its time goes into what one scalar does not need.
+    # `torch.autograd.grad` calls this too, and takes as long again for checks that one scalar does not need.
     grads = _engine((scalar,), (_one(scalar),), False, False, () if through_leaves else tuple(leaves), True, accumulate_grad=through_leaves)
     return [leaf.grad for leaf in leaves] if through_leaves else list(grads)
 
 
 def _one(like: Tensor) -> Tensor:
-    """The gradient of a scalar with respect to itself: one tensor for all steps, as long as no backward hook has written to it."""
+    """The gradient of a scalar with respect to itself: one tensor for all steps, unless a backward hook has written to it."""
     kind = like.dtype, like.device
     one = _ones.get(kind)
     if one is None or one._version:
@@ -77,24 +77,29 @@ _ones: dict[Any, Tensor] = {}
 _engine: Any = torch.autograd.Variable._execution_engine.run_backward  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# --- of a model's loss --------------------------------------------------------------------------------------------------
+# --- a model's loss ----------------------------------------------------------------------------------------------------
 
 
 class Loss:
-    """The part `step.loss` of a step: `(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`.
+    """`step.loss(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`: the module as a function.
 
-    The module as a function, differentiable in whatever requires grad. `params` and `buffers` are dictionaries of tensors by name, which
-    stay as they are; the loss is what `loss_fn` returns, a scalar or a fold. Among the new buffers are the parameters that the forward
-    wrote to. A module that uses `torch.utils.checkpoint` itself is refused where gradients are to be taken (RuntimeError);
-    `checkpoint_activations=` plays no part here. Randomness comes from `key`, for the bits of a step
-    `state.rng.fold_in("train", state.step)`; without one a random draw is an error.
+    It is differentiable in all tensors.
+
+    - `params`, `buffers`: dictionaries of tensors by name, which are not written to.
+    - `key=None`: the source of randomness, for the bits of a step `state.rng.fold_in("train", state.step)`. Without a key a random draw is
+      a ValueError.
+
+    `loss` is the result of `loss_fn`, a scalar or a fold. The new buffers include the parameters that the forward wrote to.
+    `checkpoint_activations=` is ignored.
+
+    Raises RuntimeError for a module that uses `torch.utils.checkpoint` itself, if an argument requires grad.
     """
 
     def __init__(
         self, functional: FunctionalModule, loss_fn: Callable[..., Any], autocast: functools.partial[Any] | None, within: Surroundings
     ) -> None:
         self.functional, self.loss_fn, self.autocast, self.within = functional, loss_fn, autocast, within
-        self._told = False
+        self._warned = False
 
     def __call__(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, *, key: Any = None) -> Any:
         functional = self.functional
@@ -110,14 +115,14 @@ class Loss:
         return loss, ({**buffers, **written}, reported(metrics, reports))
 
     def of_nothing(self) -> Metrics:
-        """The metrics of a batch in which every weight is 0: no loss, which would be a NaN. That there is one is said once."""
-        if not self._told:
-            self._told = True
+        """The metrics of a batch in which every weight is 0: no loss, which would be NaN. Logs a warning the first time."""
+        if not self._warned:
+            self._warned = True
             logger.warning("%s: a batch in which every weight of the loss is 0 makes no update (said once)", self.functional.whose)
         return {"skipped": 1.0}
 
     def forward(self, batch: Any) -> tuple[Any, Metrics]:
-        """Within `functional.run`: the loss and its metrics."""
+        """The loss and its metrics, within `functional.run`."""
         if self.autocast is None:
             result = self.loss_fn(self.functional.model, batch)
         else:
@@ -127,10 +132,10 @@ class Loss:
 
 
 class Gradients:
-    """The part `step.gradients` of a step: `(state, batch) -> (grads, buffers, metrics)`.
+    """`step.gradients(state, batch) -> (grads, buffers, metrics)`.
 
-    `grads` are by name, detached, of the loss itself (never scaled), None for a parameter that the loss does not reach. `buffers` are as
-    the forward left them, and with them the parameters that it wrote to, which the update begins with.
+    - `grads`: by name of the trained parameters, detached, never scaled; None for a parameter that the loss does not reach.
+    - `buffers`: the buffers after the forward, and the parameters that it wrote to.
     """
 
     def __init__(
@@ -140,7 +145,7 @@ class Gradients:
         loss_scale: Callable[[Any], Tensor] | None,
         cut: Cut,
         within: Surroundings,
-        recomputed: Recomputed | None = None,
+        recomputed: Recomputed | None,
     ) -> None:
         self.name, self.loss, self.loss_scale, self.cut, self.within, self.recomputed = name, loss, loss_scale, cut, within, recomputed
         functional = self.functional = loss.functional
@@ -160,7 +165,7 @@ class Gradients:
         return dict(zip(self.functional.trained, grads, strict=True)), buffers, metrics
 
     def options(self) -> list[str]:
-        """How they are computed, in words, where that was chosen."""
+        """The options that are not defaults, as printed."""
         chosen = [f"{self.cut.pieces} microbatches"] if self.cut.pieces > 1 else []
         if self.loss.autocast is not None:
             chosen.append(f"autocast to {str(self.loss.autocast.args[1]).removeprefix('torch.')}")
@@ -193,7 +198,7 @@ class Gradients:
         return grads, buffers, metrics
 
     def _piece(self, joined: Joined, state: Any, i: int, piece: Any, n: int) -> Part:
-        """A function of its own, so that what a piece leaves in variables is gone when the next one begins."""
+        """A function, so that the local tensors of one piece are freed before the next."""
         moved: set[str] = set()
         with self.within(state.rng, "train", state.step, i) as reports:
             try:
@@ -210,16 +215,16 @@ class Gradients:
         return joined.part(grads, loss, n, buffers, moved, metrics)
 
     def _unless_weightless(self, weight: Tensor, grads: list[Any], metrics: Metrics) -> tuple[list[Any], Metrics]:
-        """A batch whose whole weight is 0 has no gradients, no update and no metrics. Asking waits for a device, but not in a graph."""
+        """No gradients and no metrics where the batch's whole weight is 0. Waits for the device, except in a graph."""
         skipped = host_value(weight == 0)
-        if isinstance(skipped, Tensor) and not eager():  # who puts the parts together selects by it
+        if isinstance(skipped, Tensor) and not eager():  # `composed` selects by it
             return grads, {**metrics, "skipped": skipped.double()}
         if not skipped:
             return grads, {**metrics, "skipped": 0.0}
         return [None] * len(grads), self.loss.of_nothing()
 
-    def _of(self, state: Any, batch: Any, n: int | None = None, moved: set[str] | None = None) -> tuple[list[Any], Weighed, Any, Metrics]:
-        """Of the mean of a batch, or of a piece of `n` examples: gradients, weight, buffers (`moved` were written to) and metrics."""
+    def _of(self, state: Any, batch: Any, n: int | None = None, moved: set[str] | None = None) -> tuple[list[Any], Weighted, Any, Metrics]:
+        """Gradients, loss, buffers and metrics of a batch, or of a piece of `n` examples; the names of written buffers go to `moved`."""
         functional = self.functional
         scale = None if self.loss_scale is None else self.loss_scale(state.opt_state)
         tensors = functional.tensors("params", state.params)
@@ -232,10 +237,9 @@ class Gradients:
         functional.hook(self._trained, leaves)
         first = functional.first
 
-        def forward_and_backward() -> tuple[
-            Any, Any, Metrics
-        ]:  # both with the state's tensors: a checkpointed part runs again in the backward
-            if self.recomputed is None or not eager():  # inductor would round what is computed twice in another way
+        # Both while the module has the state's tensors: a checkpointed part runs again in the backward.
+        def forward_and_backward() -> tuple[Any, Any, Metrics]:
+            if self.recomputed is None or not eager():  # inductor would round the two computations differently
                 loss, metrics = self.loss.forward(batch)
             else:
                 loss, metrics = self.recomputed.run(self.loss.forward, batch, state.buffers)
@@ -263,7 +267,8 @@ class Gradients:
         run = forward_and_backward if self.recomputed is None else functools.partial(self.recomputed.over, forward_and_backward)
         (grads, weighed, metrics), buffers, written = functional.run(run, tensors, state.buffers, train=True, moved=moved)
         if scale is not None:
-            grads = unscaled(grads, scale)
+            factor = scale.double().reciprocal().to(scale.dtype)
+            grads = [None if g is None else (g * factor.to(g.device)).to(g.dtype) for g in grads]
         if written:
             buffers = {**buffers, **written}
         return grads, weighed, buffers, metrics
@@ -273,9 +278,3 @@ def _with(metrics: Metrics, reports: dict[str, Any]) -> Metrics:
     if "skipped" in reports:
         raise ValueError("report: 'skipped' is the name of what says that a batch made no update; call the value something else")
     return reported(metrics, reports)
-
-
-def unscaled(grads: list[Any], scale: Tensor) -> list[Any]:
-    """Gradients of the loss itself, from those of `scale` times the loss."""
-    factor = scale.double().reciprocal().to(scale.dtype)
-    return [None if g is None else (g * factor.to(g.device)).to(g.dtype) for g in grads]

@@ -1,4 +1,4 @@
-"""Steps that somebody writes by hand."""
+"""Hand-written steps."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from typing import Any
 
 from fnrun.core import tree
 from fnrun.core.inplace import Guard
-from fnrun.core.state import S, no_state
+from fnrun.core.state import S, is_state, no_state
 from fnrun.core.words import kind
-from fnrun.steps.given import check_function, detached, detached_all, reported
+from fnrun.steps.checks import check_function, detached, detached_all, reported
 from fnrun.steps.kinds import Function, Metrics
 from fnrun.steps.surroundings import Surroundings
 
 
 def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random: bool = False) -> Any:
-    """Make a hand-written `(state, batch) -> (state, metrics)` a lawful training step.
+    """Make a hand-written `(state, batch) -> (state, metrics)` a training step that keeps the laws.
 
-    Within, torch's ambient generators are seeded from `state.rng.fold_in("train", state.step)` (with `host_random` Python's and NumPy's
-    too) and put back afterwards; what `fnrun.report` is given joins the metrics; tensors are detached; `state.step` goes up by one.
+    - torch's ambient generators are seeded from `state.rng.fold_in("train", state.step)`, and restored afterwards.
+    - Values of `fnrun.report` join the metrics.
+    - Tensors of the new state and of the metrics are detached.
+    - `state.step` of the new state is one higher.
+
+    `host_random=False`: seed Python's and NumPy's generators too (100 us a step).
+
+    Raises TypeError where the function returns no `(state, metrics)`.
 
     >>> import torch
     >>> from fnrun import TrainState
@@ -50,12 +56,12 @@ def step(fn: Callable[[S, Any], tuple[S, Metrics]] | None = None, *, host_random
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(f"{name} returned {type(result).__name__}: a step returns (state, metrics), metrics a dict")
         new, metrics = result
-        if not hasattr(new, "position") or isinstance(new, type):
+        if not is_state(new):
             raise TypeError(
                 f"{name} returned {kind(new)} in place of a state: a step returns (state, metrics), such as state.replace(...), {{}}"
             )
         metrics = {name: detached_all(value) for name, value in reported(metrics, reports).items()}
-        new = tree.map(detached, new).replace(position=new.position)  # the same object: whether a loop ran is told by it
+        new = tree.map(detached, new).replace(position=new.position)  # the same object: another one means that a loop ran
         return new.replace(step=count + 1), metrics
 
     return Function(lawful, like=fn)

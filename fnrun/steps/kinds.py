@@ -1,4 +1,4 @@
-"""What a step is: a type tells it, and with it what loops may make use of."""
+"""What a step is: protocols for type checkers, and the base classes by which loops recognize fnrun's own steps."""
 
 from __future__ import annotations
 
@@ -6,48 +6,52 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from fnrun.core import examples as rows
+from fnrun.core.examples import example_count
 
 Metrics = dict[str, Any]
 
 
 class Step(Protocol):
-    """What loops turn: `(state, batch) -> (state, metrics)`, pure: outputs are a function of the arguments, which stay as they are."""
+    """`(state, batch) -> (state, metrics)`, pure: the outputs are a function of the arguments, which are not written to.
+
+    Each call returns `state.step` one higher. A step that makes no update returns the state otherwise unchanged, with the metrics
+    `{"skipped": 1.0}` alone.
+    """
 
     def __call__(self, state: Any, batch: Any, /) -> tuple[Any, Metrics]: ...
 
 
 class EvalStep(Protocol):
-    """`(state, batch) -> metrics`: it has no way to change the state."""
+    """`(state, batch) -> metrics`: it cannot change the state."""
 
     def __call__(self, state: Any, batch: Any, /) -> Metrics: ...
 
 
 class PureStep:
-    """The base of what fnrun knows to be a step and no loop, with what a loop may use. A user's function is a step too, but none of these.
+    """The base of fnrun's own steps: attributes that loops use. A user's function is a step without them.
 
-    A type and not an attribute: `functools.wraps` copies attributes to a wrapper, which may do anything.
+    A class and not an attribute: `functools.wraps` copies attributes to a wrapper, which may do anything.
     """
 
     #: The new state may be written over the old one.
     donates = False
-    #: Of `state.position` it reads nothing, so that a loop may bring that up to date later.
-    looks_at_step_only = False
-    #: It has `several(state, batches)`: many steps as one call.
+    #: It reads nothing of `state.position`, so a loop may update that later.
+    ignores_position = False
+    #: It has `several(state, batches)`: many steps in one call.
     fuses = False
-    #: The optimizer with its schedules in words, '' where it is not known.
+    #: The optimizer and its schedules, as printed; '' where it is not known.
     optimizer_text = ""
-    #: What it was asked for besides, in words: how it is cut, computed, compiled.
+    #: The options that are not defaults, as printed.
     options_text = ""
-    #: How many examples a batch has, None where that is not clear: plain metrics are weighed by it.
-    examples: Callable[[Any], int | None] = staticmethod(rows.example_count)
+    #: `batch -> int`: the number of examples, by which plain metrics are weighted; None where it is unclear.
+    examples: Callable[[Any], int | None] = staticmethod(example_count)
 
     def __call__(self, state: Any, batch: Any, /) -> Any:
         raise NotImplementedError
 
 
 class Function(PureStep):
-    """A step that is `call`, and goes by the name of `like`."""
+    """The step `call`, with the name and attributes of `like`, or with `name`."""
 
     def __init__(
         self,
@@ -57,7 +61,7 @@ class Function(PureStep):
         examples: Callable[[Any], int | None] | None = None,
     ) -> None:
         if like is not None:
-            functools.update_wrapper(self, like)  # with its attributes, if it is one of these too
+            functools.update_wrapper(self, like)
         else:
             self.__name__ = self.__qualname__ = name
         self._call = call

@@ -5,20 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 from torch import nn
 
 from fnrun.core.counts import count
 from fnrun.core.inplace import FIRST
 from fnrun.core.state import check_apart, check_model, check_optimizer
-from fnrun.core.words import kind
+from fnrun.core.words import kind, unknown
+from fnrun.steps.checks import autocast, check_function
 from fnrun.steps.compiled import Compiled
 from fnrun.steps.cutting import examples_option
 from fnrun.steps.functional import FunctionalModule
-from fnrun.steps.given import autocast, check_function
 from fnrun.steps.gradients import Gradients, Loss
-from fnrun.steps.pieces import Cut
+from fnrun.steps.microbatches import Cut
 from fnrun.steps.recompute import Recomputed
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.train import IN_TURN, TrainStep
@@ -26,6 +26,13 @@ from fnrun.steps.update import Update
 
 if TYPE_CHECKING:
     from fnrun.optim import Optimizer
+
+
+_OURS = {
+    "accumulate": "it is microbatches=n here. The batch is cut into n pieces, each with its own randomness, and the loss may be a fold, so "
+    "that masked means and sums are those of the whole batch: metrics.mean(values, weight), metrics.sum(values). To update once in n "
+    "batches: optim.accumulate(n, optimizer)"
+}
 
 
 def make_train_step(
@@ -40,46 +47,51 @@ def make_train_step(
     checkpoint_activations: str | Sequence[str] | None = None,
     compile: bool = False,
     host_random: bool = False,
-    **gone: Any,
+    **others: Never,
 ) -> TrainStep:
-    """The training step of `model`, a pure function `(state, batch) -> (state, metrics)` made of loss, gradient and update: a `TrainStep`.
+    """The training step of `model`: a pure function `(state, batch) -> (state, metrics)`, a `TrainStep` of loss, gradient and update.
 
-    `loss_fn(model, batch)` returns a scalar loss, or `(loss, metrics)`; it calls `model` as usual, whose tensors are the state's for that
-    time. The metrics are `loss`, those of `loss_fn` and what was reported (`fnrun.report`), tensors that nobody has waited for.
+    `loss_fn(model, batch)` calls `model` as usual, while the model's tensors are the state's. It returns the loss, or `(loss, metrics)`:
 
-    - Submodules run in the train/eval modes that they have now. Buffers (batch statistics) come back in the new state.
-    - A parameter with `requires_grad=False` is not trained; one that the loss does not reach is left alone, as in torch.
-    - The loss may be a fold: `metrics.mean(values, weight)`, as a mean over the tokens that are no padding, or `metrics.sum(values)`, which
-      is not divided. A batch in which every weight is 0 makes no update, and its only metric is `skipped`, 1. A scalar is taken for a mean
-      over the batch's examples. Of one that is another mean, as with `ignore_index=` or class weights, or a sum, microbatches have another
-      gradient, in silence.
-    - `microbatches=n` cuts the batch into n pieces, rows `rows * i // n` to `rows * (i + 1) // n`, computed one after the other: n times
-      less memory for activations. The gradient is that of the whole batch, where the loss is a fold or a mean over examples and the module
-      treats examples apart. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's averages are
-      added in a balanced tree over the pieces. Refused (ValueError) are a parameter that the forward changes, a buffer that differs between
-      pieces or counts what is in them (one that goes up by one in each call is kept), and a metric with a value for each example.
-    - `examples` says how many examples a batch has, where its lengths and the stream that made it do not: a key or path of it (`"x"`,
-      `"inputs/ids"`, `"0"`), a number, or a function `batch -> int`. Plain metrics are weighed by it, and microbatches cut what has this
-      length. Several keys, `("x", "y")`, are all that is per example: nothing else is cut, whatever its length.
-    - `split(batch, n)` cuts the batch in place of that: at most n pieces in a list, each a batch, None for one that is absent. For graphs
-      and packed sequences. How many examples a piece has says `examples` too.
-    - `precision="bf16"` or `"fp16"` runs `loss_fn` under autocast; parameters keep their dtype. fp16 wants `optim.dynamic_loss_scale`.
-    - `checkpoint_activations` names parts of the model whose activations are not kept for the backward but computed once more in it, for
-      less memory and the same bits: `"blocks"`, its repeated blocks (entries of an `nn.ModuleList` or `nn.Sequential` that are of one class
-      and have parts of their own), or a list of patterns that occur in paths of modules (`["encoder.layer"]`; globs with a `*`); of two of
-      which one is within the other the outer one. Forward hooks on modules within a part run again in the second computation, those on the
-      part itself once. `step.loss`, steps that evaluate and compiled graphs do without.
-    - `compile` makes the whole step one graph (inductor), for each shape of the batch one, static: eager's numbers up to rounding, and the
-      same bits from run to run. What depends on a tensor's value in Python cannot be captured: then it runs as without, with a warning.
-    - `host_random` seeds Python's and NumPy's generators too (100 us a step), for a model that draws from them.
+    - a real scalar: the mean over the batch's examples. Microbatches silently change the gradient of a scalar that is another mean (class
+      weights, `ignore_index=`) or a sum: return one of these folds instead;
+    - `metrics.mean(values, weight)`: a weighted mean, as over the tokens that are not padding. A batch whose weights are all 0 makes no
+      update, and its only metric is `skipped`, 1;
+    - `metrics.sum(values)`: a sum, which is not divided.
 
-    - What comes out is detached, and a gradient through a step is refused (ValueError), but under `torch.no_grad()`: a batch that was
-      computed of what requires grad, leaves that were put into the state, a hyperparameter that requires grad, transforms of torch.func
-      that differentiate. A leaf of the batch may require grad, for a penalty within the loss. `step.loss` and `optimizer.update` are
-      differentiable.
+    The metrics are `loss`, those of `loss_fn` and those of `fnrun.report`, as detached tensors; nothing waits for the device.
 
-    Raises ValueError for a model without trained parameters, a loss that is no scalar, a state of another model, a batch of which
-    is not clear how it is cut.
+    - Submodules run in the train/eval modes that they have when the step is made. Buffers (batch statistics) are returned in the new state.
+    - A parameter with `requires_grad=False` is not trained. A parameter that the loss does not reach keeps its value, as in torch.
+    - No gradient goes through a step (ValueError, except under `torch.no_grad()`): not to a batch that has a graph, to leaves that were put
+      into the state, to a hyperparameter, nor by a transform of torch.func. A leaf of the batch may require grad, for a penalty in the
+      loss. `step.loss` and `optimizer.update` are differentiable.
+
+    Options:
+
+    - `microbatches=1`: n cuts the batch into n pieces, rows `rows * i // n` to `rows * (i + 1) // n`, computed one after the other, with
+      1/n of the memory for activations. The gradient is that of the whole batch if the loss is a fold or a mean over examples and the
+      module treats examples independently. Piece i draws from `state.rng.fold_in("train", step, i)`. Gradients, metrics and batch norm's
+      averages are added in a balanced tree. ValueError for a parameter that the forward changes, a buffer that differs between pieces or
+      counts examples (a count of calls is kept), and a metric with a value for each example.
+    - `examples=None`: the number of examples in a batch, where its lengths and its stream do not say it: a key or path (`"x"`,
+      `"inputs/ids"`, `"0"`), a number, or a function `batch -> int`. Plain metrics are weighted by it, and microbatches cut what has this
+      length. With several keys, `("x", "y")`, nothing else is cut, whatever its length.
+    - `split=None`: `split(batch, n)` cuts the batch instead, for graphs and packed sequences: a list of at most n pieces, each a batch, or
+      None for one that is absent. `examples` then counts a piece.
+    - `precision=None`: `"bf16"` or `"fp16"` runs `loss_fn` under autocast; parameters keep their dtype. fp16 needs
+      `optim.dynamic_loss_scale`.
+    - `checkpoint_activations=None`: the parts of the model whose activations are recomputed in the backward, for less memory and the same
+      bits. `"blocks"`: the entries of each `nn.ModuleList` or `nn.Sequential` that share a class and have submodules. A list of patterns:
+      the modules whose path contains one (`["encoder.layer"]`) or matches it as a glob (with `*`); of nested ones the outer. Forward hooks
+      on modules within a part run in both computations, those on the part itself once. `step.loss`, evaluation steps and compiled graphs
+      ignore it.
+    - `compile=False`: compile the whole step as one graph (inductor), one static graph for each shape of the batch. The numbers are eager's
+      up to rounding, the same bits from run to run. A step that depends on a tensor's value in Python runs eagerly, with a warning.
+    - `host_random=False`: seed Python's and NumPy's generators too (100 us a step), for a model that draws from them.
+
+    Raises ValueError for a model without trained parameters, a loss that is not a scalar, a state of another model, and a batch that cannot
+    be cut without doubt.
 
     >>> import torch
     >>> from fnrun import TrainState, optim
@@ -90,8 +102,8 @@ def make_train_step(
     >>> state.step, sorted(metrics)
     (1, ['loss', 'lr'])
     """
-    if gone:
-        raise TypeError(_gone(gone))
+    if others:
+        raise unknown("make_train_step", others, _OURS)
     check_model("make_train_step", model)
     check_function("make_train_step", loss_fn, 2, "loss_fn(model, batch)", "a scalar loss, or (loss, metrics)")
     check_optimizer("make_train_step", optimizer)
@@ -125,19 +137,9 @@ def _check_split(split: Any, microbatches: int, examples: Any) -> None:
         )
 
 
-def _gone(options: dict[str, Any]) -> str:
-    if "accumulate" in options:
-        return (
-            "make_train_step: accumulate=n is microbatches=n now. The batch is cut into n pieces, each with randomness of its own, and "
-            "the loss may be a fold, so that masked means and sums are those of the whole batch: metrics.mean(values, weight), "
-            "metrics.sum(values). To update once in n batches: optim.accumulate(n, optimizer)"
-        )
-    return f"make_train_step() got an unexpected keyword argument {next(iter(options))!r}"
-
-
 def _warn_of_eval_mode(model: nn.Module, name: str) -> None:
-    """Warn of a model that was handed over in eval mode, as loaded ones often are, where that makes a difference in training."""
-    if not model.training and (kinds := {type(m).__name__ for m in model.modules() if not m.training and _minds(m)}):
+    """Warn of a model in eval mode, as loaded ones often are, if a forward depends on it."""
+    if not model.training and (kinds := {type(m).__name__ for m in model.modules() if not m.training and _depends_on_mode(m)}):
         warnings.warn(
             f"{name}: the model is in eval mode, and so it is trained: {', '.join(sorted(kinds))} work as in evaluation (no dropout, batch "
             "statistics as they are). Call model.train() before the step is made; to keep parts as they are, put those in eval "
@@ -146,8 +148,8 @@ def _warn_of_eval_mode(model: nn.Module, name: str) -> None:
         )
 
 
-def _minds(module: nn.Module) -> bool:
-    """Whether a module's forward looks at its mode, and has a rate of dropout other than 0 if it has one."""
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether a module's forward reads `training`, and its rate of dropout, if any, is not 0."""
     code = getattr(getattr(type(module), "forward", None), "__code__", None)
     if code is None or "training" not in code.co_names or type(module).__module__ == "torch.nn.modules.transformer":
         return False

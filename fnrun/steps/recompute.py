@@ -1,10 +1,11 @@
-"""Activation checkpointing: parts of a model whose activations are not kept for the backward, but computed once more in it.
+"""Activation checkpointing: parts of a model whose activations are recomputed in the backward.
 
-The parts' `forward` is another one for the length of a forward, so any model works unchanged. Inputs are kept, and what the part's modules
-hold as it begins, those around it, and the objects that it is given; the second computation is given all of it again, and leaves nothing
-behind: buffers, attributes, reports and generators are afterwards as the first one left them. So the gradient is that of the step without
-checkpointing, bit for bit. What a part reads elsewhere may be another thing by then: in the first forwards what the second computation
-saves for the backward is compared with what the first one saved, and a difference is refused.
+During a forward each part's `forward` is replaced, so any model works unchanged. The inputs of a part are saved, and the contents of its
+modules, of the modules around it, and of the objects among its arguments. The second computation starts from these, and restores buffers,
+attributes, reports and generators afterwards. So the gradient is that of the step without checkpointing, bit for bit.
+
+A part may read something else that has changed meanwhile. In the first forwards the tensors that the two computations save for the backward
+are compared, and a difference is an error.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ import contextlib
 import difflib
 import fnmatch
 import itertools
-import random
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
@@ -27,15 +26,16 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from fnrun.core.reports import collect
 from fnrun.core.undisturbed import undisturbed
 from fnrun.core.words import kind
+from fnrun.data.ambient import restore_hosts, save_hosts
 from fnrun.steps.functional import FunctionalModule
 from fnrun.steps.watch import Contents, versions
 
-#: They have no forward.
+#: Containers without a forward.
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def chosen(who: str, model: nn.Module, which: Any) -> list[tuple[str, nn.Module]]:
-    """The parts of `model` that `which` names, with their paths: "blocks", or a sequence of patterns. None lies within another one."""
+    """The modules of `model` that `which` selects ("blocks", or patterns), with their paths; the outer one of nested modules."""
     paths = {path: module for path, module in model.named_modules() if path}
     if isinstance(which, str) and which == "blocks":
         found = list(_blocks(model, paths)) or list(_layers(model, paths))
@@ -56,7 +56,7 @@ def chosen(who: str, model: nn.Module, which: Any) -> list[tuple[str, nn.Module]
 
 
 def _matching(who: str, pattern: str, paths: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """What a pattern matches: paths in which it occurs, or, where it has a `*`, `?` or `[`, that it is a glob of; of a list its entries."""
+    """The modules whose path contains the pattern, or matches it as a glob (with `*`, `?` or `[`); for a list its entries."""
 
     def entered(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not isinstance(module, _LISTS):
@@ -78,7 +78,7 @@ def _matching(who: str, pattern: str, paths: Mapping[str, nn.Module]) -> Iterato
 
 
 def _blocks(model: nn.Module, paths: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """What stands several times in a list: entries of one class with parts of their own; of an nn.Sequential in it, that one's blocks."""
+    """The entries of lists that share a class and have submodules; for an entry that is an nn.Sequential of blocks, those blocks."""
     for path, holder in {"": model, **paths}.items():
         if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
             continue
@@ -96,7 +96,7 @@ def _blocks(model: nn.Module, paths: Mapping[str, nn.Module]) -> Iterator[tuple[
 
 
 def _layers(model: nn.Module, paths: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """In a model of which no block has parts: the entries of lists that hold one class alone, as recurrent layers."""
+    """For a model without blocks: the entries of lists of one class, as of recurrent layers."""
     for path, holder in {"": model, **paths}.items():
         kinds = {type(child) for child in holder.children()} if isinstance(holder, (nn.ModuleList, nn.Sequential)) else ()
         if len(kinds) == 1 and len(list(holder.children())) > 1 and next(holder.parameters(), None) is not None:
@@ -109,7 +109,7 @@ def _listed(paths: Any) -> str:
 
 
 class Recomputed:
-    """The parts of a functional module that are computed once more in the backward."""
+    """The parts of a functional module that are recomputed in the backward."""
 
     def __init__(self, name: str, functional: FunctionalModule, which: Any, host: bool) -> None:
         self.parts = [_Part(name, path, module, functional, host) for path, module in chosen(name, functional.model, which)]
@@ -117,22 +117,22 @@ class Recomputed:
         self._copies: dict[int, tuple[Any, Any, Tensor]] = {}
 
     def run(self, fn: Callable[[Any], Any], batch: Any, buffers: Mapping[str, Tensor]) -> Any:
-        """`fn(batch)`, a forward within `functional.run` that began with these buffers."""
-        own = [part.module.__dict__.get(part.entry) for part in self.parts]
+        """`fn(batch)`, a forward within `functional.run` that started with these buffers."""
+        forwards = [part.module.__dict__.get(part.entry) for part in self.parts]
         try:
             for part in self.parts:
                 part.enter(buffers, self._calls, self._copies)
             return fn(batch)
         finally:
-            self._leave(own)
+            self._leave(forwards)
 
     def over(self, fn: Callable[[], Any]) -> Any:
-        """`fn()`, a forward and its backward. Nothing of them is kept, and torch's errors about second computations name the part."""
+        """`fn()`, a forward and its backward. Errors of torch about the second computation are replaced by ones that name the part."""
         try:
             return fn()
         except CheckpointError as error:
             latest = next((call for call in self._calls if call.latest), None)
-            if latest is None:  # of a checkpoint of the model's own
+            if latest is None:  # a checkpoint within the model
                 raise
             raise ValueError(latest.part.differs()) from error
         except RuntimeError as error:
@@ -145,40 +145,40 @@ class Recomputed:
 
     @undisturbed
     def _forget(self) -> None:
-        for call in self._calls:  # an object that a part is given may hold the graph that holds the call
+        for call in self._calls:  # an argument may hold the graph that holds the call
             call.clear()
         self._calls.clear()
         self._copies.clear()
 
     @undisturbed
-    def _leave(self, own: list[Any]) -> None:
-        for part, forward in zip(self.parts, own, strict=True):
+    def _leave(self, forwards: list[Any]) -> None:
+        for part, forward in zip(self.parts, forwards, strict=True):
             part.module.__dict__.pop(part.entry, None)
             if forward is not None:
                 part.module.__dict__[part.entry] = forward
 
 
 class _Part:
-    """A module whose forward is checkpointed while it is entered."""
+    """A module whose forward is checkpointed."""
 
-    #: In so many forwards with the part its second computation is compared with the first.
+    #: The number of forwards with the part in which the two computations are compared.
     LOOKS = 3
 
     def __init__(self, name: str, path: str, module: nn.Module, functional: FunctionalModule, host: bool) -> None:
         self.name, self.path, self.module, self.functional, self.host = name, path, module, functional, host
-        #: What a call of the module calls: compiled ones stay as they are within.
+        #: The attribute that a call of the module calls: a compiled module stays compiled.
         self.entry = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         modules = dict(functional.model.named_modules())
         parents = ["", *itertools.accumulate(path.split(".")[:-1], lambda a, b: f"{a}.{b}")]
-        own = list(module.modules())
-        self.modules = [*own, *(modules[parent] for parent in parents)]  # and those around it, which it may read
-        self.slots, self.elsewhere = functional.slots_of(own)
-        #: Which of its inputs are written to, by it or by what comes after: it keeps copies of them.
+        within = list(module.modules())
+        self.modules = [*within, *(modules[parent] for parent in parents)]  # and the modules around it, which it may read
+        self.slots, self.elsewhere = functional.slots_of(within)
+        #: The inputs that are written to, by the part or later: it computes with copies of them.
         self.written: set[int] = set()
         self.looks, self._used = self.LOOKS, False
 
     def others(self) -> list[Tensor]:
-        """What the functional module holds besides the part's buffers."""
+        """The tensors of the functional module besides the part's buffers."""
         return [container[key] for container, key, _ in self.elsewhere]
 
     def enter(self, buffers: Mapping[str, Tensor], calls: list[_Call], copies: dict[Any, Any]) -> None:
@@ -189,7 +189,7 @@ class _Part:
         self.module.__dict__[self.entry] = lambda *args, **kwargs: self._checkpointed(forward, args, kwargs, buffers, calls, copies)
 
     def _checkpointed(self, forward: Any, args: Any, kwargs: Any, buffers: Mapping[str, Tensor], calls: list[_Call], copies: Any) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():  # of a graph around it
+        if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return forward(*args, **kwargs)
         self._used = True
         call = _Call(self, args, kwargs, buffers, copies)
@@ -215,11 +215,11 @@ class _Part:
         return result
 
     def values(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of the part's buffers as it begins: those of the state, unless something has written to them in this forward."""
-        held = {name: container[key] for container, key, name in self.slots}
-        first = self.functional.first.watching  # which looks at what is read
+        """The part's buffers before its call: those of the state, unless they were written to in this forward."""
+        now = {name: container[key] for container, key, name in self.slots}
+        watched = self.functional.first.watching  # a read of the state's own tensor would be an error
         return {
-            name: t.clone() if first or t._version or name not in buffers else buffers[name] for name, t in held.items() if t is not None
+            name: t.clone() if watched or t._version or name not in buffers else buffers[name] for name, t in now.items() if t is not None
         }
 
     def differs(self) -> str:
@@ -238,7 +238,7 @@ class _Part:
 
 
 class _Call:
-    """One call of a part: what it found. Tensors that it was given are with torch, which frees them and counts writes to them."""
+    """One call of a part: its inputs and the contents of its modules. torch's checkpoint keeps the input tensors, and frees them."""
 
     def __init__(
         self, part: _Part, args: Any, kwargs: Any, buffers: Mapping[str, Tensor], copies: dict[int, tuple[Any, Any, Tensor]]
@@ -248,14 +248,14 @@ class _Call:
         self.seen: list[_Values] = []
         self.inputs: Contents | None = Contents((args, tuple(kwargs.items())), tensors)
         self.before: Contents | None = Contents(part.modules)
-        self.values, self.host = part.values(buffers), _host() if part.host else None
+        self.values, self.host = part.values(buffers), save_hosts() if part.host else []
         self._counts = [_Count(t) for t in tensors]
         places = range(len(tensors)) if part.looks == part.LOOKS else part.written
         self.copied = {i for i in places if i < len(tensors) and not _overlaps(tensors[i])}
         self.given = [_copy(t, copies) if i in self.copied else t for i, t in enumerate(tensors)]
 
     def moved(self) -> set[int]:
-        """Inputs that were written to since."""
+        """The inputs that were written to since."""
         return {i for i, count in enumerate(self._counts) if count.moved()}
 
     def clear(self) -> None:
@@ -264,20 +264,20 @@ class _Call:
 
 
 class _Count:
-    """How often a tensor has been written to, without its memory."""
+    """A tensor's count of writes, without its memory."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._alias = tensor.detach()  # which counts with it,
+        self._alias = tensor.detach()  # shares the count,
         self._before = versions([self._alias])
         if self._before and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
-            self._alias.data = tensor.new_empty(0)  # also when it holds something else
+            self._alias.data = tensor.new_empty(0)  # also with other memory
 
     def moved(self) -> bool:
         return versions([self._alias]) != self._before
 
 
 def _copy(tensor: Tensor, copies: dict[int, tuple[Any, Any, Tensor]]) -> Tensor:
-    """One for all parts that are given the tensor with this value."""
+    """A copy, shared by all parts that get this tensor with this value."""
     ref, count, copy = copies.get(id(tensor), (lambda: None, None, tensor))
     if ref() is not tensor or count != versions([tensor]):
         copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
@@ -286,12 +286,12 @@ def _copy(tensor: Tensor, copies: dict[int, tuple[Any, Any, Tensor]]) -> Tensor:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether entries share memory (`expand`), as in no tensor that an operation writes to."""
+    """Whether entries share memory (`expand`): operations refuse to write to such a tensor."""
     return tensor.layout is torch.strided and 0 in tensor.stride()
 
 
 class _Again:
-    """The second computation of a part: it finds what the first one found, and leaves nothing behind."""
+    """The second computation of a part: it starts from the inputs and contents of the first one, and restores everything afterwards."""
 
     def __init__(self, call: _Call, given: Sequence[Tensor]) -> None:
         self.call, self.given = call, given
@@ -309,7 +309,8 @@ class _Again:
         self._looking = _looking(self._seen) if call.seen else contextlib.nullcontext()
         self._reports, self._now = collect(), (call.before.now(), call.inputs.now())
         self._counts = versions(part.others()) if part.functional.first.watching else None
-        self._host = None if call.host is None else _set_host(call.host)
+        self._host = save_hosts() if call.host else []
+        restore_hosts(call.host)
         self._reports.__enter__()
         call.before.put_back()
         args, named = call.inputs.put_back(given)
@@ -327,8 +328,7 @@ class _Again:
         for contents in self._now:
             contents.put_back()
         self._reports.__exit__()
-        if self._host is not None:
-            _set_host(self._host)
+        restore_hosts(self._host)
         if self._counts is not None and self._counts != (now := versions(part.others())):
             pairs = zip(part.elsewhere, self._counts, now or (), strict=True)
             names = sorted({name for (_, _, name), a, b in pairs if a != b})
@@ -336,22 +336,18 @@ class _Again:
                 f"{part.name}: the forward of {part.path!r} writes to {', '.join(map(repr, names))}, and where its activations are "
                 "checkpointed it would do so twice: leave it out of checkpoint_activations="
             )
-        if any(
-            first != second for first, second in zip(self.call.seen, self._seen, strict=False)
-        ):  # it may stop when it has what is needed
+        # The second computation may stop early, when all that the backward needs is there.
+        if any(first != second for first, second in zip(self.call.seen, self._seen, strict=False)):
             raise ValueError(part.differs())
 
 
 class _Values:
-    """The values of a tensor that a backward needs, as two numbers: to compare those of two computations without keeping the first."""
+    """Two sums over a tensor that is saved for the backward, to compare two computations without keeping the first one's tensors."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.sums = None
-        if (
-            type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.dtype is not torch.uint8
-        ):  # bytes: workspaces
-            self.sums = _sums(tensor)
-        exact = tensor.device.type == "cpu"  # other kernels may add in another order each time
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        self.sums = _sums(tensor) if plain and tensor.dtype is not torch.uint8 else None  # bytes are workspaces of kernels
+        exact = tensor.device.type == "cpu"  # kernels of other devices may add in any order
         self.tolerance = 1e-9 if exact else 0.05 if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else 1e-3
 
     def __eq__(self, other: object) -> bool:
@@ -364,7 +360,7 @@ class _Values:
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    """A sum with weights that differ from entry to entry, and the sum of squares."""
+    """A sum weighted by position, and the sum of squares."""
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().reshape(-1)
     dtype = torch.float32 if flat.device.type == "mps" else torch.float64
     weights = (torch.arange(min(len(flat), 1 << 20), dtype=dtype, device=flat.device) * 0.7391 + 1).sin()
@@ -376,7 +372,7 @@ def _sums(tensor: Tensor) -> Tensor:
 
 
 def _looking(seen: list[_Values]) -> Any:
-    """Within it `seen` fills with what is saved for the backward; what is done with that stays as it is."""
+    """Append the values of tensors that are saved for the backward to `seen`; hooks around it still apply."""
     pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
 
     def looked(tensor: Tensor) -> Any:
@@ -384,15 +380,3 @@ def _looking(seen: list[_Values]) -> Any:
         return pack(tensor)
 
     return torch.autograd.graph.saved_tensors_hooks(torch.compiler.disable(looked), unpack)  # pyright: ignore[reportArgumentType]
-
-
-def _host() -> Any:
-    return random.getstate(), np.random.get_state()
-
-
-def _set_host(states: Any) -> Any:
-    """The states of before."""
-    before = _host()
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    return before

@@ -1,63 +1,56 @@
-"""What a step runs in: generators seeded from its key, and its reports collected."""
+"""What surrounds a call of a step: generators seeded from its key, and collected reports."""
 
 from __future__ import annotations
 
-import random
 import sys
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fnrun.core import tree
 from fnrun.core.inplace import FIRST
 from fnrun.core.key import Key, Scope, ambient
 from fnrun.core.reports import collect
 from fnrun.core.undisturbed import undisturbed
+from fnrun.data.ambient import restore_hosts, save_hosts
 
 
 class Surroundings:
-    """torch's ambient generators seeded from a key and put back afterwards, reports collected.
+    """torch's ambient generators seeded from a key and restored afterwards, reports collected.
 
-    In the first calls it tells a step that it moves Python's or NumPy's generator, and puts them back. Later calls go unwatched: a look
-    costs 100 us.
+    The first calls warn of draws from Python's or NumPy's generator, and restore it. Later calls are not watched: that costs 100 us.
     """
 
     def __init__(self, name: str, host_random: bool = False) -> None:
         self.name, self.host, self.remaining = name, host_random, 0 if host_random else FIRST
 
     def __call__(self, key: Any, *data: int | str) -> Any:
-        """What a call runs in that draws from `key` folded with `data`. The key of a call that becomes a graph makes its own."""
+        """The context manager of a call that draws from `key` folded with `data`. The key of a recorded call makes its own."""
         return _Within(self, key.fold_path(*data)) if type(key) is Key else key.within(*data)
 
     def undrawn(self) -> Any:
-        """Without a key: reports are collected, a random draw is an error."""
+        """The context manager of a call without a key: reports are collected, a random draw is an error."""
         return _Undrawn(self.name)
 
-    def look(self) -> Any:
+    def save(self) -> Any:
         self.remaining -= 1
-        return random.getstate(), np.random.get_state(legacy=False), len(sys.modules)
+        return len(sys.modules), save_hosts()
 
-    def compare(self, before: Any) -> None:
-        python, numpy, modules = before
+    def compare(self, saved: Any) -> None:
+        modules, states = saved
         if len(sys.modules) != modules:
-            return  # some draw as they are imported
-        moved_python, moved_numpy = random.getstate() != python, not tree.equal(np.random.get_state(legacy=False), numpy)
-        names = [name for name, moved in (("Python", moved_python), ("NumPy", moved_numpy)) if moved]
-        if names:
-            random.setstate(python)
-            np.random.set_state(numpy)
+            return  # some modules draw as they are imported
+        if moved := restore_hosts(states):
             warnings.warn(
-                f"{self.name} draws from the global generator of {' and '.join(names)}, which is not keyed by the state: two calls differ "
-                "and a resumed run is another run. Use torch's, or make the step with host_random=True",
+                f"{self.name} draws from {' and '.join(moved)}, which is not keyed by the state: two "
+                "calls differ and a resumed run is another run. Use torch's, or make the step with host_random=True",
                 stacklevel=5,
             )
 
 
 class _Within(Scope):
-    """One call in its surroundings: `with` gives the reports, a dictionary that fills up."""
+    """One call in its surroundings: `with` returns the reports, a dictionary that fills up."""
 
     __slots__ = ("_before", "_collect", "_surroundings")
 
@@ -69,9 +62,8 @@ class _Within(Scope):
     def __enter__(self) -> dict[str, Any]:
         super().__enter__()
         try:
-            self._before = (
-                self._surroundings.look() if self._surroundings.remaining else None
-            )  # under the scope's lock, which keeps others out
+            # Under the scope's lock: no other thread draws meanwhile.
+            self._before = self._surroundings.save() if self._surroundings.remaining else None
             self._collect = collect()
             return self._collect.__enter__()
         except BaseException:
@@ -89,7 +81,7 @@ class _Within(Scope):
 
 
 class _Undrawn(TorchDispatchMode):
-    """A call in which nothing is to be drawn from torch's generators."""
+    """A call that must not draw from torch's generators."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

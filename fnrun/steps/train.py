@@ -1,4 +1,4 @@
-"""The training step as a value: a loss, its gradient, an update, and how the three are combined."""
+"""`TrainStep`: a loss, its gradient, an update, and how the three are combined."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 
 from fnrun import metrics as folds
-from fnrun.core import examples as rows, tree
+from fnrun.core import tree
 from fnrun.core.donation import Owner
+from fnrun.core.examples import example_count
 from fnrun.core.inplace import Guard
 from fnrun.core.state import carried, check_state, is_state
 from fnrun.core.words import kind
@@ -19,29 +20,29 @@ from fnrun.metrics.base import to_accumulator_dtype
 from fnrun.metrics.by_name import weight
 from fnrun.optim.lists import eager
 from fnrun.optim.wrappers import choose
-from fnrun.steps.given import detached, detached_all, reported
+from fnrun.steps.checks import detached, detached_all, reported
 from fnrun.steps.gradients import Gradients
 from fnrun.steps.kinds import Metrics, PureStep
-from fnrun.steps.pieces import Shapes
+from fnrun.steps.microbatches import Shapes
 from fnrun.steps.surroundings import Surroundings
 from fnrun.steps.update import Update, with_written
 
 
 class Combine(Protocol):
-    """How the parts of a step become a step: for several batches one after the other, whose metrics then are those of one."""
+    """How the parts of a step are combined: one update for each batch, in order, with merged metrics for several."""
 
-    #: The new state may be written over the old one, by the owner that it is given.
+    #: It may write the new state over the old one, through `owner`.
     donates: bool
-    #: Several steps are one call.
+    #: Several updates are one call.
     fuses: bool
-    #: What it does besides, in words, for who prints the step.
+    #: Its option, as printed.
     text: str
 
     def __call__(self, step: TrainStep, state: Any, batches: list[Any], owner: Owner | None, /) -> tuple[Any, Metrics]: ...
 
 
 class InTurn:
-    """The parts one after the other, for each batch."""
+    """Each part called in turn, eagerly."""
 
     donates, fuses, text = True, False, ""
 
@@ -56,20 +57,22 @@ IN_TURN = InTurn()
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainStep(PureStep):
-    """A training step `(state, batch) -> (state, metrics)` made of parts, each a pure function that can be called and replaced alone.
+    """A training step `(state, batch) -> (state, metrics)` made of three pure functions, each callable and replaceable alone.
 
-    - `loss(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`: the module as a function, differentiable in anything.
-    - `gradients(state, batch) -> (grads, buffers, metrics)`: of the trained parameters by name, detached, None where the loss does not
-      reach, of the loss itself (never scaled); `buffers` as the forward left them, and with them the parameters that it wrote to.
-    - `update(state, grads) -> (state, metrics)`: the optimizer alone: new `params` and `opt_state`, `step + 1`; what it reported.
+    - `loss(params, buffers, batch, *, key=None) -> (loss, (buffers, metrics))`: the module as a function, differentiable in all tensors.
+    - `gradients(state, batch) -> (grads, buffers, metrics)`: `grads` of the trained parameters by name, detached and never scaled, None
+      where the loss does not reach; `buffers` after the forward, and the parameters that it wrote to.
+    - `update(state, grads) -> (state, metrics)`: the optimizer: new `params` and `opt_state`, `step + 1`, and reports.
 
     The step is their composition: `g, b, m = step.gradients(state, batch)`, then `s, more = step.update(state.replace(buffers=b), g)`,
-    which gives `(s, {**m, **more})`. `combine` says how the parts become a step: one after the other, or as one graph. `examples` says how
-    many examples a batch has, by which loops weigh plain metrics.
+    which returns `(s, {**m, **more})`.
 
-    A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other gradients. `gradients` come
-    of a loss of their own, so one does not replace `loss` alone. A function that is put in is keyed (torch's generators are seeded from the
-    state's key around it), and what it returns is detached and checked.
+    - `combine=IN_TURN`: how the parts are combined, one after the other or as one graph.
+    - `examples`: `batch -> int`, the number of examples, by which loops weight plain metrics.
+
+    A transform is a function `step -> step`: `dataclasses.replace(step, gradients=f)` is this step with other gradients. `loss` is not
+    replaced alone, since `gradients` differentiates its own (TypeError). A user's function in a part is keyed: torch's generators are
+    seeded from the state's key around it. Its results are detached and checked.
 
     >>> from fnrun import TrainState, make_train_step, optim
     >>> model = torch.nn.Linear(3, 1)
@@ -88,7 +91,7 @@ class TrainStep(PureStep):
     update: Callable[[Any, Any], tuple[Any, Metrics]]
     name: str = "train_step"
     combine: Combine = IN_TURN
-    examples: Callable[[Any], int | None] = rows.example_count
+    examples: Callable[[Any], int | None] = example_count
 
     def __post_init__(self) -> None:
         if isinstance(self.gradients, Gradients) and self.gradients.loss is not self.loss:
@@ -96,31 +99,33 @@ class TrainStep(PureStep):
                 f"{self.name}: its gradients are those of another loss, and would stay so. Make the step anew with another loss_fn, or "
                 "replace its gradients too"
             )
-        changes, name = dict[str, Any](), self.name
         if not isinstance(self.gradients, (Gradients, Keyed)):
-            changes["gradients"] = part = KeyedGradients("gradients", self.gradients, name)
-            name = f"{part.title}({name})"
+            self._set(gradients=KeyedGradients(self.gradients, self.name))
         if not isinstance(self.update, (Update, Keyed)):
-            changes["update"] = part = KeyedUpdate("update", self.update, name)
-            name = f"{part.title}({name})"
-        for field, value in {**changes, "name": name, "__name__": name, "__qualname__": name}.items():
+            self._set(update=KeyedUpdate(self.update, self.name))
+        self._set(__name__=self.name, __qualname__=self.name)
+
+    def _set(self, **fields: Any) -> None:
+        for field, value in fields.items():
             object.__setattr__(self, field, value)
+            if isinstance(value, Keyed):
+                object.__setattr__(self, "name", f"{value.title}({self.name})")
 
     def __call__(self, state: Any, batch: Any, /, *, owner: Owner | None = None) -> tuple[Any, Metrics]:
         return self.combine(self, state, [batch], owner)
 
     def several(self, state: Any, batches: list[Any], /, *, owner: Owner | None = None) -> tuple[Any, Metrics]:
-        """A step on each of the batches, in one call; their metrics as those of one, folds also where it is one."""
+        """An update for each batch, in one call; the metrics are merged, and folds even for one batch."""
         state, metrics = self.combine(self, state, batches, owner)
         return state, metrics if len(batches) > 1 else together([metrics], batches, [self.examples(batches[0])])
 
     @property
     def donates(self) -> bool:
-        """Whether the update may write the new state over the old one: the optimizer's own can."""
+        """Whether the update may write the new state over the old one: an optimizer's can."""
         return isinstance(self.update, Update) and self.update.optimizer.donatable and self.combine.donates
 
     @property
-    def looks_at_step_only(self) -> bool:
+    def ignores_position(self) -> bool:
         return isinstance(self.gradients, Gradients) and isinstance(self.update, Update)
 
     @property
@@ -133,20 +138,20 @@ class TrainStep(PureStep):
 
     @property
     def options_text(self) -> str:
-        own = self.gradients.options() if isinstance(self.gradients, Gradients) else []
-        return ", ".join([*own, *([self.combine.text] if self.combine.text else [])])
+        options = self.gradients.options() if isinstance(self.gradients, Gradients) else []
+        return ", ".join(filter(None, [*options, self.combine.text]))
 
     def __repr__(self) -> str:
-        return f"<{self.name}{', ' if self.options_text else ''}{self.options_text}>"
+        return f"<{', '.join(filter(None, [self.name, self.options_text]))}>"
 
 
-# --- put together -------------------------------------------------------------------------------------------------------
+# --- composition --------------------------------------------------------------------------------------------------------
 
 
 def each(
     call: Callable[[Any, Any], tuple[Any, Metrics]], state: Any, batches: list[Any], examples: Callable[[Any], int | None]
 ) -> tuple[Any, Metrics]:
-    """`call(state, batch)` for one batch after the other; the metrics of several as those of one, weighed by `examples(batch)`."""
+    """`call(state, batch)` for each batch in order; the metrics of several are merged, weighted by `examples(batch)`."""
     if len(batches) == 1:
         return call(state, batches[0])
     seen: list[Metrics] = []
@@ -157,7 +162,7 @@ def each(
 
 
 def composed(step: TrainStep, state: Any, batch: Any, owner: Owner | None = None) -> tuple[Any, Metrics]:
-    """What a step is."""
+    """The composition that a step is."""
     grads, buffers, metrics = step.gradients(state, batch)
     skipped = metrics.get("skipped")
     if isinstance(skipped, torch.Tensor) and not eager():
@@ -168,7 +173,7 @@ def composed(step: TrainStep, state: Any, batch: Any, owner: Owner | None = None
         return state, {**metrics, **more}
     if not isinstance(step.gradients, Gradients):
         update.check_grads(state, grads)
-    if owner is not None:  # what was computed must not lie in what is written over now
+    if owner is not None:  # metrics and buffers must not lie in memory that is written over now
         metrics, buffers = owner.share(metrics), owner.share(buffers)
         if not isinstance(step.gradients, Gradients):
             grads = owner.share(grads)
@@ -177,7 +182,7 @@ def composed(step: TrainStep, state: Any, batch: Any, owner: Owner | None = None
 
 
 def _unless(skipped: torch.Tensor, step: TrainStep, state: Any, grads: Any, metrics: Metrics) -> tuple[Any, Metrics]:
-    """The update, or none where `skipped` is not 0, for who cannot wait for it: both, selected leaf by leaf."""
+    """The update, or none if `skipped` is not 0, without waiting for its value: both are computed, and selected leaf by leaf."""
     (new, more), (still, _) = step.update(state, grads), step.update(state, dict.fromkeys(grads))
     params, opt_state = choose(skipped != 0, lambda: (still.params, still.opt_state), lambda: (new.params, new.opt_state))
     more["skipped"] = torch.maximum(skipped, torch.as_tensor(more.get("skipped", 0), dtype=skipped.dtype))
@@ -185,15 +190,15 @@ def _unless(skipped: torch.Tensor, step: TrainStep, state: Any, grads: Any, metr
 
 
 def together(metrics: list[Metrics], batches: list[Any], examples: list[int | None]) -> Metrics:
-    """The metrics of several steps, on these batches of so many examples, as those of one: all of them folds."""
+    """The merged metrics of several steps, all of them folds; `examples` are the batches' numbers of examples."""
     totals, shapes = dict[str, Any](), Shapes("fused steps")
-    for values, batch, known in zip(metrics, batches, examples, strict=True):
-        n = weight(known, batch, values)
+    for values, batch, rows in zip(metrics, batches, examples, strict=True):
+        n = weight(rows, batch, values)
         shapes.add(values, n)
         skipped = values.get("skipped")
         done = True if skipped is None else torch.as_tensor(skipped) == 0
         for name, value in values.items():
-            if not hasattr(value, "merge"):  # a mean over examples, each element on its own; of an update that was not made there is none
+            if not hasattr(value, "merge"):  # an elementwise mean over examples; a skipped update has none
                 plain = to_accumulator_dtype(torch.as_tensor(value))
                 value = folds.Mean(plain * n, torch.full_like(plain, n))
                 if done is not True and name != "skipped":
@@ -204,27 +209,29 @@ def together(metrics: list[Metrics], batches: list[Any], examples: list[int | No
 
 
 class Keyed:
-    """A part that somebody put into a step: torch's generators are seeded around it, its reports are metrics.
+    """A user's function as a part of a step: torch's generators are seeded around it, its reports are metrics.
 
-    The seed is of the state's key, the step and the function's name, so that what two transforms draw is not the same; where one stands in
-    itself, of how many are around it too.
+    The seed is derived from the state's key, the step, the function's name, and how many calls of that name are around it: two transforms
+    draw different numbers.
     """
 
-    def __init__(self, part: str, fn: Callable[..., Any], name: str) -> None:
-        self.part, self.fn, self.name = part, fn, name
+    part: str
+
+    def __init__(self, fn: Callable[..., Any], name: str) -> None:
+        self.fn, self.name = fn, name
         self.label: str = getattr(fn, "__qualname__", type(fn).__qualname__)
         self.title = self.label.partition(".<locals>")[0]
-        self._within = Surroundings(f"{name}: its {part}")
-        self._guard = Guard(f"the {part} of {name}, {kind(fn)},")
+        self._within = Surroundings(f"{name}: its {self.part}")
+        self._guard = Guard(f"the {self.part} of {name}, {kind(fn)},")
 
-    def __call__(self, state: Any, given: Any) -> Any:
-        check_state(f"{self.name}: its {self.part}", state, given, "batch")
+    def __call__(self, state: Any, data: Any) -> Any:
+        check_state(f"{self.name}: its {self.part}", state, data, "batch")
         marks = self._guard.look(state)
         within = _parts_at_work.get()
         token = _parts_at_work.set((*within, self.label))
         try:
             with self._within(state.rng, self.part, self.label, within.count(self.label), state.step) as reports:
-                result = self.fn(state, given)
+                result = self.fn(state, data)
         finally:
             _parts_at_work.reset(token)
         self._guard.check(marks)
@@ -239,6 +246,8 @@ _parts_at_work: ContextVar[tuple[str, ...]] = ContextVar("parts_at_work", defaul
 
 
 class KeyedGradients(Keyed):
+    part = "gradients"
+
     def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:
         if not isinstance(result, tuple) or len(result) != 3 or not all(isinstance(each, Mapping) for each in result):
             raise TypeError(
@@ -247,10 +256,8 @@ class KeyedGradients(Keyed):
             )
         grads, buffers, metrics = result
         if buffers.keys() - state.params.keys() != state.buffers.keys():
-            missing, extra = (
-                sorted(state.buffers.keys() - buffers.keys()),
-                sorted(buffers.keys() - state.buffers.keys() - state.params.keys()),
-            )
+            missing = sorted(state.buffers.keys() - buffers.keys())
+            extra = sorted(buffers.keys() - state.buffers.keys() - state.params.keys())
             raise ValueError(
                 f"the gradients of {self.name}: {kind(self.fn)} returned other buffers than the state has: missing {missing}, unexpected "
                 f"{extra}. They are what the forward made of state.buffers: return those of step.gradients, or state.buffers itself"
@@ -260,11 +267,13 @@ class KeyedGradients(Keyed):
 
 
 class KeyedUpdate(Keyed):
-    def __call__(self, state: Any, given: Any) -> Any:
+    part = "update"
+
+    def __call__(self, state: Any, data: Any) -> Any:
         if not state.buffers.keys().isdisjoint(state.params):
             params, buffers = with_written(state.params, state.buffers)
             state = carried(state, params=params, buffers=buffers)
-        return super().__call__(state, given)
+        return super().__call__(state, data)
 
     def checked(self, result: Any, state: Any, reports: dict[str, Any]) -> Any:
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping) or not is_state(result[0]):

@@ -1,4 +1,4 @@
-"""From step to step."""
+"""Functions from step to step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from fnrun.optim.lists import all_finite
-from fnrun.steps.given import check_function
+from fnrun.steps.checks import check_function
 from fnrun.steps.kinds import Function, Metrics, PureStep
 from fnrun.steps.train import Combine, TrainStep, each
 
 
 def skip_nonfinite(step: Any) -> Any:
-    """`step`, but an update after which the loss or a parameter is not finite does not happen: all but `state.step` stays as it was.
+    """`step` without the updates after which the loss or a parameter is not finite: those change `state.step` alone.
 
-    The step's metrics are then `{"skipped": 1.0}` alone, so that no NaN reaches a mean. It waits for the device at each step. Several steps
-    in one call are looked at one by one, and nothing is donated: the old state is needed until the new one is known to be good. It goes
-    around a step and inside a loop; around a loop it is refused (TypeError), for what loops keep cannot be taken back.
+    The metrics of a skipped update are `{"skipped": 1.0}` alone, so that no NaN reaches a mean. Each step waits for the device, fused steps
+    are checked one by one, and nothing is donated, since the old state may be needed.
+
+    Raises TypeError around a loop, whose position cannot be taken back: it goes around the step, inside the loop.
     """
     check_function("skip_nonfinite", step, 2, "step(state, batch)", "(state, metrics)")
     if isinstance(step, TrainStep):
@@ -30,7 +31,7 @@ def skip_nonfinite(step: Any) -> Any:
 
 
 class _Finite:
-    """A step's parts combined as before, with a look at what comes out."""
+    """Another `combine`, whose results are checked."""
 
     donates = False
 

@@ -1,4 +1,4 @@
-"""The update of a step: the optimizer alone."""
+"""The update: the optimizer's part of a step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 
 from fnrun.core import tree
 from fnrun.core.donation import Owner, contents
+from fnrun.core.entering import asks
 from fnrun.core.inplace import Guard
 from fnrun.core.reports import collect
 from fnrun.core.state import check_state, made
 from fnrun.core.words import kind
+from fnrun.steps.checks import detached_all, no_gradient
 from fnrun.steps.functional import FunctionalModule
-from fnrun.steps.given import check_cut, check_cut_grads, detached_all
 from fnrun.steps.kinds import Metrics
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Update:
         self.name, self.optimizer, self.trained = name, optimizer, functional.trained
         self._whole, self._buffers = len(functional.trained) == len(functional.params), frozenset(functional.buffers)
         self._guard = Guard(name)
-        self._known: list[Any] = []  # structures of optimizer states that this step can go on with
-        self._made: Any = None  # what marks the one that it made last, which needs no look
+        self._known: list[Any] = []  # structures and shapes of optimizer states that were checked
+        self._made: Any = None  # references to the last one returned, which needs no check
 
     def __call__(self, state: Any, grads: Mapping[str, Any]) -> tuple[Any, Metrics]:
         check_state(f"{self.name}: its update", state, grads, "grads")
@@ -39,7 +40,7 @@ class Update:
         return self.updated(state, grads, state.buffers, None)
 
     def updated(self, state: Any, grads: Mapping[str, Any], buffers: Any, owner: Owner | None) -> tuple[Any, Metrics]:
-        """The update of `state` with these buffers; in the state's own memory as far as it is the owner's."""
+        """The update of `state` with these buffers, in the memory that `owner` may write over."""
         memory, every = state.opt_state, state.params
         if not _is_marked(memory, self._made):
             self.check(state)
@@ -60,8 +61,8 @@ class Update:
                     self._guard.check(marks, self.culprit)
             else:
                 params, memory = owner.update((kept["step"], self.name), state, lambda: self._optimize(kept, grads, memory, params))
-        if torch.is_grad_enabled():
-            check_cut(self.name, params)
+        if torch.is_grad_enabled() and asks(params):
+            raise no_gradient(self.name, "a hyperparameter of the optimizer, or what its schedule returns,")
         self._made = _mark(memory)
         kept.update(params=params if self._whole else {**every, **params}, buffers=buffers, opt_state=memory, step=kept["step"] + 1)
         new = made(type(state), kept)
@@ -69,16 +70,16 @@ class Update:
             owner.accept(new)
         return new, {name: detached_all(value) for name, value in reports.items()}
 
-    def _optimize(self, given: dict[str, Any], grads: Any, memory: Any, params: Any) -> tuple[Any, Any]:
-        optimizer, step = self.optimizer, given["step"]
+    def _optimize(self, fields: dict[str, Any], grads: Any, memory: Any, params: Any) -> tuple[Any, Any]:
+        optimizer, step = self.optimizer, fields["step"]
         if not optimizer.keyed:
             return optimizer.update(grads, memory, params, key=None, step=step)
-        key = given["rng"].fold_in("optimizer", step)
+        key = fields["rng"].fold_in("optimizer", step)
         with key.scope():
             return optimizer.update(grads, memory, params, key=key, step=step)
 
     def check(self, state: Any) -> None:
-        """Raise ValueError where the state does not hold what the optimizer remembers of these parameters. New structures are looked at."""
+        """Raise ValueError where `state.opt_state` is not one of this optimizer for these parameters. Each structure is checked once."""
         memory = state.opt_state
         leaves, structure = optree.tree_flatten(memory)
         shapes = list(map(_shape, leaves))
@@ -115,9 +116,9 @@ class Update:
                 f"{who} are those of other parameters than are trained: missing {missing}, unexpected {extra}. None stands for one that "
                 "is not to be updated"
             )
-        if torch.is_grad_enabled():
-            check_cut_grads(self.name, grads)
         for name, grad in grads.items():
+            if torch.is_grad_enabled() and isinstance(grad, torch.Tensor) and grad.requires_grad:
+                raise no_gradient(f"{self.name}: its update", f"the gradient of {name!r}")
             param = state.params[name]
             if grad is None or (isinstance(grad, torch.Tensor) and _like(grad) == _like(param)):
                 continue
@@ -125,7 +126,7 @@ class Update:
             raise ValueError(f"{who}: that of {name!r} is {what}, and the parameter {'{} of shape {} on {}'.format(*_like(param))}")
 
     def culprit(self, path: str) -> str:
-        """Which part of the optimizer writes to this leaf, as far as the leaf tells."""
+        """The name of the part of the optimizer that writes to the leaf at `path`."""
         field, _, rest = path.partition("/")
         place, parts = rest.partition("/")[0], getattr(self.optimizer, "parts", ())
         if field == "opt_state" and place.isdecimal() and int(place) < len(parts):
@@ -136,13 +137,13 @@ class Update:
 
 
 def with_written(params: Mapping[str, Any], buffers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and buffers, where the forward wrote to parameters, which then are among the buffers that it left."""
+    """`params` and `buffers`, with the parameters that the forward wrote to moved from the buffers to the parameters."""
     written = {name: buffers[name] for name in buffers.keys() & params.keys()}
     return {**params, **written}, {name: value for name, value in buffers.items() if name not in written}
 
 
 def _mark(memory: Any) -> Any:
-    """What an optimizer state is known by later: weak references to the structs in it. None for what has no such thing."""
+    """Weak references to the structs in an optimizer state, by which `_is_marked` recognizes it; None for a leaf."""
     if type(memory) is tuple:
         return tuple(map(_mark, memory))
     if type(memory) is dict:
@@ -156,7 +157,7 @@ def _mark(memory: Any) -> Any:
 
 
 def _is_marked(memory: Any, mark: Any) -> bool:
-    """Whether it is the state of this mark: the same structs in the same containers, all of them alive since then."""
+    """Whether `memory` holds the structs of `mark`, the same objects in the same containers."""
     if type(mark) is tuple:
         return type(memory) is tuple and len(memory) == len(mark) and all(map(_is_marked, memory, mark))
     if type(mark) is dict:

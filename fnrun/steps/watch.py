@@ -1,8 +1,8 @@
-"""What a call of a module does besides its outputs: seen in the first calls of a step.
+"""Side effects of a module's call, watched in the first calls of a step.
 
-A functional step gives a module the state's tensors and takes back its outputs and buffers. What else a forward writes, reads or keeps
-would be lost, or would be an input that nobody sees. In the first calls (`FirstCalls`) every operation is looked at (`Operations`), and the
-attributes of the submodules before and after (`Attributes`). Later calls go unwatched.
+A functional step puts the state's tensors into a module, and takes its outputs and buffers. Anything else that a forward writes would be
+lost, and anything else that it reads would be a hidden input. The first calls (`FirstCalls`) record every operation (`Operations`), and the
+attributes of the submodules before and after (`Attributes`). Later calls are not watched.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fnrun.core.key import ambient
 from fnrun.core.reports import collect
 from fnrun.core.undisturbed import undisturbed
+from fnrun.data.ambient import restore_hosts, save_hosts
 
 
 def memory(tensor: Tensor) -> int | None:
@@ -38,22 +39,22 @@ def memory(tensor: Tensor) -> int | None:
 
 # --- operations --------------------------------------------------------------------------------------------------------
 
-#: They look at a tensor's shape, dtype and device, and at no value.
+#: They read a tensor's shape, dtype and device, and no value.
 _SHAPES = ("empty_like", "full_like", "ones_like", "zeros_like", "rand_like", "randn_like", "randint_like", "new_")
 _OVERWRITES = ("copy_", "zero_", "fill_", "normal_", "uniform_", "set_")
 
 
 class Operations(TorchDispatchMode):
-    """Which memory the operations of a call read and wrote, and which generators they drew from.
+    """The memory that the operations of a call read and write, and the generators that they draw from.
 
-    The value of a `guarded` tensor is kept before it is written to.
+    `guarded` tensors are copied before they are written to: `undo` restores them.
     """
 
     supports_higher_order_operators = True
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        return True  # compiled parts of a model run compiled, and give the bits of later calls
+        return True  # compiled parts of a model stay compiled, with the bits of later calls
 
     def __init__(self, guarded: Iterable[Tensor]) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class Operations(TorchDispatchMode):
         self.read: set[int | None] = set()  # before it was overwritten
         self.written: set[int | None] = set()
         self.made: set[int | None] = set()
-        self.moved: list[torch.Generator] = []  # drawn from before this call, and in it
+        self.moved: list[torch.Generator] = []  # used in this call and before it
         self._overwritten: set[int | None] = set()
         self._generators = {g._cdata for g in ambient()}  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -97,7 +98,7 @@ class Operations(TorchDispatchMode):
         return result
 
     def undo(self) -> None:
-        """Give the guarded tensors the values that they had."""
+        """Restore the values of the guarded tensors."""
         for tensor, value, version in self.kept:
             tensor.detach().copy_(value)
             if version is not None:
@@ -120,11 +121,11 @@ class Operations(TorchDispatchMode):
         self.written.add(place)
 
     def _draw(self, generator: torch.Generator) -> None:
-        if generator._cdata in self._generators:  # not the object, which is another one at each look  # pyright: ignore[reportAttributeAccessIssue]
+        if generator._cdata in self._generators:  # each access makes another object  # pyright: ignore[reportAttributeAccessIssue]
             return
         self._generators.add(generator._cdata)  # pyright: ignore[reportAttributeAccessIssue]
         fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
-        if not torch.equal(generator.get_state(), fresh.get_state()):  # one that is made or seeded in the call is a function of it
+        if not torch.equal(generator.get_state(), fresh.get_state()):  # one that is made or seeded in the call is no state
             self.moved.append(generator)
 
 
@@ -139,10 +140,9 @@ _DEPTH, _ENTRIES, _LOOKS = 4, 1000, 20_000
 
 
 class Attributes:
-    """The plain attributes of all submodules at one moment: numbers and structures as text to compare, and the tensors in them.
+    """The plain attributes of all submodules at one moment: numbers and structures in a form to compare, and their tensors.
 
-    Buffers that are not persistent and not in the state, of the names `state`, are caches and belong here. Tensors in the memory `own` do
-    not.
+    Included are non-persistent buffers whose names are not in `state`, which are caches. Excluded are tensors in the memory `own`.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], state: set[str], own: set[int | None]) -> None:
@@ -208,11 +208,11 @@ class Attributes:
         return kind, id(value)
 
     def changed(self, later: Attributes) -> set[Place]:
-        """Attributes of which a number or the structure is another one later."""
+        """The attributes of which a number or the structure differs later."""
         return {place for place in self.values.keys() | later.values.keys() if self.values.get(place) != later.values.get(place)}
 
     def carried(self, later: Attributes, seen: Operations) -> set[Place]:
-        """Attributes with a tensor that the call between read, and replaced or wrote to: what it computed depends on the calls before."""
+        """The attributes with a tensor that the call between read, and replaced or wrote to: its results depend on earlier calls."""
         return {
             (place[0], place[1])
             for place, tensor in self.tensors.items()
@@ -231,7 +231,7 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 def reentrant(loss: Tensor) -> bool:
-    """Whether a part of the graph is a backward of its own: `torch.utils.checkpoint(..., use_reentrant=True)`."""
+    """Whether the graph has a backward within the backward: `torch.utils.checkpoint(..., use_reentrant=True)`."""
     return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(loss))
 
 
@@ -248,7 +248,7 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int] | None:
-    """How often each was written to. None where they do not count it: those of inference mode."""
+    """The tensors' counts of writes; None for tensors of inference mode, which do not count."""
     try:
         return list(map(_version, tensors))
     except RuntimeError:
@@ -259,7 +259,7 @@ _version = operator.attrgetter("_version")
 
 
 def described(parameter: Tensor) -> str:
-    """A parameter by its name in the largest module that has it."""
+    """A parameter's name in the largest module that has it."""
     best: tuple[int, str] = (0, f"a tensor of shape {tuple(parameter.shape)}")
     for module in [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_parameters" in o.__dict__]:
         named = dict(module.named_parameters())
@@ -276,10 +276,10 @@ _written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictio
 
 
 class FirstCalls:
-    """The first `left` calls of a functional, each looked at. What they do is put right (`written`, `keys`), refused, or told once.
+    """The first `left` calls of a functional module, each watched. Side effects are compensated (`written`, `keys`), refused, or warned of.
 
-    `slots` are the containers, keys and indices of the tensors that the module holds for a call, `originals` its own, by name; the first
-    `params` of them are parameters.
+    - `originals`: the module's own tensors by name; the first `params` of them are parameters.
+    - `slots`: the container, key and index of each tensor that a call puts into the module.
     """
 
     def __init__(
@@ -287,25 +287,23 @@ class FirstCalls:
     ) -> None:
         self.whose, self.model, self.remaining = whose, model, left
         self.originals, self.params, self.slots = originals, params, slots
-        #: Parameters that calls write to, known to all steps of the model: they get copies, and what is in these afterwards is the new
-        #: value.
+        #: The parameters that calls write to, shared by all steps of the model: calls get copies, which become the new values.
         self.written: set[str] = _written.setdefault(model, set()) if left else set()
-        #: Numbers of a module that say what its cache holds, with their values before there was a cache.
+        #: Attributes that describe a module's cache, with their values before there was a cache.
         self.keys: list[tuple[dict[str, Any], str, Any]] = []
-        #: A part of the forward is `torch.utils.checkpoint(..., use_reentrant=True)`: its parameters get their gradients from a backward of
-        #: its own.
+        #: The forward uses `torch.utils.checkpoint(..., use_reentrant=True)`: a backward within the backward computes some gradients.
         self.reentrant = False
         self._judged: set[Place] = set()
-        self._named: set[int] = set()  # foreign parameters and generators that were told of
+        self._named: set[int] = set()  # foreign parameters and generators that were warned of
         self._seen: Operations | None = None
 
     @property
     def watching(self) -> bool:
-        """Whether a call is being looked at."""
+        """Whether a call is being watched."""
         return self._seen is not None
 
     def run(self, run: Callable[..., Any], fn: Callable[[], Any], tensors: list[Tensor], train: bool) -> Any:
-        """`run(fn, tensors, train)`: the result, the buffers, and the parameters that `fn` wrote to, which have their old values again."""
+        """`run(fn, tensors, train)`: the result, the buffers, and copies of the parameters that `fn` wrote to, which are restored."""
         params, buffers = tensors[: self.params], tensors[self.params :]
         names, places, aliases = list(self.originals), list(map(memory, params)), [p.detach() for p in params]
         new: dict[str, Tensor] = {}
@@ -314,11 +312,11 @@ class FirstCalls:
         @undisturbed
         def undo() -> None:
             for tensor, alias, place in zip(params, aliases, places, strict=True):
-                if memory(tensor) != place:  # somebody wrote `weight.data = ...`
+                if memory(tensor) != place:  # by `weight.data = ...`
                     tensor.data = alias
             seen.undo()
 
-        def looked() -> Any:
+        def watched() -> Any:
             modules, own = dict(self.model.named_modules()), set(map(memory, tensors))
             fresh, drawn = [b.clone() for b in buffers], _random()
             before = Attributes(modules, set(names), own)
@@ -329,7 +327,7 @@ class FirstCalls:
             new.update({names[i]: params[i].detach().clone() for i in found})
             changed = before.changed(after) - self._judged
             carried.update(before.carried(after, seen) - self._judged)
-            if changed:  # is it a cache, or do calls depend on those before? The same call again tells
+            if changed:  # a cache, or a dependence on earlier calls? The same call again shows it
                 undo()
                 again = _Again(self.model, set(names), self.slots, [*params, *fresh], drawn, after)
                 carried.update(again.carried(fn, result, changed, may_differ=bool(seen.moved)) - self._judged)
@@ -342,7 +340,7 @@ class FirstCalls:
         try:
             try:
                 with seen:
-                    result, after, written = run(looked, tensors, train)
+                    result, after, written = run(watched, tensors, train)
             finally:
                 undo()
         except KeyboardInterrupt:  # outside of a program it may have come in the middle of that
@@ -352,12 +350,12 @@ class FirstCalls:
             self._seen = None
             self.written.update(name for name, place in zip(names, places, strict=False) if place in seen.written)
         self._check_originals(seen, {**dict(zip(names, tensors, strict=True)), **after}, set(map(memory, tensors)))
-        self._tell(carried, seen.moved)
-        self.remaining -= 1  # not for a call that raised
+        self._warn(carried, seen.moved)
+        self.remaining -= 1  # a call that raised does not count
         return result, after, {**written, **new}
 
     def check_graph(self, loss: Tensor, trained: Sequence[Tensor], batch: Any) -> None:
-        """Warn of parameters that get a gradient from the loss and are none of the step's; note how the gradients are to be taken."""
+        """Warn of tensors outside the model that the loss has a gradient to; find out whether the graph is reentrant."""
         assert self._seen is not None
         self.reentrant |= reentrant(loss)
         known = {memory(t) for t in [*optree.tree_leaves(batch), *self.originals.values()] if isinstance(t, Tensor)}  # pyright: ignore[reportArgumentType]
@@ -383,7 +381,7 @@ class FirstCalls:
             )
 
     def _check_originals(self, seen: Operations, now: Mapping[str, Tensor], given: set[int | None]) -> None:
-        """Raises RuntimeError where the call used a tensor of the module's own, which is not what the state holds."""
+        """Raise RuntimeError where the call used one of the module's own tensors in place of the state's."""
         touched = (seen.read | seen.written) - given - {None}
         stale = [name for name, t in self.originals.items() if memory(t) in touched and (t.requires_grad or not _equal(t, now[name]))]
         if stale:
@@ -402,7 +400,7 @@ class FirstCalls:
             if path in caching and (path, name) in before.numbers
         ]
 
-    def _tell(self, carried: set[Place], moved: list[torch.Generator]) -> None:
+    def _warn(self, carried: set[Place], moved: list[torch.Generator]) -> None:
         names = sorted(f"{path}.{name}".lstrip(".") for path, name in carried)
         if names:
             warnings.warn(
@@ -423,7 +421,7 @@ class FirstCalls:
 
 
 class _Again:
-    """The same call once more, from what the first one left in the module, and everything put back as it was before."""
+    """The same call once more, from the contents that the first one left in the module; everything is restored afterwards."""
 
     def __init__(
         self, model: nn.Module, state: set[str], slots: Sequence[tuple[Any, str, int]], tensors: list[Tensor], drawn: Any, first: Attributes
@@ -432,7 +430,7 @@ class _Again:
         self.state, self.drawn, self.first = state, drawn, first
 
     def carried(self, fn: Callable[[], Any], result: Any, changed: set[Place], *, may_differ: bool) -> set[Place]:
-        """Attributes on which a call depends, and which it changes. All of `changed` where the result is another one."""
+        """The attributes that a call depends on and changes; all of `changed` where the result differs."""
         own = set(map(memory, self.tensors))
         seen = Operations([*self.tensors, *self.first.tensors.values()])
         contents, after = Contents(self.modules.values()), _random()
@@ -450,7 +448,7 @@ class _Again:
             with collect(), warnings.catch_warnings(action="ignore"), seen:
                 second = fn()
             later = Attributes(self.modules, self.state, own)
-        except Exception:  # the first call did not raise: what does now is no reason to stop
+        except Exception:  # the first call did not raise, so the step goes on
             return set()
         finally:
             put_back()
@@ -459,17 +457,15 @@ class _Again:
 
 
 class Contents:
-    """What objects hold at one moment, and what is held in that.
+    """The contents of objects at one moment, recursively: attributes (also a module's parameters, buffers and mode), entries of containers.
 
-    It holds attributes (of modules parameters, buffers and modes too), and entries of lists, dictionaries and sets. Submodules are looked
-    at where they are given.
+    Submodules are included only where they are among `objects`.
 
-    With a list of `tensors` those that objects hold are not kept alive but put there, each once; who puts back gives others in their
-    places. What modules hold is kept as it is.
+    With a list `tensors`, tensors outside of modules are moved there, each once, and not kept alive; `put_back` takes their replacements.
     """
 
     def __init__(self, objects: Iterable[Any], tensors: list[Tensor] | None = None) -> None:
-        self._held: list[tuple[Any, Any]] = []  # dictionaries of attributes, and containers, with their entries
+        self._held: list[tuple[Any, Any]] = []  # (dictionary of attributes or container, its entries)
         self._looked: set[int] = set()
         own = self._of_modules = []
         self.objects = tuple(objects)
@@ -492,7 +488,7 @@ class Contents:
 
     @undisturbed
     def put_back(self, tensors: Sequence[Tensor] | None = None) -> Any:
-        """Everything as it was: the objects, `tensors` in the places of theirs."""
+        """Restore the contents, with `tensors` in place of those that were moved; returns the objects."""
         if tensors is None:
             for holder, entries in self._held:
                 _refill(holder, entries)
@@ -506,7 +502,7 @@ class Contents:
         return _mapped(self.objects, given)
 
     def now(self) -> Contents:
-        """What the same objects hold now."""
+        """The contents of the same objects now."""
         found = Contents(())
         found._held = [(holder, _entries(holder)) for holder, _ in self._held]
         return found
@@ -538,7 +534,7 @@ class Contents:
 
 
 class _Place:
-    """Of a tensor, among those that are given when contents are put back."""
+    """Stands for a tensor that was moved to the list `tensors`."""
 
     __slots__ = ("index",)
 
@@ -547,7 +543,7 @@ class _Place:
 
 
 class _Slots:
-    """The attributes of an object that are no entries of its `__dict__`."""
+    """The attributes of an object in its `__slots__`."""
 
     def __init__(self, value: Any, members: dict[str, Any]) -> None:
         self.value, self.members = value, members
@@ -572,7 +568,7 @@ def _is_set(value: Any, member: Any) -> bool:
 
 
 def _attributes(value: Any) -> Iterator[Any]:
-    """The dictionary of an object's attributes, and its slots."""
+    """An object's `__dict__` and `__slots__`, if it has them."""
     held = getattr(value, "__dict__", None)
     if type(held) is dict:
         yield held
@@ -606,7 +602,7 @@ def _refill(holder: Any, entries: Any) -> None:
             for key in holder.keys() - entries.keys():
                 del holder[key]
         return None
-    base = _base(holder)  # whose methods a class may have made its own
+    base = _base(holder)  # a subclass may override its methods
     base.clear(holder)
     if base in (dict, OrderedDict):
         for key, value in entries.items():
@@ -621,7 +617,7 @@ def _base(holder: Any) -> Any:
 
 
 def _mapped(value: Any, fn: Callable[[Any], Any]) -> Any:
-    """`value` with `fn` of the tensors, or places, that stand in it: entries of a container, and what is in tuples there."""
+    """`value` with `fn` applied to the tensors, or places, in it: entries of a container, and of tuples in it."""
     if isinstance(value, dict):
         return {key: _mapped_within(each, fn) for key, each in value.items()}
     if isinstance(value, list):
@@ -647,14 +643,13 @@ _NESTED = 10
 
 
 def _random() -> Any:
-    return [g.get_state() for g in ambient()], random.getstate(), np.random.get_state()
+    return [g.get_state() for g in ambient()], save_hosts()
 
 
 def _set_random(states: Any) -> None:
     for generator, state in zip(ambient(), states[0], strict=False):
         generator.set_state(state)
-    random.setstate(states[1])
-    np.random.set_state(states[2])
+    restore_hosts(states[1])
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -662,11 +657,11 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two results of a call are the same, up to what kernels differ by from call to call."""
+    """Whether two results of a call are the same up to rounding, which may differ from call to call."""
     ours, theirs = ([leaf.detach() for leaf in optree.tree_leaves(each) if isinstance(leaf, Tensor)] for each in (a, b))
     if [x.shape for x in ours] != [x.shape for x in theirs]:
         return False
     try:
         return all(torch.allclose(x.double(), y.double(), rtol=1e-3, atol=1e-6, equal_nan=True) for x, y in zip(ours, theirs, strict=True))
-    except (RuntimeError, TypeError, NotImplementedError):  # of a kind that cannot be compared
+    except (RuntimeError, TypeError, NotImplementedError):  # a kind that cannot be compared
         return True

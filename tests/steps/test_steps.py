@@ -23,7 +23,7 @@ from torch import nn
 import fnrun
 from fnrun import metrics, optim
 from fnrun.core import tree
-from fnrun.steps.pieces import PairwiseSum
+from fnrun.steps.microbatches import PairwiseSum
 
 
 class Everything(nn.Module):
@@ -142,7 +142,7 @@ def test_micro_batches_cut_arrays_and_lists_too_and_fold_reports():
 def test_an_evaluation_that_moves_numpys_generator_is_told_so():
     model = nn.Linear(1, 1)
     state = fnrun.TrainState.create(model)
-    with pytest.warns(UserWarning, match="the evaluation of Linear draws from the global generator of NumPy"):
+    with pytest.warns(UserWarning, match="the evaluation of Linear draws from NumPy's global generator"):
         fnrun.make_eval_step(model, lambda model, x: {"r": np.random.rand()})(state, torch.ones(1, 1))
     step = fnrun.make_eval_step(model, lambda model, x: {"r": np.random.rand()}, host_random=True)
     assert step(state, torch.ones(1, 1)) == step(state, torch.ones(1, 1))
@@ -196,7 +196,7 @@ def test_a_step_that_moves_pythons_generator_is_told_so_and_host_random_makes_it
 
     state = fnrun.TrainState.create(model, optim.sgd(0.1))
     before = random.getstate()
-    with pytest.warns(UserWarning, match="generator of Python and NumPy.*host_random=True"):
+    with pytest.warns(UserWarning, match="Python's global generator .* and NumPy's global generator .*host_random=True"):
         fnrun.make_train_step(model, loss_fn, optim.sgd(0.1))(state, torch.ones(1, 2))
     assert random.getstate() == before
     with warnings.catch_warnings():
@@ -266,7 +266,7 @@ class TestErrors:
         ("loss_fn", "message"),
         [
             (lambda model, x: model(x), r"scalar tensor, this one is a tensor of shape \(1, 3\)"),
-            (lambda model, x: 1.0, "scalar tensor, this one is a float"),
+            (lambda model, x: 1.0, "scalar tensor, this one is 1.0"),
             (lambda model, x: model(x).sum().to(torch.complex64), "a real number, this one is complex"),
             (lambda model, x: model(x).mean().detach(), "depends on no trained parameter"),
             (lambda model, x: (model(x).mean(), [1]), r"\(loss, metrics\) with metrics a dict"),
@@ -995,7 +995,7 @@ def test_a_batch_without_examples_is_refused():
 
 
 def test_accumulate_has_another_name():
-    with pytest.raises(TypeError, match=r"accumulate=n is microbatches=n now.*masked means and sums"):
+    with pytest.raises(TypeError, match=r"accumulate'.*microbatches=n here.*masked means and sums"):
         made(accumulate=2)
     with pytest.raises(TypeError, match="unexpected keyword argument 'acumulate'"):
         made(acumulate=2)

@@ -1,4 +1,4 @@
-"""What a step's functions are given and return: detached, of the right kinds, or refused in words."""
+"""Checks of what a user's functions are passed and return: detached, of the right kinds, or refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from fnrun.core import entering, tree
 from fnrun.core.entering import asks, differentiates
-from fnrun.core.words import a, bindable, kind, uncalled
+from fnrun.core.words import bindable, kind, uncalled
 from fnrun.steps.kinds import Metrics
 
 
@@ -26,41 +26,28 @@ def detached_all(value: Any) -> Any:
 
 
 def reported(metrics: Mapping[str, Any], reports: dict[str, Any]) -> Metrics:
-    """The metrics, and the reports of other names behind them."""
+    """The metrics, then the reports under other names."""
     if not reports:
         return metrics if type(metrics) is dict else dict(metrics)
     return {**metrics, **{name: value for name, value in reports.items() if name not in metrics}}
 
 
 def check_unasked(who: str, state: Any, batch: Any) -> None:
-    """Raise ValueError where a gradient is asked for through a step, which has none: what it is given was computed of what requires grad.
+    """Raise ValueError where a tensor of the state or the batch has a graph: a step is detached, and no gradient goes through it.
 
-    A leaf of the batch may require grad: for a penalty on the gradient to it.
+    A leaf of the batch may require grad, for a penalty on its gradient.
     """
     if differentiates():
-        raise _asked(who, "within torch.func.grad, torch.func.jvp or forward differentiation: what it is given")
+        raise no_gradient(who, "within torch.func.grad, torch.func.jvp or forward differentiation: what it is given")
     if asks(batch, _grad_fn):
-        raise _asked(who, f"a tensor of the batch, {_which(batch)},")
+        raise no_gradient(who, f"a tensor of the batch, {_which(batch)},")
     if entering.any_cut and (path := entering.cut({"params": state.params, "buffers": state.buffers})) is not None:
-        raise _asked(who, f"a tensor that was put into the state, {path!r},")
+        raise no_gradient(who, f"a tensor that was put into the state, {path!r},")
     if asks(state.params) or (state.buffers and asks(state.buffers)):
-        raise _asked(who, f"a tensor of the state, {_which({'params': state.params, 'buffers': state.buffers})},")
+        raise no_gradient(who, f"a tensor of the state, {_which({'params': state.params, 'buffers': state.buffers})},")
 
 
 _grad_fn = operator.attrgetter("grad_fn")
-
-
-def check_cut(who: str, params: Any) -> None:
-    """Raise ValueError where new parameters require grad: no tensor did but of what the optimizer was made of."""
-    if asks(params):
-        raise _asked(who, "a hyperparameter of the optimizer, or what its schedule returns,")
-
-
-def check_cut_grads(who: str, grads: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the names, for gradients that require grad, as those of `torch.autograd.grad(..., create_graph=True)` do."""
-    names = [name for name, grad in grads.items() if isinstance(grad, torch.Tensor) and grad.requires_grad]
-    if names:
-        raise _asked(f"{who}: its update", f"the gradient of {names[0]!r}{f', one of {len(names)},' if len(names) > 1 else ''}")
 
 
 def _which(value: Any) -> str:
@@ -68,7 +55,8 @@ def _which(value: Any) -> str:
     return next((repr(path) for path, leaf in named if path and isinstance(leaf, torch.Tensor) and leaf.requires_grad), "it itself")
 
 
-def _asked(who: str, what: str) -> ValueError:
+def no_gradient(who: str, what: str) -> ValueError:
+    """The error for a gradient that is asked for through a step."""
     return ValueError(
         f"{who}: {what} requires grad, and what a step returns is detached: a gradient through it would lack what went before, in silence. "
         "Give it detached, or call the step under torch.no_grad(). To take gradients through training differentiate step.loss(params, "
@@ -77,7 +65,7 @@ def _asked(who: str, what: str) -> ValueError:
 
 
 def check_function(who: str, function: Any, arguments: int, call: str, returns: str) -> None:
-    """Raise TypeError where this is no function of the user's that can be called so."""
+    """Raise TypeError unless `function` is callable with that number of arguments, and neither a class nor a loss of torch."""
     if isinstance(function, type):
         hint = ": a class is not called by it"
     elif uncalled(function) is not None:
@@ -93,7 +81,7 @@ def check_function(who: str, function: Any, arguments: int, call: str, returns: 
     raise TypeError(f"{who} takes a function, {call} -> {returns}, and not {kind(function)}{hint}")
 
 
-_OWN = {"loss": "the loss itself", "skipped": "what says that a batch made no update"}
+_RESERVED = {"loss": "the loss itself", "skipped": "what says that a batch made no update"}
 
 
 def loss_and_metrics(result: Any) -> tuple[Any, Metrics]:
@@ -101,7 +89,7 @@ def loss_and_metrics(result: Any) -> tuple[Any, Metrics]:
         return result, {}
     if len(result) != 2 or not isinstance(result[1], Mapping):
         raise ValueError("loss_fn returns a loss, or (loss, metrics) with metrics a dict of names and values")
-    for name, what in _OWN.items():
+    for name, what in _RESERVED.items():
         if name in result[1]:
             raise ValueError(f"loss_fn: {name!r} is the name of {what}; call the metric something else")
     loss, metrics = result
@@ -109,14 +97,14 @@ def loss_and_metrics(result: Any) -> tuple[Any, Metrics]:
 
 
 def check_scalar(loss: Any) -> None:
-    """Raise ValueError for what has no gradient: the loss is a real scalar."""
+    """Raise ValueError unless the loss is a real scalar tensor with a graph."""
     if isinstance(loss, torch.Tensor) and loss.is_complex():
         raise ValueError("a loss is a real number, this one is complex: take loss.abs().square(), or its real part")
     if not isinstance(loss, torch.Tensor) or loss.ndim:
-        what = "None" if loss is None else a(type(loss).__name__)
         if isinstance(loss, torch.Tensor):
-            what = f"a tensor of shape {tuple(loss.shape)}"
-        hint = "take its mean or sum" if isinstance(loss, torch.Tensor) else "loss_fn returns it, or (loss, metrics), as it was computed"
+            what, hint = f"a tensor of shape {tuple(loss.shape)}", "take its mean or sum"
+        else:
+            what, hint = kind(loss), "loss_fn returns it, or (loss, metrics), as it was computed"
         raise ValueError(f"a loss is a scalar tensor, this one is {what}: {hint}")
     if not loss.requires_grad:
         raise ValueError(
@@ -126,7 +114,7 @@ def check_scalar(loss: Any) -> None:
 
 
 def check_dense(who: str, grads: Mapping[str, Any]) -> None:
-    """Raise ValueError for gradients that are sparse."""
+    """Raise ValueError, with the names, for sparse gradients."""
     sparse = [name for name, grad in grads.items() if grad is not None and grad.layout != torch.strided]
     if sparse:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Microbatches: a batch in pieces, and what its pieces come to together."""
+"""Microbatches: a batch in pieces, and the sums of their gradients, buffers and metrics."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fnrun.core import examples as rows
+from fnrun.core.examples import REMEDY, counts, example_count, shapes
 from fnrun.core.words import kind
 from fnrun.metrics.base import to_accumulator_dtype
 from fnrun.metrics.basic import Mean, Sum
 from fnrun.optim.lists import PLAIN, eager
+from fnrun.steps.checks import detached_all
 from fnrun.steps.cutting import Examples, Sliced
 from fnrun.steps.draws import Uncapturable
 from fnrun.steps.functional import FunctionalModule
-from fnrun.steps.given import detached_all
 from fnrun.steps.kinds import Metrics
 
 
 class PairwiseSum:
-    """A sum over the numbers 0..n-1 as a tree: neighbours (0, 1), (2, 3), ... join, then pairs of those; an odd one is passed up.
+    """A sum of values numbered 0..n-1 by `+`, as a balanced tree: (0, 1), (2, 3), ... are added, then pairs of those, an odd one later.
 
-    Values come in the order of their numbers, some may be absent. They join by `+`, at most log2(n) + 1 of them live at a time. Whoever
-    adds the numbers from `start` on alone has `parts`, complete subtrees. Who joins the parts of all, in order, has the bits of the whole
-    sum, however the numbers were shared.
+    Values are added in the order of their numbers; some may be absent. At most log2(n) + 1 of them are alive at a time.
+
+    A sum that begins at `start` has `parts`, complete subtrees. Joining the parts of all sums, in order, gives the bits of the whole sum,
+    however the numbers were divided.
 
     >>> left, right, whole = PairwiseSum(), PairwiseSum(3), PairwiseSum()
     >>> for i in range(8):
@@ -51,7 +52,7 @@ class PairwiseSum:
         self.join([(0, number, value)])
 
     def join(self, parts: Iterable[tuple[int, int, Any]]) -> None:
-        """Add sums over the numbers `place * 2**level` to `(place + 1) * 2**level - 1`, as (level, place, value)."""
+        """Add subtrees (level, place, value): the sums of the numbers `place * 2**level` to `(place + 1) * 2**level - 1`."""
         for level, place, value in parts:
             first = place << level
             if first < self._next:
@@ -62,7 +63,7 @@ class PairwiseSum:
 
     @property
     def parts(self) -> list[tuple[int, int, Any]]:
-        """The sums so far: complete subtrees, as `join` takes them."""
+        """The complete subtrees so far, for `join`."""
         return [node for node in self._nodes if node[2] is not None]
 
     def _push(self, level: int, place: int, value: Any) -> None:
@@ -83,10 +84,7 @@ def _joined(a: Any, b: Any) -> Any:
 
 
 def _mark(leaf: Any) -> Any:
-    """Which memory a tensor or an array lies in, and how often it was written to; None for what does not say.
-
-    It keeps no memory alive, and a reference to the storage keeps its address from being given to another.
-    """
+    """A weak reference to the memory of a tensor or an array, its layout, and its count of writes; None where torch knows neither."""
     if isinstance(leaf, np.ndarray):
         owner = leaf
         while isinstance(owner.base, np.ndarray):
@@ -98,14 +96,14 @@ def _mark(leaf: Any) -> Any:
     return StorageWeakRef(leaf.untyped_storage()), (leaf.storage_offset(), leaf.shape, leaf.stride(), writes)
 
 
-def _same(now: Any, before: Any) -> bool:
+def _same_memory(now: Any, before: Any) -> bool:
     if isinstance(now[0], weakref.ref) or isinstance(before[0], weakref.ref):
         return now[1] == before[1] and isinstance(before[0], weakref.ref) and now[0]() is before[0]()  # arrays are equal by element
     return now == before
 
 
-class Weighed(NamedTuple):
-    """The mean of a piece's loss; its weight (None: its rows); whether the whole is divided by the weights' sum."""
+class Weighted(NamedTuple):
+    """A piece's loss as a mean, its weight (None: the number of rows), and whether the sum is divided by the weights' sum."""
 
     mean: Any
     weight: Any
@@ -114,21 +112,21 @@ class Weighed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How a batch is cut, unless a user's `split` does: piece i of n is rows `rows * i // n` to `rows * (i + 1) // n`, absent if empty."""
+    """How a batch is cut: by `split`, or piece i of n is rows `rows * i // n` to `rows * (i + 1) // n`, absent if empty."""
 
     name: str
-    pieces: int = 1
-    examples: Callable[[Any], int | None] = rows.example_count
-    split: Callable[[Any, int], Any] | None = None
-    _seen: dict[str, bool] = dataclasses.field(default_factory=dict)  # by path, whether a part of the batches has been cut
-    _lists: dict[str, bool] = dataclasses.field(default_factory=dict)  # by path, whether a list of them was one of examples
-    _last: dict[str, Any] = dataclasses.field(default_factory=dict)  # by path, which memory was cut in the last batch
+    pieces: int
+    examples: Callable[[Any], int | None]
+    split: Callable[[Any, int], Any] | None
+    _seen: dict[str, bool] = dataclasses.field(default_factory=dict)  # by path, whether a part was cut in an earlier batch
+    _lists: dict[str, bool] = dataclasses.field(default_factory=dict)  # by path, whether a list was one of examples
+    _last: dict[str, Any] = dataclasses.field(default_factory=dict)  # by path, the memory that was cut in the batch before
 
     def __call__(self, batch: Any) -> Iterator[tuple[int, Any, int]]:
-        """The number of each piece, the piece, its rows."""
-        return self._by_rows(batch) if self.split is None else self._by_split(batch)
-
-    def _by_rows(self, batch: Any) -> Iterator[tuple[int, Any, int]]:
+        """The number, the batch and the rows of each piece."""
+        if self.split is not None:
+            yield from self._by_split(self.split, batch)
+            return
         sliced, n = self.sliced(batch)
         edges = [n * i // self.pieces for i in range(self.pieces + 1)]
         for i, (start, end) in enumerate(itertools.pairwise(edges)):
@@ -136,12 +134,12 @@ class Cut:
                 yield i, sliced[start:end], end - start
 
     def check(self, batch: Any) -> None:
-        """What a cut raises, for who calls the step as a graph, which sees no more of a batch than its shapes."""
+        """Raise what cutting raises; for a graph, which does not cut the batch of each call anew."""
         if self.pieces > 1 and self.split is None:
             self.sliced(batch)
 
     def sliced(self, batch: Any) -> tuple[Sliced, int]:
-        """The batch, of which rows can be taken, and how many it has. Raises ValueError where it is not clear how it is cut."""
+        """The batch as slices, and its number of rows. Raises ValueError where it is unclear how it is cut."""
         n, option = self.examples(batch), self.examples if isinstance(self.examples, Examples) else None
         if n is None:
             raise ValueError(f"{self._cannot(batch)}, and those of one length alone would be cut. {_SAY}")
@@ -160,41 +158,40 @@ class Cut:
             raise ValueError(f"{self._cannot(batch)}: no part of it has an entry for each of {n} examples. {_SAY}")
         self._lists.update(sliced.lists)
         if option is None or not option.named:
-            self._note(batch, sliced.parts, n)
+            self._check_consistent(batch, sliced.parts, n)
             if eager():
-                self._look(batch, sliced, "" if option is None or callable(option.option) else str(option.option))
+                self._check_new(batch, sliced, "" if option is None or callable(option.option) else str(option.option))
         return sliced, n
 
-    def _look(self, batch: Any, sliced: Sliced, named: str) -> None:
-        """What is the same in two batches is no example's, if the rest is new, and has the batch's length by accident, as class weights."""
+    def _check_new(self, batch: Any, sliced: Sliced, named: str) -> None:
+        """Refuse a part that is the same tensor in two batches while others are new: class weights of the batch's length by accident."""
         now = {path: mark for path, leaf in sliced.cut.items() if (mark := _mark(leaf)) is not None}
         both = [path for path in now if path in self._last]
-        same = [path for path in both if _same(now[path], self._last[path])]
+        same = [path for path in both if _same_memory(now[path], self._last[path])]
         if len(same) < len(both) and (same := [path for path in same if path != named]):
             raise ValueError(
                 f"{self.name}: {', '.join(path or 'the batch' for path in same)} is the very same in this batch and the one before, while "
-                f"others are new: so it has the batch's length by accident, and would be cut: {rows.shapes(batch)}. "
+                f"others are new: so it has the batch's length by accident, and would be cut: {shapes(batch)}. "
                 "Name all that is per example, and only that is cut: examples=('x', 'y')"
             )
         self._last.clear()
         self._last.update(now)
 
     def _cannot(self, batch: Any) -> str:
-        return f"{self.name}: microbatches={self.pieces} cannot tell how this batch is cut: {rows.shapes(batch)}"
+        return f"{self.name}: microbatches={self.pieces} cannot tell how this batch is cut: {shapes(batch)}"
 
-    def _note(self, batch: Any, parts: dict[str, bool], n: int) -> None:
-        """A length may fit by accident: what was cut in one batch and whole in another is refused."""
+    def _check_consistent(self, batch: Any, parts: dict[str, bool], n: int) -> None:
+        """Refuse a part that was cut in one batch and left whole in another: its length fits by accident."""
         moved = [path or "the batch" for path, cut in parts.items() if self._seen.setdefault(path, cut) != cut]
         if moved:
             raise ValueError(
                 f"{self.name}: {', '.join(moved)} has an entry for each of the examples in some batches and not in others, so in some by "
-                f"accident; here are {n} examples: {rows.shapes(batch)}. Name all that is per example, and only that is cut: "
+                f"accident; here are {n} examples: {shapes(batch)}. Name all that is per example, and only that is cut: "
                 "examples=('x', 'y')"
             )
 
-    def _by_split(self, batch: Any) -> Iterator[tuple[int, Any, int]]:
-        assert self.split is not None
-        made = self.split(batch, self.pieces)
+    def _by_split(self, split: Callable[[Any, int], Any], batch: Any) -> Iterator[tuple[int, Any, int]]:
+        made = split(batch, self.pieces)
         made = list(made) if isinstance(made, Iterator) else made
         if not isinstance(made, (list, tuple)):
             raise TypeError(
@@ -202,74 +199,69 @@ class Cut:
             )
         if len(made) > self.pieces:
             raise ValueError(f"{self.name}: split(batch, {self.pieces}) returned {len(made)} pieces: at most {self.pieces}")
-        each = [None if piece is None else self.examples(piece) for piece in made]
-        for piece, n in zip(made, each, strict=True):
-            if piece is not None and n is None:
-                raise ValueError(
-                    f"{self.name}: how many examples a piece of split= has is not clear: {rows.shapes(piece)}. Say it: {rows.REMEDY}"
-                )
-        whole, total = self.examples(batch) if rows.counts(batch) else None, sum(n or 0 for n in each)
-        if isinstance(self.examples, Examples):
-            whole = self.examples(batch)
+        sizes = [0 if piece is None else self.examples(piece) for piece in made]
+        if None in sizes:
+            piece = made[sizes.index(None)]
+            raise ValueError(f"{self.name}: how many examples a piece of split= has is not clear: {shapes(piece)}. Say it: {REMEDY}")
+        total = sum(n or 0 for n in sizes)
+        whole = self.examples(batch) if isinstance(self.examples, Examples) or counts(batch) else None
         if whole is not None and whole != total:
             raise ValueError(
-                f"{self.name}: the pieces of split= have {total} examples together, and the batch has {whole}: {rows.shapes(batch)}. Where "
-                f"that counts what is no example, say how many a batch and each piece have: {rows.REMEDY}"
+                f"{self.name}: the pieces of split= have {total} examples together, and the batch has {whole}: {shapes(batch)}. Where "
+                f"that counts what is no example, say how many a batch and each piece have: {REMEDY}"
             )
-        return ((i, piece, n) for i, (piece, n) in enumerate(zip(made, each, strict=True)) if n)
+        return ((i, piece, n) for i, (piece, n) in enumerate(zip(made, sizes, strict=True)) if n)
 
-    def mean_of(self, loss: Any, batch: Any, n: int | None) -> Weighed:
-        """The mean that a loss comes to for this piece, of `n` examples (None: a whole batch), and what it weighs."""
-        if isinstance(loss, Tensor):
-            return Weighed(loss, None)
+    def mean_of(self, loss: Any, batch: Any, n: int | None) -> Weighted:
+        """A loss of `n` examples (None: of the whole batch) as a mean and its weight."""
         if isinstance(loss, Mean):
             weight = loss.weight
             if weight.requires_grad:
                 raise ValueError(
                     f"{self.name}: the weight of a loss is data, and this one requires grad: give metrics.mean(values, weight.detach())"
                 )
-            return Weighed(loss.total / torch.where(weight == 0, 1, weight), weight)
+            return Weighted(loss.total / torch.where(weight == 0, 1, weight), weight)
         if isinstance(loss, Sum):
-            n = n or rows.example_count(batch) or 1  # by which a sum is divided and multiplied again: a number of the usual size
-            return Weighed(loss.total / n, n, divided=False)
-        return Weighed(loss, None)  # which is refused as what it is
+            n = n or example_count(batch) or 1  # the gradient is of a mean, multiplied by n again: its numbers are of the usual size
+            return Weighted(loss.total / n, n, divided=False)
+        return Weighted(loss, None)
 
 
-_SAY = f"Say it: {rows.REMEDY}; examples=('x', 'y') for all that is per example; or cut it yourself, split=f with f(batch, n) -> n pieces"
+_SAY = f"Say it: {REMEDY}; examples=('x', 'y') for all that is per example; or cut it yourself, split=f with f(batch, n) -> n pieces"
 
 
-# --- what pieces come to ------------------------------------------------------------------------------------------------
+# --- sums over pieces ---------------------------------------------------------------------------------------------------
 
 
 class Part:
-    """What a piece came to, or several together: sums, weighted, in memory of their own."""
+    """Weighted sums over a piece, or over several: gradients, buffers that are averaged, metrics."""
 
-    __slots__ = ("buffers", "divided", "grads", "metrics", "moved", "rows", "weight")
+    __slots__ = ("buffers", "divided", "grads", "metrics", "rows", "weight")
 
-    def __init__(self, grads: list[Any], weight: Any, divided: bool, rows: int, buffers: Any, moved: Any, metrics: Any) -> None:
+    def __init__(self, grads: list[Any], weight: Any, divided: bool, rows: int, buffers: list[Tensor], metrics: Any) -> None:
         self.grads, self.weight, self.divided, self.rows = grads, weight, divided, rows
-        self.buffers, self.moved, self.metrics = buffers, moved, metrics
+        self.buffers, self.metrics = buffers, metrics
 
     def __add__(self, other: Part) -> Part:
-        """In the memory of this part: both are done for, so that no third gradient is there beside theirs."""
+        """The sum, in the memory of this part: no third gradient is alive beside the two."""
         for i, (a, b) in enumerate(zip(self.grads, other.grads, strict=True)):
             self.grads[i] = b if a is None else a if b is None else a.add_(b)
         metrics = dict(self.metrics)
         for name, value in other.metrics.items():
             metrics[name] = metrics[name].merge(value) if name in metrics else value
         self.weight, self.rows, self.metrics = self.weight + other.weight, self.rows + other.rows, metrics
-        self.buffers, self.moved = self.buffers + other.buffers, self.moved | other.moved
+        self.buffers = [a + b for a, b in zip(self.buffers, other.buffers, strict=True)]
         return self
 
 
 class Shapes:
-    """The shapes of plain metrics in several parts of so many examples, which are averaged element by element."""
+    """The shapes of plain metrics in several parts: they are averaged elementwise, so values of single examples are refused."""
 
     def __init__(self, who: str) -> None:
         self.who, self._seen = who, dict[str, tuple[tuple[int, ...], bool, int]]()
 
     def add(self, metrics: Mapping[str, Any], rows: int) -> None:
-        """Of one part. Raises ValueError, with the metric's name, where its shape is another than in the part before."""
+        """Add the metrics of a part of `rows` examples. Raises ValueError, with the metric's name, where its shape has changed."""
         for name, value in metrics.items():
             if not isinstance(value, Tensor) or not (value.ndim or name in self._seen):
                 continue
@@ -280,7 +272,7 @@ class Shapes:
             self._seen[name] = shape, each and value.ndim > 0 and shape[0] == rows, parts + 1
 
     def check(self) -> None:
-        """Raises ValueError for a metric that has had a value for each example, in all of several parts."""
+        """Raise ValueError for a metric that had a value for each example in all parts, if there were several."""
         for name, (shape, each, parts) in self._seen.items():
             if each and parts > 1:
                 raise ValueError(f"{self.who}: the metric {name!r} has shape {list(shape)} for {shape[0]} examples. {_NO_MEAN}")
@@ -293,7 +285,7 @@ _NO_MEAN = (
 
 
 class Joined:
-    """How the pieces of one step come together; `buffers` are the step's own."""
+    """The sums over the pieces of one step, whose state has these `buffers`."""
 
     def __init__(self, name: str, functional: FunctionalModule, buffers: Mapping[str, Tensor]) -> None:
         self.name, self.buffers = name, buffers
@@ -304,36 +296,38 @@ class Joined:
         self._dtypes: list[Any] = []
         self._shapes = Shapes(f"{name}: microbatches")
 
-    def part(self, grads: list[Any], loss: Weighed, rows: int, buffers: Mapping[str, Tensor], moved: set[str], metrics: Metrics) -> Part:
-        """Of the piece with these gradients, which are written over in their list."""
+    def part(self, grads: list[Any], loss: Weighted, rows: int, buffers: Mapping[str, Tensor], moved: set[str], metrics: Metrics) -> Part:
+        """The sums over one piece; `grads` is written over, and `moved` names the buffers that were written to."""
         weight = rows if loss.weight is None else loss.weight
         self._shapes.add(metrics, rows)
         self._dtypes = self._dtypes or [None] * len(grads)
-        for i, g in enumerate(grads):  # one after the other, so that never two of them are whole
+        for i, g in enumerate(grads):  # in place of each other, so that no second copy of all is alive
             if g is not None:
                 self._dtypes[i] = g.dtype
                 grads[i] = _summable(g) * weight
         for name in self.counts & buffers.keys():
             self._first.setdefault(name, buffers[name])
         for name in moved - self.counts - self.averages.keys():
-            self._note(name, buffers[name], rows)
+            self._check_same(name, buffers[name], rows)
         averages = [_summable(buffers[name]) * rows for name in self._names]
-        return Part(grads, weight, loss.divided, rows, _Tensors(averages), moved, {k: _foldable(v, rows) for k, v in metrics.items()})
+        return Part(grads, weight, loss.divided, rows, averages, {k: _foldable(v, rows) for k, v in metrics.items()})
 
-    def _note(self, name: str, value: Tensor, rows: int) -> None:
+    def _check_same(self, name: str, value: Tensor, rows: int) -> None:
         before = self._others.setdefault(name, value)
-        if before is not value and not eager():
+        if before is value:
+            return
+        if not eager():
             raise Uncapturable(
                 f"the buffer {name!r} changes in each microbatch, and whether all leave it with one value depends on computed numbers: use "
                 "microbatches=1"
             )
-        if before is not value and not torch.equal(before, value):
+        if not torch.equal(before, value):
             raise ValueError(
                 f"{self.name}: the buffer {name!r} comes out of each microbatch with another value, and none of them is that of the whole "
                 "batch. What is averaged over examples are the mean and variance of torch's norms: use microbatches=1, or keep it out of "
                 "the state (register_buffer(..., persistent=False) for what is a cache)"
             )
-        if before is not value and _counted(self.buffers[name], value, rows):
+        if _counted(self.buffers[name], value, rows):
             raise ValueError(
                 f"{self.name}: the buffer {name!r} counts, and a microbatch of {rows} examples counts for less than the whole batch. What "
                 "goes up by one in each call may do so: use microbatches=1, or count in the loss as a metric, metrics.sum"
@@ -345,21 +339,17 @@ class Joined:
         grads = whole.grads
         for i, (g, dtype) in enumerate(zip(grads, self._dtypes, strict=True)):
             grads[i] = None if g is None else (g / weight).to(dtype)
-        averages = dict(zip(self._names, whole.buffers, strict=True))
-        buffers: dict[str, Tensor] = {}
-        for name, before in self.buffers.items():
-            if name in averages:
-                buffers[name] = (averages[name] / whole.rows).to(before.dtype)
-            else:
-                buffers[name] = self._first.get(name, self._others.get(name, before))
+        buffers = {**self.buffers, **self._others, **self._first}
+        for name, total in zip(self._names, whole.buffers, strict=True):
+            buffers[name] = (total / whole.rows).to(buffers[name].dtype)
         return grads, buffers, {name: detached_all(_value(value)) for name, value in whole.metrics.items()}
 
 
 def _counted(before: Tensor, after: Tensor, rows: int) -> bool:
-    """Whether a buffer that each piece leaves with one value may be a count of what is in a piece.
+    """Whether a buffer that is the same after each piece may count the piece's examples.
 
-    A whole number that changes other than by one, or numbers that all change by one amount. What depends on the parameters or on the calls
-    alone, as the vectors of spectral norm, is that of the whole batch.
+    It may if an integer changes by another number than one, or all entries change by one amount. A buffer that depends on the parameters or
+    the number of calls alone, as the vectors of spectral norm, is that of the whole batch.
     """
     if after.dtype == torch.bool or before.shape != after.shape or not after.numel():
         return False
@@ -370,18 +360,13 @@ def _counted(before: Tensor, after: Tensor, rows: int) -> bool:
     return bool((change == first).all() & (first != 0) & ((first != 1) | (rows == 1)))
 
 
-class _Tensors(list[Any]):
-    def __add__(self, other: Any) -> Any:
-        return _Tensors(a + b for a, b in zip(self, other, strict=True))
-
-
 def _summable(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
+    """In float32 or wider."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class _PlainMean(NamedTuple):
-    """Of a metric that is a plain value, a mean over examples."""
+    """The fold of a plain metric: a mean over examples."""
 
     total: Any
     rows: int
