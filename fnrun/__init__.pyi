@@ -30,8 +30,8 @@ from .loops import (
     workflow as workflow,
     wraps as wraps,
 )
-from .loops.context import ProgramError as ProgramError
 from .loops.contracts import Hook as Hook, Observer as Observer
+from .loops.exits import ProgramError as ProgramError
 from .loops.interrupts import any_of as any_of, deadline as deadline
 from .runs.run import Experiment as Experiment, Run as Run, RunError as RunError
 from .steps import (

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from fnrun.core import tree
+from fnrun.core.context import tick_listener
 from fnrun.core.counts import count
 from fnrun.core.donation import shared
 from fnrun.core.inplace import InPlaceError, strictly
 from fnrun.core.state import TrainState
 from fnrun.loops import Loop
-from fnrun.loops.context import tick_listener
 from fnrun.loops.entry import with_observers
 from fnrun.observers.log import listener
 from fnrun.sinks import Record

@@ -27,7 +27,7 @@ from fnrun.core.position import Cursor
 from fnrun.core.tables import number, printable, table
 from fnrun.core.tree import module_name
 from fnrun.loops import Loop
-from fnrun.loops.context import ProgramError
+from fnrun.loops.exits import ProgramError
 from fnrun.loops.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.loops.streams import OtherData
 from fnrun.loops.structure import Composed, loops_of

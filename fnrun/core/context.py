@@ -6,6 +6,7 @@ program, a step, a hook or an observer, sets `OUTSIDE`: a loop called there is a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -19,5 +20,8 @@ class Outside:
 
 OUTSIDE: Final = Outside()
 
-#: None outside of every program, `OUTSIDE`, or the `fnrun.loops.context.LoopContext` of the loop around.
+#: None outside of every program, `OUTSIDE`, or the `fnrun.loops.program.LoopContext` of the loop around.
 loop_context: ContextVar[Any] = ContextVar("loop_context", default=None)
+
+#: Called with the finished state of every tick, at every depth: for `fnrun.testing`, which must see loops that it was not given.
+tick_listener: ContextVar[Callable[[Any], None] | None] = ContextVar("tick_listener", default=None)

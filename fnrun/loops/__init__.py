@@ -1,13 +1,15 @@
 """Loops: a loop is a step over a bigger `x`, so loops nest without limit.
 
-base.py          what all loops have in common, and what a combinator says of itself
+base.py          what all loops have in common
+ticking.py       what a kind of loop says of itself: how many ticks it has, and what one is
 tick.py          an open loop and its ticks, in phases; unobserved.py: ticks that nobody looks at
 data_loops.py    loops whose ticks are calls of a step on batches: epoch_loop, step_loop, eval_loop, predict_loop; fused.py: several at a time
 combinators.py   loops whose ticks are rounds and members: repeat, sequence, workflow; and every
 contracts.py     what a hook and an observer are, and are able to do
 guarded.py       how they are called: generators seeded, what they were given looked at
 entry.py         a program called from outside, and its end
-program.py       a program at work: the lives of its hooks and observers; streams.py: its data; context.py: where in it a loop is called
+program.py       a program at work: the lives of its hooks and observers, where in it a loop is called; streams.py: its data
+exits.py         what comes up through all open loops: a stop, an interrupt, a state that does not belong
 structure.py     how a program is drawn and counted, and functions that say which loops they call
 totals.py        the metrics of a loop's ticks, folded
 dry_run.py       every loop for one tick

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from fnrun.core.context import OUTSIDE, loop_context
 from fnrun.core.donation import Owner
-from fnrun.core.position import Cursor, Frame
 from fnrun.core.state import S, is_state, no_state
 from fnrun.core.words import kind
 from fnrun.data import Batches
 from fnrun.loops import guarded
-from fnrun.loops.context import LoopContext
 from fnrun.loops.contracts import Hook, HookContract, Observer, ObserverContract, hook_contracts, observer_contracts
 from fnrun.loops.dry_run import DryRun, dry_run
 from fnrun.loops.entry import aside, outermost
-from fnrun.loops.structure import AnyStep, Composed, check_step, donates, functions, loops_of, stands_openly, title
+from fnrun.loops.program import LoopContext
+from fnrun.loops.structure import AnyStep, check_step, donates, functions, loops_of, stands_openly, title
 from fnrun.loops.tick import OpenLoop
-from fnrun.metrics import values
+from fnrun.loops.ticking import Ticking
 from fnrun.steps import PureStep
 
 Metrics = dict[str, Any]
@@ -34,7 +33,7 @@ AnyHook = Hook | Callable[[Any, Metrics], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Loop(Composed):
+class Loop(Ticking):
     """What all loops have in common: frames, stops, hooks and observers. `(state, data) -> (state, metrics)`, as a step.
 
     Called from outside, `interrupt` is asked between ticks at every depth; text from it ends the call and leaves no trace in the state.
@@ -45,11 +44,6 @@ class Loop(Composed):
     observers: Sequence[Observer] = ()
     hook_contracts: tuple[HookContract, ...] = dataclasses.field(init=False)
     observer_contracts: tuple[ObserverContract, ...] = dataclasses.field(init=False)  # in the order in which they act
-
-    kind: ClassVar[str]
-    over_data: ClassVar[bool] = False  # whether x is a stream of batches
-    trains: ClassVar[bool] = False  # whether its ticks are training steps
-    donate = False  # whether its step may write the new state over the old one
 
     def __post_init__(self) -> None:
         for what, given in (("hooks", self.hooks), ("observers", self.observers)):
@@ -88,86 +82,20 @@ class Loop(Composed):
             for metric in part.monitors:
                 yield part.name or str(part.given), metric
 
-    # What a combinator says of itself, in the order of a tick (`fnrun.loops.tick`). `frame` is the loop's own, as it is during the tick.
-
-    def title(self) -> str:
-        return self.kind
-
-    def own_loops(self) -> list[Any]:
-        return [self]
-
-    def enter(self, at: LoopContext) -> LoopContext:
-        """`at`, with what stays the same in this call."""
-        return at
-
-    def length(self, state: Any, at: LoopContext) -> int | None:
-        """How many ticks this loop will have had at its end, where that is known. Raises where `at.data` is not what the loop needs."""
-        raise NotImplementedError
-
-    def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
-        """Whether it has come to its end."""
-        raise NotImplementedError
-
-    def unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
-        """How many ticks come now at which nobody looks."""
-        return 0
-
-    def take(self, state: Any, frame: Frame, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:
-        """What the next tick is given: its x, the streams' cursors after it where they move, and the member at work."""
-        return at.data, None, None
-
-    def turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
-        """The tick itself: the state, and the result of the step within."""
-        raise NotImplementedError
-
-    def ticks_of(self, x: Any) -> int:
-        """How many ticks this one counts as: of several batches at a time, so many."""
-        return 1
-
-    def examples_of(self, x: Any, result: Any) -> int:
-        """How many examples went into it."""
-        return 1
-
-    def total(self, totals: Any, result: Any, examples: int) -> Any:
-        """The totals of the ticks so far, None before the first, with this one's result."""
-        return result
-
-    def next_member(self, frame: Frame) -> str | None:
-        """Of a loop over members: whose turn it is after this tick."""
-        return None
-
-    def metrics_of(self, result: Any) -> dict[str, Any]:
-        """The metrics in a tick's result, uncomputed, without what predicting loops within have put out."""
-        return {name: value for name, value in result.items() if not isinstance(value, list)}
-
-    def shown(self, metrics: dict[str, Any], result: Any) -> dict[str, Any]:
-        """What hooks and observers are given."""
-        return values(metrics)
-
-    def leave(self, state: Any, at: LoopContext) -> Any:
-        """The state at the loop's end, whose frame is popped."""
-        return state
-
-    def result(self, totals: Any) -> Any:
-        """What the loop returns beside the state, of its totals."""
-        return totals or {}
-
-    # The same for all.
-
     def run(self, state: Any, at: LoopContext) -> tuple[Any, Any]:
         if at.owner is None and donates(self):
             with Owner() as owner:
                 return OpenLoop(self, at._replace(owner=owner)).run(state)
         return OpenLoop(self, at).run(state)
 
-    def _call(self, step: AnyStep, state: Any, x: Any, at: LoopContext, place: tuple[int, ...] = ()) -> Any:
+    def call_step(self, step: AnyStep, state: Any, x: Any, at: LoopContext, place: tuple[int, ...] = ()) -> Any:
         """The step within, told where it is called. A wrapper gets no owner on the state: it may want to look at the old one.
 
         `place` tells ticks apart besides the ticks of the open loops; it stays the same while a loop within is open.
         """
         at.program.called.add(id(step))
         if not self.over_data and isinstance(step, PureStep):
-            return self._at_once(step, state, x, at)
+            return self.call_on_data(step, state, x, at)
         openly = stands_openly(step)
         token = loop_context.set(at._replace(opened=[], owner=at.owner if openly else None))
         try:
@@ -179,7 +107,7 @@ class Loop(Composed):
         finally:
             loop_context.reset(token)
 
-    def _at_once(self, step: AnyStep, state: Any, x: Any, at: LoopContext) -> Any:
+    def call_on_data(self, step: AnyStep, state: Any, x: Any, at: LoopContext) -> Any:
         """A step where a loop is usual: it is given the data as they are, which must be one batch."""
         where = f"{self.kind}{f': {at.path}' if at.path else ''}: {title(step)} is a step and takes one batch"
         hint = "a loop over them takes the stream, epoch_loop(step) or eval_loop(step)"

@@ -11,7 +11,8 @@ from fnrun.core.context import OUTSIDE, loop_context
 from fnrun.core.position import Cursor, Frame
 from fnrun.core.words import a
 from fnrun.loops.base import Loop
-from fnrun.loops.context import LoopContext, ProgramError, other_program
+from fnrun.loops.exits import ProgramError, other_program
+from fnrun.loops.program import LoopContext
 from fnrun.loops.structure import AnyStep, Composed, added, prefixes, total_steps
 
 
@@ -37,7 +38,7 @@ class Repeat(Loop):
 
     def turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
         known = self.times if self.until is None else None
-        return self._call(self.step, state, x, at._replace(depth=at.depth + 1, round=(frame.ticks, known)))
+        return self.call_step(self.step, state, x, at._replace(depth=at.depth + 1, round=(frame.ticks, known)))
 
     def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return dataclasses.replace(self, step=within("", self.step), times=1, until=self.until and once(self.until), **parts)
@@ -93,7 +94,7 @@ class Members(Loop):
 
     def turn(self, state: Any, x: Any, frame: Frame, at: LoopContext) -> tuple[Any, Any]:
         name = str(frame.member)
-        state, metrics = self._call(self.steps[name], state, x, at._replace(depth=at.depth + 1, path=f"{at.path}/{name}"))
+        state, metrics = self.call_step(self.steps[name], state, x, at._replace(depth=at.depth + 1, path=f"{at.path}/{name}"))
         return state, {f"{name}/{k}": v for k, v in metrics.items()} if isinstance(metrics, Mapping) else {name: metrics}
 
     def total(self, totals: Any, result: Any, examples: int) -> Any:
@@ -113,7 +114,7 @@ class InOrder(Members):
 
     def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
         if frame.member is not None and frame.member != self.end and frame.member not in self.steps:
-            raise other_program(state, at.program)
+            raise other_program(state, at.program.loop)
         return frame.member == self.end or not self.steps
 
     def _member(self, frame: Frame) -> str:

@@ -17,7 +17,7 @@ from fnrun.core.words import kind
 from fnrun.data import Batches
 from fnrun.loops import totals as running
 from fnrun.loops.base import Loop
-from fnrun.loops.context import LoopContext
+from fnrun.loops.program import LoopContext
 from fnrun.loops.structure import AnyStep, title
 from fnrun.loops.unobserved import LONGEST, interval
 from fnrun.metrics.by_name import rates_last, weight
@@ -43,7 +43,7 @@ class OverData(Loop):
     def stream(self, at: LoopContext) -> tuple[str, Batches]:
         if at.source is not None:
             return at.source
-        name, stream = at.program.streams.stream(at)
+        name, stream = at.program.streams.stream(at.data, at.path, at.depth)
         return (f"{self.kind} {name}" if self.passing(at) else name), stream
 
     def cursor(self, state: Any, frame: Frame, at: LoopContext) -> Cursor:
@@ -77,7 +77,7 @@ class OverData(Loop):
             return self.step(state, x)
         cursor = state.position.streams.get(self.stream(at)[0], Cursor())  # moves when the tick is over
         place = (cursor.epoch, cursor.batch) if self.trains else (cursor.epoch, cursor.batch, state.step)
-        return self._call(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True, source=None), place)
+        return self.call_step(self.step, state, x, at._replace(depth=at.depth + 1, over_batch=True, source=None), place)
 
     def metrics_of(self, result: Any) -> dict[str, Any]:
         return result

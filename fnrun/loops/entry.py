@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from fnrun.core.context import OUTSIDE, loop_context
+from fnrun.core.context import OUTSIDE, loop_context, tick_listener
 from fnrun.core.donation import Owner, deleted_reason, owner_of
 from fnrun.core.position import Position
 from fnrun.core.state import S
 from fnrun.core.undisturbed import restoring
 from fnrun.core.waiting import Interrupted, interrupts
 from fnrun.core.words import kind
-from fnrun.loops.context import LoopContext, ProgramExit, tick_listener
-from fnrun.loops.program import Program
+from fnrun.loops.exits import ProgramExit
+from fnrun.loops.program import LoopContext, Program
 from fnrun.loops.structure import Composed, donates, functions, loops_of
 from fnrun.optim.wrappers import waiting
 from fnrun.steps import PureStep

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fnrun.core.position import Cursor, Frame
-from fnrun.loops.context import LoopContext
 from fnrun.loops.data_loops import StepLoop, way_out
+from fnrun.loops.program import LoopContext
 from fnrun.loops.structure import AnyStep, title
 from fnrun.steps import PureStep, TrainStep
 

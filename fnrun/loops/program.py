@@ -1,4 +1,4 @@
-"""A program at work: one call of a loop from outside, with the lives of its hooks and observers in it."""
+"""A program at work: one call of a loop from outside, the lives of its hooks and observers in it, and where in it a loop is called."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from fnrun.core.donation import deleted_reason
+from fnrun.core.context import tick_listener
+from fnrun.core.donation import Owner, deleted_reason
 from fnrun.core.inplace import Guard, looked_at
 from fnrun.core.key import Key
 from fnrun.core.state import LoopState
 from fnrun.core.waiting import Interrupted
-from fnrun.loops.context import ProgramError, ProgramExit, tick_listener
+from fnrun.data import Batches
 from fnrun.loops.contracts import HookContract, ObserverContract
+from fnrun.loops.exits import ProgramError, ProgramExit
 from fnrun.loops.streams import Streams
 
 
@@ -159,3 +161,19 @@ class ObserverLives:
         alive = state if deleted_reason(state) is None else None
         with looked_at(f"`close` of an observer ({type(observer.given).__name__})", alive):
             close(state, reason)
+
+
+class LoopContext(NamedTuple):
+    """Where in a program a loop is called."""
+
+    program: Program
+    data: Any = None  # what the loop was called with
+    depth: int = 0  # the number of open loops around
+    path: str = ""  # the names of the sequences' members around, "/train"
+    round: tuple[int, int | None] | None = None  # of the nearest repeat: its index, and how many there are where that is known
+    over_batch: bool = False  # within a loop over data: what comes down is one of its batches
+    source: tuple[str, Batches] | None = None  # of a loop over data: the name and the stream
+    owner: Owner | None = (
+        None  # of the states down to here: None where no loop donates, and behind a function, which may want the old state
+    )
+    opened: list[str] | None = None  # the loops that the function around has opened so far: it may open several, one after the other

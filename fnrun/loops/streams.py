@@ -14,7 +14,7 @@ from fnrun.core.position import Cursor
 from fnrun.core.state import LoopState
 from fnrun.core.waiting import asked
 from fnrun.data import Batches, as_batches
-from fnrun.loops.context import LoopContext, ProgramError
+from fnrun.loops.exits import ProgramError
 
 logger = logging.getLogger("fnrun")
 
@@ -58,18 +58,17 @@ class Streams:
         self._made: dict[int, tuple[Any, Any]] = {}  # by a function's id, which is its own as long as the function is held here
         self._live: dict[str, _Live] = {}
 
-    def stream(self, at: LoopContext) -> tuple[str, Batches]:
-        """The name and the stream of the data of the loop at `at`; a function that makes the stream is called once."""
-        value = at.data
-        known = self._by_place.get((at.path, at.depth))
+    def stream(self, value: Any, path: str, depth: int) -> tuple[str, Batches]:
+        """The name and the stream of the data of the loop there; a function that makes the stream is called once."""
+        known = self._by_place.get((path, depth))
         if known is None or known[0] is not value:
             made = self._make(value)
             try:
                 stream = as_batches(made)
             except TypeError as error:
-                raise TypeError(f"data at {at.path.removeprefix('/') or 'the top'!r}: {error}") from None
-            known = self._by_place[at.path, at.depth] = (value, stream)
-        return known[1].name or at.path.removeprefix("/") or "data", known[1]
+                raise TypeError(f"data at {path.removeprefix('/') or 'the top'!r}: {error}") from None
+            known = self._by_place[path, depth] = (value, stream)
+        return known[1].name or path.removeprefix("/") or "data", known[1]
 
     def _make(self, value: Any) -> Any:
         if not callable(value) or hasattr(value, "iterate"):

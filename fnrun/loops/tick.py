@@ -14,19 +14,18 @@ A stop or an interrupt is heeded between ticks: it unwinds every open loop and l
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fnrun.core.context import OUTSIDE, loop_context
 from fnrun.core.donation import without_donated
 from fnrun.core.position import Cursor, Frame, Position
 from fnrun.core.waiting import Interrupted
 from fnrun.loops import guarded
-from fnrun.loops.context import LoopContext, ProgramExit, other_program
+from fnrun.loops.exits import ProgramExit, other_program
+from fnrun.loops.program import LoopContext
+from fnrun.loops.ticking import Ticking
 from fnrun.loops.unobserved import run_unobserved
 from fnrun.steps import PureStep
-
-if TYPE_CHECKING:
-    from fnrun.loops.base import Loop
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,7 +46,7 @@ class Tick:
 class OpenLoop:
     """One call of a loop in a program: what stays the same in it, and its ticks."""
 
-    def __init__(self, loop: Loop, at: LoopContext) -> None:
+    def __init__(self, loop: Ticking, at: LoopContext) -> None:
         self.loop, self.at = loop, at
         self.program, self.depth = at.program, at.depth
         self.frame = Frame(loop.kind, at.path.removeprefix("/"), len(at.opened or ()))  # as it begins
@@ -63,7 +62,7 @@ class OpenLoop:
         try:
             while (tick := self._begin(state)) is not None:
                 if looked_at and (ahead := self.loop.unobserved(state, tick.frame, self.at)):
-                    state = run_unobserved(self, state, tick.frame, ahead)
+                    state = run_unobserved(self.loop, state, tick.frame, self.at, ahead, self.gatherers)
                     continue
                 looked_at = True
                 state = self._take(state, tick)
@@ -83,7 +82,7 @@ class OpenLoop:
         elif frames[depth].name != self.name or (
             loop.over_data and len(frames) > depth + 1 and all(isinstance(s, PureStep) for _, s in loop.inner())
         ):
-            raise other_program(state, self.program)
+            raise other_program(state, self.program.loop)
         self.at = loop.enter(self.at)
         self.program.lengths[self.name] = loop.length(state, self.at)
         hooks, observers = loop.hook_contracts, loop.observer_contracts
@@ -126,7 +125,7 @@ class OpenLoop:
                 tick.before = without_donated(tick.before)
         state, tick.result = self.loop.turn(state, tick.x, tick.frame, self.at)
         if len(state.position.frames) != self.depth + 1:
-            raise other_program(state, self.program)
+            raise other_program(state, self.program.loop)
         return state
 
     def _advance(self, state: Any, tick: Tick) -> Any:

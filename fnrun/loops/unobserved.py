@@ -6,18 +6,18 @@ The state afterwards is that of tick by tick, bit for bit. A small program takes
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from fnrun.core.donation import deleted_reason
 from fnrun.core.position import Frame, Position
 from fnrun.core.waiting import Interrupted
 from fnrun.loops import totals as running
-from fnrun.loops.context import ProgramExit
+from fnrun.loops.contracts import ObserverContract
+from fnrun.loops.exits import ProgramExit
+from fnrun.loops.program import LoopContext
 from fnrun.metrics.by_name import rates_last
 from fnrun.steps import PureStep
-
-if TYPE_CHECKING:
-    from fnrun.loops.tick import OpenLoop
 
 #: So many ticks at most follow each other.
 LONGEST = 64
@@ -40,16 +40,20 @@ def interval(loop: Any) -> int:
     return math.gcd(*(observer.every or 1 for observer in loop.observer_contracts)) if loop.observer_contracts else LONGEST
 
 
-def run_unobserved(opened: OpenLoop, state: Any, frame: Frame, ticks: int) -> Any:
-    """The state after so many ticks, or as many as the pass has. An interrupt or an exception ends the run of ticks early."""
-    loop: Any = opened.loop  # of training steps: others have no such ticks
-    program, at = opened.program, opened.at
+def run_unobserved(
+    loop: Any, state: Any, frame: Frame, at: LoopContext, ticks: int, gatherers: Sequence[tuple[str, ObserverContract]]
+) -> Any:
+    """The state after so many ticks of a loop of training steps, or as many as the pass has; its `gatherers`, by name, get them all at once.
+
+    An interrupt or an exception ends the run of ticks early.
+    """
+    program = at.program
     name, stream = loop.stream(at)
     position, replay, cursor = state.position, loop.passing(at), loop.cursor(state, frame, at)
     before, done = Before(state.step, position, state.memory), list[tuple[Any, int]]()
 
     def finished(state: Any) -> Any:
-        gathered = {name: o.fold_each(frame.folds.get(name), before, done) for name, o in opened.gatherers if o.fold_each is not None}
+        gathered = {name: o.fold_each(frame.folds.get(name), before, done) for name, o in gatherers if o.fold_each is not None}
         totals = running.fold_each(frame.totals, [(rates_last(metrics), n) for metrics, n in done])
         program.examples += sum(examples for _, examples in done)
         new = Frame(frame.kind, frame.path, frame.nth, frame.ticks + len(done), totals, gathered if done else frame.folds, frame.member)

@@ -19,11 +19,12 @@ import torch
 from fnrun.checkpoint import CheckpointError, Checkpoints, DamagedError, Entry, Manifest
 from fnrun.checkpoint.manifest import constant
 from fnrun.core import tree
+from fnrun.core.context import tick_listener
 from fnrun.core.donation import shared
 from fnrun.core.environment import environment
 from fnrun.core.position import Frame, Position
-from fnrun.loops.context import ProgramError, tick_listener
 from fnrun.loops.entry import with_observers
+from fnrun.loops.exits import ProgramError
 from fnrun.runs.config import config_type, decode
 from fnrun.runs.run import Experiment, Run, RunError, built, load_build
 

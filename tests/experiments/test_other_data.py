@@ -14,7 +14,7 @@ import torch
 import fnrun
 from fnrun import data, observers, optim
 from fnrun.cli.commands import main
-from fnrun.loops.context import ProgramError
+from fnrun.loops.exits import ProgramError
 from fnrun.runs.run import Run
 from tests.experiments.tiny import at, happens, tiny
 
