@@ -22,6 +22,6 @@ from fnrun.checkpoint.foreign import params_from
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Manifest
 from fnrun.checkpoint.retention import Which
 from fnrun.checkpoint.weights import export, load_from
-from fnrun.core.entry import Entry
+from fnrun.core.checkpoint_name import Entry
 
 __all__ = ["CheckpointError", "Checkpoints", "DamagedError", "Entry", "Manifest", "Which", "export", "load_from", "params_from"]

@@ -31,8 +31,8 @@ from fnrun.checkpoint.manifest import CheckpointError, DamagedError, Judgement, 
 from fnrun.checkpoint.match import Rename, check_cast
 from fnrun.checkpoint.retention import Which, best, check_keep, judges, monitors_of, superfluous
 from fnrun.core import files, tree
+from fnrun.core.checkpoint_name import Entry
 from fnrun.core.donation import shared
-from fnrun.core.entry import Entry
 
 M = TypeVar("M", Manifest, Judgement | Manifest)
 T = TypeVar("T")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fnrun.checkpoint.manifest import CheckpointError, Judgement, Manifest, Mode
+from fnrun.core.checkpoint_name import Entry
 from fnrun.core.counts import count
-from fnrun.core.entry import Entry
 
 #: What names a checkpoint: its step (the newest of several), itself, "best" by the metric monitored first, "best:METRIC", or None for the newest.
 Which = int | str | Entry | None

@@ -19,7 +19,7 @@ from fnrun.checkpoint.directory import Checkpoints
 from fnrun.checkpoint.manifest import CheckpointError, text
 from fnrun.checkpoint.retention import Which
 from fnrun.core import files, tree
-from fnrun.core.entry import Entry
+from fnrun.core.checkpoint_name import Entry
 from fnrun.core.placing import moved
 from fnrun.core.state import buffers_of, weights_of
 from fnrun.core.words import a

@@ -2,6 +2,7 @@
 
 The state
     state.py         TrainState, and what a state is to a loop
+    position.py      where a program stands: frames of the open loops, cursors of the streams
     tree.py          pytrees: structs, leaves by path, comparison by bits
     key.py           keyed randomness
     donation.py      who may write over which tensors
@@ -17,9 +18,10 @@ Around a call
 Values
     examples.py      how many examples a batch has
     counts.py        what a count is
-    entry.py         how a checkpoint is named
+    checkpoint_name.py   the name of a checkpoint's directory
     files.py         a file, written whole
     documents.py     plain data as JSON, flattened
     tables.py        tables and numbers in print
     words.py         values in messages
+    moved.py         modules that once had another place
 """

@@ -25,7 +25,7 @@ from fnrun.core.counts import count
 from fnrun.core.words import kind, unknown
 from fnrun.loops.base import AnyHook, Loop
 from fnrun.loops.combinators import Every, InOrder, Repeat, Workflow
-from fnrun.loops.contracts import Observer, check_watching
+from fnrun.loops.contracts import Observer
 from fnrun.loops.data_loops import EpochLoop, EvalLoop, PredictLoop, StepLoop
 from fnrun.loops.fused import FusedStepLoop
 from fnrun.loops.structure import AnyStep, Composed, Wrapper, check_step, title
@@ -49,7 +49,7 @@ def epoch_loop(step: AnyStep, *, hooks: Sequence[AnyHook] = (), observers: Seque
     >>> state.step, metrics["mean"].item()
     (2, 3.0)
     """
-    return check_watching(EpochLoop(step=step, hooks=hooks, observers=observers, donate=donate))
+    return EpochLoop(step=step, hooks=hooks, observers=observers, donate=donate)
 
 
 def step_loop(
@@ -73,7 +73,7 @@ def step_loop(
         loop = FusedStepLoop(step=step, steps=steps, until_step=until, hooks=hooks, observers=observers, donate=donate, fused_steps=fused)
     else:
         loop = StepLoop(step=step, steps=steps, until_step=until, hooks=hooks, observers=observers, donate=donate)
-    return check_watching(loop)
+    return loop
 
 
 def eval_loop(eval_step: AnyStep, *, steps: int | None = None, again: bool = False, observers: Sequence[Observer] = ()) -> Loop:
@@ -116,14 +116,12 @@ def repeat(
         raise TypeError(f"repeat: until is a function of the state, until=lambda state: state.step >= 100, and not {kind(until)}")
     if times is None and until is None:
         raise ValueError("repeat: say how often (times=) or how long (until=)")
-    return check_watching(
-        Repeat(step=step, times=None if times is None else count("times", times, 0), until=until, hooks=hooks, observers=observers)
-    )
+    return Repeat(step=step, times=None if times is None else count("times", times, 0), until=until, hooks=hooks, observers=observers)
 
 
 def sequence(*, hooks: Sequence[AnyHook] = (), observers: Sequence[Observer] = (), **steps: AnyStep) -> Loop:
     """`steps` one after the other: their names pick the data (`data["train"]`) and prefix the metrics (`train/loss`)."""
-    return check_watching(InOrder(steps=_members(steps), hooks=hooks, observers=observers))
+    return InOrder(steps=_members(steps), hooks=hooks, observers=observers)
 
 
 def workflow(
@@ -140,7 +138,7 @@ def workflow(
     if not phases or unknown:
         raise ValueError(f"workflow: phases {unknown or 'are missing'}; there are steps for {list(steps)}")
     phases = tuple((name, count(f"the count of {name!r}", n)) for name, n in phases)
-    return check_watching(Workflow(steps=_members(steps), phases=phases, times=count("times", times, 0), hooks=hooks, observers=observers))
+    return Workflow(steps=_members(steps), phases=phases, times=count("times", times, 0), hooks=hooks, observers=observers)
 
 
 def every(n: int | Sequence[tuple[int, int]], step: AnyStep, *, begin: int = 1, last: bool = True) -> AnyStep:

@@ -19,11 +19,11 @@ from fnrun.core.state import S, is_state, no_state
 from fnrun.core.words import kind
 from fnrun.data import Batches
 from fnrun.loops import guarded
-from fnrun.loops.contracts import Hook, HookContract, Observer, ObserverContract, hook_contracts, observer_contracts
+from fnrun.loops.contracts import Hook, HookContract, Observer, ObserverContract, check_hooks, hook_contracts, observer_contracts
 from fnrun.loops.dry_run import DryRun, dry_run
 from fnrun.loops.entry import aside, outermost
 from fnrun.loops.program import LoopContext
-from fnrun.loops.structure import AnyStep, check_step, donates, functions, loops_of, stands_openly, title
+from fnrun.loops.structure import AnyStep, check_step, donates, loops_of, opaque_steps, stands_openly, title
 from fnrun.loops.tick import OpenLoop
 from fnrun.loops.ticking import Ticking
 from fnrun.steps import PureStep
@@ -36,7 +36,8 @@ AnyHook = Hook | Callable[[Any, Metrics], Any]
 class Loop(Ticking):
     """What all loops have in common: frames, stops, hooks and observers. `(state, data) -> (state, metrics)`, as a step.
 
-    Called from outside, `interrupt` is asked between ticks at every depth; text from it ends the call and leaves no trace in the state.
+    Called where no program is under way, `interrupt` is asked between ticks at every depth: text from it ends the call and leaves no trace in the
+    state.
     Raises ProgramError for a state that stands in another program or in other data. `print(loop)` draws the program.
     """
 
@@ -59,6 +60,7 @@ class Loop(Ticking):
             ("observers", tuple(observer.given for observer in observers)),
         ):
             object.__setattr__(self, name, value)
+        check_hooks(hooks, observers)
         prefixes = self.prefixes()
         for who, metric in self.monitored():
             if not metric.startswith(tuple(prefixes)):
@@ -73,7 +75,7 @@ class Loop(Ticking):
             return outermost(self, state, data, interrupt)
         if at is OUTSIDE or len(state.position.frames) < at.depth:
             return aside(self, state, data, interrupt)
-        at.program.functions.update((id(each), each) for each in functions(self) if not isinstance(each, PureStep))
+        at.program.opaque.update((id(each), each) for each in opaque_steps(self) if not isinstance(each, PureStep))
         return self.run(at.program.begin(loops_of(self), state), at._replace(data=data))
 
     def monitored(self) -> Iterator[tuple[str, str]]:

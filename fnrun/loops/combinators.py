@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -40,7 +41,7 @@ class Repeat(Loop):
         known = self.times if self.until is None else None
         return self.call_step(self.step, state, x, at._replace(depth=at.depth + 1, round=(frame.ticks, known)))
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return dataclasses.replace(self, step=within("", self.step), times=1, until=self.until and once(self.until), **parts)
 
     def prefixes(self) -> list[str]:
@@ -68,7 +69,7 @@ class Members(Loop):
     def inner(self) -> Iterable[tuple[str, AnyStep]]:
         return self.steps.items()
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return dataclasses.replace(self, steps={name: within(name, step) for name, step in self.steps.items()}, **parts)
 
     def prefixes(self) -> list[str]:
@@ -135,6 +136,7 @@ class Workflow(Members):
     def title(self) -> str:
         return f"workflow {' '.join(f'{name}*{n}' for name, n in self.phases)}, {self.times} times"
 
+    @functools.cached_property
     def _order(self) -> list[str]:
         """The member of each tick: the phases in turn, until the first has run `times` times; what is behind it still has its turn."""
         order: list[str] = []
@@ -146,20 +148,20 @@ class Workflow(Members):
             order += [name] * (min(n, left) if name == first else n)
         return order
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
-        return super().cut(within, phases=tuple((member, 1) for member, _ in self.phases), times=1, **parts)
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+        return super().shortened(within, phases=tuple((member, 1) for member, _ in self.phases), times=1, **parts)
 
     def total_steps(self) -> int | None:
-        return added(total_steps(self.steps[name]) for name in self._order())
+        return added(total_steps(self.steps[name]) for name in self._order)
 
     def _count(self) -> int:
-        return len(self._order())
+        return len(self._order)
 
     def done(self, state: Any, frame: Frame, at: LoopContext) -> bool:
         return frame.ticks >= self._count()
 
     def _member(self, frame: Frame) -> str:
-        return self._order()[frame.ticks]
+        return self._order[frame.ticks]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,7 +201,7 @@ class Every(Composed):
     def total_steps(self) -> int | None:
         return 0 if total_steps(self.step) == 0 else None
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return dataclasses.replace(self, intervals=((0, 1),), begin=1, step=within("", self.step))  # it works now
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,15 +36,15 @@ class Observer(Protocol):
 
     It may have, each optional:
 
-    - `open(program, state)`, before the first batch is worked on.
+    - `open(program, state)`, before the first batch is worked on; what `program` tells is in `fnrun.loops.program.Program`.
     - `close(state, reason)` at the end: None for a program that came to its end, the text of the stop or interrupt, or the exception. `state` is
       that of the last tick that every observer has seen, its frames still open.
     - `name` and `fold(folded, before, metrics, examples) -> folded`, a pytree that the loop keeps in its frame
       (`state.position.frames[-1].folds[name]`), so that what is gathered over ticks survives a kill. It gets None at first, the state before
       the tick, the step's metrics uncomputed and the batch's number of examples.
     - `carry(folded) -> folded`, of an observer that folds in a loop of training steps: what the loop's next round begins with instead of None.
-    - `every = n` and `idle_between = True`: in a loop of training steps it does nothing in ticks that are not due. Then ticks in which nothing
-      is due follow each other without a pause.
+    - `every = n` and `idle_between = True`: its word that in a loop of training steps it does nothing in ticks that are not due. Then ticks in
+      which nothing is due follow each other without a pause; it is called in others that are not due, such as the first of a call.
     - `fold_each(folded, before, ticks)`, of one that folds and is idle between: it gets these ticks all at once, `[(metrics, examples), ...]`, and
       of the state before the first one the step, the position of the loops and the memory.
     - `flush()`: what was written must be on disk when it returns.
@@ -107,6 +109,7 @@ def hook_contract(hook: Any) -> HookContract:
     """What `hook` is able to do. Raises TypeError, with what to write, for what is no hook and for a method of another signature."""
     held = hook_contract(hook.hook) if _holds_back(hook) else None
     _check("hook", hook, held)
+    _warn_of_unknown(hook, "hook", _OF_HOOKS)
     remembers = isinstance(hook, Hook)
     return HookContract(
         given=hook,
@@ -124,6 +127,8 @@ def hook_contract(hook: Any) -> HookContract:
 def observer_contract(observer: Any) -> ObserverContract:
     """What `observer` is able to do. Raises TypeError, with what to write, for what is no observer and for a method of another signature."""
     _check("observer", observer, None)
+
+    _warn_of_unknown(observer, "observer", _OF_OBSERVERS)
 
     def method(name: str, *arguments: str) -> Any:
         return _method(observer, "observer", name, *arguments)
@@ -151,8 +156,16 @@ def hook_contracts(hooks: Iterable[Any]) -> tuple[HookContract, ...]:
 
 
 def observer_contracts(observers: Iterable[Any]) -> tuple[ObserverContract, ...]:
-    """In the order in which they act: those that save last. Raises ValueError where two that gather would share what they keep."""
+    """In the order in which they act: those that save last.
+
+    Raises ValueError where two that fold would share what they keep, TypeError for one whose folds would be left out.
+    """
     contracts = tuple(sorted(map(observer_contract, observers), key=lambda observer: observer.saves))
+    for observer in contracts:
+        if observer.idle_between and observer.fold is not None and observer.fold_each is None:
+            raise TypeError(
+                f"{observer.title}: it folds and is idle_between, so it needs fold_each(folded, before, ticks) for the ticks between"
+            )
     names = [observer.name for observer in contracts if observer.fold is not None]
     if None in names or len(set(names)) < len(names):
         raise ValueError(f"observers of one loop that fold need names of their own, to keep what they gather: {names}")
@@ -190,6 +203,22 @@ def _method(part: Any, what: str, name: str, *arguments: str) -> Any:
     return method
 
 
+_OF_HOOKS = ("init", "before", "after")
+_OF_OBSERVERS = ("open", "close", "fold", "fold_each", "carry", "flush")
+
+
+def _warn_of_unknown(part: Any, what: str, known: Sequence[str]) -> None:
+    """Warn of methods that look as if a loop called them, and that none calls: misspelt ones, and those of other libraries' callbacks."""
+    if ours(part) or inspect.isroutine(part) or isinstance(part, type):
+        return
+    methods = [name for name, value in inspect.getmembers_static(type(part)) if inspect.isfunction(value) and not name.startswith("_")]
+    for name in methods:
+        like = difflib.get_close_matches(name, known, 1, 0.85)
+        if name not in (*_OF_HOOKS, *_OF_OBSERVERS) and (like or name.startswith(("before_", "after_", "on_"))):
+            hint = f"is {like[0]!r} meant?" if like else f"{a(what)} has {', '.join(known)}"
+            warnings.warn(f"{named(part)} has a method {name!r}, which no loop calls: {hint}", stacklevel=2)
+
+
 def _signature(method: Any) -> str:
     try:
         return str(inspect.signature(method))
@@ -222,18 +251,16 @@ _HOMES = {
 }
 
 
-def check_watching(loop: Any) -> Any:
-    """`loop`, whose hooks are none of the library's observers. Raises TypeError; a log may be a hook too where it is an observer beside."""
-    for hook in loop.hook_contracts:
-        held = hook.innermost
-        watches = held.ours and type(held.given).__module__.startswith("fnrun.observers")
-        if watches and not any(held.given is other for other in loop.observers):
-            name = held.name or held.title
+def check_hooks(hooks: Iterable[HookContract], observers: Iterable[ObserverContract]) -> None:
+    """Raise TypeError where one of the library's observers is given as a hook. A log may be a hook too where it is an observer beside."""
+    for hook in (hook.innermost for hook in hooks):
+        watches = hook.ours and type(hook.given).__module__.startswith("fnrun.observers")
+        if watches and not any(hook.given is other.given for other in observers):
+            name = hook.name or hook.title
             raise TypeError(
                 f"{name} is no hook: it is an observer, observers=[{name}]"
-                + (f"; for a window over the whole run it is both, hooks=[{name}], observers=[{name}]" if held.init is not None else "")
+                + (f"; for a window over the whole run it is both, hooks=[{name}], observers=[{name}]" if hook.init is not None else "")
             )
-    return loop
 
 
 def _check(what: str, part: Any, held: HookContract | None) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from fnrun.core import examples as rows, tree
-from fnrun.core.position import Cursor, Frame
+from fnrun.core.position import TRAINING, Cursor, Frame
 from fnrun.core.words import kind
 from fnrun.data import Batches
 from fnrun.loops import totals as running
 from fnrun.loops.base import Loop
+from fnrun.loops.contracts import ours
 from fnrun.loops.program import LoopContext
 from fnrun.loops.structure import AnyStep, title
 from fnrun.loops.unobserved import LONGEST, interval
@@ -122,7 +123,7 @@ class Training(OverData):
 
     @functools.cached_property
     def _interval(self) -> int:
-        return interval(self)
+        return interval(self) if ours(self) else 1  # another kind of loop may take and turn otherwise
 
     def unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
         every = self._interval
@@ -130,6 +131,11 @@ class Training(OverData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.kind not in TRAINING:
+            raise TypeError(
+                f"{type(self).__name__}: kind={self.kind!r}: frames know a loop of training steps by its kind, {' or '.join(map(repr, TRAINING))}. "
+                "Keep that, and say what else it is in title()"
+            )
         if self.donate and not self._donates:
             warnings.warn(
                 f"donate=True: {title(self.step)} cannot write the new state over the old one, so it goes on in new memory. Steps of "
@@ -143,7 +149,7 @@ class EpochLoop(Training):
     kind = "epoch_loop"
     ends_with_pass = True
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return StepLoop(step=self.step, steps=1, donate=self.donate, **parts)
 
     def length(self, state: Any, at: LoopContext) -> int | None:
@@ -169,7 +175,7 @@ class StepLoop(Training):
     def _at_a_time(self) -> str:
         return ""
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return dataclasses.replace(self, steps=1, until_step=None, **parts)
 
     def total_steps(self) -> int | None:
@@ -211,7 +217,7 @@ class EvalLoop(OverData):
     def title(self) -> str:
         return self.kind + (f", {'the first ' * self.again}{self.steps} batches" if self.steps is not None else "")
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return dataclasses.replace(self, steps=1, observers=parts["observers"])  # it has no hooks
 
     def total_steps(self) -> int | None:

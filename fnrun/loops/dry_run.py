@@ -70,12 +70,12 @@ def _short(name: str, step: Any, around: DryRun, clock: _Clock) -> Any:
     """The step with one tick for each loop that stands in it openly; its notes go under `around`."""
     if not isinstance(step, Composed):  # a step, or a function that may call loops
         return step
-    if not step.own_loops():  # `every` is no loop and has no tick of its own
-        return step.cut(lambda inner_name, inner: _short(name, inner, around, clock))
+    if not step.is_loop:  # `every` is no loop and has no tick of its own
+        return step.shortened(lambda inner_name, inner: _short(name, inner, around, clock))
     note = DryRun(name, step.title())
     around.inner.append(note)
     hooks, observers = (*(hook.innermost.given for hook in step.hook_contracts), _go_on), (clock.of(note),)
-    return step.cut(lambda inner_name, inner: _short(inner_name, inner, note, clock), hooks=hooks, observers=observers)
+    return step.shortened(lambda inner_name, inner: _short(inner_name, inner, note, clock), hooks=hooks, observers=observers)
 
 
 def _go_on(state: Any, metrics: dict[str, Any]) -> Any:

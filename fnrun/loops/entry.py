@@ -19,7 +19,7 @@ from fnrun.core.waiting import Interrupted, interrupts
 from fnrun.core.words import kind
 from fnrun.loops.exits import ProgramExit
 from fnrun.loops.program import LoopContext, Program
-from fnrun.loops.structure import Composed, donates, functions, loops_of
+from fnrun.loops.structure import Composed, donates, loops_of, opaque_steps
 from fnrun.optim.wrappers import waiting
 from fnrun.steps import PureStep
 
@@ -43,11 +43,11 @@ def _through(loop: Any, loops: list[Any], program: Program, state: Any, data: An
     asking = interrupts.set((*interrupts.get(), program.interrupt) if program.interrupt is not None else interrupts.get())
     try:
         program.latest = state = program.begin(loops, state)
-        program.functions.update((id(each), each) for each in functions(loop) if not isinstance(each, PureStep))
-        if not program.functions and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
+        program.opaque.update((id(each), each) for each in opaque_steps(loop) if not isinstance(each, PureStep))
+        if not program.opaque and any(each.trains for each in loops):  # an evaluation has no hooks, and reads what they remember
             program.warn_unclaimed(state)
         result = loop.run(state, LoopContext(program, data, owner=owner))
-        if program.functions and program.functions.keys() <= program.called and program.trained:
+        if program.opaque and program.opaque.keys() <= program.called and program.trained:
             program.warn_unclaimed(result[0])
     except ProgramExit as unwound:
         program.close(program.latest, unwound.reason)
@@ -123,6 +123,6 @@ def with_observers(step: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...
         inner["step"] = with_observers(fields["step"], change)
     if isinstance(fields.get("steps"), dict):
         inner["steps"] = {name: with_observers(member, change) for name, member in fields["steps"].items()}
-    if isinstance(step, Composed) and step.own_loops():
+    if isinstance(step, Composed) and step.is_loop:
         inner["observers"] = change(tuple(step.observers))
     return dataclasses.replace(step, **inner)

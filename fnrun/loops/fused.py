@@ -35,7 +35,7 @@ class FusedStepLoop(StepLoop):
     def _at_a_time(self) -> str:
         return f", {self.fused_steps} at a time"
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return dataclasses.replace(self, steps=self.fused_steps, until_step=None, **parts)
 
     def take(self, state: Any, frame: Frame, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:

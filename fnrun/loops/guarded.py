@@ -173,7 +173,7 @@ def observing(program: Program, observers: Iterable[ObserverContract], loop: str
     return calls
 
 
-def folding(program: Program, observer: ObserverContract) -> Callable[..., Any]:
+def folding(program: Program, observer: ObserverContract, loop: str) -> Callable[..., Any]:
     """What it gathers, as `(state, folded, before, metrics, examples) -> folded`; `state` is that after the tick, which holds what was gathered before."""
     fold = observer.fold
     assert fold is not None
@@ -182,10 +182,12 @@ def folding(program: Program, observer: ObserverContract) -> Callable[..., Any]:
     guard = program.guard(observer.given, "fold", f"`fold` of the observer {observer.title}")
 
     def guarded(state: Any, folded: Any, before: Any, metrics: Any, examples: int) -> Any:
-        if not guard.on:
-            return fold(folded, before, metrics, examples)
         marks = guard.look({"metrics": metrics}, state)
-        gathered = fold(folded, before, metrics, examples)
+        if observer.ours:
+            gathered = fold(folded, before, metrics, examples)
+        else:
+            with scope(state, ("fold", loop, str(observer.name))):
+                gathered = fold(folded, before, metrics, examples)
         guard.check(marks)
         return gathered
 

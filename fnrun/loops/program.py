@@ -6,6 +6,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from fnrun.core.context import tick_listener
@@ -21,17 +22,24 @@ from fnrun.loops.streams import Streams
 
 
 class Program:
-    """One call of a loop, from the outside: `loop` is the outermost one. What is open, counted and looked at in it."""
+    """One call of a loop by itself. What an observer's `open` is given.
+
+    - `loop`: the outermost one.
+    - `examples`: how many went through the loops in this call.
+    - `data_seconds`: waited for batches in this call.
+    - `lengths`: how many ticks an open loop will have, by `frame.name`; None where that is not known. It is at its last tick where
+      `frame.ticks == program.lengths[frame.name]`.
+    """
 
     def __init__(self, loop: Any, state: LoopState, interrupt: Callable[[], str | None] | None) -> None:
         self.loop = loop
         self.interrupt = interrupt
         self.latest: Any = state  # the finished state of the newest tick that every observer has seen
-        self.examples = 0  # that went through the loops in this call
-        self.lengths: dict[str, int | None] = {}  # how many ticks a frame's loop will have, by the frame's name, where that is known
+        self.examples = 0
+        self.lengths: dict[str, int | None] = {}
         self.streams = Streams()
         self.observers = ObserverLives()
-        self.functions: dict[int, Any] = {}  # by id: those that may hold loops of the program, which show when they are called
+        self.opaque: dict[int, Any] = {}  # functions by their ids: the loops that they call show when they are called
         self.called: set[int] = set()  # the ids of the steps that were called, but for those that are known to hold no loop
         self._hooks: dict[str, Any] = {}  # by the name of their memory
         self._begun: dict[int, Any] = {}  # the loops, by id
@@ -40,7 +48,6 @@ class Program:
 
     @property
     def data_seconds(self) -> float:
-        """Waited for batches in this call."""
         return self.streams.seconds
 
     @property
@@ -137,7 +144,7 @@ class ObserverLives:
         while self._unopened:
             observer, state = self._unopened.pop(0)
             if observer.open is not None:
-                with looked_at(f"`open` of an observer ({type(observer.given).__name__})", state):
+                with looked_at(f"`open` of an observer ({type(observer.given).__name__})", state), keyed(observer, "open", state):
                     observer.open(program, state)
 
     def flush(self) -> None:
@@ -159,8 +166,13 @@ class ObserverLives:
 
     def _close(self, observer: ObserverContract, close: Callable[[Any, Any], Any], state: Any, reason: Any) -> None:
         alive = state if deleted_reason(state) is None else None
-        with looked_at(f"`close` of an observer ({type(observer.given).__name__})", alive):
+        with looked_at(f"`close` of an observer ({type(observer.given).__name__})", alive), keyed(observer, "close", alive):
             close(state, reason)
+
+
+def keyed(observer: ObserverContract, method: str, state: Any) -> AbstractContextManager[Any]:
+    """What a call of a user's observer draws from: generators of its own, so that it moves nobody else's."""
+    return nullcontext() if observer.ours else (getattr(state, "rng", None) or Key(0)).scope(method, observer.name or "observer")
 
 
 class LoopContext(NamedTuple):

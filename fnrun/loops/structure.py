@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -37,6 +37,7 @@ def check_step(who: str, step: Any, example: str = "") -> None:
 class Composed:
     """A step that says which others it holds: a loop, `every`, a function under `wraps`."""
 
+    is_loop: ClassVar[bool] = False  # with a frame, hooks and observers of its own
     #: Those of a loop, and what they are able to do.
     hooks: Any = ()
     observers: Any = ()
@@ -51,10 +52,6 @@ class Composed:
         """What it is, in a few words."""
         raise NotImplementedError
 
-    def own_loops(self) -> list[Any]:
-        """This one as a list, if it is a loop."""
-        return []
-
     def prefixes(self) -> list[str]:
         """What the names of its metrics may begin with: the paths of members; '' where any name may come."""
         return [""]
@@ -63,7 +60,7 @@ class Composed:
         """How many training steps it will have taken, where that follows from the program alone."""
         return None
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         """One tick of it, with these hooks and observers, and what `within` makes of each step that it holds."""
         raise NotImplementedError
 
@@ -96,7 +93,7 @@ class Wrapper(Composed):
     def total_steps(self) -> int | None:
         return added(map(total_steps, self.loops))
 
-    def cut(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
+    def shortened(self, within: Callable[[str, AnyStep], AnyStep], **parts: Any) -> Any:
         return self  # the function calls the loops that it knows
 
 
@@ -104,28 +101,28 @@ def loops_of(step: Any) -> list[Any]:
     """The loops of a program that are known to stand in it, outermost first."""
     if not isinstance(step, Composed):
         return []
-    return [*step.own_loops(), *(loop for _, each in step.inner() for loop in loops_of(each))]
+    return [*([step] if step.is_loop else []), *(loop for _, each in step.inner() for loop in loops_of(each))]
 
 
 def donates(step: Any) -> bool:
     """Whether a loop that stands in it openly, with no wrapper between, writes over its states."""
     if not isinstance(step, Composed) or isinstance(step, Wrapper):
         return False
-    return any(loop.donate for loop in step.own_loops()) or any(donates(each) for _, each in step.inner())
+    return getattr(step, "donate", False) or any(donates(each) for _, each in step.inner())
 
 
 def stands_openly(step: Any) -> bool:
     """Whether a loop stands there, with no wrapper around it."""
     if not isinstance(step, Composed) or isinstance(step, Wrapper):
         return False
-    return bool(step.own_loops()) or all(stands_openly(each) for _, each in step.inner())
+    return step.is_loop or all(stands_openly(each) for _, each in step.inner())
 
 
-def functions(step: Any) -> list[Any]:
+def opaque_steps(step: Any) -> list[Any]:
     """What stands there and does not say which loops it calls: steps, and functions that may wrap a loop."""
     if not isinstance(step, Composed):
         return [step]
-    return [each for _, inner in step.inner() for each in functions(inner)]
+    return [each for _, inner in step.inner() for each in opaque_steps(inner)]
 
 
 def prefixes(step: Any) -> list[str]:

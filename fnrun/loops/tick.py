@@ -90,7 +90,7 @@ class OpenLoop:
         self.afters = guarded.afters(self.program, hooks, self.name)
         self.observing = [*zip(guarded.observing(self.program, observers, self.name), (o.saves for o in observers), strict=True)]
         self.gatherers = [(str(observer.name), observer) for observer in observers if observer.fold is not None]
-        self.folding = [(name, guarded.folding(self.program, observer)) for name, observer in self.gatherers]
+        self.folding = [(name, guarded.folding(self.program, observer, self.name)) for name, observer in self.gatherers]
         self.of_users = guarded.of_users(hooks, observers)
         self.watched = bool(hooks or observers)
         return state

@@ -16,6 +16,7 @@ class Ticking(Composed):
     `at` is where in the program the loop is called, `frame` its own frame as it is during the tick.
     """
 
+    is_loop = True
     kind: ClassVar[str]
     over_data: ClassVar[bool] = False  # whether x is a stream of batches
     trains: ClassVar[bool] = False  # whether its ticks are training steps
@@ -23,9 +24,6 @@ class Ticking(Composed):
 
     def title(self) -> str:
         return self.kind
-
-    def own_loops(self) -> list[Any]:
-        return [self]
 
     def enter(self, at: LoopContext) -> LoopContext:
         """`at`, with what stays the same in this call."""
@@ -40,7 +38,7 @@ class Ticking(Composed):
         raise NotImplementedError
 
     def unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
-        """How many ticks come now at which nobody looks."""
+        """How many ticks come now in which no hook acts and no observer is due: `unobserved.py` does them in one go, without `take` and `turn`."""
         return 0
 
     def take(self, state: Any, frame: Frame, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:

@@ -251,7 +251,10 @@ def _add(means: tuple[Means, ...], tensors: dict[str, Tensor], examples: int) ->
 def _stacked(names: Sequence[str], values: list[Tensor], shape: torch.Size) -> Tensor:
     for name, value in zip(names, values, strict=True):
         if value.shape != shape:
-            raise ValueError(f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(shape)} in the ticks before")
+            raise ValueError(
+                f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(shape)} in the ticks before. A value of each example is a fold: "
+                "metrics.mean(values) is their mean, metrics.collect(values) keeps them"
+            )
     if len({value.dtype for value in values}) > 1:  # stacked as they are, an int would be rounded to its neighbour's float32
         values = [to_accumulator_dtype(value) for value in values]
     stacked = torch.stack(values)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 import fnrun
-from fnrun import hooks
+from fnrun import hooks, observers, optim
 from fnrun.loops.contracts import hook_contract, observer_contract
+from fnrun.loops.data_loops import EpochLoop
+from fnrun.testing import assert_resumable
 
 
 @fnrun.step
@@ -80,3 +83,73 @@ def test_a_finished_program_holds_no_state() -> None:
         assert end() is None
     finally:
         gc.enable()
+
+
+def test_an_observer_that_folds_and_is_idle_between_gathers_ticks_together() -> None:
+    gathers = named("observer", {"fold": lambda self, folded, before, metrics, examples: 0, "idle_between": True, "every": 3})
+    with pytest.raises(TypeError, match="needs fold_each"):
+        fnrun.epoch_loop(count, observers=[gathers])
+
+
+@pytest.mark.parametrize(
+    ("what", "method", "said"), [("observer", "flushh", "'flush' meant"), ("hook", "after_epoch", "a hook has init, before, after")]
+)
+def test_a_method_that_no_loop_calls_is_said(what: str, method: str, said: str) -> None:
+    with pytest.warns(UserWarning, match=f"{method}.*{said}"):
+        fnrun.epoch_loop(count, **{f"{what}s": [named(what, {method: lambda self: None})]})
+
+
+def test_what_an_observer_draws_is_its_own() -> None:
+    """In each of its methods: two runs draw the same, and no other generator moves."""
+    drawn: list[list[float]] = []
+
+    def draw(*_: Any) -> float:
+        drawn[-1].append(torch.rand(()).item())
+        return drawn[-1][-1]
+
+    methods = {
+        "open": lambda self, program, state: draw(),
+        "close": lambda self, state, reason: draw(),
+        "fold": lambda self, folded, before, metrics, examples: draw(),
+        "__call__": lambda self, state, metrics: draw() and None,
+    }
+    state = fnrun.TrainState.create(torch.nn.Linear(1, 1))
+    for _ in range(2):
+        drawn.append([])
+        before = torch.get_rng_state()
+        loop = fnrun.epoch_loop(count, observers=[named("observer", methods)])
+        loop(state, [torch.ones(2)] * 5)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len(drawn[0]) == len(set(drawn[0])) == 12
+    assert drawn[0] == drawn[1]
+
+
+# --- kinds of loops of one's own ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Twice(EpochLoop):
+    """Each batch is trained on two times."""
+
+    def title(self) -> str:
+        return "epoch_loop, each batch twice"
+
+    def turn(self, state: Any, x: Any, frame: Any, at: Any) -> Any:
+        state, _ = super().turn(state, x, frame, at)
+        return super().turn(state, x, frame, at)
+
+
+def test_a_kind_of_loop_of_ones_own_has_its_say_at_each_tick() -> None:
+    step = fnrun.make_train_step(model := torch.nn.Linear(1, 1), lambda model, x: model(x).square().mean(), rule := optim.sgd(0.1))
+    state, batches = fnrun.TrainState.create(model, rule), [torch.ones(2, 1)] * 5
+    assert Twice(step=step)(state, batches)[0].step == 10
+    fit = fnrun.repeat(fnrun.sequence(train=Twice(step=step, observers=[observers.log(2)])), 2)
+    assert "train: epoch_loop, each batch twice" in str(fit)
+    assert_resumable(fit, state, {"train": batches}, restored=lambda state, like: state)
+
+
+def test_a_loop_of_training_steps_is_of_a_kind_that_frames_know() -> None:
+    with pytest.raises(TypeError, match=r"kind='twice'.*say what else it is in title"):
+        dataclasses.make_dataclass("Other", [], bases=(Twice,), namespace={"kind": "twice"}, frozen=True, kw_only=True)(step=count)
+    with pytest.raises(TypeError, match="it is an observer"):
+        Twice(step=count, hooks=[observers.log(2)])

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from fnrun.cli.commands import CommandError
-from fnrun.core.entry import Entry
+from fnrun.core.checkpoint_name import Entry
 from fnrun.runs.run import Run
 
 

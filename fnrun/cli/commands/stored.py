@@ -13,7 +13,7 @@ from fnrun.checkpoint import Checkpoints
 from fnrun.checkpoint.retention import which
 from fnrun.cli.commands import CommandError
 from fnrun.cli.commands.places import is_checkpoint, is_run, what_is_at
-from fnrun.core.entry import Entry
+from fnrun.core.checkpoint_name import Entry
 from fnrun.runs.run import Run, RunError
 
 
