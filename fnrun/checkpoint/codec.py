@@ -47,7 +47,7 @@ class Description(NamedTuple):
 
 
 def describe(value: Any) -> Description:
-    """Structure and leaf table of `value`; nothing is copied and no device is waited for.
+    """Structure and leaf table of `value`. Nothing is copied and no device is waited for.
 
     Raises CheckpointError, with the path, for what could not be restored: functions, modules, subclasses of tensors, sets, ...
     """
@@ -153,7 +153,7 @@ def _odd_tensor(value: torch.Tensor) -> str:
 
 
 def _strides(value: torch.Tensor) -> tuple[int, ...] | None:
-    """The strides of a tensor that fills its memory in another order than the usual one (channels last, transposed); None elsewhere.
+    """The strides of a dense tensor that is not contiguous (channels last, transposed); None elsewhere.
 
     They are kept because kernels choose by them, and another kernel rounds differently.
     """
@@ -170,7 +170,7 @@ def _strides(value: torch.Tensor) -> tuple[int, ...] | None:
 
 
 def identity(value: Any) -> Any:
-    """What two tensors or arrays have in common that are one: the same elements of the same memory, in the same order."""
+    """A key that two tensors or arrays share if they are one: the same elements of the same memory, in the same order."""
     if not isinstance(value, torch.Tensor):
         return id(value)
     storage = value.untyped_storage()._cdata
@@ -195,7 +195,10 @@ class Keep(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """A container to be built, with the class that `like` has there; and what it is to be fitted to, where leaves are known by number in it."""
+    """A container to be built, with the class that `like` has there.
+
+    `fit` is for a part of an optimizer state in which leaves are known by number: the fresh part, and the saved number of each leaf.
+    """
 
     kind: str
     keys: list[Any]
@@ -238,8 +241,9 @@ def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
     cls: Any = plan.cls or (_struct(name) if family == "struct" else _loaded_namedtuple(plan.kind))
     if cls is None or family not in ("struct", "namedtuple"):
         raise CheckpointError(
-            f"{text(path) or 'the state'}: {plan.kind} is not loaded: import the module that defines it before restoring. (Where "
-            "it has another name now: restore(like=a fresh state), or @struct(formerly=[...]) where it is declared; read() gives the leaves without any class)"
+            f"{text(path) or 'the state'}: {plan.kind} is not loaded: import the module that defines it before restoring. (Where it has "
+            "another name now: restore(like=a fresh state), or @struct(formerly=[...]) where it is declared; read() gives the leaves "
+            "without any class)"
         )
     values = dict(zip(plan.keys, children, strict=True)) | {
         key: constant(item) for key, item in (plan.static if family == "struct" else [])
@@ -258,7 +262,7 @@ def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
 
 
 def _struct(name: str) -> type | None:
-    """The struct of that name, if it is declared. The name of one of ours is a public module and the class: who only looks need not have imported it."""
+    """The struct of that name, if it is declared. One of ours is imported: its name is a public module and the class."""
     module, _, own = name.rpartition(".")
     if (found := tree.struct_class(name)) is None and re.fullmatch(r"fnrun(\.[a-z]\w*)*", module):
         with contextlib.suppress(ImportError):
@@ -268,7 +272,7 @@ def _struct(name: str) -> type | None:
 
 
 def named_today(structure: Node | int) -> Node | int:
-    """The structure with the names that its structs have now, where their classes say that they were called otherwise (`formerly=`). In place."""
+    """The structure with its structs under their names of today, where their classes say other ones (`formerly=`). In place."""
     if isinstance(structure, Node):
         family, _, name = structure.kind.partition(" ")
         cls = tree.struct_class(name) if family == "struct" else None

@@ -1,7 +1,7 @@
 """State dicts in files: those that torch, MMEngine, Lightning and safetensors write, read without running any code in them, and written.
 
-A pickle is read by torch's restricted unpickler alone (`torch.load(weights_only=True)`). Where a file holds objects of other classes too, as
-MMEngine's do, each of these classes and functions is stood in for by one of ours that takes whatever it is given and does nothing.
+A pickle is read by torch's restricted unpickler alone (`torch.load(weights_only=True)`). Where a file holds objects of other classes too,
+as MMEngine's do, each of these classes and functions is replaced by one of ours that takes any arguments and does nothing.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ def params_from(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of a state dict by name, under the names that they have there; those of a file come to the CPU, or to `device`.
+    """The tensors of a state dict by name. Names that are one tensor (tied weights) are one tensor here too. No code in a file is run.
 
-    `source` is a state dict, a file that `torch.save` or safetensors wrote (told by its content), or what such a file holds. The state dict
-    is all of it if its values are tensors, and else what stands under `state_dict` or `model`, or under `key`. No code in a file is run.
-    Names that are one tensor (tied weights) are one tensor here too. `dtype` casts floating-point tensors.
+    - `source`: a state dict, a file that `torch.save` or safetensors wrote (recognized by its content), or what such a file holds.
+    - `key=None`: where the state dict is in `source`. By default it is all of it if its values are tensors, else `state_dict` or `model`.
+    - `device=None`: where the tensors go; by default those of a file go to the CPU.
+    - `dtype=None`: a dtype that floating-point tensors are cast to.
 
     Raises DamagedError for a file that is cut off or changed, as far as its format can tell: zip files (torch's since 1.6) have a checksum.
     Raises CheckpointError for other files, for pickles that cannot be read without running code, where there is no state dict or more than
@@ -90,8 +91,9 @@ def state_dict(source: str | Path | Mapping[str, Any], key: str | None = None) -
     if (needed := sum(views.values())) > _room(path):
         largest = max(found, key=lambda name: found[name].nbytes)
         raise CheckpointError(
-            f"{path}: its tensors take {needed} bytes, far more than the file has: they repeat what they look at (expanded, or views of one "
-            f"another), as {largest} of shape {tuple(found[largest].shape)} and strides {found[largest].stride()}: save copies, tensor.contiguous()"
+            f"{path}: its tensors take {needed} bytes, far more than the file has: they repeat what they look at (expanded, or views of "
+            f"one another), as {largest} of shape {tuple(found[largest].shape)} and strides {found[largest].stride()}: save copies, "
+            "tensor.contiguous()"
         )
     return found
 
@@ -177,7 +179,10 @@ def _check_records(path: Path) -> None:
 
 
 def _check_legacy(path: Path) -> None:
-    """Raises DamagedError where the storages of a file from before torch 1.6 take more than the file, or are not in it: torch makes room first."""
+    """Raises DamagedError where the storages of a file from before torch 1.6 take more than the file, or are not in it.
+
+    torch would ask for their memory first.
+    """
     if tarfile.is_tarfile(path):
         raise DamagedError(f"{path} is a tar file and a pickle at once")
     sizes: dict[Any, int] = {}

@@ -1,4 +1,4 @@
-"""What earlier formats call otherwise: the one table of their names, and a manifest of theirs in the words of today.
+"""Earlier formats: the one table of their names, and their manifests migrated to the format of today.
 
 Formats 1 and 2 name a struct by module and class, a frame holds the name of its loop in one text, and digests are SHA-256.
 """
@@ -10,55 +10,34 @@ from typing import Any
 
 from fnrun.checkpoint.manifest import constant, encode_constant
 
-#: The structs of formats 1 and 2 by the names of format 3. Whoever renames one later says so where it is declared (`formerly=`).
-STRUCTS = {
-    **{f"fnrun.state:{name}": f"fnrun.{name}" for name in ("Cursor", "Frame", "Position", "TrainState")},
-    "fnrun.rng:Key": "fnrun.Key",
-    "fnrun.optim.from_torch:TorchState": "fnrun.optim.TorchState",
-    "fnrun.optim.hyper:Hyperparams": "fnrun.optim.Hyperparams",
-    "fnrun.optim.rule:Misses": "fnrun.optim.Misses",
-    "fnrun.optim.rule:RuleState": "fnrun.optim.RuleState",
-    "fnrun.optim.transforms:TraceState": "fnrun.optim.TraceState",
-    **{
-        f"fnrun.optim.wrappers:{name}": f"fnrun.optim.{name}"
-        for name in ("AccumulateState", "FreezeState", "LookaheadState", "ScaleState", "SkipState")
-    },
-    **{f"fnrun.metrics:{name}": f"fnrun.loops.{name}" for name in ("Means", "Totals")},
-    **{
-        f"fnrun.metrics:{name}": f"fnrun.metrics.{name}"
-        for name in (
-            *(
-                "AUROC",
-                "Chunks",
-                "ClassCounts",
-                "Confusion",
-                "ExactAUROC",
-                "Last",
-                "Max",
-                "Mean",
-                "Min",
-                "Moments",
-                "Pearson",
-                "Perplexity",
-            ),
-            *("Quantiles", "R2", "RootMean", "Sum", "TopK", "TorchmetricsInputs", "TorchmetricsState"),
-        )
-    },
-    **{f"fnrun.observers.media:{name}": f"fnrun.observers.{name}" for name in ("Histogram", "Image", "Text")},
+_STRUCTS = {  # by their module in formats 1 and 2 and by their package in format 3
+    ("fnrun.state", "fnrun"): "Cursor Frame Position TrainState",
+    ("fnrun.rng", "fnrun"): "Key",
+    ("fnrun.optim.from_torch", "fnrun.optim"): "TorchState",
+    ("fnrun.optim.hyper", "fnrun.optim"): "Hyperparams",
+    ("fnrun.optim.rule", "fnrun.optim"): "Misses RuleState",
+    ("fnrun.optim.transforms", "fnrun.optim"): "TraceState",
+    ("fnrun.optim.wrappers", "fnrun.optim"): "AccumulateState FreezeState LookaheadState ScaleState SkipState",
+    ("fnrun.metrics", "fnrun.loops"): "Means Totals",
+    ("fnrun.metrics", "fnrun.metrics"): "AUROC Chunks ClassCounts Confusion ExactAUROC Last Max Mean Min Moments Pearson Perplexity "
+    "Quantiles R2 RootMean Sum TopK TorchmetricsInputs TorchmetricsState",
+    ("fnrun.observers.media", "fnrun.observers"): "Histogram Image Text",
 }
+#: The structs of formats 1 and 2 by the names of format 3. Whoever renames one later says so where it is declared (`formerly=`).
+STRUCTS = {f"{module}:{name}": f"{package}.{name}" for (module, package), names in _STRUCTS.items() for name in names.split()}
 
 #: `epoch_loop /a/train #2`: the kind, the path, and the number of the loop in its call where it is not the first.
 _LOOP = re.compile(r"(?P<kind>\S*)( /?(?P<path>.*?))?( #(?P<nth>[2-9]|[1-9]\d+))?", re.DOTALL)
 
 
 def migrate(raw: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of an earlier format, as JSON, in the words of this one."""
+    """A manifest of an earlier format, as JSON, migrated to this one."""
     if raw["format"] == 1:  # one monitored metric at most; and orbax's OCDBT, which tells its arrays apart from ours by itself
         monitor = raw.pop("monitor", None)
         raw = {**raw, "format": 2, "monitors": {} if monitor is None else {monitor: raw.get("mode", "min")}}
     if raw["format"] == 2:
         raw = _in_pieces(raw)
-        structure, leaves = _in_words_of_3(raw["structure"], raw["leaves"])
+        structure, leaves = _renamed(raw["structure"], raw["leaves"])
         raw = {**raw, "format": 3, "structure": structure, "leaves": leaves}
     return raw
 
@@ -84,8 +63,8 @@ def _in_pieces(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "leaves": leaves, "files": files}
 
 
-def _in_words_of_3(structure: Any, leaves: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
-    """Structs by their names of today, and frames with fields. Leaves are numbered in the order of the structure."""
+def _renamed(structure: Any, leaves: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+    """Structs under their names of today, and frames with fields. Leaves are numbered in the order of the structure."""
     made: list[dict[str, Any]] = []
     number: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the manifest, and how Python's scalars are written in JSON so that they come back bit for bit."""
+"""The manifest of a checkpoint, and how Python's scalars are written in JSON so that they come back bit for bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class CheckpointError(Exception):
 
 
 class DamagedError(CheckpointError):
-    """What is on disk is not what was saved; `leaves` are the paths of those that are lost, where that is known. The checkpoint before it may be whole."""
+    """What is on disk is not what was saved. The checkpoint before it may be whole.
+
+    `leaves` are the paths of those that are lost, where that is known.
+    """
 
     def __init__(self, text: str, leaves: Sequence[str] = ()) -> None:
         super().__init__(text)
@@ -48,9 +51,12 @@ class DamagedError(CheckpointError):
 
 
 class Piece(msgspec.Struct, omit_defaults=True):
-    """A part of a leaf: where it begins along each axis and its shape, where its bytes lie, in the order of C, and their digest.
+    """A part of a leaf, whose bytes lie in the order of C.
 
-    Without `start` and `shape` it is the whole leaf. `file` is relative to the checkpoint, `digest` is an algorithm, a colon, and 64 hex digits.
+    - `file`: relative to the checkpoint.
+    - `digest`: an algorithm, a colon, and 64 hex digits.
+    - `offset=0`: where its bytes begin in the file.
+    - `start=None`, `shape=None`: where it begins along each axis, and its shape; without them it is the whole leaf.
     """
 
     file: str
@@ -61,7 +67,10 @@ class Piece(msgspec.Struct, omit_defaults=True):
 
 
 class Leaf(msgspec.Struct, omit_defaults=True):
-    """One leaf: a scalar with its value, or a tensor or an array with the pieces that it is stored in; several that are one share those of the first."""
+    """One leaf: a scalar with its value, or a tensor or an array with the pieces that it is stored in.
+
+    Of several leaves that are one tensor the first has the pieces; the others name it in `shares`.
+    """
 
     path: str
     kind: str
@@ -92,16 +101,16 @@ class Leaf(msgspec.Struct, omit_defaults=True):
         return math.prod(self.shape if piece.shape is None else piece.shape) * self.itemsize
 
     def origin(self, number: int) -> int:
-        """The leaf that holds the bytes of this one, which is the leaf of that number: itself, or the first of several that are one tensor."""
+        """The number of the leaf that has the bytes of this one: its own `number`, or that of the first of several that are one tensor."""
         return number if self.shares is None else self.shares
 
     def spec(self) -> str:
-        """What a leaf of the same kind must have in common with it, in words."""
+        """Kind, dtype and shape: two leaves that match have the same."""
         return f"{self.kind} {self.dtype} {tuple(self.shape)}" if self.stored else self.kind
 
 
 class Node(msgspec.Struct, omit_defaults=True):
-    """One container: its kind, the keys of its children (those of a sequence go without saying) and the children, leaves by number."""
+    """One container: its kind, its children (a leaf is a number), and their keys, except those of a sequence."""
 
     kind: str
     children: list[Node | int]
@@ -168,15 +177,16 @@ class Manifest(msgspec.Struct, kw_only=True):
             if leaf.strides is not None and not dense(leaf.shape, leaf.strides):
                 raise ValueError(f"{leaf.path} has strides with gaps or overlaps")
         _check_places(self.leaves)
+        holding = {piece.file for leaf in self.leaves for piece in leaf.pieces}
         for name, file in self.files.items():
-            if file.digest and _DIGEST.fullmatch(file.digest) is None:
+            if _DIGEST.fullmatch(file.digest) is None and not (name in holding and file.digest == ""):
                 raise ValueError(f"the digest of {name} is {file.digest!r}")
         for value in self.metrics.values():
             float(value)
 
 
 class Judgement(msgspec.Struct, kw_only=True):
-    """What a manifest says by which checkpoints are judged: the rest of it, all leaves, is not looked at."""
+    """The part of a manifest by which checkpoints are judged; its leaves are not parsed."""
 
     format: int
     step: int
@@ -287,7 +297,7 @@ def encode_constant(value: Any) -> Any:
 
 
 def constant(value: Any) -> Any:
-    """What `encode_constant` made `value` of."""
+    """The inverse of `encode_constant`."""
     if not isinstance(value, dict):
         return value
     ((kind, data),) = value.items()
@@ -317,7 +327,7 @@ def encode_config(value: Any) -> Any:
 
 
 def config(value: Any) -> Any:
-    """What `encode_config` made `value` of, in plain containers."""
+    """The inverse of `encode_config`, in plain containers."""
     if isinstance(value, list):
         return [config(item) for item in value]
     if isinstance(value, dict):
@@ -331,7 +341,7 @@ def utf8(text: str) -> str:
 
 
 def text(path: tuple[Any, ...]) -> str:
-    """A path in words."""
+    """A path as text."""
     return utf8(tree.join(path))
 
 

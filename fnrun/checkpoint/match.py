@@ -29,10 +29,10 @@ ABSENT = _Absent()
 
 
 def selector(patterns: Sequence[str] | None, known: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a path is among `patterns`: `*` stands for anything within one entry, `**` for any number of entries; `!` before one takes out.
+    """A predicate of paths: whether `patterns` select one.
 
-    Patterns that begin with `!` leave out what the others select, or where there are no others, of everything.
-    Raises CheckpointError for a pattern that matches none of the `known` paths, or only such as have others below them, and for no patterns.
+    `*` matches anything within one entry, `**` any number of entries. A pattern that begins with `!` excludes; where all do, they exclude
+    from everything. Raises CheckpointError for no patterns, and for one that matches none of the `known` paths, or only containers.
 
     >>> wanted = selector(["params/**", "!params/head.*"], ["params", "params/0.weight", "params/head.weight"])
     >>> wanted("params/0.weight"), wanted("params/head.weight"), wanted("buffers/0.mean")
@@ -76,21 +76,19 @@ def _entry(glob: str) -> re.Pattern[str]:
     return re.compile("".join(parts), re.DOTALL)
 
 
-def paths(structure: Node | int, path: tuple[Any, ...] = ()) -> Iterator[str]:
-    """The paths of all containers and leaves."""
+def children(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, Any]]:
+    """The children by key of a container, saved or fresh; none of a leaf."""
+    if isinstance(value, Node):
+        return value.items()
+    node = container(value, path)
+    return node.items if node else []
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[str]:
+    """The paths of all containers and leaves of a structure or of a state."""
     yield text(path)
-    if isinstance(structure, Node):
-        for key, child in structure.items():
-            yield from paths(child, (*path, key))
-
-
-def _paths_of(like: Any, path: tuple[Any, ...] = ()) -> Iterator[str]:
-    """The paths of all containers and leaves of a fresh state: what is not in the checkpoint can be left alone by its name too."""
-    if like is not ABSENT:
-        yield text(path)
-        node = container(like, path)
-        for key, child in node.items if node else ():
-            yield from _paths_of(child, (*path, key))
+    for key, child in children(value, path):
+        yield from paths(child, (*path, key))
 
 
 # --- other names -------------------------------------------------------------------------------------------------------
@@ -99,23 +97,23 @@ Rename = Mapping[str, str] | Callable[[str], str]
 
 
 def renamed(structure: Node | int, leaves: list[Leaf], rename: Rename) -> tuple[Node | int, list[Leaf]]:
-    """The same leaves under other paths; they, and the places they go to, must be entries of dictionaries.
+    """Structure and leaves under other paths. A leaf can be renamed from an entry of a dictionary to an entry of a dictionary.
 
-    `rename` is a function of a leaf's path, or regular expressions and what to put for them (`re.sub`), one after the other.
+    `rename` is a function of a leaf's path, or regular expressions with their replacements (`re.sub`), one after the other.
     Raises CheckpointError where it changes nothing, two leaves would get one path, or a path leads nowhere.
     """
     new = renaming(rename)
-    paths = [new(leaf.path) for leaf in leaves]
-    moved = {number: path for number, path in enumerate(paths) if path != leaves[number].path}
+    new_paths = [new(leaf.path) for leaf in leaves]
+    moved = {number: path for number, path in enumerate(new_paths) if path != leaves[number].path}
     if not moved:
         raise CheckpointError(f"rename: it changes no path that was saved; saved: {shortened([leaf.path for leaf in leaves])}")
     taken: dict[str, str] = {}
-    for leaf, path in zip(leaves, paths, strict=True):
+    for leaf, path in zip(leaves, new_paths, strict=True):
         if path in taken:
             raise CheckpointError(f"rename: {taken[path]} and {leaf.path} would both be {path}")
         taken[path] = leaf.path
     found: dict[str, Node] = {}
-    root = _retold(structure, "", moved, found)
+    root = _with_new_keys(structure, "", moved, found)
     for number, path in moved.items():
         parent, _, key = path.rpartition("/")
         if parent not in found:
@@ -125,7 +123,7 @@ def renamed(structure: Node | int, leaves: list[Leaf], rename: Rename) -> tuple[
         if leaves[number].path.rpartition("/")[0] != parent:
             found[parent].keys.append(_key(key))
             found[parent].children.append(number)
-    return root, [msgspec.structs.replace(leaf, path=path) for leaf, path in zip(leaves, paths, strict=True)]
+    return root, [msgspec.structs.replace(leaf, path=path) for leaf, path in zip(leaves, new_paths, strict=True)]
 
 
 def renaming(rename: Rename) -> Callable[[str], str]:
@@ -139,17 +137,20 @@ def _substitute(patterns: Mapping[re.Pattern[str], str], path: str) -> str:
     return path
 
 
-def _retold(structure: Node | int, path: str, moved: Mapping[int, str], found: dict[str, Node]) -> Any:
-    """A copy in which leaves that stay in their dictionary have their new key, and those that leave it are gone; `found` is all dictionaries by path."""
+def _with_new_keys(structure: Node | int, path: str, moved: Mapping[int, str], found: dict[str, Node]) -> Any:
+    """A copy in which leaves that stay in their dictionary have their new key, and those that leave it are gone.
+
+    `found` takes each dictionary of the copy by its path.
+    """
     if isinstance(structure, int):
         return structure
     places = {key: f"{path}/{text((key,))}" if path else text((key,)) for key, _ in structure.items()}
-    children = [_retold(child, places[key], moved, found) for key, child in structure.items()]
-    node = msgspec.structs.replace(structure, children=children)
+    copies = [_with_new_keys(child, places[key], moved, found) for key, child in structure.items()]
+    node = msgspec.structs.replace(structure, children=copies)
     if structure.kind in DICTS:
         kept = [
             (_key(moved[child].rpartition("/")[2]) if isinstance(child, int) and child in moved else key, child)
-            for key, child in zip(structure.keys, children, strict=True)
+            for key, child in zip(structure.keys, copies, strict=True)
             if not isinstance(child, int) or moved.get(child, path + "/").rpartition("/")[0] == path
         ]
         node.keys, node.children = [key for key, _ in kept], [child for _, child in kept]
@@ -173,10 +174,10 @@ class Mismatch(NamedTuple):
 
 
 class Matcher:
-    """What to restore, given what was saved, what a fresh state looks like (or ABSENT) and which leaves are wanted.
+    """What to restore of what was saved, given a fresh state (or ABSENT) and patterns of the wanted leaves.
 
-    Floating-point tensors may have the dtype `cast` in `like`, whatever they had when they were saved. Unless it is `strict`, what is missing or
-    unexpected is noted in `apart` and not wrong, as long as there is something to restore.
+    Floating-point tensors may have the dtype `cast` in `like`, whatever their saved dtype is. Without `strict`, what is missing or
+    unexpected is a line of `apart` and no error, as long as there is something to restore.
     """
 
     def __init__(
@@ -200,7 +201,7 @@ class Matcher:
     def plan(self, like: Any, where: str) -> Any:
         """A tree of Branch, Pick and Keep. Raises CheckpointError with a table of what does not match; `where` says what was saved."""
         try:
-            self.wanted = selector(self.patterns, [] if self.all else [*paths(self.structure), *_paths_of(like)])
+            self.wanted = selector(self.patterns, [] if self.all else [*paths(self.structure), *paths(like)])
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from None
         self.growing, self.numbered = _growing(like), {}
@@ -214,52 +215,54 @@ class Matcher:
     def match(self, saved: Any, like: Any, path: tuple[Any, ...] = ()) -> Any:
         """A tree of Branch, Pick and Keep; what does not match is added to `wrong`."""
         if saved is ABSENT:
-            self._only_in(like, path)
+            self._only_in_one(like, path, missing=True)
             return Keep(like)
-        if not self.all and not self._any(saved, path) and (like is ABSENT or not self._any_of(like, path)):
+        if not self.all and not self._any(saved, path) and not self._any(like, path):
             return Keep(None if like is ABSENT else like)
-        free = path[:1] != () and path[0] in FREE
-        if like is not ABSENT and self._rebuilt(saved, like, path, free):
+        if like is not ABSENT and self._rebuilt(saved, like, path):
             like = ABSENT
         node = None if like is ABSENT else container(like, path)
         if isinstance(saved, int):
-            return self._leaf(saved, like, node, path, free)
+            return self._leaf(saved, like, node, path)
         if node is not None and path == () and node.kind != saved.kind and node.kind[:7] == saved.kind[:7] == "struct ":
             self.renamed.append(f"saved as a {saved.kind[7:]}, restored as a {node.kind[7:]}")
         elif like is not ABSENT and (node is None or node.kind != saved.kind):
             self.wrong.append(Mismatch(text(path), self._words(saved), _words(like)))
             return Keep(like)
-        if node is not None and not free and msgspec.json.encode(node.static) != msgspec.json.encode(saved.static):
+        if node is not None and not _is_free(path) and msgspec.json.encode(node.static) != msgspec.json.encode(saved.static):
             self.wrong.append(Mismatch(text(path), _statics(saved.static), _statics(node.static)))
         cls = None if like is ABSENT else type(like)
         fit = None if self.strict or not hasattr(cls, "numbered") else self._fit(saved, like, path)
-        return self._branch(saved, node, path, free, cls)._replace(fit=fit)
+        return self._branch(saved, node, path, cls)._replace(fit=fit)
 
     def _fit(self, saved: Node, like: Any, path: tuple[Any, ...]) -> tuple[Any, list[int | None]] | None:
-        """A fresh part of an optimizer state in which leaves are known by number, and which of those saved each of them was; None where they are the same."""
+        """For a part of an optimizer state in which leaves are known by number: the fresh one, and the saved number of each leaf.
+
+        None where the numbers are the same.
+        """
         inside = dict(saved.items())
         if not all(field in inside and self._any(inside[field], (*path, field)) for field in like.numbered):
             return None
-        before, after = _names(saved, like.named, _seen), _names(like, like.named, _seen_now)
+        before, after = _names(saved, like.named), _names(like, like.named)
         if before == after != []:
             return None
         for field in like.numbered:
             self.numbered[text((*path, field))] = len(before), len(after)
         return like, [before.index(name) if name in before else None for name in after]
 
-    def _rebuilt(self, saved: Any, like: Any, path: tuple[Any, ...], free: bool) -> bool:
-        """Whether this place is the manifest's alone: by its field, or because `like` is empty there."""
+    def _rebuilt(self, saved: Any, like: Any, path: tuple[Any, ...]) -> bool:
+        """Whether `like` does not count here: by its field, or because it is empty."""
         node = container(like, path)
         kind = node.kind if node else leaf_of(like, path).kind
         same = kind == (self.leaves[saved].kind if isinstance(saved, int) else saved.kind)
         empty = like is None or (node is not None and not node.items)
-        return (free or (empty and path[:1] != () and path[0] not in EXACT)) and not same
+        return not same and (_is_free(path) or (empty and not _is_exact(path)))
 
-    def _leaf(self, number: int, like: Any, node: Container | None, path: tuple[Any, ...], free: bool) -> Any:
+    def _leaf(self, number: int, like: Any, node: Container | None, path: tuple[Any, ...]) -> Any:
         saved = self.leaves[number]
         if like is ABSENT:
             return Pick(number)
-        if node is not None or (not free and not self._fits(leaf_of(like, path), saved)):
+        if node is not None or (not _is_free(path) and not self._fits(leaf_of(like, path), saved)):
             self.wrong.append(Mismatch(saved.path, saved.spec(), _words(like)))
             return Keep(like)
         if not self.wanted(saved.path):
@@ -277,56 +280,51 @@ class Matcher:
             castable(saved) and like.kind == "tensor" and like.shape == saved.shape and TORCH_DTYPES[like.dtype] == self.cast
         )
 
-    def _branch(self, saved: Node, node: Container | None, path: tuple[Any, ...], free: bool, cls: type | None) -> Branch:
+    def _branch(self, saved: Node, node: Container | None, path: tuple[Any, ...], cls: type | None) -> Branch:
+        free = _is_free(path)
         ours = {_typed(key): (key, child) for key, child in saved.items()}
         theirs = {_typed(key): (key, child) for key, child in node.items} if node else {}
-        rebuilt = node is None or free or (not node.items and path[:1] != () and path[0] not in EXACT)
-        children, keys = [], []
+        rebuilt = node is None or free or (not node.items and not _is_exact(path))
+        keys, plans = [], []
         for typed, (key, child) in ours.items():
             if typed not in theirs and not rebuilt:
-                self._only_saved(child, (*path, key))
+                self._only_in_one(child, (*path, key), missing=False)
                 continue
             keys.append(key)
-            children.append(self.match(child, theirs.get(typed, (key, ABSENT))[1], (*path, key)))
+            plans.append(self.match(child, theirs.get(typed, (key, ABSENT))[1], (*path, key)))
         for typed, (key, child) in theirs.items():
             if typed not in ours and not (free and (self.all or saved.kind not in DICTS)):
                 keys.append(key)
-                children.append(self.match(ABSENT, child, (*path, key)))
-        return Branch(saved.kind, keys, saved.static, children, cls)
+                plans.append(self.match(ABSENT, child, (*path, key)))
+        return Branch(saved.kind, keys, saved.static, plans, cls)
 
-    def _any(self, saved: Any, path: tuple[Any, ...]) -> bool:
-        return self.wanted(text(path)) or (isinstance(saved, Node) and any(self._any(child, (*path, key)) for key, child in saved.items()))
+    def _any(self, value: Any, path: tuple[Any, ...]) -> bool:
+        """Whether a path here or below is selected."""
+        return value is not ABSENT and any(map(self.wanted, paths(value, path)))
 
-    def _any_of(self, like: Any, path: tuple[Any, ...]) -> bool:
-        node = container(like, path)
-        return self.wanted(text(path)) or (node is not None and any(self._any_of(child, (*path, key)) for key, child in node.items))
-
-    def _only_in(self, like: Any, path: tuple[Any, ...]) -> None:
-        node = container(like, path)
-        if (node is None or not node.items) and self.wanted(text(path)):
-            self.apart.append(Mismatch(text(path), "(missing)", _words(like)))
-        for key, child in node.items if node else ():
-            self._only_in(child, (*path, key))
-
-    def _only_saved(self, saved: Any, path: tuple[Any, ...]) -> None:
-        if isinstance(saved, int) or not saved.children:
-            if self.wanted(text(path)):
-                self.apart.append(Mismatch(text(path), self._words(saved), "(unexpected)"))
-            return
-        for key, child in saved.items():
-            self._only_saved(child, (*path, key))
+    def _only_in_one(self, value: Any, path: tuple[Any, ...], *, missing: bool) -> None:
+        """Note the leaves of what is in `like` alone (missing), or in the checkpoint alone."""
+        found = children(value, path)
+        if not found and self.wanted(text(path)):
+            row = ("(missing)", _words(value)) if missing else (self._words(value), "(unexpected)")
+            self.apart.append(Mismatch(text(path), *row))
+        for key, child in found:
+            self._only_in_one(child, (*path, key), missing=missing)
 
     def _words(self, saved: Any) -> str:
         return self.leaves[saved].spec() if isinstance(saved, int) else f"{saved.kind} of {len(saved.children)}"
 
     def left(self) -> list[str]:
-        """What was left out without an error, in words."""
+        """Warnings: what was left out without an error."""
         what = {"(missing)": "not in the checkpoint, left as they are", "(unexpected)": "in the checkpoint and left out"}
         names = {of: [row.path for row in self.apart if of in row] for of in what} if self.apart is not self.wrong else {}
         return self.renamed + [f"{what[of]}: {shortened(found)}" for of, found in names.items() if found]
 
     def table(self, rows: int = 30) -> str:
-        """What does not match, a line each, with near names for what is missing; of very many some of each sort, missing, unexpected and differing."""
+        """What does not match, a line each, with near names for what is missing.
+
+        Of more than `rows` lines these are some that are missing, some that are unexpected and some that differ.
+        """
         unexpected = [row.path for row in self.wrong if row.expected == "(unexpected)"]
         sorts: dict[Any, list[Mismatch]] = {}
         for row in self.wrong:
@@ -347,35 +345,35 @@ class Matcher:
         return "\n".join(shown)
 
 
-def _names(value: Any, within: Sequence[str], seen: Callable[[Any], tuple[str, list[tuple[Any, Any]]] | None]) -> list[Any]:
-    """The paths of the leaves that lie `within`, in the order in which optimizers number them. `seen` gives kind and children of a container."""
+def _is_free(path: tuple[Any, ...]) -> bool:
+    return path != () and path[0] in FREE
+
+
+def _is_exact(path: tuple[Any, ...]) -> bool:
+    return path == () or path[0] in EXACT
+
+
+def _names(value: Any, within: Sequence[str]) -> list[Any]:
+    """The paths of the leaves that lie `within`, in the order in which optimizers number them."""
     for entry in within:
-        children = (seen(value) or ("", []))[1]
-        value = next((child for key, child in children if entry in ("*", key)), ())
+        value = next((child for key, child in children(value) if entry in ("*", key)), ())
 
     def walk(value: Any, path: tuple[Any, ...]) -> Iterator[Any]:
-        if (node := seen(value)) is None:
+        node = value if isinstance(value, Node) else container(value, path)
+        if node is None:
             yield path
-        else:
-            kind, children = node
-            for key, child in sorted(children, key=lambda item: _typed(item[0])) if kind in ("dict", "defaultdict") else children:
-                yield from walk(child, (*path, key))
+            return
+        found = children(value)
+        for key, child in sorted(found, key=lambda item: _typed(item[0])) if node.kind in ("dict", "defaultdict") else found:
+            yield from walk(child, (*path, key))
 
     return list(walk(value, ()))
 
 
-def _seen(saved: Any) -> Any:
-    return (saved.kind, saved.items()) if isinstance(saved, Node) else None if isinstance(saved, int) else ("", [])
-
-
-def _seen_now(value: Any) -> Any:
-    return None if (node := container(value, ())) is None else (node.kind, node.items)
-
-
 def _growing(like: Any) -> tuple[str, ...]:
-    """Beginnings of the paths of buffers that take their shape from the data: those of a module in which a fresh one is empty, or of its child.
+    """Prefixes of the paths of buffers that take their shape from the data: those of a module in which a fresh buffer is empty.
 
-    So are those of torch's observers and fake quantizations: the least value of each channel is `[]` before a batch was seen, its scale `[1.]`.
+    Such are torch's observers and fake quantizations: the minimum of each channel is `[]` before a batch was seen, its scale `[1.]`.
     """
     found: set[str] = set()
     buffers = getattr(like, "buffers", None) if not isinstance(like, Mapping) else like.get("buffers")
@@ -409,9 +407,9 @@ def _words(like: Any) -> str:
 
 
 def _statics(static: list[Any]) -> str:
-    """What of a container is no child: the static fields of a struct; the factory of a defaultdict, the room of a deque."""
-    told = [f"{item[0]}={tree.words(constant(item[1]))}" if isinstance(item, list) else repr(item) for item in static]
-    return f"static {', '.join(told)}" if told else "no static fields"
+    """The static fields of a struct, the factory of a defaultdict or the maximum length of a deque, for the table."""
+    fields = [f"{item[0]}={tree.words(constant(item[1]))}" if isinstance(item, list) else repr(item) for item in static]
+    return f"static {', '.join(fields)}" if fields else "no static fields"
 
 
 def _typed(key: Any) -> tuple[str, Any]:

@@ -1,8 +1,7 @@
-"""What makes `arrays/` a checkpoint of orbax's, and format 1, whose arrays orbax alone reads.
+"""The files that make `arrays/` a checkpoint of orbax, and format 1, whose arrays orbax alone reads.
 
-fnrun writes and reads orbax's plain arrays itself (zarr v2, not compressed, each one chunk): numbered arrays in a dictionary, which is
-all that orbax needs to know. orbax sees only numbers: names with dots, empty arrays, kinds of containers and odd dtypes, all of which it
-loses or mixes up, stand in the manifest.
+fnrun writes and reads orbax's plain arrays itself (zarr v2, not compressed, each one chunk): to orbax they are a dictionary of numbered
+arrays. Names with dots, empty arrays, kinds of containers and odd dtypes, which orbax loses or mixes up, are in the manifest alone.
 """
 
 from __future__ import annotations
@@ -109,9 +108,9 @@ def load(path: Path, numbers: Iterable[int], size: int) -> dict[int, np.ndarray]
 def imported() -> Any:
     """`orbax.checkpoint.v1`, imported where it is used because it brings JAX.
 
-    JAX is kept to the CPU where nobody else has imported it: left alone it reserves most of a GPU's memory for itself. It warns at each
-    fork, because a child that calls it may hang; a forked data worker never does. absl, through which orbax logs, calls `logging.basicConfig()`
-    where a program has not. NumPy's generator, which JAX draws from meanwhile, is put back.
+    JAX stays on the CPU where nobody else has imported it: by default it reserves most of a GPU's memory. It warns at each fork, because a
+    child that calls it may hang; a forked data worker never calls it. absl, through which orbax logs, calls `logging.basicConfig()` where a
+    program has not. JAX draws from NumPy's generator meanwhile, which is put back.
     """
     from absl import logging as absl
 

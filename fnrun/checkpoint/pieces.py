@@ -1,9 +1,8 @@
-"""The bytes of pieces: their digests, and which elements of a leaf they are."""
+"""The bytes of pieces: their digests, and their place in a leaf."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,12 +19,12 @@ BLOCK = 2**20
 
 
 def hasher(digest: str = "blake3:") -> Any:
-    """What makes a digest of the same algorithm."""
+    """A hash object of the algorithm of `digest`."""
     return ALGORITHMS[digest.partition(":")[0]]()
 
 
 def digest(data: Any, like: str = "blake3:") -> str:
-    """The digest of contiguous bytes, of the same algorithm as another one.
+    """The digest of contiguous bytes, by the algorithm of the digest `like`.
 
     >>> digest(b"")
     'blake3:af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262'
@@ -36,7 +35,7 @@ def digest(data: Any, like: str = "blake3:") -> str:
 
 
 def part(leaf: Leaf, piece: Piece, data: np.ndarray) -> np.ndarray:
-    """The bytes of a piece among those of its leaf, which are flat: a view of them, flat too where they are contiguous."""
+    """A view of the bytes of a piece in the flat bytes of its leaf; flat too where they are contiguous."""
     if piece.start is None or piece.shape is None:
         return data
     box = tuple(slice(begin, begin + length) for begin, length in zip(piece.start, piece.shape, strict=True))
@@ -49,23 +48,10 @@ def holds(leaf: Leaf, data: np.ndarray) -> bool:
     return all(digest(np.ascontiguousarray(part(leaf, piece, data)), piece.digest) == piece.digest for piece in leaf.pieces)
 
 
-def each(function: Callable[[Any], Any], items: Iterable[Any], threads: int = 2) -> list[Any]:
-    """`function` of each item, on several threads: hashing, reading and writing hold no lock.
+def each(function: Callable[[Any], Any], items: Iterable[Any], threads: int = 2) -> None:
+    """Call `function` with each item, on several threads: hashing, reading and writing release the GIL. Raises the first item's error.
 
-    Two by default, beside a training that wants the processor too.
+    Two threads by default, beside a training that needs the processor too.
     """
-    items = list(items)
-    results: list[Any] = [None] * len(items)
-    left = deque(enumerate(items))
-
-    def work(_: int) -> None:
-        while True:
-            try:
-                number, item = left.popleft()
-            except IndexError:
-                return
-            results[number] = function(item)
-
     with ThreadPoolExecutor(threads, "fnrun-checkpoint") as pool:
-        list(pool.map(work, range(min(threads, len(items)))))
-    return results
+        list(pool.map(function, items))

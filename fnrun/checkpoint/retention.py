@@ -1,4 +1,4 @@
-"""Which checkpoint is which: the one that is asked for, the best, and those that may go. Pure functions of names and manifests."""
+"""Which checkpoint is the best, and which may go. Pure functions of names and manifests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from fnrun.checkpoint.manifest import CheckpointError, Judgement, Manifest, Mode
 from fnrun.core.checkpoint_name import Entry
 from fnrun.core.counts import count
 
-#: What names a checkpoint: its step (the newest of several), itself, "best" by the metric monitored first, "best:METRIC", or None for the newest.
+#: What names a checkpoint: its step (the newest of several), "best" by the metric monitored first, "best:METRIC", an Entry, or None for the
+#: newest.
 Which = int | str | Entry | None
 
 
@@ -45,9 +46,9 @@ def judges(manifests: Mapping[Entry, Judgement | Manifest]) -> dict[str, Mode]:
 
 
 def best(manifests: Mapping[Entry, Judgement | Manifest], metric: str | None = None) -> Entry | None:
-    """The checkpoint with the best value of `metric`, or of the first of the `judges`; the first of equals, None where there is no finite value.
+    """The checkpoint with the best value of `metric`, or of the first of the `judges`; None where there is no finite value.
 
-    Of several at one step and tick it is the last.
+    Of equals it is the first; of several at one step and tick, the last.
     """
     known = judges(manifests)
     metric = metric or next(iter(known), None)
@@ -60,9 +61,9 @@ def best(manifests: Mapping[Entry, Judgement | Manifest], metric: str | None = N
 def superfluous(
     entries: list[Entry], manifests: Mapping[Entry, Judgement | Manifest], keep: int, keep_every: int | None = None
 ) -> list[Entry]:
-    """All but the `keep` newest, the best by each metric and the first at or after each multiple of `keep_every` steps; `entries` are in order.
+    """All of the sorted `entries` but the `keep` newest, the best by each metric and the first at or after each k-th step (`keep_every=k`).
 
-    Those without a manifest stay: they may be the best. What was overtaken at its own step and tick counts as old.
+    Those without a manifest stay: they may be the best. One that was overtaken at its step and tick counts as old.
     """
     newest = list({entry[:2]: entry for entry in entries}.values())
     kept = {*newest[-keep:], *(best(manifests, metric) for metric in judges(manifests))}

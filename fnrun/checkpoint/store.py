@@ -14,7 +14,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,12 +108,22 @@ def _elsewhere(directory: Path) -> str:
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-class _Part(NamedTuple):
-    """A piece to be read, and where its bytes go; None where only its digest matters."""
+class _Span(NamedTuple):
+    """Bytes of a file with their digest, and the memory that they are read into; None where only the digest matters."""
 
-    leaf: Leaf
-    piece: Piece
+    file: str
+    offset: int
+    size: int
+    digest: str
     into: np.ndarray | None = None
+
+
+def _file(manifest: Manifest, name: str) -> _Span:
+    return _Span(name, 0, manifest.files[name].size, manifest.files[name].digest)
+
+
+def _piece(leaf: Leaf, piece: Piece, into: np.ndarray | None = None) -> _Span:
+    return _Span(piece.file, piece.offset, leaf.size(piece), piece.digest, into)
 
 
 def read_checked(directory: Path) -> Manifest:
@@ -147,15 +157,15 @@ def _content(manifest: Manifest) -> Any:
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
-    """Compare every file with its digest, or those of the pieces in it. Raises DamagedError, naming the first that differs and the leaves that are lost."""
+    """Compare every file with its digest, or with those of the pieces in it.
+
+    Raises DamagedError, naming the first file that differs and the leaves that are lost.
+    """
+    _check_sizes(directory, manifest, sorted(manifest.files))
     whole = {name for name, file in manifest.files.items() if file.digest}
-    _check_whole(directory, manifest, whole)
-    _check_sizes(directory, manifest, manifest.files.keys() - whole)
-    _read(directory, manifest, [part for part in _parts(manifest.leaves) if part.piece.file in manifest.files.keys() - whole])
-
-
-def _parts(leaves: Iterable[Leaf]) -> list[_Part]:
-    return [_Part(leaf, piece) for leaf in leaves for piece in leaf.pieces]
+    in_pieces = manifest.files.keys() - whole
+    spans = [_piece(leaf, piece) for leaf in manifest.leaves for piece in leaf.pieces if piece.file in in_pieces]
+    _read(directory, manifest, [*(_file(manifest, name) for name in whole), *spans])
 
 
 def _check_sizes(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:
@@ -172,63 +182,48 @@ def _check_sizes(directory: Path, manifest: Manifest, names: Iterable[str]) -> N
             raise _damaged(directory, manifest, name, f"has {size} bytes, {manifest.files[name].size} were written")
 
 
-def _check_whole(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compare files with their own digests."""
-    names = sorted(names)
-    _check_sizes(directory, manifest, names)
+def _read(directory: Path, manifest: Manifest, spans: Iterable[_Span]) -> None:
+    """Read these bytes, each hashed once on its way.
 
-    def check(name: str) -> None:
-        expected = manifest.files[name].digest
-        try:
-            with open(directory / name, "rb", buffering=0) as file:
-                if not _same(file, manifest.files[name].size, expected):
-                    raise _damaged(directory, manifest, name, _differs(expected))
-        except OSError as error:
-            raise DamagedError(f"{directory / name} cannot be read: {error}; {_elsewhere(directory)}") from error
-
-    pieces.each(check, names, READERS)
-
-
-def _read(directory: Path, manifest: Manifest, parts: list[_Part]) -> None:
-    """Read these pieces to where they go, each byte hashed on its way. Raises DamagedError, naming the first file that differs and what is lost."""
-    by_file: dict[str, list[_Part]] = {}
-    for part in sorted(parts, key=lambda part: (part.piece.file, part.piece.offset)):
-        by_file.setdefault(part.piece.file, []).append(part)
+    Raises DamagedError, naming the first file that differs and the leaves that are lost.
+    """
+    by_file: dict[str, list[_Span]] = {}
+    for span in sorted(spans, key=lambda span: (span.file, span.offset)):
+        by_file.setdefault(span.file, []).append(span)
 
     def read(name: str) -> None:
         try:
             with open(directory / name, "rb", buffering=0) as file:
-                for leaf, piece, into in by_file[name]:
-                    file.seek(piece.offset)
-                    if not _same(file, leaf.size(piece), piece.digest, into):
-                        raise _damaged(directory, manifest, name, _differs(piece.digest))
+                for span in by_file[name]:
+                    if not _same(file, span):
+                        algorithm = span.digest.partition(":")[0]
+                        raise _damaged(directory, manifest, name, f"is damaged: its {algorithm} is not the one that was written")
         except OSError as error:
-            raise DamagedError(f"{directory / name} cannot be read: {error}; {_elsewhere(directory)}", _in(manifest, name)) from error
+            raise DamagedError(
+                f"{directory / name} cannot be read: {error}; {_elsewhere(directory)}", _leaves_in(manifest, name)
+            ) from error
 
     pieces.each(read, by_file, READERS)
 
 
-def _same(file: io.FileIO, size: int, digest: str, into: np.ndarray | None = None) -> bool:
-    """Whether the next `size` bytes of a file have that digest; they are put there, where it is asked for."""
-    if into is not None and not into.flags.c_contiguous:
-        data = np.empty(into.shape, np.uint8)
-        same = _same(file, size, digest, data)
-        into[...] = data
+def _same(file: io.FileIO, span: _Span) -> bool:
+    """Whether these bytes of a file have their digest; they are put where they go."""
+    if span.into is not None and not span.into.flags.c_contiguous:
+        data = np.empty(span.into.shape, np.uint8)
+        same = _same(file, span._replace(into=data))
+        span.into[...] = data
         return same
-    found = pieces.hasher(digest)
-    scratch = memoryview(bytearray(min(size, pieces.BLOCK))) if into is None else into.reshape(-1).data
-    for at in range(0, size, pieces.BLOCK):
-        length = min(pieces.BLOCK, size - at)
-        block = scratch[:length] if into is None else scratch[at : at + length]
+    file.seek(span.offset)
+    found = pieces.hasher(span.digest)
+    scratch = memoryview(bytearray(min(span.size, pieces.BLOCK))) if span.into is None else span.into.reshape(-1).data
+    for at in range(0, span.size, pieces.BLOCK):
+        length = min(pieces.BLOCK, span.size - at)
+        block = scratch[:length] if span.into is None else scratch[at : at + length]
         filled = 0
         while filled < length and (more := file.readinto(block[filled:])):
             filled += more
         found.update(block[:filled])
-    return found.hexdigest() == digest.partition(":")[2]
-
-
-def _differs(digest: str) -> str:
-    return f"is damaged: its {digest.partition(':')[0]} is not the one that was written"
+    return found.hexdigest() == span.digest.partition(":")[2]
 
 
 def _damaged(directory: Path, manifest: Manifest, name: str, wrong: str) -> DamagedError:
@@ -239,24 +234,16 @@ def _damaged(directory: Path, manifest: Manifest, name: str, wrong: str) -> Dama
 
 
 def _lost(directory: Path, manifest: Manifest, name: str) -> list[str]:
-    """The leaves that a damaged file takes with it: all of them, or where it has its length those whose bytes are not theirs."""
-    try:
-        with open(directory / name, "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != manifest.files[name].size:
-                return _in(manifest, name)
-            lost = {}
-            for leaf, piece, _ in _parts(manifest.leaves):
-                if piece.file == name:
-                    file.seek(piece.offset)
-                    if not _same(file, leaf.size(piece), piece.digest):
-                        lost[leaf.path] = None
-            return list(lost)
-    except OSError:
-        return _in(manifest, name)
+    """The leaves that a damaged file takes with it: those whose bytes differ, or all if its length or the file system tells no more."""
+    with contextlib.suppress(OSError), open(directory / name, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size == manifest.files[name].size:
+            return _leaves_in(manifest, name, lambda span: not _same(file, span))
+    return _leaves_in(manifest, name)
 
 
-def _in(manifest: Manifest, name: str) -> list[str]:
-    return list(dict.fromkeys(leaf.path for leaf, piece, _ in _parts(manifest.leaves) if piece.file == name))
+def _leaves_in(manifest: Manifest, name: str, where: Callable[[_Span], bool] = lambda span: True) -> list[str]:
+    spans = [(leaf.path, _piece(leaf, piece)) for leaf in manifest.leaves for piece in leaf.pieces if piece.file == name]
+    return list(dict.fromkeys(path for path, span in spans if where(span)))
 
 
 # --- leaves ------------------------------------------------------------------------------------------------------------
@@ -268,22 +255,20 @@ def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[
     Every byte of them is hashed, once, on its way in; and so is every file that holds no leaves. Raises DamagedError.
     """
     leaves = {number: manifest.leaves[number] for number in sorted(numbers) if manifest.leaves[number].stored}
-    parts = _parts(leaves.values())
-    holding = {part.piece.file for part in _parts(manifest.leaves)}
-    _check_whole(directory, manifest, manifest.files.keys() - holding)
+    others = manifest.files.keys() - {piece.file for leaf in manifest.leaves for piece in leaf.pieces}
     if f"{ARRAYS}/state/manifest.ocdbt" in manifest.files:
+        _check_sizes(directory, manifest, others)
+        _read(directory, manifest, [_file(manifest, name) for name in others])
         return _from_orbax(directory, manifest, leaves)
-    for part in parts:
-        file = manifest.files.get(part.piece.file)
-        if file is None or part.piece.offset + part.leaf.size(part.piece) > file.size:
-            raise DamagedError(f"{directory / MANIFEST}: {part.leaf.path} lies in {part.piece.file!r}, which does not hold it")
-    _check_sizes(directory, manifest, {part.piece.file for part in parts})
+    stored = [(number, leaf, piece) for number, leaf in leaves.items() for piece in leaf.pieces]
+    for _, leaf, piece in stored:
+        file = manifest.files.get(piece.file)
+        if file is None or piece.offset + leaf.size(piece) > file.size:
+            raise DamagedError(f"{directory / MANIFEST}: {leaf.path} lies in {piece.file!r}, which does not hold it")
+    _check_sizes(directory, manifest, {*others, *(piece.file for _, _, piece in stored)})  # before memory is asked for
     memory = {number: _memory(leaf) for number, leaf in leaves.items()}
-    _read(
-        directory,
-        manifest,
-        [_Part(leaf, piece, pieces.part(leaf, piece, memory[number][1])) for number, leaf in leaves.items() for piece in leaf.pieces],
-    )
+    spans = [_piece(leaf, piece, pieces.part(leaf, piece, memory[number][1])) for number, leaf, piece in stored]
+    _read(directory, manifest, [*(_file(manifest, name) for name in others), *spans])
     return {number: _value(leaf, memory[number][0]) for number, leaf in leaves.items()}
 
 
@@ -307,7 +292,7 @@ def _from_orbax(directory: Path, manifest: Manifest, leaves: dict[int, Leaf]) ->
 
 
 def _memory(leaf: Leaf) -> tuple[Any, np.ndarray]:
-    """A tensor or an array to be filled, and its bytes. A tensor's memory is torch's own: kernels may round differently on other alignments."""
+    """A tensor or an array to be filled, and its bytes. torch allocates a tensor: kernels may round differently on other alignments."""
     if leaf.kind == "tensor":
         memory = torch.empty(leaf.nbytes, dtype=torch.uint8)
         return memory.view(TORCH_DTYPES[leaf.dtype]).reshape(leaf.shape), memory.numpy()
@@ -320,7 +305,7 @@ def _value(leaf: Leaf, filled: Any) -> Any:
 
 
 def remove(path: Path) -> None:
-    """Delete a directory, or what else is there, as far as it can be; a link goes, what it points to stays."""
+    """Delete a file, a link or a directory with all that is in it, as far as it can be."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""Weights between states, checkpoints and files: a fresh state with the weights of another training, and the weights of a state as a file."""
+"""Weights of another training for a fresh state, and weights of a state for a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import optree
@@ -46,14 +46,18 @@ def load_from(
 ) -> S:
     """`like`, a fresh state, with the parameters and buffers of `source`; step, key, position and all else are `like`'s.
 
-    `source` is a run, its checkpoints or one of them (`step` as in `restore`, `weights` as in `make_eval_step`), a state, or what `params_from` takes.
-    Names, shapes and dtypes must be those of `like`: only with `dtype` floating-point tensors are cast, those that have it in `like`. Tensors are
-    copies, in the layout and on the device of `like`'s; `device` brings the whole state there, `like`'s own tensors too (`state.to`). Where the
-    fresh optimizer state holds a copy of the parameters (schedule-free, lookahead), it holds one of the new ones: this is told by the values,
-    so not where all parameters begin at zero.
+    Names, shapes and dtypes must be those of `like`. Tensors are copies, in the layout and on the device of `like`'s. Where the fresh
+    optimizer state has a copy of the parameters (schedule-free, lookahead), the result has a copy of the new ones. It is recognized by its
+    values, and so not where all parameters begin at zero.
 
-    `select`, `rename` and `strict` are as in `Checkpoints.restore`, on paths such as `params/0.weight` and `buffers/1.running_mean`. For a
-    state dict, which does not tell parameters from buffers, `rename` is asked about both, and a second name of a tensor is not unexpected.
+    - `source`: a run, its checkpoints or one of them, a state, or what `params_from` takes.
+    - `like`: the fresh state.
+    - `weights="params"`: as in `make_eval_step`; of a run, a checkpoint or a state.
+    - `select`, `rename`, `strict`: as in `Checkpoints.restore`, on paths such as `params/0.weight` and `buffers/1.running_mean`. A state
+      dict does not tell parameters from buffers: `rename` is called with both paths, and a second name of a tensor is not unexpected.
+    - `step=None`: as in `restore`, of a run.
+    - `device=None`: where the whole state goes, `like`'s tensors too (`state.to`).
+    - `dtype=None`: a floating-point dtype; tensors that have it in `like` are cast to it.
 
     Raises CheckpointError with a table of what differs, DamagedError for a file that is not as it was written.
 
@@ -67,14 +71,12 @@ def load_from(
         raise CheckpointError(
             f"load_from: `like` is a state with params and buffers, not {a(type(like).__name__)}: TrainState.create(model, optimizer)"
         )
-    checkpoints = None if isinstance(source, Mapping) or hasattr(source, "params") else _checkpoints(source)
-    if hasattr(source, "params"):
-        entries, where = _placeable(_found(source, weights, step)[0]), "the state"
-    elif checkpoints is None:
+    found = None if isinstance(source, Mapping) else _found(source, weights, step)
+    if found is None:
         entries, where = _of_state_dict(source, weights, step)
     else:
-        found, _, where = _saved(*checkpoints, weights, step)
-        entries = _placeable(found)
+        where = found.where
+        entries = [((text((field, name)),), tensor) for field in FIELDS for name, tensor in found.tensors[field].items()]
     fresh = {field: dict(getattr(like, field)) for field in FIELDS}
     patterns = [select] if isinstance(select, str) else list(select)
     described = codec.describe(_placed(entries, fresh, match.renaming(rename) if rename is not None else None))
@@ -84,7 +86,7 @@ def load_from(
         if dtype is not None and not any(pick.dtype == dtype for pick in codec.picks(plan)):
             raise CheckpointError(f"load_from: dtype={dtype} is for a `like` that has it, and none of the leaves to be loaded is one there")
     except CheckpointError as error:
-        if checkpoints is None and any(row.saved == "(missing)" and row.path.startswith("buffers/") for row in matcher.wrong):
+        if found is None and any(row.saved == "(missing)" and row.path.startswith("buffers/") for row in matcher.wrong):
             raise CheckpointError(
                 f"{error}\nBuffers that are not persistent are in no state dict: select='!buffers/NAME' leaves them as they are"
             ) from None
@@ -96,10 +98,8 @@ def load_from(
     new = {field: {name: _copied(built[field][name], value) for name, value in fresh[field].items()} for field in FIELDS}
     state: Any = like
     state = state.replace(**new, opt_state=_followed(state.opt_state, fresh["params"], new["params"]))
-    return state if device is None else _brought(state, device)
-
-
-def _brought(state: Any, device: str | torch.device) -> Any:
+    if device is None:
+        return state
     try:
         return moved(state, device)
     except Exception as error:  # a device that is not there, or full
@@ -110,17 +110,12 @@ Places = list[tuple[tuple[str, ...], Tensor]]  # each tensor, with the paths at 
 
 
 def _of_state_dict(source: Any, weights: Weights, step: Which) -> tuple[Places, str]:
-    """The tensors of a state dict, and where they are from, in words."""
+    """The tensors of a state dict, and its name in errors."""
     if weights != "params" or step is not None:
         raise CheckpointError("weights and step choose among what a checkpoint holds; a state dict has one set of weights and no step")
     tensors = foreign.state_dict(source)
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     return [(tuple(text((field, name)) for field in FIELDS), tensor) for name, tensor in tensors.items()], where
-
-
-def _placeable(found: Mapping[str, Mapping[str, Tensor]]) -> Places:
-    """Parameters and buffers, each with its path."""
-    return [((text((field, name)),), tensor) for field in FIELDS for name, tensor in found[field].items()]
 
 
 def _placed(entries: Places, fresh: Mapping[str, Any], rename: Callable[[str], str] | None) -> dict[str, dict[str, Tensor]]:
@@ -197,13 +192,19 @@ def export(
 ) -> Path:
     """Parameters and buffers as a plain state dict of names to tensors, in a `.safetensors`, `.pt` or `.pth` file.
 
-    `source` is a state, a run, its checkpoints or one of them (`step` as in `restore`); `weights` as in `make_eval_step`: the state's own
-    (`"params"`), those that a hook remembers (`"ema"`), or a function of the state. Names and classes of a checkpoint need not be known, but
-    for a function of the state. `dtype` casts floating-point tensors. With `model` the names are those of `model.state_dict()`, tied ones
-    too and no buffers that are not persistent, so that `load_state_dict` takes it; without, each tensor has one name.
-
     The file appears whole or not at all. The header of a safetensors file says step, weights and version. Returns the path.
-    Raises CheckpointError for another suffix, a file that is there already and is not to be overwritten, and weights that are not `model`'s.
+
+    - `source`: a state, a run, its checkpoints or one of them.
+    - `to`: the path of the file.
+    - `weights="params"`: as in `make_eval_step`: the parameters (`"params"`), those that a hook remembers (`"ema"`), or a function of the
+      state. For such a function the classes of a checkpoint's state must be loaded.
+    - `step=None`: as in `restore`, of a run.
+    - `dtype=None`: a dtype that floating-point tensors are cast to.
+    - `model=None`: the module whose `load_state_dict` is to take the file: names are those of `model.state_dict()`, tied ones too, without
+      buffers that are not persistent. Without it each tensor has one name.
+    - `overwrite=False`: whether a file that is there may be replaced.
+
+    Raises CheckpointError for another suffix, a file that is there already, and weights that do not fit `model`.
 
     >>> import tempfile
     >>> from fnrun.checkpoint import params_from
@@ -216,15 +217,16 @@ def export(
     to = files.local_path(to)
     match.check_cast("export", dtype)
     foreign.check_target(to, overwrite=overwrite)
-    found, at = _found(source, weights, step)
-    tensors = {name: _as_tensor(name, value) for name, value in {**found["params"], **found["buffers"]}.items()}
+    if (found := _found(source, weights, step)) is None:
+        raise CheckpointError(f"{source} is no run and no checkpoint")
+    tensors = {name: _as_tensor(name, value) for field in FIELDS for name, value in found.tensors[field].items()}
     if model is not None:
         tensors = _as_named_by(model, tensors)
     if dtype is not None:
         casts = {id(tensor): _cast(name, tensor, dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
         tensors = {name: casts.get(id(tensor), tensor) for name, tensor in tensors.items()}
     name = weights if isinstance(weights, str) else getattr(weights, "__qualname__", type(weights).__name__)
-    foreign.write(to, tensors, {"format": "pt", "fnrun": fnrun.__version__, "step": str(at), "weights": name})
+    foreign.write(to, tensors, {"format": "pt", "fnrun": fnrun.__version__, "step": str(found.step), "weights": name})
     return to
 
 
@@ -247,8 +249,16 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         raise CheckpointError(f"export: {name} is {tensor.dtype}, which torch cannot cast to {dtype}: export without dtype") from None
 
 
-def _found(source: Any, weights: Weights, step: Which) -> tuple[dict[str, dict[str, Tensor]], int]:
-    """Parameters and buffers by field and name, and their step."""
+class _Found(NamedTuple):
+    """Parameters and buffers by field and name, their step, and where they are from."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    step: int
+    where: str
+
+
+def _found(source: Any, weights: Weights, step: Which) -> _Found | None:
+    """The weights of a state, or of a checkpoint; None where `source` is neither."""
     if hasattr(source, "params"):
         if step is not None:
             raise CheckpointError("step chooses among the checkpoints of a run; this is one state")
@@ -256,12 +266,13 @@ def _found(source: Any, weights: Weights, step: Which) -> tuple[dict[str, dict[s
             params, buffers = weights_of(source, weights)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        return {"params": dict(params), "buffers": dict(buffers)}, getattr(source, "step", 0)
-    checkpoints = _checkpoints(source)
-    if checkpoints is None:
-        raise CheckpointError(f"{source} is no run and no checkpoint")
-    found, at, _ = _saved(*checkpoints, weights, step)
-    return found, at
+        return _Found({"params": params, "buffers": buffers}, getattr(source, "step", 0), "the state")
+    if (found := _checkpoints(source)) is None:
+        return None
+    checkpoints, entry = found
+    if entry is not None and step is not None:
+        raise CheckpointError(f"{checkpoints.directory / entry.name} is one checkpoint: step chooses among several")
+    return checkpoints.reading(entry or step, lambda entry: _weights(checkpoints, entry, weights))
 
 
 def _as_named_by(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -302,18 +313,11 @@ def _checkpoints(source: Any) -> tuple[Checkpoints, Entry | None] | None:
     return Checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
 
 
-def _saved(checkpoints: Checkpoints, entry: Entry | None, weights: Weights, step: Which) -> tuple[dict[str, dict[str, Tensor]], int, str]:
-    """Parameters and buffers of a checkpoint by field and name, its step, and where it is."""
-    if entry is not None and step is not None:
-        raise CheckpointError(f"{checkpoints.directory / entry.name} is one checkpoint: step chooses among several")
-    return checkpoints.reading(entry or step, lambda entry: _weights(checkpoints, entry, weights))
-
-
-def _weights(checkpoints: Checkpoints, entry: Entry, weights: Weights) -> tuple[dict[str, dict[str, Tensor]], int, str]:
+def _weights(checkpoints: Checkpoints, entry: Entry, weights: Weights) -> _Found:
     where = str(checkpoints.directory / entry.name)
     if callable(weights):
         params, buffers = weights_of(checkpoints.restore(step=entry), weights)
-        return {"params": dict(params), "buffers": dict(buffers)}, entry.step, where
+        return _Found({"params": params, "buffers": buffers}, entry.step, where)
     fields = dict(zip(FIELDS, FIELDS, strict=True))
     if weights != "params":
         remembered = text(("memory", weights))
@@ -329,4 +333,4 @@ def _weights(checkpoints: Checkpoints, entry: Entry, weights: Weights) -> tuple[
         for path, leaf in leaves.items():
             if path.startswith(f"{place}/"):
                 found[field][tree.split(path)[-1]] = leaf
-    return found, entry.step, where
+    return _Found(found, entry.step, where)

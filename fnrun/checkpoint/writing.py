@@ -48,10 +48,10 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def write(directory: Path, manifest: Manifest, bits: dict[int, np.ndarray]) -> None:
-    """All files of a checkpoint, on disk for good when this returns. `directory` must exist, empty.
+    """Write all files of a checkpoint to `directory`, which is empty. They are durable when this returns.
 
-    Raises OSError where the disk does not take them, before anything is written if that can be known, and InPlaceError where a leaf is by then
-    not what was written: others may write to it past any count, by `.data`.
+    Raises OSError where the disk does not take them, before anything is written if that can be known. Raises InPlaceError where a leaf has
+    changed meanwhile: a write by `.data` raises no version.
     """
     contents = _contents(manifest.leaves, bits)
     if contents:
@@ -81,7 +81,7 @@ class _Content(NamedTuple):
 
 
 def _contents(leaves: list[Leaf], bits: dict[int, np.ndarray]) -> list[_Content]:
-    """Give each leaf its place: an array of its own, which any reader of orbax understands, or in a pack, an array of bytes."""
+    """Place each leaf: a large one in an array that any reader of orbax understands, small ones together in a pack, an array of bytes."""
     groups: list[list[tuple[Leaf, np.ndarray]]] = [[(leaves[number], data)] for number, data in bits.items() if data.size >= PACKED]
     packs: list[list[tuple[Leaf, np.ndarray]]] = []
     end = PACK
@@ -105,7 +105,7 @@ def _contents(leaves: list[Leaf], bits: dict[int, np.ndarray]) -> list[_Content]
 
 
 def _array(leaf: Leaf, data: np.ndarray) -> orbax.Array:
-    """A leaf as orbax knows it: with its own dtype where NumPy has it in the machine's order, elsewhere as unsigned integers or bytes."""
+    """A leaf as orbax knows it: with its dtype where NumPy has it in the machine's byte order, else as unsigned integers or bytes."""
     if leaf.kind == "tensor":
         dtype = np.dtype(leaf.dtype if leaf.dtype in _NATIVE else f"uint{8 * TORCH_DTYPES[leaf.dtype].itemsize}")
     else:
@@ -125,7 +125,7 @@ def _check_space(directory: Path, needed: int) -> None:
 
 
 def _write(directory: Path, content: _Content) -> None:
-    """Write an array and enter the digests: the bytes that are hashed are those that are written, whoever writes to the leaf meanwhile."""
+    """Write an array and note the digests of the bytes that were written, whoever writes to the leaf meanwhile."""
     scratch = np.empty(pieces.BLOCK, np.uint8)
     with open(directory / content.file, "xb") as file:
         for leaf, data in content.leaves:
@@ -142,7 +142,7 @@ def _check_unchanged(contents: Sequence[_Content], step: int) -> None:
     for content in contents:
         for leaf, data in content.leaves:
             if pieces.digest(data) != leaf.pieces[0].digest:
-                raise changed_after_saving(leaf.path, f"the state of step {step}")
+                raise changed_after_saving(leaf.path, step)
 
 
 def _new(path: Path, content: bytes) -> None:
