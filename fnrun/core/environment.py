@@ -41,6 +41,11 @@ def ranks() -> tuple[int, int]:
     return rank, _whole("WORLD_SIZE", rank + 1)
 
 
+def rank() -> int:
+    """The rank of this process, 0 where it is alone."""
+    return ranks()[0]
+
+
 def _whole(variable: str, otherwise: int) -> int:
     value = os.environ.get(variable, "").strip()
     if value and not value.isdecimal():

@@ -16,9 +16,9 @@ from fnrun.core.position import in_training, is_due, tick_number
 from fnrun.core.state import LoopState
 from fnrun.core.words import kind, uncalled
 from fnrun.observers.pace import Pace
-from fnrun.observers.ranks import rank
 from fnrun.observers.window import Size, Statistic, Window, compute, windows
-from fnrun.sinks import Record, Sink, console, record
+from fnrun.observers.writing import Writer
+from fnrun.sinks import Record, Sink, console
 
 logger = logging.getLogger("fnrun")
 
@@ -26,26 +26,23 @@ logger = logging.getLogger("fnrun")
 listener: ContextVar[Callable[[str, Record], None] | None] = ContextVar("listener", default=None)
 
 
-class _Log:
+class _Log(Writer):
     idle_between = True
 
     def __init__(self, every: int, sinks: Sequence[Sink], named: tuple[Window, ...], asked: frozenset[str], name: str) -> None:
+        super().__init__(sinks)
         self.every, self.windows, self.name = every, {str(window.size): window for window in named}, name
-        self.sinks = tuple(sinks)
         self._unseen = set(asked)
         self._program: Any = None
-        self._writes = False
 
     def __str__(self) -> str:
         return f"{self.name} every {self.every} -> {', '.join(map(str, self.sinks)) or 'nowhere'}"
 
     def open(self, program: Any, state: LoopState) -> None:
         self._program, self._pace = program, Pace()
-        self._writes = rank() == 0
         self._began = self._last = time.perf_counter()
         self._waited, self._ticks, self._step = program.data_seconds, 0, state.step
-        for sink in self.sinks if self._writes else ():
-            sink.open(state)
+        super().open(program, state)
 
     # What is gathered, in the loop's frame.
 
@@ -101,15 +98,13 @@ class _Log:
 
     def _line(self, state: LoopState, now: float, left: float | None) -> None:
         gathered = state.position.frames[-1].folds.get(self.name) or {}
-        if self._writes and gathered:
+        if self.writes and gathered:
             values = {name: value for window in gathered.values() if window for name, value in compute(window).items()}
             if self._unseen:
                 self._check(values)
             if values:
-                line = record(state, values, self._clock(now, left))
-                for sink in self.sinks:
-                    sink.write(line)
-                if (listening := listener.get()) is not None:
+                line = self.write(state, values, self._clock(now, left))
+                if line is not None and (listening := listener.get()) is not None:
                     listening(self.name, line)
         self._last, self._ticks = now, 0
         self._waited = self._program.data_seconds
@@ -132,14 +127,6 @@ class _Log:
         if torch.cuda.is_initialized():
             clock["peak_cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20
         return clock
-
-    def flush(self) -> None:
-        for sink in self.sinks if self._writes else ():
-            sink.flush()
-
-    def close(self, state: LoopState, reason: str | BaseException | None) -> None:
-        for sink in self.sinks if self._writes else ():
-            sink.close()
 
 
 def log(

@@ -1,4 +1,4 @@
-"""Where the memory is."""
+"""The memory that a state takes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from fnrun.core.counts import count
 from fnrun.core.donation import storage
 from fnrun.core.position import is_due
 from fnrun.core.state import LoopState
-from fnrun.observers.ranks import rank
-from fnrun.observers.writing import Writing
+from fnrun.observers.writing import Writer
 from fnrun.sinks import Sink
 
 logger = logging.getLogger("fnrun")
@@ -24,37 +23,31 @@ logger = logging.getLogger("fnrun")
 LARGEST = 8  # leaves of the state in the table
 
 
-class _Memory:
+class _Memory(Writer):
     name = "memory"
     idle_between = True  # but for the first tick of a call, which every observer sees
 
     def __init__(self, every: int, sinks: Sequence[Sink]) -> None:
-        self.every, self._writing = every, Writing(sinks)
-        self._shown = False
+        super().__init__(sinks)
+        self.every, self._shown = every, False
 
     def __str__(self) -> str:
         return f"memory every {self.every}"
 
     def open(self, program: Any, state: LoopState) -> None:
-        self._shown = rank() != 0
-        self._writing.open(state)
+        super().open(program, state)
+        self._shown = not self.writes
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         if not self._shown:
             self._shown = True
             logger.info("%s", table(state))
         if is_due(state, self.every):
-            self._writing.write(state, {"state_mib": sum(_sizes(state).values()) / 2**20}, resident())
-
-    def flush(self) -> None:
-        self._writing.flush()
-
-    def close(self, state: LoopState, reason: str | BaseException | None) -> None:
-        self._writing.close()
+            self.write(state, {"state_mib": sum(_sizes(state).values()) / 2**20}, resident())
 
 
 def _sizes(state: Any) -> dict[str, int]:
-    """The bytes of each tensor of the state, by path; memory that several share counts with the first, and whole."""
+    """The bytes of each tensor's storage, by path; a storage that several tensors share counts with the first."""
     found: dict[str, int] = {}
     seen: set[int] = set()
     for path, leaf in zip(tree.paths(state), tree.leaves(state), strict=True):
@@ -65,7 +58,7 @@ def _sizes(state: Any) -> dict[str, int]:
 
 
 def resident() -> dict[str, float]:
-    """What this process holds now, in MiB: `resident_mib` where the system says it, `cuda_mib` and `cuda_reserved_mib` with CUDA."""
+    """The memory of this process, in MiB: `resident_mib` on Linux, `cuda_mib` and `cuda_reserved_mib` with CUDA."""
     found: dict[str, float] = {}
     if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as file:
@@ -106,8 +99,11 @@ def table(state: Any) -> str:
 def memory(every: int = 1, *, to: Sequence[Sink] = ()) -> Any:
     """The memory of the state: its largest tensors as a table in the log at the first tick, then a record on each n-th step or round.
 
-    Records go to the sinks in `to`. Their metric is `state_mib`, the memory of the state's tensors, in MiB. Their clock holds what differs
-    from run to run: `resident_mib` (the process's memory now, on Linux), `cuda_mib` and `cuda_reserved_mib` (what tensors hold, and what
-    torch keeps for them). Their peaks are in every line of `observers.log`. Raises ValueError for an `every` below 1.
+    - `every=1`: steps or rounds from record to record.
+    - `to=()`: the sinks of the records.
+
+    The metric of a record is `state_mib`, the memory of the state's tensors. Its clock has what differs from run to run: `resident_mib` (of
+    the process, on Linux), `cuda_mib` (of tensors) and `cuda_reserved_mib` (of torch's allocator). All are in MiB. Their peaks are in every
+    line of `observers.log`. Raises ValueError for an `every` below 1.
     """
     return _Memory(count("memory: every", every), to)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.core import files, tree
-from fnrun.observers.ranks import rank
+from fnrun.core.environment import rank
 from fnrun.optim.lists import all_finite
 
 logger = logging.getLogger("fnrun")

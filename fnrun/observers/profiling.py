@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from fnrun.core import files
+from fnrun.core.environment import rank
 from fnrun.core.state import LoopState
-from fnrun.observers.ranks import rank
 from fnrun.sinks.lines import naming
 
 logger = logging.getLogger("fnrun")

@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from fnrun.core.environment import rank
 from fnrun.core.position import Frame
 from fnrun.core.state import LoopState
 from fnrun.core.tables import clock_time
 from fnrun.observers.pace import Pace
-from fnrun.observers.ranks import rank
 from fnrun.sinks.console import shown
 
 logger = logging.getLogger("fnrun")

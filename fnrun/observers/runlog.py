@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from fnrun.core import files
+from fnrun.core.environment import rank
 from fnrun.core.tables import printable
-from fnrun.observers.ranks import rank
 from fnrun.sinks.console import StdoutHandler
 
 logger = logging.getLogger("fnrun")

@@ -6,14 +6,14 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from fnrun.checkpoint import CheckpointError, Checkpoints
-from fnrun.checkpoint.manifest import ranked
+from fnrun.checkpoint.manifest import Mode, ranked
 from fnrun.checkpoint.retention import check_keep, monitors_of
 from fnrun.core.counts import count
 from fnrun.core.donation import deleted_reason
-from fnrun.core.environment import ranks
+from fnrun.core.environment import rank
 from fnrun.core.inplace import InPlaceError
 from fnrun.core.position import Position, in_training, is_due
 from fnrun.core.state import LoopState
@@ -21,8 +21,6 @@ from fnrun.core.words import kind
 from fnrun.hooks.monitor import reported
 
 logger = logging.getLogger("fnrun")
-
-Mode = Literal["min", "max"]
 
 
 class _Checkpoint:
@@ -48,10 +46,8 @@ class _Checkpoint:
         self._failures = 0
         self._seen, self._best = (None, {}), None
         _check_checkpoints(self.checkpoints)
-        if ranks()[0]:
-            raise CheckpointError(
-                f"{self.checkpoints.directory}: this is process {ranks()[0]} of several; the first one alone may save there"
-            )
+        if this := rank():
+            raise CheckpointError(f"{self.checkpoints.directory}: this is process {this} of several; the first one alone may save there")
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         now = is_due(state, self.every)
@@ -94,7 +90,7 @@ class _Checkpoint:
             self.checkpoints.prune(self.keep, self.keep_every)
 
     def _hand_over(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        """A round in which nothing was validated is not judged."""
+        """Save; a round without a monitored metric is not judged by it."""
         self.checkpoints.save(state, metrics, monitor={name: mode for name, mode in self.monitors.items() if name in metrics})
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:

@@ -1,4 +1,4 @@
-"""Parameters, their updates and their gradients, each on its own."""
+"""Norms and histograms of each parameter, its updates and its gradients."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from fnrun.core.donation import shared
 from fnrun.core.position import is_due
 from fnrun.core.reports import report
 from fnrun.core.state import LoopState
-from fnrun.observers.writing import Writing
+from fnrun.observers.writing import Writer
 from fnrun.optim import Transform
 from fnrun.sinks import Sink
 from fnrun.sinks.media import histogram
 
 
-class _Watch:
+class _Watch(Writer):
     name = "watch"
 
     def __init__(self, every: int, sinks: Sequence[Sink], histograms: bool) -> None:
-        self.every, self.histograms, self._writing = every, histograms, Writing(sinks)
+        super().__init__(sinks)
+        self.every, self.histograms = every, histograms
         self._kept: tuple[int, Mapping[str, Tensor]] | None = None  # the step before a line, and its parameters
 
     def __str__(self) -> str:
         return f"watch every {self.every}"
 
     def open(self, program: Any, state: Any) -> None:
-        self._writing.open(state)
+        super().open(program, state)
         self._keep(state)  # a resumed run may stand right before a line
 
     def __call__(self, state: Any, metrics: dict[str, Any]) -> None:
         if is_due(state, self.every):
-            self._writing.write(state, self._values(state))
+            self.write(state, self._values(state))
         self._keep(state)
 
     def _keep(self, state: Any) -> None:
@@ -51,21 +52,21 @@ class _Watch:
             found.update((f"histogram/{name}", histogram(value)) for name, value in state.params.items() if not value.is_complex())
         return found
 
-    def flush(self) -> None:
-        self._writing.flush()
-
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
         self._kept = None
-        self._writing.close()
+        super().close(state, reason)
 
 
 def watch(every: int, *, to: Sequence[Sink], histograms: bool = True) -> Any:
     """On each n-th step a record of every parameter: `norm/NAME`, `update_norm/NAME` and `histogram/NAME`, to the sinks `to`.
 
-    The norms are Euclidean. `update_norm` is that of the change in the step just taken, hooks included: over `norm` it says how fast a
-    parameter moves (a thousandth is usual). It is a function of the run, so a resumed run writes the same records; for it, and only on the
-    tick before a line, the parameters are kept. In a loop whose ticks are more than one step each the records have none. Gradients:
-    `watch_gradients`.
+    - `every`: steps from record to record.
+    - `to`: the sinks of the records.
+    - `histograms=True`: whether the records have histograms.
+
+    The norms are Euclidean. `update_norm` is that of the change in the last step, hooks included: divided by `norm` it says how fast a
+    parameter moves (a thousandth is usual). A resumed run writes the same records. In a loop whose ticks are more than one step each the
+    records have no `update_norm`. Gradients: `watch_gradients`.
 
     Raises ValueError for an `every` below 1.
     """

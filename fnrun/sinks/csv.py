@@ -23,9 +23,6 @@ class _Csv(OnDisk):
         super().__init__(path)
         self._columns: list[str] = []
 
-    def __str__(self) -> str:
-        return str(self.path)
-
     def open(self, state: LoopState) -> None:
         if self._file is None:
             with naming(self.path):

@@ -42,7 +42,7 @@ class Journaled:
         self._number = self._held = 0
 
     def __str__(self) -> str:
-        return str(self.lines.path)
+        return str(self.lines)
 
     def open(self, state: LoopState) -> None:
         if self.lines:

@@ -17,7 +17,7 @@ class _JsonLines:
         self.lines = Lines(path)
 
     def __str__(self) -> str:
-        return str(self.lines.path)
+        return str(self.lines)
 
     def open(self, state: LoopState) -> None:
         if not self.lines:

@@ -14,11 +14,14 @@ from fnrun.sinks.base import Record, check_names
 
 
 class OnDisk:
-    """What writes to a file at, or below, `path` while it is open."""
+    """A sink that writes to a file at, or below, `path` while it is open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[Any] | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def flush(self) -> None:
         if self._file is not None:
@@ -71,7 +74,7 @@ class Lines(OnDisk):
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A full disk does not say which file it is about."""
+    """Within it an OSError names a file: a full disk does not say which one it is about."""
     try:
         yield
     except OSError as error:
@@ -81,7 +84,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _kept(file: IO[bytes], order: tuple[int, ...]) -> int:
-    """How many bytes the lines up to `order` take. Behind them are later ones, and one that was half written when the power went."""
+    """How many bytes the lines up to `order` take. Later ones follow, and one that was half written when the power went."""
     for begin, line in files.lines_from_the_end(file):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if line.endswith(b"\n") and order_of(json.loads(line)) <= order:
@@ -90,7 +93,7 @@ def _kept(file: IO[bytes], order: tuple[int, ...]) -> int:
 
 
 def position_fields(record: Record) -> dict[str, Any]:
-    """The fields that say when in the run a line was written."""
+    """The fields of a line's place in the run."""
     check_names(record.metrics)
     ticks, *own = record.order
     return {"ticks": ticks, "at": ".".join(map(str, own)), "step": record.step, "epoch": record.epoch}

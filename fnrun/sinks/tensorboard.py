@@ -29,9 +29,6 @@ class _TensorBoard(OnDisk):
         super().__init__(directory)
         self._records: Any = None
 
-    def __str__(self) -> str:
-        return str(self.path)
-
     def open(self, state: LoopState) -> None:
         if self._file is not None:
             return
