@@ -4,12 +4,12 @@ From top to bottom, each module imports only from those above it:
 
     kinds          what a step is: protocols and base classes
     checks         what a user's functions are passed and return: detached, of the right kinds, or refused
+    draws          random numbers of a graph, drawn outside of it
     surroundings   seeded generators and collected reports around a call
     watch          the first calls of a module, watched for side effects
     functional     a module as a function of its tensors
     recompute      activation checkpointing
     cutting        slices of a batch; the option `examples=`
-    draws          random numbers of a graph, drawn outside of it
     microbatches   a batch in microbatches, and the sums of their gradients and metrics
     gradients      a loss, and its gradient for a batch or its microbatches
     update         the optimizer's part of a step

@@ -1,10 +1,11 @@
 """A whole step, forward, backward and update, as one compiled graph.
 
-`make_fx` records the operations of one call on real tensors, so any Python may run in a step as long as it does not depend on a tensor's
-value; inductor compiles what was recorded. The graph stands for arguments of the same structure, shapes, dtypes and constants, and for no
-others: nothing in it is dynamic, so which calls came before never changes its bits. Numbers of the state that change from call to call
-(counts of updates) are inputs of the graph, and Python numbers again afterwards. What Python reads from elsewhere is a constant; a later
-call is recorded once more to see whether it still has its value.
+`make_fx` records the operations of one call on real tensors, and inductor compiles them. Any Python may run in a step, as long as it does
+not depend on a tensor's value.
+
+A graph is for arguments of one structure, of the same shapes, dtypes and constants. Nothing in it is dynamic, so its bits do not depend on
+earlier calls. Numbers of the state that change from call to call (counts of updates) are inputs of the graph, and Python numbers again
+afterwards. Other values that Python reads are constants; later calls are recorded again to check them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import optree
@@ -42,16 +43,16 @@ _shape, _dtype, _device = operator.attrgetter("shape"), operator.attrgetter("dty
 
 
 class Captured:
-    """`fn(given, kept, x, count, draws) -> ((given, kept), metrics)`, of pytrees, as a graph for each signature of its arguments.
+    """`fn(given, kept, x, count, draws) -> ((given, kept), metrics)` over pytrees, as a graph for each signature of its arguments.
 
-    `count` is an int that is a tensor within. `draws` are for the `TracedKey`s that `fn` draws from: what it draws is an input of the
-    graph. Where `fn` cannot be captured there is no graph, and `reason` says why.
+    `count` is an int, which `fn` gets as a tensor. `draws` makes the numbers that `fn` draws from `TracedKey`s inputs of the graph. If `fn`
+    cannot be captured, `reason` says why.
     """
 
-    #: A batch of a new shape takes seconds to compile for: who has more than so many shapes is told.
+    #: A warning comes with the next graph: compiling for a new shape takes seconds.
     SHAPES = 8
 
-    #: So many graphs may differ in nothing but constants of `x`; more, and there would be one for each batch.
+    #: At most so many graphs may differ only in constants of `x`: otherwise each batch would have its own.
     CONSTANTS = 4
 
     def __init__(self, fn: Callable[..., tuple[Any, Any]], name: str) -> None:
@@ -61,11 +62,13 @@ class Captured:
         self._counters: frozenset[int] = frozenset()
         self._constants: Counter[Any] = Counter()
 
-    def __call__(self, given: Any, kept: Any, x: Any, count: int, key: Key, check: Callable[[], None], *, inplace: bool) -> Call | None:
-        """The call of the graph for these arguments, ready to be made; it is captured first where it is new. None where it cannot be.
+    def __call__(
+        self, given: Any, kept: Any, x: Any, count: int, check: Callable[[], None], *, inplace: bool
+    ) -> tuple[_Graph, list[Any]] | None:
+        """The graph for these arguments, captured if it is new, and the arguments' leaves; None if `fn` cannot be captured.
 
-        `check` raises for arguments of a structure that the caller refuses; it is called where a graph is captured.
-        With `inplace` the graph writes what becomes of the tensors in `given` over them.
+        - `check`: is called before a capture, and raises for arguments that the caller refuses.
+        - `inplace`: the graph writes the new values of the tensors in `given` over them.
         """
         if self.reason is not None:
             return None
@@ -86,11 +89,11 @@ class Captured:
             graph.calls += 1
             if graph.calls in graph.LOOKS:
                 graph.check(self.fn, leaves, spec, count)
-        except Exception as error:  # of whatever kind: the same call without the compiler says whether it is the step's own
+        except Exception as error:  # of any kind: an eager call then shows whether it is the step's
             self.reason = _reason(error)
             self.graphs.clear()
             return None
-        return Call(graph, leaves, count, key)
+        return graph, leaves
 
     def _capture(self, leaves: list[Any], n_own: int, inplace: bool, spec: Any, count: int, kind: Any) -> _Graph:
         self._constants[kind] += 1
@@ -104,14 +107,14 @@ class Captured:
             )
         logger.info("%s: compiling, for a shape of batch that is new", self.name)
         graph = _captured(self.fn, leaves, n_own, inplace, spec, count, self._counters)
-        if graph.counters != self._counters:  # what was a constant of the graphs before is none
+        if graph.counters != self._counters:  # earlier graphs have one of them as a constant
             self.graphs.clear()
             self._counters = graph.counters
         return graph
 
 
 def _reason(error: Exception) -> str:
-    if "aten._local_scalar_dense" in str(error):  # of make_fx, in words about make_fx
+    if "aten._local_scalar_dense" in str(error):  # make_fx names the operation alone
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_OWN)]
         where = f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
@@ -129,36 +132,15 @@ def _constants(leaves: list[Any], counters: frozenset[int]) -> list[Any]:
     return [leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor) and i not in counters]
 
 
-class Call(NamedTuple):
-    """A graph and the leaves that it will be given."""
-
-    graph: _Graph
-    leaves: list[Any]
-    step: int
-    key: Key
-
-    def owning(self, writable: Callable[[list[Tensor]], list[Tensor]]) -> Call:
-        """The call with other tensors in `given`: those to write over."""
-        leaves, places = self.leaves, self.graph.own_places
-        given = [leaves[i] for i in places]
-        if (tensors := writable(given)) is not given:
-            for i, tensor in zip(places, tensors, strict=True):
-                leaves[i] = tensor
-        return self
-
-    def __call__(self) -> Any:
-        return self.graph(self.leaves, self.step, self.key)
-
-
 class _Graph:
-    """A compiled call: how its inputs are taken from the arguments' leaves, and what its outputs become."""
+    """A compiled call: the places of its inputs among the arguments' leaves, and of its outputs in the result."""
 
-    #: At these calls the graph is compared with what the step's Python does by then: early, and later ever more seldom.
+    #: The numbers of the calls in which `fn` is recorded again, to check the graph.
     LOOKS = frozenset(3 * 10**i for i in range(9))
 
     def __init__(self, run: Any, recording: _Recording, recorded: GraphModule, n_own: int) -> None:
         self.counters, self._run, self._plan, self._spec = recording.counters, run, recording.plan, recording.spec
-        self.own_places = [i for i in recording.inputs if i < n_own and i not in self.counters]  # the tensors of `given`
+        self._given = [i for i in recording.inputs if i < n_own and i not in self.counters]  # the tensors of `given`
         self._tensors = [i for i in recording.inputs if i not in self.counters]
         self._numbers = [i for i in recording.inputs if i in self.counters]
         self._recorded, self._write, self._draws = recorded, recording.n_own, recording.draws
@@ -166,7 +148,7 @@ class _Graph:
         self.calls = 0
 
     def check(self, fn: Any, leaves: list[Any], in_spec: Any, count: int) -> None:
-        """Raise Uncapturable where `fn` computes something else by now than what was recorded: it reads more than its arguments."""
+        """Raise Uncapturable where `fn` now computes something else than the recording: it reads more than its arguments."""
         with _computing_for_real(), contextlib.suppress(torch.OutOfMemoryError):
             now = _Recording(fn, leaves, self._write, in_spec, self.counters)
             graph = now.record(count)
@@ -182,6 +164,14 @@ class _Graph:
             if differ:
                 raise Uncapturable(_MOVED.format("; ".join(differ)))
 
+    def writing_to(self, leaves: list[Any], writable: Callable[[list[Tensor]], list[Tensor]]) -> list[Any]:
+        """The leaves with `writable` tensors in place of those in `given`."""
+        given = [leaves[i] for i in self._given]
+        if (tensors := writable(given)) is not given:
+            for i, tensor in zip(self._given, tensors, strict=True):
+                leaves[i] = tensor
+        return leaves
+
     def __call__(self, leaves: list[Any], count: int, key: Key) -> Any:
         numbers = [_number(leaves[i]) for i in self._numbers]
         outputs = self._run(_number(count), *numbers, *[leaves[i] for i in self._tensors], *self._draws.again(key, count))
@@ -196,7 +186,7 @@ _MOVED = (
 
 
 def _differences(spec: Any, leaves: list[Any], old: list[Any], new: list[Any]) -> list[str]:
-    """In words, where two results of the structure `spec` differ by more than rounding; `leaves` are the arguments', the state's first."""
+    """Where two results of the structure `spec` differ by more than rounding; `leaves` are the arguments', the state's first."""
     names = optree.treespec_paths(spec)
     state = len(old) - sum(path[0] == 1 for path in names)
     differ = [f"{tree.join(names[i][1:])} was {old[i]}, is {new[i]}" for i in range(state, len(old)) if not _close(old[i], new[i])]
@@ -204,7 +194,7 @@ def _differences(spec: Any, leaves: list[Any], old: list[Any], new: list[Any]) -
 
 
 def _alike(a: GraphModule, b: GraphModule) -> bool:
-    """Whether two recordings are the same operations with the same constants."""
+    """Whether two recordings have the same operations and constants."""
     if a.code != b.code:
         return False
     constants = [(getattr(a, node.target), getattr(b, node.target)) for node in a.graph.nodes if node.op == "get_attr"]
@@ -212,14 +202,14 @@ def _alike(a: GraphModule, b: GraphModule) -> bool:
 
 
 def _close(a: Any, b: Any) -> bool:
-    """Whether two metrics are the same up to rounding."""
+    """Whether two metrics are equal up to rounding."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return tree.equal(a, b)
     return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
 def _moved(start: list[Any], a: list[Any], b: list[Any]) -> bool:
-    """Whether two updates of a state differ by more than rounding, which an optimizer that normalizes may magnify where a gradient is 0."""
+    """Whether two updates of a state differ by more than rounding, which a normalizing optimizer may magnify where a gradient is 0."""
     apart = size = 0.0
     for x, y, z in zip(start, a, b, strict=False):
         if isinstance(y, Tensor) and isinstance(z, Tensor) and y.is_floating_point():
@@ -247,10 +237,10 @@ _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 def _captured(fn: Any, leaves: list[Any], n_own: int, inplace: bool, spec: Any, count: int, counters: frozenset[int]) -> _Graph:
-    """Record and compile. Raises whatever `fn` or the compiler raises, or the graph in its first call.
+    """Record and compile. Raises what `fn`, the compiler, or the graph's first call raises.
 
-    `counters` are the leaves that are known to be numbers that change; more may be found. With `inplace` the tensors among the first
-    `n_own` leaves are written over.
+    - `n_own`: the number of leaves of `given`, which come first; with `inplace` their tensors are written over.
+    - `counters`: the leaves that are known to be numbers that change; more may be found.
     """
     python, numpy = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]  # pyright: ignore[reportArgumentType,reportCallIssue]
     with _computing_for_real():
@@ -278,7 +268,7 @@ def _captured(fn: Any, leaves: list[Any], n_own: int, inplace: bool, spec: Any, 
 
 
 def _without_alpha(graph: GraphModule) -> GraphModule:
-    """`add` and `sub` with their factor as a product of its own: torch 2.13's inductor loses it where it fuses a matrix product."""
+    """`add` and `sub` with their factor as a separate product: inductor of torch 2.13 loses it when it fuses a matrix product."""
     for node in list(graph.graph.nodes):
         if (alpha := node.kwargs.get("alpha", 1)) != 1 and node.target in _SUMS:
             with graph.graph.inserting_before(node):
@@ -294,14 +284,14 @@ _SUMS = {_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tenso
 
 @contextlib.contextmanager
 def _computing_for_real() -> Iterator[None]:
-    """For what computes and draws only to be looked at."""
+    """The context of calls whose results are only inspected: a fixed key, no deprecation warnings of torch's."""
     with Key(0).scope(), capturing(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # of torch by torch
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # torch calls its own
         yield
 
 
 class _Recording:
-    """The function of tensors alone that is recorded, and what it found out about its outputs."""
+    """The function of tensors that is recorded, and the plan of its outputs."""
 
     def __init__(self, fn: Any, leaves: list[Any], n_own: int, spec: Any, counters: frozenset[int]) -> None:
         self.fn, self.leaves, self.n_own, self.in_spec = fn, leaves, n_own, spec
@@ -314,7 +304,7 @@ class _Recording:
         self.draws, self._given = Draws(), None
 
     def record(self, count: int) -> GraphModule:
-        """The operations of one call, after another one that shows what it draws."""
+        """The operations of a call, after a first one that finds its draws."""
         self.draws, self._given = Draws(), None
         examples = self.examples(count)
         self.seen = self._result(self(*examples), self.plan, examples)
@@ -323,12 +313,12 @@ class _Recording:
         return make_fx(self, tracing_mode="real", _allow_non_fake_inputs=True)(*self.examples(count))
 
     def examples(self, count: int, draws: Draws | None = None) -> list[Tensor]:
-        """Inputs that may be written to."""
+        """Copies of the inputs."""
         values = [*(self.leaves[i] for i in self.inputs), *(draws or self.draws).values]
         return [_number(count), *(value.clone() if isinstance(value, Tensor) else _number(value) for value in values)]
 
     def outcome(self, graph: GraphModule, plan: list[tuple[str, Any]], count: int, draws: Draws) -> list[Any]:
-        """The leaves of the result that a recorded graph computes from these arguments and draws."""
+        """The leaves of a recorded graph's result."""
         examples = self.examples(count, draws)
         return self._result(graph(*examples), plan, examples)
 
@@ -339,7 +329,7 @@ class _Recording:
         return [_made(kind, what, leaves, outputs) for kind, what in plan]
 
     def check(self, now: list[Any]) -> None:
-        """Raise Uncapturable where the recorded operations are not all that the call does: `now` is what they compute."""
+        """Raise Uncapturable where the call does more than the recorded operations, whose result is `now`."""
         if not tree.equal(now, self.seen) and (differ := _differences(self.spec, self.leaves, self.seen, now)):
             raise Uncapturable(
                 f"it does what is no operation of torch's that could be recorded ({'; '.join(differ)}): writes to a tensor by .data or "
@@ -347,7 +337,7 @@ class _Recording:
             )
 
     def __call__(self, count: Tensor, *tensors: Tensor) -> list[Tensor]:
-        """The call as a function of tensors alone: the arguments' in the order of `inputs`, then what it draws, if that is known."""
+        """The call as a function of tensors: the arguments' in the order of `inputs`, then the draws, once they are known."""
         leaves = list(self.leaves)
         if self._given is None:
             drawing = self.draws.found()
@@ -369,7 +359,7 @@ class _Recording:
         return self._outputs(tensors, olds, news, optree.tree_leaves(metrics))
 
     def _outputs(self, tensors: tuple[Tensor, ...], olds: list[Any], news: list[Any], metrics: list[Any]) -> list[Tensor]:
-        """The tensors that the graph puts out, and with them the plan of how they become the result; what is written over is no output."""
+        """The outputs of the graph; sets the plan of how they become the result. Tensors that are written over are no outputs."""
         places = {id(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
         memory = {storage(tensor): i for i, tensor in zip(self.inputs, tensors, strict=True)}
         outputs: list[Tensor] = []

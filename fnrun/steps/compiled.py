@@ -96,21 +96,22 @@ class _Graphs:
         kept = state.buffers, {} if whole else {name: p for name, p in state.params.items() if name not in params}
         self._like = state
         try:
-            call = self._captured(
-                (params, state.opt_state), kept, (batches, counts), count, state.rng, self._check, inplace=owner is not None
-            )
+            found = self._captured((params, state.opt_state), kept, (batches, counts), count, self._check, inplace=owner is not None)
         finally:
             self._like = None  # also after an error: a reference would keep the state alive
-        if call is None:
+        if found is None:
             return None
+        (graph, leaves), key = found, state.rng
         every = contents(state)
         if owner is None:
             marks = self._guard.look({"params": state.params, "opt_state": state.opt_state})
-            ((params, memory), (buffers, frozen)), metrics = call()
+            ((params, memory), (buffers, frozen)), metrics = graph(leaves, count, key)
             self._guard.check(marks, self._culprit)
         else:
             by = count + len(batches) - 1, self.name
-            ((params, memory), (buffers, frozen)), metrics = owner.update(by, state, lambda: call.owning(writable)())
+            ((params, memory), (buffers, frozen)), metrics = owner.update(
+                by, state, lambda: graph(graph.writing_to(leaves, writable), count, key)
+            )
         params = params if whole else {**every["params"], **frozen, **params}
         every.update(params=params, buffers=buffers, opt_state=memory, step=count + len(batches))
         new = made(type(state), every)

@@ -1,7 +1,7 @@
-"""What a captured call draws at random: outside of its graph, from the keys that the same call draws from without a graph.
+"""The random numbers of a captured call, drawn outside of its graph from the keys of the eager call.
 
-A graph cannot seed a generator. So what its random operations draw are inputs of it: at each call the same operations run before it, in the
-same order, with torch's own kernels, after the same seeds. Masks are bit for bit those of the call that is not compiled.
+A graph cannot seed a generator. So random numbers are its inputs: before each call of the graph the same random operations run in the same
+order, with torch's kernels and the same seeds. Masks are bit for bit those of the eager call.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Uncapturable(Exception):
 
 
 class _Step(NamedTuple):
-    """Among what a key is folded with: the number of the step, so many after the call's first."""
+    """A step's number as data of a key: `after` steps after the first one of the call."""
 
     after: int
 
 
 class _Draw(NamedTuple):
-    """A random operation, and the memory that it fills (`like`, None where it makes its own)."""
+    """A random operation, and the shape, stride, dtype and device of the tensor that it fills (`like`; None where it makes one)."""
 
     operation: Any
     like: tuple[Any, ...] | None
@@ -41,12 +41,12 @@ class _Draw(NamedTuple):
             return self.operation(*self.args, **self.options)
         shape, stride, dtype, device = self.like
         filled = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        if _named(self.operation) == "native_dropout":  # which draws a mask whatever it is applied to
+        if _named(self.operation) == "native_dropout":  # the mask does not depend on the input
             return self.operation(filled.fill_(1), *self.args, **self.options)[1]
         return self.operation(filled, *self.args, **self.options)
 
 
-#: Operations whose numbers depend on no tensor's values: they fill their first argument, look at its shape, or make a tensor.
+#: Operations whose draws depend on no tensor's values: they fill their first argument, use its shape, or make a tensor.
 _FILL = {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "log_normal_", "geometric_"}
 _LIKE = {"rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout"}
 _MAKE = {"rand", "randn", "randint", "randperm", "normal"}
@@ -62,13 +62,13 @@ def _ambient_state() -> tuple[bytes, ...]:
 
 
 class Draws:
-    """The draws of one call, in order: found in a first run, and then inputs of the graph."""
+    """The draws of one call, in order: found in a first run, then inputs of the graph."""
 
     def __init__(self) -> None:
-        self._values: list[Tensor] | None = []  # what the first run drew
-        self.count = 0  # how many these are
-        self._events: list[Any] = []  # ("enter", what its key is folded with), a _Draw, or "exit"
-        self._order: list[int] = []  # which value each random operation of a run takes
+        self._values: list[Tensor] | None = []  # the draws of the first run
+        self.count = 0  # the number of draws
+        self._events: list[Any] = []  # ("enter", data of the key), a _Draw, or "exit"
+        self._order: list[int] = []  # the index of the value for each random operation of a run
         self._memo: dict[Any, int] = {}
         self._steps: dict[int, tuple[Tensor, int]] = {}
         self._depth = 0
@@ -79,7 +79,7 @@ class Draws:
         return isinstance(other, Draws) and self._events == other._events and self._order == other._order
 
     def note_step(self, step: Tensor, after: int) -> None:
-        """`step` is the number of a step, so many after the first."""
+        """`step` is the number of the step `after` steps after the first."""
         self._steps[id(step)] = step, after
 
     def datum(self, value: Any) -> Any:
@@ -90,17 +90,17 @@ class Draws:
         return _Step(self._steps[id(value)][1])
 
     def found(self) -> TorchDispatchMode:
-        """For the first run: notes what is drawn."""
-        return _Operations(self._note)
+        """The mode of the first run, which records the draws."""
+        return RandomOperations(self._note)
 
     def given(self, values: list[Tensor]) -> TorchDispatchMode:
-        """For a run that is recorded: the values take the place of what is drawn."""
+        """The mode of a recorded run, in which `values` replace the draws."""
         self._given = values
         order = iter(self._order)
 
         def give(operation: Any, args: Any, options: Any) -> Any:
             name = _named(operation)
-            if name not in _KNOWN:  # the first run has seen that it draws nothing
+            if name not in _KNOWN:  # it drew nothing in the first run
                 return operation(*args, **options)
             value = values[next(order)]
             if name in _FILL:
@@ -109,20 +109,20 @@ class Draws:
                 return args[0] * value * (1 / (1 - args[1])), value
             return value.clone()
 
-        return _Operations(give)
+        return RandomOperations(give)
 
     @property
     def values(self) -> list[Tensor]:
-        """What the first run drew."""
+        """The draws of the first run."""
         return self._drawn(_first) if self._values is None else self._values
 
     def forget(self) -> None:
-        """Keep no values: they are drawn anew where somebody asks for them once more."""
+        """Free the values of the first run; `values` draws them again."""
         self._values, self._given = None, None
         self._memo.clear()
 
     def again(self, key: Key, count: int) -> list[Tensor]:
-        """What the call whose first step is `count` draws."""
+        """The draws of the call whose first step is `count`."""
         return self._drawn(lambda data: key.scope(*[count + datum.after if isinstance(datum, _Step) else datum for datum in data]))
 
     def _drawn(self, scope_of: Callable[[tuple[Any, ...]], Scope]) -> list[Tensor]:
@@ -146,7 +146,7 @@ class Draws:
         return drawn
 
     def finish(self) -> None:
-        """No more will be found: scopes in which nothing was drawn are left out."""
+        """End the first run: remove scopes without draws."""
         kept: list[Any] = []
         for event in self._events:
             if event == "exit" and kept and isinstance(kept[-1], tuple) and not isinstance(kept[-1], _Draw):
@@ -174,7 +174,7 @@ class Draws:
         state = _ambient_state()
         if name not in _KNOWN:
             result = operation(*args, **options)
-            if _ambient_state() == state:  # as attention and recurrent layers without dropout
+            if _ambient_state() == state:  # attention and recurrent layers without dropout
                 return result
         if not self._depth:
             raise Uncapturable("it draws random numbers where no key is")
@@ -184,7 +184,7 @@ class Draws:
             raise Uncapturable(f"what it draws ({name}) depends on what it computes, and cannot be drawn before the graph is called")
         like = None if name in _MAKE else (tuple(args[0].shape), args[0].stride(), args[0].dtype, args[0].device)
         draw = _Draw(operation, like, tuple(rest), {k: v for k, v in options.items() if k != "pin_memory"})
-        if (place := (state, repr(draw))) in self._memo:  # the forward once more, in activation checkpointing's backward
+        if (place := (state, repr(draw))) in self._memo:  # a forward that activation checkpointing repeats
             self._order.append(self._memo[place])
             return operation(*args, **options)
         if self._state is not None and state != self._state:
@@ -201,7 +201,9 @@ class Draws:
         return result
 
 
-class _Operations(TorchDispatchMode):
+class RandomOperations(TorchDispatchMode):
+    """Replaces each random operation of torch by `random(operation, args, kwargs)`."""
+
     def __init__(self, random: Callable[[Any, Any, Any], Any]) -> None:
         super().__init__()
         self._random = random
@@ -214,13 +216,13 @@ class _Operations(TorchDispatchMode):
 
 
 def _first(data: tuple[Any, ...]) -> Scope:
-    """What a first run draws in: different keys have different numbers in it, too."""
+    """The scope of a first run: different keys have different numbers."""
     return Key(0).scope(repr(data))
 
 
 @dataclasses.dataclass(frozen=True)
 class TracedKey:
-    """In place of a key while a call is recorded: what is drawn in its scopes is drawn anew at each call."""
+    """Stands for a key in a recorded call: each call of the graph draws its numbers anew."""
 
     draws: Draws
     data: tuple[Any, ...] = ()
@@ -235,7 +237,7 @@ class TracedKey:
         return _TracedScope(self.fold_in(*data), None)
 
     def within(self, *data: Any) -> _TracedScope:
-        """A scope that collects reports, as `Surroundings` do."""
+        """A scope that collects reports, as in `Surroundings`."""
         return _TracedScope(self.fold_in(*data), collect())
 
     def __getattr__(self, name: str) -> Any:

@@ -7,13 +7,13 @@ import warnings
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fnrun.core.inplace import FIRST
 from fnrun.core.key import Key, Scope, ambient
 from fnrun.core.reports import collect
 from fnrun.core.undisturbed import undisturbed
 from fnrun.data.ambient import restore_hosts, save_hosts
+from fnrun.steps.draws import RandomOperations
 
 
 class Surroundings:
@@ -80,18 +80,16 @@ class _Within(Scope):
             super().__exit__()
 
 
-class _Undrawn(TorchDispatchMode):
+class _Undrawn(RandomOperations):
     """A call that must not draw from torch's generators."""
 
     def __init__(self, name: str) -> None:
-        super().__init__()
+        super().__init__(self._refuse)
         self._name, self._reports = name, collect()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **(kwargs or {}))
+    def _refuse(self, func: Any, args: Any, kwargs: Any) -> Any:
         before = [(generator, generator.get_state()) for generator in ambient()]
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         if moved := [(generator, state) for generator, state in before if not torch.equal(generator.get_state(), state)]:
             for generator, state in moved:
                 generator.set_state(state)
