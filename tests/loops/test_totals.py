@@ -74,8 +74,8 @@ def test_totals_do_not_grow():
     for i in range(300):
         named = {f"m{j}": torch.tensor(1.0) for j in range(6) if i % (j + 1) == 0}
         totals = running.fold(totals, named, 3)
-        first = first if i != 60 else len(tree.leaves(running.settled(totals)))
-    assert len(tree.leaves(running.settled(totals))) == first
+        first = first if i != 60 else len(tree.leaves(running.flushed(totals)))
+    assert len(tree.leaves(running.flushed(totals))) == first
     assert all(float(value) == 1 for value in running.compute(totals).values())
 
 
