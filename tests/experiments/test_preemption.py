@@ -19,7 +19,7 @@ import fnrun
 from fnrun import interrupts
 from fnrun.checkpoint import Checkpoints
 from fnrun.cli import experiment as cli
-from fnrun.loops.program import Program
+from fnrun.loops.streams import Streams
 from fnrun.runs import writer
 from fnrun.runs.run import Run
 from tests.experiments.commands import outcome
@@ -73,7 +73,7 @@ def when_it_waits(action):
 
     def waits():
         frame = sys._current_frames()[main]
-        while frame is not None and frame.f_code is not Program.next_batch.__code__:
+        while frame is not None and frame.f_code is not Streams.next_batch.__code__:
             frame = frame.f_back
         return frame is not None
 
