@@ -178,6 +178,9 @@ class Manifest(msgspec.Struct, kw_only=True):
                 raise ValueError(f"{leaf.path} has strides with gaps or overlaps")
         _check_places(self.leaves)
         holding = {piece.file for leaf in self.leaves for piece in leaf.pieces}
+        for name in holding | self.files.keys():
+            if "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):  # it could lie outside of the checkpoint
+                raise ValueError(f"{name!r} names no file of a checkpoint")
         for name, file in self.files.items():
             if _DIGEST.fullmatch(file.digest) is None and not (name in holding and file.digest == ""):
                 raise ValueError(f"the digest of {name} is {file.digest!r}")

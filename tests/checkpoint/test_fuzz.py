@@ -304,6 +304,23 @@ def test_a_digest_of_an_algorithm_that_nobody_knows_is_damage(saved: tuple[Check
         write({folder / name: content for name, content in original.items()})
 
 
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd", "arrays//state/00000/0", "arrays/\0"])
+def test_a_file_that_is_none_of_the_checkpoint_is_damage(saved: tuple[Checkpoints, Path], name: str) -> None:
+    checkpoints, folder = saved
+    original = {file: (folder / file).read_bytes() for file in (store.MANIFEST, store.DIGEST)}
+    manifest = json.loads(original[store.MANIFEST])
+    old = next(leaf for leaf in manifest["leaves"] if leaf.get("pieces"))["pieces"][0]["file"]
+    for piece in [piece for leaf in manifest["leaves"] for piece in leaf.get("pieces", [])]:
+        piece["file"] = name if piece["file"] == old else piece["file"]
+    manifest["files"][name] = manifest["files"].pop(old)
+    sign(folder, json.dumps(manifest).encode())
+    try:
+        with pytest.raises(DamagedError, match="names no file of a checkpoint"):
+            checkpoints.restore()
+    finally:
+        write({folder / file: content for file, content in original.items()})
+
+
 ASKED: list[list[Callable[[Checkpoints], Any]]] = [
     [lambda checkpoints: checkpoints.restore()],
     [lambda checkpoints: checkpoints.restore(like=state()), lambda checkpoints: checkpoints.best()],
