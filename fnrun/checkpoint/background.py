@@ -1,4 +1,4 @@
-"""Work behind the training: one job after the other, in a thread; what goes wrong is kept until somebody asks."""
+"""Work in the background of the training: one job after the other, in a thread. A failure is kept until somebody asks for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fnrun.checkpoint.manifest import CheckpointError
 
 
 class Background:
-    """Jobs in their order, for `where`; a program that ends lets them finish."""
+    """Jobs that run one after the other; a program that ends lets them finish. `where` begins the message of a failure."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -28,11 +28,11 @@ class Background:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, job: Callable[[], None], failed: str) -> None:
-        """Begin `job` once those before it are done; `failed` says what was not done if it raises."""
+        """Start `job` when those before it are done; if it raises, the failure's message is `failed` and its error."""
         before = self._thread
 
         def work() -> None:
-            time.sleep(0.001)  # whoever handed it over goes on first: a thread that begins keeps the interpreter for 5 ms
+            time.sleep(0.001)  # the caller goes on first: a thread that begins keeps the interpreter for 5 ms
             _ended(before)
             try:
                 job()
@@ -41,7 +41,7 @@ class Background:
                 failure.__cause__ = error
                 if self._failure is None:
                     self._failure = failure
-                    _untold.add(self)
+                    _failed.add(self)
                 else:
                     self._failure.add_note(str(failure))
 
@@ -55,23 +55,23 @@ class Background:
         self._thread = None
 
     def failure(self) -> CheckpointError | None:
-        """What went wrong since it was last asked for."""
+        """The first failure since the last call, with the others as its notes."""
         failure, self._failure = self._failure, None
-        _untold.discard(self)
+        _failed.discard(self)
         return failure
 
 
 def _ended(thread: threading.Thread | None) -> None:
-    """Wait for a thread; one that Ctrl-C kept from starting is at its end."""
+    """Wait for a thread; one that Ctrl-C kept from starting has ended."""
     if thread is not None and thread.ident is not None:
         thread.join()
 
 
 _unfinished: weakref.WeakSet[Background] = weakref.WeakSet()
-_untold: set[Background] = set()  # with a failure that nobody has asked for yet, and that must be told though nobody holds them any more
-if hasattr(os, "register_at_fork"):  # a data worker has nothing to finish, and nothing to tell
+_failed: set[Background] = set()  # those with a failure that nobody has asked for: it is logged at exit
+if hasattr(os, "register_at_fork"):  # a data worker has nothing to finish, and nothing to log
     os.register_at_fork(after_in_child=_unfinished.clear)
-    os.register_at_fork(after_in_child=_untold.clear)
+    os.register_at_fork(after_in_child=_failed.clear)
 
 
 def _finish_at_exit(background: Background) -> None:
@@ -83,10 +83,10 @@ def _finish_at_exit(background: Background) -> None:
 
 
 def _finish() -> None:
-    for background in {*_unfinished, *_untold}:
+    for background in {*_unfinished, *_failed}:
         background.join()
         if (failure := background.failure()) is not None:
             logging.getLogger("fnrun").error(str(failure))
 
 
-atexit.register(_finish)  # again, for what was begun later than that: it cannot be saved any more, and that must be told
+atexit.register(_finish)  # again, for jobs that began later than that: they can only fail, and that is logged

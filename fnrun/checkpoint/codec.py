@@ -1,9 +1,9 @@
 """A pytree described as structure and leaves, and built from a description again.
 
-A tree is written as its structure (nodes that name their kind) and a table of its leaves. Python's scalars stand in the table, tensors
-and arrays are told apart there and stored elsewhere. Building a tree runs no code that a manifest could choose: a node is a plain
-container, a class that `fnrun.struct` has registered, or a NamedTuple that is loaded, and is filled without calling it. The only modules
-imported for it are fnrun's own.
+A tree is written as its structure (nodes that name their kind) and a table of its leaves. The table has the values of Python's scalars, and
+dtype and shape of tensors and arrays, which are stored elsewhere. Building a tree runs no code that a manifest could choose. A node is a
+plain container, a class that `fnrun.struct` has registered, or a loaded NamedTuple, and is filled without a call of the class. No modules
+are imported for it but those of fnrun.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fnrun.checkpoint.manifest import ARRAY_KINDS, SEQUENCES, CheckpointError, L
 from fnrun.core import tree
 from fnrun.core.words import a
 
-#: Fields of a state that a fresh one cannot know: always rebuilt from the manifest, whatever `like` holds there.
+#: Fields of a state that a fresh one cannot know: always rebuilt from the manifest, whatever `like` has there.
 FREE = ("position", "memory")
 
-#: So many containers may lie within one another: what reads them again takes a few of Python's frames for each.
+#: The deepest nesting of containers: reading them again takes a few of Python's frames for each.
 DEPTH = 410
 
 DICTS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "defaultdict": defaultdict}
@@ -39,7 +39,7 @@ _FACTORIES: dict[str, Any] = {"": None} | {cls.__name__: cls for cls in (dict, l
 
 
 class Description(NamedTuple):
-    """A tree as structure and leaves, and what is to be stored of it: tensors and arrays by the number of their leaf."""
+    """A tree as structure and leaves, and its tensors and arrays by the number of their leaf."""
 
     structure: Node | int
     leaves: list[Leaf]
@@ -81,7 +81,7 @@ def describe(value: Any) -> Description:
 
 
 class Container(NamedTuple):
-    """A container: its kind, its children by key in their own order, and what the manifest says of its keys and its static fields."""
+    """A container: its kind, its children by key in its order, and its keys and static fields as the manifest has them."""
 
     kind: str
     items: list[tuple[Any, Any]]
@@ -90,7 +90,7 @@ class Container(NamedTuple):
 
 
 def container(value: Any, path: tuple[Any, ...]) -> Container | None:
-    """`value` as a container with its children in their own order; None for a leaf."""
+    """`value` as a container, None for a leaf."""
     cls: Any = type(value)
     if cls in DICTS.values():
         keys = [_constant(key, path, "the key") for key in value]
@@ -126,7 +126,7 @@ def _factory(value: defaultdict[Any, Any], path: tuple[Any, ...]) -> str:
 
 
 def leaf_of(value: Any, path: tuple[Any, ...]) -> Leaf:
-    """The entry of one leaf, as yet without digest and place."""
+    """The table entry of one leaf, without its pieces."""
     where = text(path)
     if isinstance(value, torch.Tensor):
         if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_quantized or value.is_nested:
@@ -181,7 +181,7 @@ def identity(value: Any) -> Any:
 
 
 class Pick(NamedTuple):
-    """A leaf to be restored: its number in the table, and device and dtype of the tensor that it stands for, if it stands for one."""
+    """A leaf to be restored: its number in the table, and device and dtype of the tensor that it replaces, if `like` has one there."""
 
     number: int
     device: torch.device | None = None
@@ -263,10 +263,10 @@ def _instance(plan: Branch, children: list[Any], path: tuple[Any, ...]) -> Any:
 
 def _struct(name: str) -> type | None:
     """The struct of that name, if it is declared. One of ours is imported: its name is a public module and the class."""
-    module, _, own = name.rpartition(".")
+    module, _, class_name = name.rpartition(".")
     if (found := tree.struct_class(name)) is None and re.fullmatch(r"fnrun(\.[a-z]\w*)*", module):
         with contextlib.suppress(ImportError):
-            getattr(importlib.import_module(module), own, None)
+            getattr(importlib.import_module(module), class_name, None)
         found = tree.struct_class(name)
     return found
 

@@ -347,7 +347,7 @@ class Checkpoints:
     def prune(self, keep: int, keep_every: int | None = None) -> None:
         """Delete all but the `keep` newest checkpoints and the best by each metric; behind a save in flight, once that is written.
 
-        With `keep_every=k` the first one at or after each multiple of k steps stays too. One that was overtaken at its own step and ticks
+        With `keep_every=k` the first one at or after each multiple of k steps stays too. One that was overtaken at its step and ticks
         counts as old. One whose manifest is damaged stays: it may be the best.
         """
         check_keep("prune", keep, keep_every)

@@ -23,15 +23,15 @@ from torch import (
 
 from fnrun.checkpoint import codec
 from fnrun.checkpoint.manifest import CheckpointError, DamagedError
-from fnrun.checkpoint.match import check_cast, shortened
+from fnrun.checkpoint.match import check_cast
 from fnrun.core import files, tree
-from fnrun.core.words import a
+from fnrun.core.words import a, shortened
 
-#: Where a state dict stands in a file that holds more: MMEngine's and Lightning's, and that of many others.
+#: The keys of a state dict in a larger file: MMEngine's and Lightning's, and that of many others.
 KEYS = ("state_dict", "model")
-#: What can be written, by suffix.
+#: The suffixes of files that can be written.
 SUFFIXES = (".safetensors", ".pt", ".pth")
-#: So many times the size of its file may what it holds take, besides a megabyte: a few bytes can stand for terabytes, unpacked or expanded.
+#: The content of a file may take so many times its size, and a megabyte more. A few bytes can unpack or expand to terabytes.
 ROOM = 8
 #: The entry of a safetensors header that says which names are one tensor: JSON, other name to first name.
 TIED = "tied"
@@ -99,7 +99,7 @@ def state_dict(source: str | Path | Mapping[str, Any], key: str | None = None) -
 
 
 def _room(path: Path) -> int:
-    """The bytes that what a file holds may take."""
+    """The bytes that the content of a file may take."""
     return ROOM * path.stat().st_size + 2**20
 
 
@@ -126,9 +126,9 @@ _OTHERS = {
 
 
 def _check_zip(path: Path) -> bool:
-    """Compare the content with the checksums that torch wrote and does not look at itself; whether the bytes lie there as they are.
+    """Compare the content with the checksums, which torch writes and does not check. Returns whether it is stored without compression.
 
-    Raises DamagedError, also for what takes far more room than the file, or is there twice.
+    Raises DamagedError, also for content that unpacks to far more than the file, and for two records of one name.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -196,14 +196,14 @@ def _check_legacy(path: Path) -> None:
 
 
 def _unpickled(file: IO[bytes], persistent_load: Callable[[Any], Any] | None = None) -> Any:
-    """What torch's restricted unpickler reads, with other storages than it would read."""
+    """What torch's restricted unpickler reads, with `persistent_load` in place of its own."""
     unpickler: Any = _weights_only_unpickler.Unpickler(file, encoding="utf-8")
     unpickler.persistent_load = persistent_load
     return unpickler.load()
 
 
 def _measured(sizes: dict[Any, int]) -> Callable[[Any], Any]:
-    """What notes how many bytes each storage takes, and stands for it without its bytes."""
+    """A `persistent_load` that notes the size of each storage, in bytes, and returns one on the meta device."""
 
     def storage(pid: Any) -> Any:
         if pid[0] not in ("storage", b"storage"):
@@ -224,7 +224,7 @@ _unpickling = threading.Lock()
 
 
 class Inert:
-    """What stands for an object of a class that is not torch's."""
+    """An object in place of one of a class that is not torch's."""
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         return object.__new__(cls)
@@ -241,12 +241,12 @@ def _empty_dict(*args: Any) -> dict[Any, Any]:
 
 
 def _stand_in(name: str) -> Any:
-    """What to unpickle in place of this class or function: for a dictionary one that can be filled, elsewhere what does nothing."""
+    """What to unpickle in place of this class or function: for a defaultdict a dict, else a class that does nothing."""
     return _empty_dict if name == "collections.defaultdict" else type(name, (Inert,), {})
 
 
 def _reason(error: Exception) -> str:
-    """What the unpickler said, without the advice that torch wraps it in: to trust the file."""
+    """The message of the unpickler, without torch's advice to trust the file."""
     inner = error.__context__ if type(error.__context__) is type(error) else error
     return (str(inner).strip().partition(" Please use")[0].splitlines() or [""])[0].rstrip(".") or type(error).__name__
 
@@ -297,8 +297,7 @@ def _is_dense(value: Any) -> bool:
 def _words(value: Any) -> str:
     if isinstance(value, Tensor):
         return "a tensor" if _is_dense(value) else f"{a(type(value).__name__)} of {value.layout}, {value.dtype}, on {value.device}"
-    article = "an" if type(value).__name__[0] in "aeiouAEIOU" else "a"
-    return f"{article} {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, Mapping) else "")
+    return a(type(value).__name__) + (f" of {len(value)}" if isinstance(value, Mapping) else "")
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -339,7 +338,7 @@ def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
 
 
 def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, none a part of a larger memory, sharing none but where two names are one tensor."""
+    """The tensors on the CPU, each in a storage of its size; two names that are one tensor still are."""
     copies: dict[Any, Tensor] = {}
     for tensor in tensors.values():
         if (identity := codec.identity(tensor)) not in copies:
@@ -354,17 +353,17 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapp
     first: dict[int, str] = {}
     tied = {name: first[id(tensor)] for name, tensor in tensors.items() if first.setdefault(id(tensor), name) != name}
     header = {**metadata, **({TIED: json.dumps(tied)} if tied else {})}
-    own = {
+    copies = {
         name: tensor.clone(memory_format=torch.contiguous_format) if name in tied else tensor.contiguous()
         for name, tensor in tensors.items()
     }
     permissions = path.stat().st_mode
     try:
-        safetensors.torch.save_file(own, path, header)  # a file of its own takes the place of this one
+        safetensors.torch.save_file(copies, path, header)  # it replaces this file by another one
         path.chmod(permissions)
         files.sync(path)
     except KeyError as error:  # a dtype
-        names = shortened([name for name, tensor in own.items() if tensor.dtype == error.args[0]])
+        names = shortened([name for name, tensor in copies.items() if tensor.dtype == error.args[0]])
         raise CheckpointError(
             f"safetensors has no {error.args[0]}, as {names} is: write a .pt file, or export tensor.view(torch.uint8)"
         ) from error

@@ -48,7 +48,7 @@ _ARRAY_FILE = re.compile(r"arrays/state/(\d{5})/([^/]+)")
 def _in_pieces(raw: dict[str, Any]) -> dict[str, Any]:
     """A manifest of format 2 with each leaf in one piece: it had one sha256, in the array of that number, and each file another.
 
-    The arrays of format 1 have no files of their own: the piece names their directory.
+    The arrays of format 1 are in files of orbax: a piece names the directory of its array.
     """
     names = {int(place[1]): name for name in raw.get("files", {}) if (place := _ARRAY_FILE.fullmatch(name)) and place[2] != ".zarray"}
     leaves = []

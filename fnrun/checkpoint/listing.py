@@ -15,7 +15,7 @@ from fnrun.core.checkpoint_name import Entry
 T = TypeVar("T")
 M = TypeVar("M", Manifest, Judgement | Manifest)
 
-#: How the names of futures begin that were given up.
+#: Prefix of the checkpoints of a future that was given up.
 ABANDONED = "abandoned-"
 
 

@@ -23,14 +23,14 @@ Mode = Literal["min", "max"]
 TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 #: The kinds of NumPy's dtypes that can be saved.
 ARRAY_KINDS = "biufcSUmM"
-#: The kinds of containers whose keys go without saying.
+#: The kinds of containers whose keys are 0, 1, ...
 SEQUENCES = ("list", "tuple", "deque")
 
 
 class CheckpointError(Exception):
     """A checkpoint that could not be saved or restored: what was wrong, where, and what to do.
 
-    Where a run ends because it cannot save, `state` is where it stood.
+    Where a run ends because it cannot save, `state` is its last state.
     """
 
     state: Any = None
@@ -101,7 +101,7 @@ class Leaf(msgspec.Struct, omit_defaults=True):
         return math.prod(self.shape if piece.shape is None else piece.shape) * self.itemsize
 
     def origin(self, number: int) -> int:
-        """The number of the leaf that has the bytes of this one: its own `number`, or that of the first of several that are one tensor."""
+        """The number of the leaf that has the bytes of this one: `number`, or that of the first of several that are one tensor."""
         return number if self.shares is None else self.shares
 
     def spec(self) -> str:
@@ -152,7 +152,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     files: dict[str, File] = {}
 
     def value(self, metric: str, mode: Mode) -> float | None:
-        """A metric by which checkpoints are judged, as a number to be minimized; None if it was not monitored, or is not finite."""
+        """A monitored metric as a number to be minimized; None if it was not monitored, or is not finite."""
         return ranked(self.metrics.get(metric, "nan"), mode) if metric in self.monitors else None
 
     def check(self) -> None:
@@ -238,7 +238,7 @@ def _check_places(leaves: Sequence[Leaf]) -> None:
 
 
 def dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements with these strides fill their memory, each in a place of its own."""
+    """Whether elements with these strides fill their memory without overlaps."""
     size = 1
     for stride, length in sorted((stride, length) for stride, length in zip(strides, shape, strict=True) if length > 1):
         if stride != size:

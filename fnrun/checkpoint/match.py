@@ -15,7 +15,8 @@ import torch
 from fnrun.checkpoint.codec import DICTS, FREE, Branch, Container, Keep, Pick, container, leaf_of, named_today, picks
 from fnrun.checkpoint.manifest import TORCH_DTYPES, CheckpointError, Leaf, Node, constant, encode_constant, text
 from fnrun.core import tree
-from fnrun.core.tables import printable
+from fnrun.core.tables import printable, table
+from fnrun.core.words import shortened
 
 #: Fields of a state that must match `like` exactly. Elsewhere an empty container or None in `like` takes whatever was saved.
 EXACT = ("params", "buffers", "opt_state")
@@ -330,16 +331,12 @@ class Matcher:
         for row in self.wrong:
             sorts.setdefault((row.saved == "(missing)", row.expected == "(unexpected)"), []).append(row)
         some = self.wrong if len(self.wrong) <= rows else [row for sort in sorts.values() for row in sort[: rows // len(sorts)]]
-        lines = [
-            Mismatch("leaf", "saved", "expected"),
-            *(row._replace(path=printable(row.path).replace("\n", "\\n") or "(root)") for row in some),
-        ]
-        widths = [max(len(line[column]) for line in lines) for column in range(3)]
-        shown = []
-        for line in lines:
-            near = difflib.get_close_matches(line.path, unexpected, n=1) if line.saved == "(missing)" else []
-            hint = f"  (saved under a near name: {printable(near[0])})" if near else ""
-            shown.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + hint)
+        cells = [[row.path or "(root)", row.saved, row.expected] for row in some]
+        head, _, *lines = table(["leaf", "saved", "expected"], cells).splitlines()
+        shown = [f"  {head}"]
+        for row, line in zip(some, lines, strict=True):
+            near = difflib.get_close_matches(row.path, unexpected, n=1) if row.saved == "(missing)" else []
+            shown.append(f"  {line}" + (f"  (saved under a near name: {printable(near[0])})" if near else ""))
         if len(self.wrong) > len(some):
             shown.append(f"  ... and {len(self.wrong) - len(some)} more")
         return "\n".join(shown)
@@ -394,11 +391,6 @@ def check_cast(who: str, dtype: Any) -> None:
     """Raise CheckpointError for what is no floating-point dtype, nor None."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise CheckpointError(f"{who}: dtype is a floating-point one, such as torch.bfloat16, not {dtype!r}")
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _words(like: Any) -> str:

@@ -1,4 +1,4 @@
-"""One checkpoint as a state, or as leaves by path: what `Checkpoints.restore` and `Checkpoints.read` say."""
+"""One checkpoint as a state, or as leaves by path: the work of `Checkpoints.restore` and `Checkpoints.read`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read(
 
 @contextlib.contextmanager
 def _describing(directory: Path) -> Iterator[None]:
-    """What goes wrong besides our own errors: the digests agree, so somebody else wrote a manifest that makes no sense."""
+    """Within it other errors are CheckpointErrors: the digests agree, so somebody wrote a manifest that makes no sense."""
     try:
         yield
     except CheckpointError:
@@ -78,7 +78,7 @@ def _values(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
 ) -> Callable[[codec.Pick], Any]:
-    """The value of each leaf that is restored, of those `found` on the CPU; leaves that were one tensor are one again."""
+    """The value of each leaf, moved and cast from those `found` on the CPU. Leaves that were one tensor are one again."""
     beside = {leaves[pick.number].device: pick.device for pick in picks if pick.device is not None}
     moved: dict[Any, Any] = {}
 

@@ -14,7 +14,7 @@ Which = int | str | Entry | None
 
 
 def which(text: str) -> int | str | None:
-    """The checkpoint that a flag names. Raises CheckpointError for what names none.
+    """The checkpoint that a flag names. Raises CheckpointError for another text.
 
     >>> which("latest"), which("115"), which("best:val/loss")
     (None, 115, 'best:val/loss')
@@ -73,7 +73,7 @@ def superfluous(
 
 
 def check_keep(who: str, keep: int | None, keep_every: int | None) -> None:
-    """Raise ValueError where that many, or each of so many steps, cannot be kept."""
+    """Raise ValueError for a `keep` or a `keep_every` below 1."""
     if keep is not None:
         count(f"{who}: keep", keep)
     if keep_every is not None:

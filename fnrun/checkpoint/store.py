@@ -35,8 +35,9 @@ from fnrun.checkpoint.manifest import (
     Piece,
     config,
 )
+from fnrun.core.words import shortened
 
-#: So many threads restore.
+#: The number of threads that restore.
 READERS = min(8, os.cpu_count() or 1)
 
 MANIFEST, DIGEST, ARRAYS = "manifest.json", "manifest.sha256", orbax.ARRAYS
@@ -50,7 +51,7 @@ class _Version(msgspec.Struct):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint, after its own digest has been checked. Raises CheckpointError."""
+    """The manifest of a checkpoint, after its digest was checked. Raises CheckpointError."""
     encoded = _encoded(directory)
     try:
         version = msgspec.json.decode(encoded, type=_Version).format
@@ -72,7 +73,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def read_judgement(directory: Path) -> Judgement | Manifest:
-    """By what a checkpoint is judged, after the digest of its manifest has been checked. Raises CheckpointError."""
+    """The judgement of a checkpoint, after the digest of its manifest was checked. Raises CheckpointError."""
     with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
         found = msgspec.json.decode(_encoded(directory), type=Judgement)
         for value in found.metrics.values():
@@ -83,7 +84,7 @@ def read_judgement(directory: Path) -> Judgement | Manifest:
 
 
 def _encoded(directory: Path) -> bytes:
-    """The bytes of a manifest, which are as they were written. Raises DamagedError."""
+    """The bytes of a manifest, after its digest was checked. Raises DamagedError."""
     encoded, stated = _get(directory / MANIFEST), _get(directory / DIGEST)
     expected = f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST}\n".encode()
     if stated != expected:
@@ -141,7 +142,7 @@ def is_whole(directory: Path) -> bool:
 
 
 def holds(directory: Path, manifest: Manifest, bits: Mapping[int, np.ndarray]) -> bool:
-    """Whether a checkpoint is whole, and holds the state of another manifest, whose leaves have these bytes, and its metrics."""
+    """Whether a checkpoint is whole and has the state and the metrics of `manifest`, whose leaves have these bytes."""
     try:
         found = read_checked(directory)
     except CheckpointError:
@@ -207,7 +208,7 @@ def _read(directory: Path, manifest: Manifest, spans: Iterable[_Span]) -> None:
 
 
 def _same(file: io.FileIO, span: _Span) -> bool:
-    """Whether these bytes of a file have their digest; they are put where they go."""
+    """Whether these bytes of a file have their digest. They are read into the memory of the span."""
     if span.into is not None and not span.into.flags.c_contiguous:
         data = np.empty(span.into.shape, np.uint8)
         same = _same(file, span._replace(into=data))
@@ -228,8 +229,7 @@ def _same(file: io.FileIO, span: _Span) -> bool:
 
 def _damaged(directory: Path, manifest: Manifest, name: str, wrong: str) -> DamagedError:
     lost = _lost(directory, manifest, name)
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    named = f". Lost: {', '.join(lost[:3])}{more}" if lost else ""
+    named = f". Lost: {shortened(lost, 3)}" if lost else ""
     return DamagedError(f"{directory / name} {wrong}{named}; {_elsewhere(directory)}", lost)
 
 
@@ -273,7 +273,7 @@ def read_leaves(directory: Path, manifest: Manifest, numbers: set[int]) -> dict[
 
 
 def _from_orbax(directory: Path, manifest: Manifest, leaves: dict[int, Leaf]) -> dict[int, Any]:
-    """The leaves of format 1, whose bytes lie in files of orbax's own, which are as they were written."""
+    """The leaves of format 1, read by orbax; its files are as they were written."""
     arrays = {int(piece.file[-5:]) for leaf in leaves.values() for piece in leaf.pieces}
     try:
         found = orbax.load(directory / ARRAYS, arrays, sum(file.size for file in manifest.files.values())) if arrays else {}

@@ -22,7 +22,7 @@ from fnrun.core import files, tree
 from fnrun.core.checkpoint_name import Entry
 from fnrun.core.placing import moved
 from fnrun.core.state import buffers_of, weights_of
-from fnrun.core.words import a
+from fnrun.core.words import a, shortened
 
 Weights = str | Callable[[Any], Any]
 S = TypeVar("S")
@@ -106,7 +106,7 @@ def load_from(
         raise CheckpointError(f"load_from: the state cannot be brought to {device}: {error}") from error
 
 
-Places = list[tuple[tuple[str, ...], Tensor]]  # each tensor, with the paths at which it may stand in a state
+Places = list[tuple[tuple[str, ...], Tensor]]  # each tensor, with the paths that it may have in a state
 
 
 def _of_state_dict(source: Any, weights: Weights, step: Which) -> tuple[Places, str]:
@@ -119,7 +119,7 @@ def _of_state_dict(source: Any, weights: Weights, step: Which) -> tuple[Places, 
 
 
 def _placed(entries: Places, fresh: Mapping[str, Any], rename: Callable[[str], str] | None) -> dict[str, dict[str, Tensor]]:
-    """The tensors by field and name: where `fresh` has a place for them under their new names, elsewhere where they come first."""
+    """The tensors by field and name: the one that `fresh` has under the new name, else the first of their paths."""
     known = {text((field, name)): (field, name) for field in FIELDS for name in fresh[field]}
     placed: dict[str, Tensor] = {}
     before: dict[str, str] = {}
@@ -134,7 +134,7 @@ def _placed(entries: Places, fresh: Mapping[str, Any], rename: Callable[[str], s
         before[path] = old
         (placed if path in known else spare)[path] = tensor
     if rename and all(path == old for path, old in before.items()):
-        raise CheckpointError(f"rename: it changes no path; there are {match.shortened(list(before))}")
+        raise CheckpointError(f"rename: it changes no path; there are {shortened(list(before))}")
     taken = {codec.identity(tensor) for tensor in placed.values()}
     spare = {path: tensor for path, tensor in spare.items() if codec.identity(tensor) not in taken}
     found: dict[str, dict[str, Tensor]] = {field: {} for field in FIELDS}
@@ -158,7 +158,7 @@ def _copied(value: Tensor, like: Tensor) -> Tensor:
 def _followed(opt_state: Any, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Any:
     """The fresh optimizer state, with copies of the new parameters where it holds copies of the old ones.
 
-    Moments begin at zero, as parameters may: then a copy is told by others in a place of the same name.
+    Moments begin at zero, as parameters may: a copy of zeros counts only where another copy with the same last key is not zero.
     """
 
     def same(value: Any) -> bool:
@@ -277,19 +277,21 @@ def _found(source: Any, weights: Weights, step: Which) -> _Found | None:
 
 def _as_named_by(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under all names that they have in `model.state_dict()`. Raises CheckpointError where the two don't fit."""
-    own: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers_of(model)}
+    expected: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers_of(model)}
     apart = [
         f"{name} is {what}"
-        for names, what in ((own.keys() - tensors, "missing"), (tensors.keys() - own, "unexpected"))
+        for names, what in ((expected.keys() - tensors, "missing"), (tensors.keys() - expected, "unexpected"))
         for name in sorted(names)
     ]
-    apart += [f"{name} is {tuple(tensors[name].shape)}" for name, t in own.items() if name in tensors and tensors[name].shape != t.shape]
+    apart += [
+        f"{name} is {tuple(tensors[name].shape)}" for name, t in expected.items() if name in tensors and tensors[name].shape != t.shape
+    ]
     if apart:
-        raise CheckpointError(f"these are not the weights of the {type(model).__name__}: {match.shortened(apart)}")
-    names = {id(tensor): name for name, tensor in own.items()}
+        raise CheckpointError(f"these are not the weights of the {type(model).__name__}: {shortened(apart)}")
+    names = {id(tensor): name for name, tensor in expected.items()}
     found = {name: names.get(id(value)) for name, value in model.state_dict(keep_vars=True).items()}
     if strange := [name for name, known in found.items() if known is None]:
-        raise CheckpointError(f"{type(model).__name__}.state_dict() has entries that are none of its tensors: {match.shortened(strange)}")
+        raise CheckpointError(f"{type(model).__name__}.state_dict() has entries that are none of its tensors: {shortened(strange)}")
     return {name: tensors[known] for name, known in found.items() if known is not None}
 
 
@@ -297,7 +299,7 @@ def _as_named_by(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _checkpoints(source: Any) -> tuple[Checkpoints, Entry | None] | None:
-    """The checkpoints that `source` means, and which of them if it is one; None for what is no directory."""
+    """The checkpoints at `source`, and the entry where `source` is a single one; None for what is no directory."""
     source = getattr(source, "checkpoints", source)
     if isinstance(source, Checkpoints):
         return source, None

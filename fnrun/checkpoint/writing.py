@@ -27,9 +27,9 @@ from fnrun.core.environment import environment
 PACKED = 4 * 1024 * 1024
 #: The size of a pack.
 PACK = 64 * 1024 * 1024
-#: So many files are made durable at a time: a file system writes its journal once for all of them.
+#: The number of files that are synced at a time: a file system writes its journal once for all of them.
 SYNCING = 8
-#: So many threads look meanwhile whether the leaves are still what was written.
+#: The number of threads that meanwhile check whether the leaves have changed.
 CHECKING = 2
 #: torch's dtypes that are NumPy's too.
 _NATIVE = {"bool", "float16", "float32", "float64", "complex64", "complex128"} | {
@@ -94,8 +94,8 @@ def _contents(leaves: list[Leaf], bits: dict[int, np.ndarray]) -> list[_Content]
             end += data.size
     found = []
     for number, group in enumerate(groups + packs):
-        own = number < len(groups)
-        array = _array(*group[0]) if own else orbax.Array((sum(data.size for _, data in group),), np.dtype(np.uint8))
+        alone = number < len(groups)
+        array = _array(*group[0]) if alone else orbax.Array((sum(data.size for _, data in group),), np.dtype(np.uint8))
         file, offset = orbax.chunk(number, array), 0
         for leaf, data in group:
             leaf.pieces = [Piece(file, "", offset)]

@@ -32,7 +32,7 @@ from fnrun.loops.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.loops.streams import OtherData
 from fnrun.loops.structure import Composed, loops_of
 from fnrun.runs import writer
-from fnrun.runs.config import changes, config_type
+from fnrun.runs.config import changes, config_type, words
 from fnrun.runs.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, built
 from fnrun.runs.summary import command_line, summary
 from fnrun.steps import PureStep
@@ -73,37 +73,36 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
         sys.stdout = None  # whoever read the output has gone
         code = 1
     except Exception as error:
-        if command.debug or not _users_fault(error):
+        if command.debug or not isinstance(error, _USERS_FAULTS):
             if not command.debug and sys.excepthook is sys.__excepthook__:
-                sys.excepthook = _tell
+                sys.excepthook = _print_error
             raise
         print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 1
     sys.exit(code)
 
 
-#: Whose frames say nothing to whom an experiment belongs.
-_FOLDED = tuple(f"{Path(root).resolve()}{os.sep}" for root in (Path(__file__).parents[1], Path(torch.__file__).parent))
+#: The frames of these directories are left out of a traceback.
+_LEFT_OUT = tuple(f"{Path(root).resolve()}{os.sep}" for root in (Path(__file__).parents[1], Path(torch.__file__).parent))
 
 
-def _tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print an exception that the experiment's own code raised: its frames, and not those of fnrun and torch between them."""
-    told = traceback.TracebackException(kind, error, trace)
-    left, seen = 0, [told]
+def _print_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print an exception of the experiment's code with its frames, without those of fnrun and torch between them."""
+    shown = traceback.TracebackException(kind, error, trace)
+    left, seen = 0, [shown]
     for each in seen:
         seen += [other for other in (each.__cause__, each.__context__) if other is not None]
-        own = [frame for frame in each.stack if not frame.filename.startswith((*_FOLDED, "<frozen "))]
-        if own and (each is not told or len(own) > 1):  # and not only the call of `main`
+        own = [frame for frame in each.stack if not frame.filename.startswith((*_LEFT_OUT, "<frozen "))]
+        if own and (each is not shown or len(own) > 1):  # and not only the call of `main`
             left += len(each.stack) - len(own)
             each.stack = traceback.StackSummary.from_list(own)
-    print(printable("".join(told.format())), end="", file=sys.stderr)
+    print(printable("".join(shown.format())), end="", file=sys.stderr)
     if left:
         print(f"({left} frames of fnrun and torch are left out; --debug shows them)", file=sys.stderr)
 
 
-def _users_fault(error: Exception) -> bool:
-    """Whether the message says all there is to say: errors about runs, checkpoints, programs, and the disk under them."""
-    return isinstance(error, (RunError, CheckpointError, ProgramError, PathError))
+#: Errors whose message is enough for the user: about runs, checkpoints, programs, and the disk under them.
+_USERS_FAULTS = (RunError, CheckpointError, ProgramError, PathError)
 
 
 # --- the flags ---------------------------------------------------------------------------------------------------------
@@ -164,24 +163,24 @@ class _Evaluate:
 
 
 def _resumed(build: Build, name: str, path: Path, args: list[str]) -> tuple[Any, Run]:
-    """The command with flags that are not given as the run has them, and the run."""
+    """The command, with the run's config as the defaults of its flags, and the run."""
     run = Run.open(path, config_type(build), name)
     return local_paths(_flags(args, name, config_type(build), _Resume(run=path, config=run.config))), run
 
 
 def _flags(args: list[str], name: str, config_type: type, default: Any = None) -> Any:
-    """What the arguments say. Exits with code 2 where they are wrong, and with 0 after a help."""
-    module, said = name.partition(":")[0], io.StringIO()
+    """The command in the arguments. Exits with code 2 where they are wrong, and with 0 after a help."""
+    module, errors = name.partition(":")[0], io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             return _read_flags(args, module, config_type, default)
     except SystemExit:
-        _show(said.getvalue(), module)
+        _show(errors.getvalue(), module)
         raise
 
 
 def _show(box: str, module: str) -> None:
-    """tyro's message, which takes the first word of `python -m module` for the program where it names a help."""
+    """Print tyro's message. Where it names a help, it takes the first word of `python -m module` for the program: that is corrected."""
     for line in box.splitlines():
         if found := re.search(r"in python (\w+ )?--help", line):
             right = found[0].replace("in python ", f"in python -m {module} ", 1)
@@ -211,7 +210,7 @@ def _name(build: Build) -> str:
 
 
 class _Asked:
-    """What may end a command from outside, as one interrupt that keeps its answer, with the exit code that goes with it."""
+    """The interrupts of a command, signals and a deadline, as one that keeps its answer; with the exit code."""
 
     def __init__(self, signals: Signals, limit: Interrupt | None, args: list[str]) -> None:
         self.signals, self.args = signals, args
@@ -228,7 +227,7 @@ class _Asked:
 
 
 def _deadline(command: Any) -> Interrupt | None:
-    """The deadline that was asked for, counted from the start of this process: importing takes its part of the time."""
+    """The deadline in the flags, counted from the start of this process: imports take a part of the time."""
     import psutil
 
     try:
@@ -251,7 +250,7 @@ def _interruptible(build: Build, name: str, command: Any, args: list[str]) -> in
 
 @contextlib.contextmanager
 def _printable_warnings() -> Iterator[None]:
-    """Within it a warning moves no cursor, whatever names a checkpoint brings."""
+    """Within it warnings have no control characters: names may come from a stranger's checkpoint."""
     before = warnings.formatwarning
 
     def formatted(*args: Any, **options: Any) -> str:
@@ -279,7 +278,7 @@ def _trained(build: Build, name: str, command: Any, asked: _Asked) -> int:
 
 
 def _finished(run: Run) -> int | None:
-    """The steps of a run whose newest checkpoint is its end, by its status: nothing is built to see it."""
+    """The steps of a run whose newest checkpoint is its end, by its status alone."""
     status, entries = run.status(), run.checkpoints.entries()
     return status.step if status.state == "finished" and entries and status.ticks == entries[-1].ticks else None
 
@@ -297,7 +296,7 @@ def _train(build: Build, name: str, path: Path | None, command: Any, asked: _Ask
         except BaseException:
             writing.withdraw()
             if made:
-                stack.callback(run.discard)  # the command, corrected, may have the place
+                stack.callback(run.discard)  # the corrected command can take its place
             raise
         stack.enter_context(_logging(run, command.log_level))
         logger.info("%s: a new run in %s", run.experiment, run.path)
@@ -305,7 +304,7 @@ def _train(build: Build, name: str, path: Path | None, command: Any, asked: _Ask
 
 
 def _begun(name: str, config: Any, path: Path | None) -> tuple[Run, bool]:
-    """A new run, and whether it was made: a first attempt that failed before anything was saved or logged has no claim on its place."""
+    """A new run, and whether its directory is new: one in which nothing was saved or logged is taken again."""
     try:
         return Run.create(name, config, path), True
     except RunError:
@@ -371,24 +370,23 @@ def _restored(run: Run, like: Any, fall_back: bool) -> Any:
 
 
 def _check_seed(build: Build, before: Run, run: Run, state: Any, fresh: Any) -> None:
-    """Raise RunError where the config is changed in what only a fresh state is made of: the run's own key is in its checkpoints."""
+    """Raise RunError where the changed config makes a fresh state with another key: the run goes on with the key in its checkpoints."""
     changed = changes(before.config, run.config)
     key = getattr(fresh, "rng", None)
     if not changed or key == getattr(state, "rng", None) or key == getattr(build(before.config, before).state(), "rng", None):
         return
-    told = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
     flags = " ".join(f"--{name.replace('_', '-')} {new}" for name, (_, new) in changed.items())
     raise RunError(
-        f"{told}: a run that goes on keeps the randomness that it began with, so another seed would change nothing. To go on with another "
-        f"in a run of its own: fnrun fork {run.path} --step latest --out NEW {flags}"
+        f"{words(changed)}: a run that goes on keeps the randomness that it began with, so another seed changes nothing. To go on with "
+        f"another in a run of its own: fnrun fork {run.path} --step latest --out NEW {flags}"
     )
 
 
 def _departing(before: Run, run: Run, state: Any, fresh: Any) -> Any:
-    """The state to go on from. Where the config was changed here, which the history says, an earlier stop no longer holds."""
+    """The state to go on from. Where the config was changed at it, by the history, an earlier stop is cleared."""
     changed = changes(before.config, run.config)
     if changed:
-        logger.info("changed: %s", ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items()))
+        logger.info("changed: %s", words(changed))
         run.history.append({"changed": changed, "step": state.step, "ticks": state.position.ticks})
         run.write_config()
     last = _departure(run, state)
@@ -407,7 +405,7 @@ def _departing(before: Run, run: Run, state: Any, fresh: Any) -> Any:
 
 
 def _departure(run: Run, state: Any) -> dict[str, Any]:
-    """The last entry of the run's history, if it is about this state: what a fork or a resume changed here."""
+    """The last entry of the run's history, if it is at this state: the change of a fork or a resume."""
     last = run.history[-1] if run.history else {}
     return last if last and last["ticks"] == state.position.ticks else {}
 
@@ -418,13 +416,7 @@ def _moved(state: Any, name: str, source: str) -> Any:
 
 
 def _built(build: Build, run: Run) -> Experiment:
-    """The experiment; a value that the config's type allows and something in `build` does not is the user's to correct."""
-    try:
-        return built(build, run.config, run)
-    except RunError:
-        raise
-    except ValueError as error:
-        raise RunError(f"the experiment cannot be built with this config: {error} (--debug shows where)") from error
+    return built(build, run.config, run, hint=" (--debug shows where)")
 
 
 def _go(
@@ -437,7 +429,7 @@ def _go(
     *,
     other_data: bool = False,
 ) -> int:
-    """Train to the end. `before` is the run as it was before this command: it stays so where nothing was trained."""
+    """Train to the end. `before` is the run before this command; where nothing was trained its config is written again."""
     began, stopped = state.position.ticks, state.stop
     if asked() is None:
         program = _saving(experiment.program, run)
@@ -468,7 +460,7 @@ def _go(
 
 
 def _run(run: Run, program: Any, state: Any, data: Any, interrupt: Interrupt, *, other_data: bool) -> Any:
-    """The state at the end. Where the run departs (a fork, --other-data), its position is moved into the data that it is given now."""
+    """The state at the end. Where the data is another one (a fork, --other-data), the position is moved into it."""
     while True:
         last = _departure(run, state)
         try:
@@ -486,12 +478,12 @@ def _run(run: Run, program: Any, state: Any, data: Any, interrupt: Interrupt, *,
                 run.write_config()
 
 
-#: Where a program says nothing of checkpoints, so many stay, and so many training steps are between two.
+#: In a program without a checkpoint observer: the checkpoints that stay, and the training steps from one to the next.
 KEPT, BETWEEN = 3, 1000
 
 
 def _saving(program: Any, run: Run) -> Any:
-    """The program with a checkpoint observer. Where it has none that can be given one, it is said that nothing is saved."""
+    """The program with a checkpoint observer. Where it cannot get one, a warning says that nothing is saved."""
     from fnrun import observers
 
     if any(getattr(observer, "saves", False) for loop in loops_of(program) for observer in loop.observers):
@@ -505,12 +497,12 @@ def _saving(program: Any, run: Run) -> Any:
     every = BETWEEN if program.over_data else 1
     what = f"each {every} steps" if program.over_data else "each round"
     logger.info("the program has no observers.checkpoint: one is saved %s and at the end, and the %d newest stay", what, KEPT)
-    with warnings.catch_warnings(action="ignore"):  # what is to be said of a loop was said when it was made
+    with warnings.catch_warnings(action="ignore"):  # a loop warns when it is made
         return dataclasses.replace(program, observers=(*program.observers, observers.checkpoint(run.checkpoints, every=every, keep=KEPT)))
 
 
 def _stands_openly(step: Any) -> bool:
-    """Whether all loops of a program can be seen: none is in a function that wraps it."""
+    """Whether all loops of a program are known: none is in a function that wraps it."""
     if not isinstance(step, Composed):
         return isinstance(step, PureStep)
     return getattr(step, "over_data", False) or all(_stands_openly(each) for _, each in step.inner())
@@ -518,7 +510,7 @@ def _stands_openly(step: Any) -> bool:
 
 @contextlib.contextmanager
 def _unread() -> Iterator[None]:
-    """A reader that has gone away misses what is printed; the run is what it is."""
+    """Within it a closed standard output is no error."""
     try:
         yield
         sys.stdout.flush()
@@ -528,7 +520,7 @@ def _unread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _workers_end_too(asked: _Asked) -> Iterator[None]:
-    """A scheduler may send SIGTERM to all processes of a job: data workers that end by it are no error, once the state is saved."""
+    """Within it data workers that end by SIGTERM are no error: a scheduler may send it to all processes of a job."""
     try:
         yield
     except RuntimeError as error:
@@ -545,7 +537,7 @@ def _evaluate(build: Build, name: str, command: _Evaluate) -> int:
     experiment = _built(build, run)
     if experiment.evaluate is None:
         raise RunError(f"{name} does not say how to evaluate: build returns an Experiment without evaluate=")
-    # Without the optimizer's memory: what the evaluation does not read is not loaded.
+    # Without the optimizer state, which an evaluation does not read.
     state = run.checkpoints.restore(step=step, select=EVALUATED).rewind()
     _, metrics = experiment.evaluate(state, experiment.data)
     print(f"{run.path}, step {state.step}\n\n{table(['metric', 'value'], [[k, number(v)] for k, v in metrics.items()])}")
@@ -561,7 +553,7 @@ EVALUATED = ("params/**", "buffers/**", "memory/**", "rng/**", "step", "stop", "
 
 @contextlib.contextmanager
 def _logging(run: Run, level: Level) -> Iterator[None]:
-    """The logger `fnrun` to the terminal and to the run's log; a disk that is full or locked is the user's to correct."""
+    """The logger `fnrun` to the terminal and to the run's log. An OSError of a file in the run is a RunError."""
     from fnrun.observers.runlog import logging_to
 
     try:

@@ -22,7 +22,7 @@ from optree.utils import total_order_sorted
 from torch.utils import _pytree as torch_pytree
 
 from fnrun.core import tree
-from fnrun.core.words import kind
+from fnrun.core.words import kind, shortened
 
 # --- what of a batch counts ---------------------------------------------------------------------------------------------
 
@@ -270,8 +270,7 @@ def shapes(batch: Any) -> str:
     'anchors [2, 4], text a list of 2, x [8, 4]'
     """
     found = [part for part in parts(batch, as_entries) if part.kind != "numbers"]
-    words = [f"{tree.join(part.path) or 'the batch'} {_shape(part.value)}" for part in found[:12]]
-    return ", ".join(words) + (f" and {len(found) - 12} more" if len(found) > 12 else "") or kind(batch)
+    return shortened([f"{tree.join(part.path) or 'the batch'} {_shape(part.value)}" for part in found], 12) or kind(batch)
 
 
 def _shape(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _AN = re.compile(r"[aeio]|u(?!ni(?!n)|net|se|t|int)", re.IGNORECASE)
@@ -20,6 +20,15 @@ def a(noun: str) -> str:
     """
     noun = noun.lstrip("_")
     return f"{'an' if _LETTERS.match(noun) or _AN.match(noun) else 'a'} {noun}"
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and how many more there are.
+
+    >>> shortened(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def kind(value: Any) -> str:

@@ -94,7 +94,7 @@ class _Average:
         return count
 
 
-#: Of these an average would hardly move: what is added is less than half of their last digit.
+#: An average of these would hardly move: an increment is less than half of their last digit.
 _NARROW = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
 
@@ -117,12 +117,12 @@ def _lerp(averages: Tensors, values: Tensors, weight: float, field: str) -> Tens
             old, new = list(map(_wide, old)), list(map(_wide, new))  # the old ones too: in saved runs they may be narrow
         moved = torch._foreach_lerp(old, new, weight)  # pyright: ignore[reportPrivateImportUsage]
     found = dict(zip(averaged, moved, strict=True))
-    # What has no fractions has no average, and a mean of directions is shorter than each of them: these are the newest values.
+    # Integers have no average, and a mean of unit vectors is shorter than each of them: these are the newest values.
     return {name: found[name] if name in found else value.clone() for name, value in values.items()}
 
 
 def _turns(name: str, buffers: Tensors) -> bool:
-    """Whether it is one of the two unit vectors of a spectral norm: `weight_u` and `weight_v`, `_u` and `_v`."""
+    """Whether this is one of the two unit vectors of a spectral norm: `weight_u` and `weight_v`, `_u` and `_v`."""
     return name.endswith(("_u", "_v")) and buffers[name].ndim == 1 and f"{name[:-1]}u" in buffers and f"{name[:-1]}v" in buffers
 
 
@@ -138,16 +138,20 @@ def ema(
 ) -> Any:
     """The exponential moving average of the parameters: `average <- decay * average + (1 - decay) * params`.
 
-    It stands in `state.memory[name]["params"]`. It acts on each n-th step (`every`), or round outside of a loop of steps, from `start` on.
-    The first update copies, and until then the newest parameters stand there. Evaluate with it by `make_eval_step(..., weights=name)`.
+    The average is `state.memory[name]["params"]`. Until the first update, which copies, it is the newest parameters. Evaluate with it by
+    `make_eval_step(..., weights=name)`.
 
-    - `warmup=w` begins with a shorter memory: the decay of the n-th further update is min(decay, (1 + n) / (w + n)); 10 is usual.
-    - `buffers="average"` averages the buffers too (batch statistics), element by element, in `state.memory[name]["buffers"]`. With `"copy"`
-      an evaluation has the newest ones of the state. Whole numbers and the unit vectors of spectral norm are the newest in either case.
-    - `per="update"` counts updates of the optimizer in place of steps, in `every` and `start` too: under `optim.accumulate(n)`, where n - 1
-      of n steps change nothing, the decay then means what it means without.
+    - `decay`: in [0, 1).
+    - `every=1`: steps from update to update; rounds outside of a loop of steps.
+    - `warmup=None`: with `warmup=w` the decay of the n-th update after the first is min(decay, (1 + n) / (w + n)); 10 is usual.
+    - `start=0`: the first step, or round, with an update.
+    - `buffers="copy"`: an evaluation has the newest buffers of the state. `"average"` averages them too (batch statistics), element by
+      element, in `state.memory[name]["buffers"]`; integers and the unit vectors of spectral norm are the newest all the same.
+    - `per="step"`: the unit of `every`, `start` and the decay. `"update"` counts updates of the optimizer: under `optim.accumulate(n)`,
+      where n - 1 of n steps change nothing, the decay then means what it means without.
+    - `name="ema"`: the key in `state.memory`.
 
-    Averages keep shape and device; those of float16 and bfloat16 are float32, and an evaluation gets them in the dtype of the parameters.
+    Averages keep shape and device. Those of float16 and bfloat16 are float32; an evaluation gets them in the dtype of the parameters.
     Raises ValueError for a decay outside [0, 1) and other options out of range.
 
     >>> from fnrun import Key
@@ -178,7 +182,7 @@ def annealed_ema(
     per: Per = "step",
     name: str = "annealed_ema",
 ) -> Any:
-    """`ema` whose newest value weighs `max(1 - decay, gamma / (gamma + steps))`, with the steps since the first update: much at first.
+    """`ema` with the weight `max(1 - decay, gamma / (gamma + steps))` of the newest value, for the steps since the first update.
 
     Everything else is as for `ema`. Raises ValueError for a decay outside [0, 1), a gamma not above 0, and other options out of range.
 
@@ -193,8 +197,9 @@ def annealed_ema(
 def swa(start: int = 0, *, every: int = 1, buffers: Buffers = "copy", per: Per = "step", name: str = "swa") -> Any:
     """Stochastic weight averaging: the mean of the parameters after step `start` and each n-th (`every`) from there, or rounds.
 
-    It is in `state.memory[name]["params"]`; until then the newest parameters stand there. `buffers` as for `ema`: batch statistics of
-    averaged weights are those of no network that ran; `"average"` comes close. Raises ValueError for options out of range.
+    The mean is `state.memory[name]["params"]`; until step `start` that is the newest parameters. `buffers`, `per` and `name` are as for
+    `ema`. No network ran with the averaged weights, so no batch statistics are exactly theirs: `buffers="average"` comes close.
+    Raises ValueError for options out of range.
 
     Source: Izmailov et al. 2018, arXiv:1803.05407; `torch.optim.swa_utils.AveragedModel`; MMEngine's StochasticWeightAverage.
     """

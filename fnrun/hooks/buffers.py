@@ -11,7 +11,7 @@ from fnrun.core.state import TrainState
 
 
 def sync_buffers(state: TrainState, metrics: dict[str, Any]) -> TrainState:
-    """The state with buffers that are the mean over all ranks of the default process group; whole numbers and booleans are those of rank 0.
+    """The state with the mean of each buffer over all ranks of the default process group; integers and booleans are those of rank 0.
 
     Batch statistics differ between ranks that saw other batches: evaluate after this. Without an initialized `torch.distributed` it does
     nothing. Every rank must call it in the same tick, with buffers of the same names and shapes.

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import torch
 
+from fnrun.checkpoint.manifest import Mode
 from fnrun.core.counts import count
 from fnrun.core.state import TrainState
-from fnrun.hooks import leaves
-from fnrun.hooks.monitor import Mode, check_mode, reported
+from fnrun.hooks import hyperparams
+from fnrun.hooks.monitor import check_mode, reported
 
 ThresholdMode = Literal["rel", "abs"]
 
@@ -33,8 +34,8 @@ class _ReduceOnPlateau:
         return f"{self.name} on {self.monitor} ({self.mode}), patience {self.patience}, factor {self.factor}"
 
     def init(self, state: TrainState) -> dict[str, torch.Tensor]:
-        leaves.check(self.name, state.opt_state, self.hyperparam)
-        like = next(iter(leaves.named(state.opt_state, self.hyperparam).values()))
+        hyperparams.check(self.name, state.opt_state, self.hyperparam)
+        like = next(iter(hyperparams.named(state.opt_state, self.hyperparam).values()))
         worst = math.inf if self.mode == "min" else -math.inf
         zero = torch.zeros_like(like, dtype=torch.int64)
         return {"best": torch.full_like(like, worst, dtype=torch.float64), "bad": zero, "cooling": zero.clone()}
@@ -53,9 +54,9 @@ class _ReduceOnPlateau:
             "bad": torch.where(reduce, 0, bad),
             "cooling": torch.where(reduce, self.cooldown, memory["cooling"] - cooling.long()),
         }
-        values = leaves.named(state.opt_state, self.hyperparam)
+        values = hyperparams.named(state.opt_state, self.hyperparam)
         lower = {name: torch.where(reduce.to(old.device), self._lower(old), old) for name, old in values.items()}
-        return state.replace(opt_state=leaves.put(state.opt_state, lower), memory={**state.memory, self.name: memory})
+        return state.replace(opt_state=hyperparams.put(state.opt_state, lower), memory={**state.memory, self.name: memory})
 
     def _improved(self, value: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         if self.threshold_mode == "rel":

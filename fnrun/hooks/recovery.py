@@ -10,7 +10,7 @@ from typing import Any
 from fnrun.core.counts import count
 from fnrun.core.position import in_training
 from fnrun.core.state import TrainState
-from fnrun.hooks import leaves
+from fnrun.hooks import hyperparams
 from fnrun.hooks.monitor import monitored_value
 from fnrun.optim.lists import all_finite
 
@@ -28,7 +28,7 @@ class _Rollback:
 
     def init(self, state: TrainState) -> dict[str, Any]:
         if self.lr_factor != 1:
-            leaves.check(self.name, state.opt_state, "lr_scale")
+            hyperparams.check(self.name, state.opt_state, "lr_scale")
         return {"good": None, "newest": None, "value": None, "retries": 0}
 
     def before(self, state: TrainState, batch: Any) -> TrainState:
@@ -62,8 +62,8 @@ class _Rollback:
                 f"last good state is that of step {good['step']}. Try a lower learning rate, gradient clipping "
                 "(optim.clip_by_global_norm) or lr_factor="
             )
-        scales = leaves.named(state.opt_state, "lr_scale")  # not those of the good state: what lowered them since has gone on
-        opt_state = leaves.put(good["opt_state"], {name: scale * self.lr_factor for name, scale in scales.items()})
+        scales = hyperparams.named(state.opt_state, "lr_scale")  # not those of the good state: what lowered them since has gone on
+        opt_state = hyperparams.put(good["opt_state"], {name: scale * self.lr_factor for name, scale in scales.items()})
         state = state.replace(
             params=good["params"], buffers=good["buffers"], opt_state=opt_state, memory={**state.memory, **good["averages"]}
         )
@@ -72,7 +72,7 @@ class _Rollback:
 
     def _kept(self, state: TrainState) -> dict[str, Any]:
         """What goes back, by reference: tensors in a state are never written to. With bad weights their averages go too."""
-        averages = {name: held for name, held in state.memory.items() if isinstance(held, dict) and "params" in held}
+        averages = {name: memory for name, memory in state.memory.items() if isinstance(memory, dict) and "params" in memory}
         return {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state, "averages": averages, "step": state.step}
 
     def _remembering(self, state: TrainState, memory: dict[str, Any]) -> TrainState:

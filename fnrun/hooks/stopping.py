@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fnrun.checkpoint.manifest import Mode
 from fnrun.core import counts
 from fnrun.core.state import LoopState
-from fnrun.hooks.monitor import Mode, better, check_mode, monitored_value
+from fnrun.hooks.monitor import better, check_mode, monitored_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +68,18 @@ def early_stopping(
 ) -> Any:
     """Stop the run when `monitor`, a scalar, has not improved by more than `min_delta` for `patience` rounds in a row.
 
+    - `monitor`: the name of a metric, such as `"val/loss"`.
     - `mode="min"`: whether less (`"min"`) or more (`"max"`) is better.
     - `patience`: rounds, at least 1.
-    - `min_delta=0.0`: what an improvement exceeds, in units of the metric.
+    - `min_delta=0.0`: an improvement is larger than this, in units of the metric.
     - `threshold=None`: stop as soon as the metric reaches it.
     - `check_finite=True`: stop as soon as the metric is infinite or NaN. Without it, a NaN is no improvement.
 
     Rounds in which the metric is not computed at all (validation each n-th epoch) don't count. Reading the value waits for the device.
     Raises ValueError for options out of range and, with the names that exist, where the monitored step reports no such metric.
 
-    Source: MMEngine's EarlyStoppingHook, for which however a value just as good as the best is an improvement, so that one that never
-    changes never stops; here as in Keras and Lightning it is none.
+    Source: MMEngine's EarlyStoppingHook. There a value that equals the best is an improvement, so that a constant metric never stops a run;
+    here, as in Keras and Lightning, it is none.
     """
     check_mode("early_stopping", mode)
     patience = counts.count("early_stopping: patience", patience)
@@ -91,43 +94,23 @@ def early_stopping(
 
 
 @dataclasses.dataclass(frozen=True)
-class _StopAfterSteps:
-    steps: int
+class _StopAfter:
+    limit: int
+    unit: str
+    reached: Callable[[Any], int]
     name: str
 
     def __str__(self) -> str:
-        return f"{self.name} {self.steps} steps"
+        return f"{self.name} {self.limit} {self.unit}"
 
-    def __call__(self, state: LoopState, metrics: dict[str, Any]) -> Any:
-        return state.replace(stop=f"{self.name}: {state.step} steps") if state.step >= self.steps else state
-
-
-@dataclasses.dataclass(frozen=True)
-class _StopAfterEpochs:
-    epochs: int
-    stream: str | None
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.epochs} epochs"
-
-    def __call__(self, state: LoopState, metrics: dict[str, Any]) -> Any:
-        streams = state.position.streams
-        if self.stream not in streams and (self.stream is not None or len(streams) != 1):
-            names = ", ".join(map(repr, streams)) or "none"
-            raise ValueError(f"{self.name}: whose epochs? stream= names one of the program's streams of data: {names}")
-        cursor = streams[self.stream] if self.stream is not None else next(iter(streams.values()))
-        return state.replace(stop=f"{self.name}: {cursor.epoch} epochs") if cursor.epoch >= self.epochs else state
+    def __call__(self, state: Any, metrics: dict[str, Any]) -> Any:
+        reached = self.reached(state)
+        return state.replace(stop=f"{self.name}: {reached} {self.unit}") if reached >= self.limit else state
 
 
 @dataclasses.dataclass(frozen=True)
-class _StopAfterTokens:
-    tokens: int
+class _StopAfterTokens(_StopAfter):
     count: Callable[[Any], int]
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.tokens} tokens"
 
     def init(self, state: LoopState) -> dict[str, Any]:
         return {"tokens": 0}
@@ -136,9 +119,7 @@ class _StopAfterTokens:
         tokens = state.memory[self.name]["tokens"] + int(self.count(batch))
         return state.replace(memory={**state.memory, self.name: {"tokens": tokens}})
 
-    def after(self, state: Any, metrics: dict[str, Any]) -> Any:
-        tokens = state.memory[self.name]["tokens"]
-        return state.replace(stop=f"{self.name}: {tokens} tokens") if tokens >= self.tokens else state
+    after = _StopAfter.__call__
 
 
 def stop_after(
@@ -152,14 +133,15 @@ def stop_after(
 ) -> Any:
     """Stop the run after the first tick at which so many steps, tokens or epochs are reached: one of the three.
 
-    - `steps`: those of `state.step`.
-    - `tokens`: those of all batches of the loop that it is given to. `count(batch)` says how many one has, as
-      `lambda batch: batch["input_ids"].numel()`. Where a batch is one tensor, they are its elements. A shape is known without waiting for
-      the device.
-    - `epochs`: finished passes over the data, those of `stream` where the program keeps its place in several.
+    - `steps=None`: the limit of `state.step`.
+    - `tokens=None`: the limit of the tokens in all batches of the loop that has this hook.
+    - `epochs=None`: the limit of finished passes over the data.
+    - `count=None`: a function of a batch that counts its tokens, `lambda batch: batch["input_ids"].numel()`. Without it a batch is one
+      tensor, and its elements are counted. A shape is known without waiting for the device.
+    - `stream=None`: the stream whose epochs count, where the program has several.
 
-    A run that was stopped goes on with a higher limit, once `state.stop` is cleared. A limit in time is no hook but an interrupt:
-    `fnrun.deadline`. Raises ValueError for anything but one limit of at least 1, and where `stream` does not say whose epochs.
+    A run that was stopped goes on with a higher limit, once `state.stop` is cleared. A limit in time is an interrupt, `fnrun.deadline`.
+    Raises ValueError for anything but one limit of at least 1, and where `stream` does not name the stream.
     """
     limits = {option: limit for option, limit in (("steps", steps), ("tokens", tokens), ("epochs", epochs)) if limit is not None}
     if len(limits) != 1:
@@ -167,10 +149,20 @@ def stop_after(
     [(option, limit)] = limits.items()
     limit = counts.count(f"stop_after: {option}", limit)
     if option == "steps":
-        return _StopAfterSteps(limit, name)
+        return _StopAfter(limit, option, lambda state: state.step, name)
     if option == "epochs":
-        return _StopAfterEpochs(limit, stream, name)
-    return _StopAfterTokens(limit, count or _elements, name)
+        return _StopAfter(limit, option, functools.partial(_epochs, name, stream), name)
+    return _StopAfterTokens(limit, option, lambda state: state.memory[name]["tokens"], name, count or _elements)
+
+
+def _epochs(name: str, stream: str | None, state: LoopState) -> int:
+    streams = state.position.streams
+    if stream is None and len(streams) == 1:
+        return next(iter(streams.values())).epoch
+    if stream not in streams:
+        names = ", ".join(map(repr, streams)) or "none"
+        raise ValueError(f"{name}: whose epochs? stream= names one of the program's streams of data: {names}")
+    return streams[stream].epoch
 
 
 def _elements(batch: Any) -> int:

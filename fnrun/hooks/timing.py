@@ -1,4 +1,4 @@
-"""When hooks act, and several as one."""
+"""When hooks act, and several hooks as one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _When:
         return self.holding_back(self.hook)(state, metrics)
 
     def holding_back(self, hook: AnyHook) -> AnyHook:
-        """What this does with `hook`: the loop calls its own in its place, which is looked at when it acts."""
+        """`hook` under the condition. A loop calls this with `hook` wrapped, to check what it does when it acts."""
         return lambda state, metrics: hook(state, metrics) if self.condition(state) else state
 
 
@@ -67,7 +67,7 @@ class _WhenRemembering:
         return self.holding_back(self.hook.after)(state, metrics)
 
     def holding_back(self, after: AnyHook) -> AnyHook:
-        """What this does with `after`: see `_When`."""
+        """`after` under the condition, as in `_When`."""
 
         def acting(state: Any, metrics: dict[str, Any]) -> Any:
             if self.condition(state):
@@ -80,16 +80,16 @@ class _WhenRemembering:
 
 
 def every(n: int, hook: AnyHook) -> AnyHook:
-    """`hook` on each n-th step, counted in `state.step`, in a loop of training steps; on each n-th round elsewhere.
+    """`hook` on each n-th step, by `state.step`, in a loop of training steps; on each n-th round elsewhere.
 
-    A `before` of the hook is not held back: it belongs to the batch, not to the count. Raises ValueError for an n below 1.
+    The `before` of a hook acts on every batch. Raises ValueError for an n below 1.
     """
     n = count("every: n", n)
     return _conditional(lambda state: is_due(state, n), hook)
 
 
 def at(ticks: int | Iterable[int], hook: AnyHook) -> AnyHook:
-    """`hook` after these steps, or rounds outside of a loop of steps: `at([100, 200], ...)` after two of them. Else as `every`."""
+    """`hook` after these steps, or rounds outside of a loop of steps: `at([100, 200], hook)`. A `before` acts on every batch."""
     chosen = frozenset(count("at: a step", tick) for tick in (ticks if isinstance(ticks, Iterable) else [ticks]))
     if not chosen:
         raise ValueError("at: name at least one step, the first is 1")
@@ -97,9 +97,9 @@ def at(ticks: int | Iterable[int], hook: AnyHook) -> AnyHook:
 
 
 def between(begin: int, end: int | None, hook: AnyHook) -> AnyHook:
-    """`hook` after step `begin` and those that follow, up to, but not, `end` (None: to the last).
+    """`hook` after each step from `begin` to before `end` (None: to the last); rounds outside of a loop of steps.
 
-    Outside of a loop of steps these are rounds; else it is as `every`. Raises ValueError where nothing lies between.
+    A `before` acts on every batch. Raises ValueError where no step lies between.
     """
     begin = count("between: begin", begin, 0)
     end = None if end is None else count("between: end", end)
@@ -109,7 +109,7 @@ def between(begin: int, end: int | None, hook: AnyHook) -> AnyHook:
 
 
 def when(condition: Callable[[Any], bool], hook: AnyHook) -> AnyHook:
-    """`hook` after the ticks in which `condition(state)` holds; a `before` of the hook is not held back.
+    """`hook` after the ticks in which `condition(state)` holds. A `before` acts on every batch.
 
     >>> from fnrun import hooks
     >>> frozen = when(lambda state: state.stop is None, hooks.ema(0.9))

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fnrun.checkpoint import CheckpointError, Checkpoints
 from fnrun.core import files, tree
 from fnrun.core.environment import rank
+from fnrun.core.words import shortened
 from fnrun.optim.lists import all_finite
 
 logger = logging.getLogger("fnrun")
@@ -23,17 +24,19 @@ NAMED = 5  # leaves in a message
 
 
 def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
-    """`step`, returning exactly what it returns; the first time that its loss or a parameter is not finite, it says why.
+    """`step` with the same results; the first time that its loss or a parameter is not finite, the log says where that comes from.
 
-    A step is pure, so it is done once more on the same state and batch, with hooks on the modules of `model`. The log then names what was
-    not finite first: the state that came in, the batch, the output of a module, the loss, the gradient of a module's input or output, or a
-    parameter after the update. In the directory `to/step-N` are the state (a checkpoint), the batch (`batch.pt`) and `report.txt`: what was
-    found, and the lines that repeat the step. Afterwards training goes on as it would: put `skip_nonfinite` around it, or let
-    `early_stopping` end it.
+    A step is pure, so it is repeated on the same state and batch, with hooks on the modules of `model`. The log then names what was not
+    finite first: the state, the batch, the output of a module, the loss, the gradient of a module's input or output, or a parameter after
+    the update. Afterwards training goes on: put `skip_nonfinite` around the step, or let `early_stopping` end the run.
 
-    It waits for the device at each step, and as it keeps the old state, a loop with `donate=True` goes on in new memory. The modules of a
-    compiled step cannot be seen: debug it with `compile=False`. What cannot be written (a full disk) is an error in the log. The step needs
-    `loss` among its metrics. It goes around a step and inside a loop; around a loop it is refused (TypeError).
+    - `step`: a training step with `loss` among its metrics. A loop is refused (TypeError).
+    - `model`: the module of the step.
+    - `to`: a directory. `to/step-N` gets the state (a checkpoint), the batch (`batch.pt`) and `report.txt`: what was found, and the lines
+      that repeat the step. What cannot be written (a full disk) is an error in the log.
+
+    It waits for the device at each step. It keeps the old state, so a loop with `donate=True` goes on in new memory. The modules of a
+    compiled step cannot be seen: debug it with `compile=False`.
     """
     seen, place = False, files.local_path(to)
 
@@ -68,40 +71,34 @@ def _paths(value: Any) -> list[str]:
     return [path or "itself" for path, leaf in zip(tree.paths(value), tree.leaves(value), strict=True) if not _finite(leaf)]
 
 
-def _listed(paths: list[str]) -> str:
-    return ", ".join(paths[:NAMED]) + (f" and {len(paths) - NAMED} more" if len(paths) > NAMED else "")
-
-
 # --- the step once more ------------------------------------------------------------------------------------------------
 
 
 def _report(step: Any, model: nn.Module, state: Any, batch: Any, new: Any, metrics: dict[str, Any]) -> str:
     head = f"step {new.step}: the loss is {float(metrics['loss']):g}"
     if after := _paths(new.params):
-        head += f", not finite after it: {_listed(after)}"
+        head += f", not finite after it: {shortened(after, NAMED)}"
     return f"{head}\n{_cause(step, model, state, batch, metrics)}"
 
 
 def _cause(step: Any, model: nn.Module, state: Any, batch: Any, metrics: dict[str, Any]) -> str:
     if paths := _paths({"params": state.params, "opt_state": state.opt_state}):  # an infinite buffer is a mask, as a rule
-        return f"the state was not finite before the step: {_listed(paths)}"
+        return f"the state was not finite before the step: {shortened(paths, NAMED)}"
     if paths := _paths(batch):
-        return f"the batch is not finite: {_listed(paths)}"
+        return f"the batch is not finite: {shortened(paths, NAMED)}"
     with _watching(model) as (forward, backward):
         step(state, batch)
     if not forward:
         return (
             "no module was called when the step was repeated, so none can be named: a compiled step calls none, make it with compile=False"
         )
-    modules = [(name, has_nan, finite_input) for name, finite, has_nan, finite_input in forward if not finite]
-    if modules:
-        name, has_nan, finite_input = modules[0]
-        said = f"the first module with an output that is not finite: {_module_in_words(model, name)}" + (
-            "" if finite_input else ", and its input was not finite"
-        )
-        nan = next((name for name, has_nan, _ in modules if has_nan), None)
-        if not has_nan and nan is not None:  # an infinity may be meant, in a mask; a NaN is not
-            said += f" (infinite); the first with a NaN: {_module_in_words(model, nan)}"
+    if calls := [call for call in forward if not call.finite]:
+        first = calls[0]
+        said = f"the first module with an output that is not finite: {_described(model, first.module)}"
+        said += "" if first.finite_input else ", and its input was not finite"
+        nan = next((call.module for call in calls if call.has_nan), None)
+        if not first.has_nan and nan is not None:  # an infinity may be meant, in a mask; a NaN is not
+            said += f" (infinite); the first with a NaN: {_described(model, nan)}"
         return said
     if not _finite(metrics["loss"]):
         return "every module's output is finite: the loss function made it"
@@ -110,18 +107,26 @@ def _cause(step: Any, model: nn.Module, state: Any, batch: Any, metrics: dict[st
     return "the forward is finite, and so are the gradients between modules: a parameter's gradient or the optimizer made it"
 
 
-def _module_in_words(model: nn.Module, name: str) -> str:
+def _described(model: nn.Module, name: str) -> str:
     return f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__})"
 
 
-@contextmanager
-def _watching(model: nn.Module) -> Iterator[tuple[list[tuple[str, bool, bool, bool]], list[str]]]:
-    """Two lists that fill within it: of each call of a module what is known as it ends, and which gradients are not finite.
+class _Call(NamedTuple):
+    """A call of a module: whether its outputs and its inputs are finite, and whether an output has a NaN."""
 
-    Of a call: the module's name, whether its output is finite, whether that has a NaN, and whether its inputs are finite. Gradients are
-    those of the tensors between modules, in words, as the backward comes to them.
+    module: str
+    finite: bool
+    has_nan: bool
+    finite_input: bool
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[tuple[list[_Call], list[str]]]:
+    """Two lists that fill within it: the calls of modules as they end, and the gradients that are not finite, in the order of the backward.
+
+    The gradients are those of the tensors between modules, by name.
     """
-    forward: list[tuple[str, bool, bool, bool]] = []
+    forward: list[_Call] = []
     backward: list[str] = []
     words: dict[int, str] = {}
     held: list[Tensor] = []  # so that no other tensor gets the id of one
@@ -138,10 +143,10 @@ def _watching(model: nn.Module) -> Iterator[tuple[list[tuple[str, bool, bool, bo
 
     def look(name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
         taken, given = ([t for t in tree.leaves(value) if isinstance(t, Tensor)] for value in (inputs, outputs))
-        forward.append((name, _finite(given), any(bool(t.isnan().any()) for t in given), _finite(taken)))
-        # Its gradient is made by what takes a tensor, so that is what it is called by; of modules within each other by the innermost.
-        follow(taken, f"input of {_module_in_words(model, name)}", rename=next(module.children(), None) is None)
-        follow(given, f"output of {_module_in_words(model, name)}", rename=False)
+        forward.append(_Call(name, _finite(given), any(bool(t.isnan().any()) for t in given), _finite(taken)))
+        # A gradient is computed by the module that takes the tensor, the innermost one, so it has that name.
+        follow(taken, f"input of {_described(model, name)}", rename=next(module.children(), None) is None)
+        follow(given, f"output of {_described(model, name)}", rename=False)
 
     hooks = [
         module.register_forward_hook(

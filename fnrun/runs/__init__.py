@@ -1,9 +1,9 @@
-"""Runs: directories that hold a training, and what can be said and proven of them.
+"""Runs: directories that hold a training, their curves and their proof.
 
-run.py       a run: made, opened, its history; and what an experiment is
-config.py    its config: read, checked, compared
-writer.py    who writes to it
+run.py       Run: making and opening one, config.yaml and its history; Experiment
+config.py    configs: read, checked, decoded, compared
+writer.py    the one process that writes to a run, and its status
 curves.py    its curves, read from its log; plot.py: as a picture, and as text
-summary.py   what it came to, in print
+summary.py   its best and last metrics and the next commands, printed
 verify.py    a run, replayed and proven
 """

@@ -18,7 +18,7 @@ C = TypeVar("C")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose aliases stand for scalars only: a few lines with others can stand for more than memory holds, or for what has no end."""
+    """YAML with aliases of scalars only: a few lines with others can expand to more than memory holds, or without end."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         alias = self.check_event(yaml.AliasEvent)
@@ -32,17 +32,17 @@ _FAST: Any = getattr(yaml, "CSafeLoader", _Loader)
 
 
 def read_yaml(file: Path) -> Any:
-    """What a YAML file holds, in plain values. Raises OSError, and RunError where it is none."""
+    """The content of a YAML file, in plain values. Raises OSError, and RunError where it is no YAML."""
     content = file.read_bytes()
     try:
         # libyaml is ten times as fast, for what has no aliases and is too short to be nested deeply.
         return yaml.load(content, _FAST if b"*" not in content and len(content) < 1500 else _Loader)
-    except Exception as error:  # besides its own errors a KeyError, an AttributeError, ... from values that make no sense
+    except Exception as error:  # also KeyError, AttributeError, ... from values that make no sense
         raise RunError(f"{file} is damaged, it is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def check_config(config: Any) -> None:
-    """Raise RunError, with the field, for a config that cannot be written to a file and read again: its run could never be resumed."""
+    """Raise RunError, with the field, for a config that cannot be written and read again: its run could never be resumed."""
     if not dataclasses.is_dataclass(config) and not isinstance(config, msgspec.Struct):
         return
     hint = (
@@ -87,12 +87,17 @@ def _unknown(raw: Any, known: Any, path: str) -> Any:
 
 
 def changes(old: Any, new: Any) -> dict[str, list[Any]]:
-    """What differs between two configs: `[old, new]` by the field's name, those of a config within another one with its name before a dot.
+    """The differences of two configs: `[old, new]` by the field's name, with dots for a config within another one.
 
     >>> changes({"epochs": 5, "optimizer": {"type": "SGD", "lr": 0.1}}, {"epochs": 8, "optimizer": {"type": "SGD", "lr": 0.1}})
     {'epochs': [5, 8]}
     """
     return dict(_changes(msgspec.to_builtins(old), msgspec.to_builtins(new), ""))
+
+
+def words(changed: dict[str, Any]) -> str:
+    """What `changes` found, as text: `epochs 5 -> 8, optimizer.lr 0.1 -> 0.01`."""
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
 
 
 def _changes(old: Any, new: Any, name: str) -> Iterator[tuple[str, list[Any]]]:
@@ -104,7 +109,7 @@ def _changes(old: Any, new: Any, name: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 def config_type(build: Callable[..., Any]) -> type:
-    """What the annotation of the first parameter says. Raises TypeError where there is none."""
+    """The annotation of the first parameter of `build`. Raises TypeError where there is none."""
     parameters = list(inspect.signature(build).parameters)
     hint = typing.get_type_hints(build).get(parameters[0]) if parameters else None
     if not isinstance(hint, type):

@@ -21,13 +21,13 @@ By = Literal["step", "time", "epoch"]
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, one after the other; one that was cut short by a kill, or is none that was logged, is left out."""
+    """The lines of a `metrics.jsonl`, one after the other. A line that a kill cut short, or that no log wrote, is left out."""
     with path.open("rb") as file:
         yield from filter(None, map(_record, file))
 
 
 def last_records(path: Path, size: int) -> tuple[list[dict[str, Any]], bool]:
-    """The last lines of a `metrics.jsonl`, so many bytes of them, and whether they are all."""
+    """The last `size` bytes of lines of a `metrics.jsonl`, and whether these are all lines."""
     found, begin = deque[dict[str, Any]](), 0
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
@@ -57,7 +57,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def thinned(lines: Iterable[dict[str, Any]], limit: int = 2000) -> list[dict[str, Any]]:
-    """At most so many lines, and as many again, of each kind, evenly: those with the same metrics are of a kind. The last of each is there.
+    """Evenly chosen lines, at most 2 * `limit` for each set of metrics, with the last line of each set.
 
     >>> [line["step"] for line in thinned(({"step": step, "loss": 0.5} for step in range(10)), limit=3)]
     [0, 2, 4, 6, 8, 9]
@@ -84,7 +84,7 @@ class _Kind:
 
 
 class _Placed(msgspec.Struct):
-    """What a line says of its place, where it says it."""
+    """The fields of a line's place in the run."""
 
     step: int
     ticks: int = 0
@@ -98,9 +98,9 @@ class _Clock(msgspec.Struct):
 
 
 def curves(lines: list[dict[str, Any]], by: By = "step") -> dict[str, tuple[list[Any], list[float]]]:
-    """Of each metric where its values lie, and the values; NaN and infinities included.
+    """The places and the values of each metric, NaN and infinities included.
 
-    Where the logs of several loops write a metric, over windows of different lengths, they are those of the one that wrote it most often.
+    Where the logs of several loops write a metric, over windows of different lengths, the curve is that of the one that wrote most often.
     """
     found: dict[str, dict[int, tuple[list[Any], list[float]]]] = {}
     for line, x in zip(lines, _places(lines, by), strict=True):
@@ -127,7 +127,7 @@ def _places(lines: list[dict[str, Any]], by: By) -> list[Any]:
 
 
 def _seconds(lines: list[dict[str, Any]]) -> list[float]:
-    """How long the run had been training: the time between an end and a resume does not count."""
+    """Seconds of training at each line: the time between an end and a resume does not count."""
     seconds, before, last, began = [], 0.0, 0.0, None
     for line in lines:
         clock = line.get("clock") or {}
@@ -141,7 +141,7 @@ def _seconds(lines: list[dict[str, Any]]) -> list[float]:
 
 
 def _epochs(lines: list[dict[str, Any]]) -> list[float]:
-    """Finished epochs: the last line of an epoch is its end, those before it lie where their steps are."""
+    """Finished epochs at each line: the last line of an epoch is at its end, those before it in proportion to their steps."""
     ends: dict[int, int] = {}
     for line in lines:
         epoch = line.get("epoch") or 0
@@ -166,12 +166,12 @@ class Curve(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What is measured, whatever it is measured on: the last part of the name."""
+        """The last part of the metric's name: `loss` of `val/loss`."""
         return self.metric.rpartition("/")[2]
 
     @property
     def member(self) -> str:
-        """What it is measured on: the name without its last part."""
+        """The metric's name without its last part: `val` of `val/loss`."""
         return self.metric.rpartition("/")[0]
 
     @property
@@ -180,10 +180,12 @@ class Curve(NamedTuple):
 
 
 def chosen(runs: Mapping[str, list[dict[str, Any]]], *, by: By = "step", only: Sequence[str] = (), log: bool = False) -> list[Curve]:
-    """The curves of several runs, given the lines of each: of the metrics that match a glob of `only`.
+    """The curves of several runs, from the lines of each.
 
-    Without `only`: what is measured outside of training too (loss and accuracy, say, but no learning rate), or everything if nothing is.
-    With `log`, values that are not positive are gaps.
+    - `by="step"`: the unit of the places.
+    - `only=()`: globs of the wanted metrics. Without them, the kinds that are measured outside of training too (loss and accuracy, say,
+      but no learning rate), or all if there are none.
+    - `log=False`: whether values that are not positive are gaps.
     """
     found = [Curve(run, name, *pair) for run, lines in runs.items() for name, pair in curves(lines, by).items()]
     kinds = {curve.kind for curve in found if not curve.member.startswith("train")}
@@ -195,7 +197,7 @@ def chosen(runs: Mapping[str, list[dict[str, Any]]], *, by: By = "step", only: S
 
 
 def panels_of(found: Iterable[Curve]) -> dict[str, list[Curve]]:
-    """The curves by what they measure; loss and accuracy first."""
+    """The curves by their kind; loss and accuracy first."""
     panels: dict[str, list[Curve]] = {}
     for curve in found:
         panels.setdefault(curve.kind, []).append(curve)
@@ -204,7 +206,7 @@ def panels_of(found: Iterable[Curve]) -> dict[str, list[Curve]]:
 
 
 def axis_of(found: Iterable[Curve], by: By) -> tuple[str, float]:
-    """The label of the places and what they are divided by: time in the unit that suits it."""
+    """The label of the places, and the unit that divides them: time in h, min or s."""
     if by != "time":
         return by, 1.0
     longest = max((x for curve in found for x in curve.x), default=0.0)

@@ -12,12 +12,12 @@ from fnrun.runs.curves import By, Curve, axis_of, panels_of
 
 # --- a picture ---------------------------------------------------------------------------------------------------------
 
-#: What is measured in training is dashed, where runs are told apart by colour.
+#: Line styles by the first part of a metric's name, where the colour is the run's.
 STYLES: dict[str, Any] = {"train": "--", "val": "-", "": "-"}
 
 
 def draw(found: list[Curve], to: Path, *, title: str = "", by: By = "step", log: bool = False) -> None:
-    """Draw curves to the picture `to`, a panel a kind of metric. The colours are those of the runs, or of the metrics of a single run.
+    """Draw curves to the picture `to`, a panel for each kind of metric. A colour is a run, or a metric of a single run.
 
     Raises ValueError for a kind of file that matplotlib does not write.
     """
@@ -54,7 +54,7 @@ def draw(found: list[Curve], to: Path, *, title: str = "", by: By = "step", log:
 
 
 def _lonely(curve: Curve) -> bool:
-    """Whether a value stands between gaps, where a line would not show it."""
+    """Whether a value is alone between gaps, where a line would not show it."""
     padded = [math.nan, *curve.y, math.nan]
     return any(not math.isnan(y) and math.isnan(padded[i]) and math.isnan(padded[i + 2]) for i, y in enumerate(curve.y))
 
@@ -68,7 +68,7 @@ def _colors(count: int) -> list[Any]:
 
 
 def _legend(figure: Any, runs: list[str], members: list[str], inches: float) -> None:
-    """One legend below all panels: a colour a run, a style a member."""
+    """One legend below all panels: a colour for each run, a style for each member."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, label=run) for run, color in zip(runs, _colors(len(runs)), strict=True)]
@@ -80,15 +80,15 @@ def _legend(figure: Any, runs: list[str], members: list[str], inches: float) -> 
 
 # --- text --------------------------------------------------------------------------------------------------------------
 
-#: Colours that are told apart on a dark and on a light terminal.
+#: Colours that can be distinguished on a dark and on a light terminal.
 COLORS = ("blue", "red", "green", "magenta", "cyan", "yellow", "bright_black", "bright_red")
 HEIGHT = 12
 
 
 def text(found: list[Curve], *, width: int = 80, color: bool = False, by: By = "step", log: bool = False) -> str:
-    """The curves as text, a panel below the other, `width` columns at most. Without `color` each curve has a letter at its points.
+    """The curves as text, panels below one another, `width` columns at most. Without `color` each curve has a letter at its points.
 
-    A panel holds what one run has of a kind of metric; of several runs, one metric.
+    A panel shows one kind of metric of a single run, or one metric of several runs.
     """
     several = len({curve.run for curve in found}) > 1
     panels: dict[str, list[Curve]] = {}

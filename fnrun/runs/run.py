@@ -1,13 +1,13 @@
 """A run: a directory that holds a training from its first step to its last. And an experiment: what can be run.
 
     runs/<experiment>/<name>/
-        config.yaml         the experiment's module, its config, and how that came to be: the run's history
+        config.yaml         the experiment's module, its config, and the run's history: how the config was changed
         environment.json    versions and machine, when the run began
         status.json         running, stopped, finished or crashed, and at which step
-        run.lock            who writes here at the moment
+        run.lock            the process that writes here now
         checkpoints/        whole states
-        metrics.jsonl       one line a record
-        run.log             what was said, and when
+        metrics.jsonl       the records of the log, one a line
+        run.log             the lines of the logger, with their time
 
 Nothing in it depends on where it lies: a run can be moved.
 """
@@ -60,8 +60,10 @@ CONFIG = "config.yaml"
 class Experiment:
     """What `build(config, run)` returns: values and functions, nothing started.
 
-    `state()` makes the fresh state; `program` trains it over `data`, whose values may be functions that make the streams; `evaluate` is a
-    loop over the same data that a restored state is evaluated with.
+    - `state`: a function that makes the fresh state.
+    - `program`: the loop that trains it.
+    - `data`: the streams by name, or functions that make them.
+    - `evaluate=None`: a loop over the same data that evaluates a restored state.
     """
 
     state: Callable[[], Any]
@@ -175,7 +177,7 @@ class Run:
         return cls(path, raw["experiment"], decode(raw["config"], config_type, str(file)) if config_type else raw["config"], history)
 
     def write_config(self) -> None:
-        """Make config and history on disk this run's own; the file is replaced whole."""
+        """Write config and history; the file is replaced whole."""
         try:
             files.write(self.path / CONFIG, self._content())
         except OSError as error:
@@ -186,7 +188,7 @@ class Run:
         return msgspec.yaml.encode(content | ({"history": self.history} if self.history else {}))
 
     def untouched(self) -> bool:
-        """Whether nothing would be lost if the run began anew: it has no checkpoint, and no line that was logged."""
+        """Whether the run has no checkpoint and no logged line: nothing is lost if it begins anew."""
         logged = self.metrics.exists() and self.metrics.stat().st_size
         return not logged and not self.checkpoints.entries()
 
@@ -204,10 +206,10 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self, interrupt: Callable[[], str | None] | None = None) -> Iterator[Writing]:
-        """Within it this process alone writes to the run, and the run's status says how it goes: `with run.writing(): fit(...)`.
+        """Within it this process alone writes to the run, and the run's status is kept: `with run.writing(): fit(...)`.
 
-        What is yielded is an interrupt, for a process that lost the run to another one: `fit(state, data, interrupt=writing)`. At the end
-        checkpoints under way are waited for, and the status is `finished`, `stopped` where `writing.stopped(reason)` said so, or `crashed`.
+        It yields an interrupt, for a process that lost the run to another one: `fit(state, data, interrupt=writing)`. At the end it waits
+        for checkpoints in flight. The status is then `finished`, `stopped` after `writing.stopped(reason)`, or `crashed`.
 
         Raises RunError where another process writes there: at once if it is of this host, after up to 90 seconds without a sign of life to
         wait for if it is of another one; `interrupt` ends the waiting. Raises RunError in one of several processes that a launcher such as
@@ -218,7 +220,7 @@ class Run:
 
     @contextlib.contextmanager
     def written_by(self, now: Writing) -> Iterator[None]:
-        """The part of `writing` that is about the run as it was opened: its checkpoints are saved as long as `now` holds the directory."""
+        """The part of `writing` for an opened run: its checkpoints can be saved as long as `now` has the lease."""
         with contextlib.ExitStack() as stack:
             stack.push(functools.partial(self._leave, now))
             vars(self)["_writing"] = now
@@ -243,7 +245,7 @@ class Run:
             raise CheckpointError(str(error)) from error
 
     def status(self) -> Status:
-        """What is known of the run without opening its checkpoints. Raises RunError where the file is damaged."""
+        """The status of the run, without opening its checkpoints. Raises RunError where the file is damaged."""
         return writer.status(self.path)
 
     @functools.cached_property
@@ -269,7 +271,7 @@ class PathTaken(RunError):
 
 @contextlib.contextmanager
 def appearing(target: Path, mode: int | None = None) -> Iterator[Path]:
-    """A directory to fill beside `target`, which takes its place at the end, with these permissions; after an error nothing is there.
+    """A new directory beside `target`, which is renamed to `target` at the end; after an error nothing is there. `mode`: its permissions.
 
     Raises PathTaken where `target` is a file, or holds something; RunError where it cannot be made.
     """
@@ -315,7 +317,7 @@ def _rename_into(made: Path, target: Path, within: bool) -> None:
 
 
 def _nobodys(entry: Path) -> bool:
-    """What may lie in a directory that is free: what a killed process left half made, and what a file system has in its root."""
+    """Whether a directory with this entry is still free: a killed process left it half made, or a file system has it in its root."""
     return files.TEMPORARY.fullmatch(entry.name) is not None or entry.name == "lost+found"
 
 
@@ -326,7 +328,7 @@ def _contents(target: Path) -> str:
 
 
 class _Departure(msgspec.Struct):
-    """What an entry of a history holds at least; see `Run`."""
+    """The fields of a history's entry that are read; see `Run`."""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
     ticks: Annotated[int, msgspec.Meta(ge=0)]
@@ -340,17 +342,22 @@ def _history(raw: Any, where: str) -> list[dict[str, Any]]:
     return raw
 
 
-def built(build: Callable[[Any, Run], Experiment], config: Any, run: Run) -> Experiment:
-    """What `build` returns. Raises RunError where it is no experiment."""
-    experiment: Any = build(config, run)
+def built(build: Callable[[Any, Run], Experiment], config: Any, run: Run, hint: str = "") -> Experiment:
+    """What `build` returns. Raises RunError where it is no experiment, or `build` raises ValueError for a value in the config."""
+    try:
+        experiment: Any = build(config, run)
+    except RunError:
+        raise
+    except ValueError as error:
+        raise RunError(f"the experiment cannot be built with this config: {error}{hint}") from error
     if not isinstance(experiment, Experiment):
         name = getattr(build, "__qualname__", "build")
-        hint = "is its last line a return?" if experiment is None else "Experiment(state=..., program=..., data=...)"
-        raise RunError(f"{name}(config, run) returned {kind(experiment)}: it returns an fnrun.Experiment; {hint}")
+        shape = "is its last line a return?" if experiment is None else "Experiment(state=..., program=..., data=...)"
+        raise RunError(f"{name}(config, run) returned {kind(experiment)}: it returns an fnrun.Experiment; {shape}")
     return experiment
 
 
-# --- whose code it is --------------------------------------------------------------------------------------------------
+# --- the code ----------------------------------------------------------------------------------------------------------
 
 
 def load_build(experiment: str) -> Callable[[Any, Run], Experiment]:

@@ -1,4 +1,4 @@
-"""What a run came to, for people: how far it got, its tables, the commands to go on with."""
+"""The summary of a run, printed: its best and last metrics, and the commands to go on with."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fnrun.runs.run import Run
 
 
 def command_line(run: Run, *args: str | Path) -> str:
-    """What a shell is told to call the run's experiment with these arguments."""
+    """The shell command that calls the run's experiment with these arguments."""
     return shlex.join([_python(), "-m", run.experiment.partition(":")[0], *map(str, args)])
 
 
 def _python() -> str:
-    """How this interpreter is called from here: `python` where that is what the shell finds."""
-    found, own = Path(shutil.which("python") or ""), Path(sys.executable)  # which may be called python3
-    if found.parent == own.parent and found.samefile(own):
+    """The command of this interpreter: `python` where the shell finds it under that name, else its path."""
+    found, this = Path(shutil.which("python") or ""), Path(sys.executable)  # which may be called python3
+    if found.parent == this.parent and found.samefile(this):
         return "python"
     with contextlib.suppress(ValueError):
         return str(Path(sys.executable).relative_to(Path.cwd()))
@@ -33,7 +33,7 @@ def _python() -> str:
 
 
 def summary(run: Run, *, evaluates: bool) -> None:
-    """Print the best and the last of losses and accuracies, and the commands that go on: evaluate, if the experiment can, and resume."""
+    """Print the best and the last losses and accuracies, and the commands to go on with: evaluate, if the experiment can, and resume."""
     from fnrun.runs.curves import chosen, records, thinned
     from fnrun.runs.plot import draw
 
@@ -60,7 +60,7 @@ def summary(run: Run, *, evaluates: bool) -> None:
 
 @dataclasses.dataclass
 class _Note:
-    """What a metric came to: its best and its last value, with their steps."""
+    """The best and the last value of a metric, with their steps."""
 
     best: float
     best_step: int
@@ -69,7 +69,7 @@ class _Note:
 
 
 def _noted(lines: Iterable[dict[str, Any]], notes: dict[str, _Note]) -> Iterator[dict[str, Any]]:
-    """The lines, and of each loss and accuracy in them a note: a log may be larger than memory."""
+    """The lines, one after the other, while `notes` gets each loss and accuracy: a log may be larger than memory."""
     from fnrun.runs.curves import curves
 
     for line in lines:
@@ -87,7 +87,7 @@ def _noted(lines: Iterable[dict[str, Any]], notes: dict[str, _Note]) -> Iterator
 
 
 def _judged(run: Run) -> bool:
-    """Whether one of the checkpoints is the best."""
+    """Whether a checkpoint was saved with a monitored metric."""
     try:
         return run.checkpoints.best() is not None
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Replay and proof: from each checkpoint the program comes to the bits of the next one, or it is said where and by how much it does not."""
+"""Replay and proof: from each checkpoint the program is run to the next one, and every bit is compared."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ Build = Callable[[Any, Run], Experiment]
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """What the program made of the checkpoint `begin` (None: of the fresh state), compared with the checkpoint `end`.
+    """The replay from the checkpoint `begin` (None: from the fresh state), compared with the checkpoint `end`.
 
-    `differences` are the leaves that differ, or those that are lost in a damaged checkpoint. `environment` is what was otherwise when `end`
-    was made, `(then, now)` by name, where they differ. `reason` says in words what is no difference of leaves: why it could not be proven,
-    or where the replay went. `notes` are what the replay did so that it resembles the run.
+    - `reason`: why it could not be proven, or where the replay went.
+    - `differences`: the leaves that differ, or those that are lost in a damaged checkpoint.
+    - `environment`: what differs from when `end` was made, `(then, now)` by name.
+    - `notes`: settings of then that the replay used, such as the number of threads.
+    - `seconds`: the time of the replay.
     """
 
     begin: Entry | None
@@ -56,14 +58,17 @@ class Pair:
 def verify(
     run: str | Path | Run, *, to: Collection[int] | None = None, from_start: bool = False, build: Build | None = None
 ) -> Iterator[Pair]:
-    """Prove a run: from each checkpoint its program is run to the next one, and every bit is compared. One Pair for each, as it comes.
+    """Prove a run: from each checkpoint its program is run to the next one, and every bit is compared. Yields a Pair for each.
 
-    `to` chooses the pairs that end at these steps. The first checkpoint is proven from the fresh state with `from_start`, where `to` names
-    it, and where it is the only one. `build` makes the experiment; by default it is imported by the name that the run knows.
+    - `run`: a run or its directory. It is only read.
+    - `to=None`: the steps at which the wanted pairs end; all pairs by default.
+    - `from_start=False`: whether the first checkpoint is proven from the fresh state. It also is where `to` names it, and where it is the
+      only one.
+    - `build=None`: the function that makes the experiment; by default it is imported by the name that the run knows.
 
-    The experiment is built from the config in the manifest of the checkpoint to arrive at, since a run may have been extended, in a scratch
-    run that is deleted. Observers that fold only fold, for what they gather is in the state; others are left out. Those of loops that a
-    function hides can't be seen: they act, and what belongs to the run goes to the scratch one. The run itself is only read.
+    The experiment is built in a scratch run, which is deleted, with the config in the manifest of `end`: a run may have been extended.
+    Observers that fold only fold, since their folds are in the state; others are left out. Those of loops that a function hides cannot be
+    seen: they act, and write to the scratch run.
 
     Raises RunError where there is no such run, step or checkpoint, and what the experiment's own code raises.
 
@@ -94,7 +99,7 @@ def verify(
     return _proofs(run, planned, build or load_build(run.experiment))
 
 
-# --- what is to be proven ----------------------------------------------------------------------------------------------
+# --- the pairs ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +137,7 @@ def _plan(run: Run, to: Collection[int] | None, from_start: bool) -> list[_Task 
 
 
 def _manifests(checkpoints: Checkpoints, entries: Sequence[Entry]) -> tuple[dict[Entry, Manifest], dict[Entry, str]]:
-    """The manifests that can be read, and of the others what is wrong."""
+    """The manifests that can be read, and the errors of the others."""
     manifests: dict[Entry, Manifest] = {}
     damaged: dict[Entry, str] = {}
     for entry in entries:
@@ -144,7 +149,7 @@ def _manifests(checkpoints: Checkpoints, entries: Sequence[Entry]) -> tuple[dict
 
 
 def _newest_at_each_order(manifests: Mapping[Entry, Manifest]) -> list[Entry]:
-    """The checkpoints that lead to the last one: a run that went on from an older checkpoint may have left others beside them."""
+    """The checkpoints on the way to the last one. A run that went on from an older checkpoint may have left others."""
     kept: list[Entry] = []
     for entry in reversed(list(manifests)):
         if not kept or order(manifests[entry]) < order(manifests[kept[-1]]):
@@ -177,7 +182,7 @@ def _gap(run: Run, begin: Entry | None, end: Entry) -> str:
     return ""
 
 
-# --- proving it --------------------------------------------------------------------------------------------------------
+# --- the replay --------------------------------------------------------------------------------------------------------
 
 
 def _proofs(run: Run, planned: Sequence[_Task | Pair], build: Build) -> Iterator[Pair]:
@@ -227,12 +232,12 @@ def _proof(run: Run, task: _Task, rebuilt: _Rebuilt) -> Pair:
         )
 
 
-#: What earlier versions kept otherwise, all of it logged and nothing trained: a rate was a mean, and windows ended with the epoch.
+#: Folds that earlier versions kept otherwise, logged and not trained with: a rate was a mean, and windows ended with the epoch.
 _OF_THE_LOG = re.compile(r"position/frames/\d+/(folds/carried by |(totals|folds)/(.*/)?([^/]*~1)?lr(/|$))")
 
 
 def _replay(experiment: Experiment, state: Any, target: Position) -> Any:
-    """The state in which the program, from `state` on, stands at `target`; where it passes by, the first one beyond; else its end."""
+    """The first state of the program, from `state` on, that is at `target` or beyond it; else the state at its end."""
     reached: list[Any] = []
 
     def look(state: Any) -> None:
@@ -254,7 +259,7 @@ def _where(state: Any) -> str:
 
 
 class _Rebuilt:
-    """The experiment as the run had it, in a scratch directory and with nobody watching; built anew where the config changes."""
+    """The experiment in a scratch directory, with observers that only fold; built anew where the config changes."""
 
     def __init__(self, run: Run, build: Build, scratch: Path) -> None:
         self.run, self.build, self.scratch = run, build, scratch
@@ -267,13 +272,8 @@ class _Rebuilt:
             place = Path(tempfile.mkdtemp(dir=self.scratch)) / self.run.path.name
             scratch = Run.create(self.run.experiment, config, place)
             self.environment = scratch.checkpoints.environment
-            try:
-                experiment = built(self.build, config, scratch)
-            except RunError:
-                raise
-            except ValueError as error:
-                raise RunError(f"the experiment cannot be built with the config of the checkpoint: {error}") from error
-            with warnings.catch_warnings(action="ignore"):  # what is to be said of a loop was said when it was made
+            experiment = built(self.build, config, scratch)
+            with warnings.catch_warnings(action="ignore"):  # a loop warns when it is made
                 program = with_observers(experiment.program, _folding)
             self._known = raw, dataclasses.replace(experiment, program=program)
         return self._known[1]
@@ -284,7 +284,7 @@ def _folding(observers: Sequence[Any]) -> tuple[Any, ...]:
 
 
 class _Folding:
-    """An observer that gathers what another one would gather, and does nothing else."""
+    """An observer that folds as another one, and does nothing else."""
 
     def __init__(self, observer: Any) -> None:
         self.name, self.fold = observer.name, observer.fold  # tick by tick: a replay looks at each
@@ -300,7 +300,7 @@ class _Folding:
 
 @contextlib.contextmanager
 def _as_then(environment: Mapping[str, str]) -> Iterator[list[str]]:
-    """Within it, the threads and the choice of algorithms of when a checkpoint was made: bits may depend on them. Yields what was set."""
+    """Within it, the threads and the algorithms of when a checkpoint was made: bits may depend on them. Yields notes of what was set."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     lenient = torch.is_deterministic_algorithms_warn_only_enabled()
     notes: list[str] = []

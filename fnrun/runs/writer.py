@@ -1,10 +1,10 @@
-"""Who writes to a run: one process at a time, and what became of it.
+"""The one process that writes to a run, and the status that it leaves.
 
-    run.lock       a lease of filelock: who holds it, refreshed as long as that process lives
-    status.json    running, stopped, finished or crashed, and where
+    run.lock       a lease of filelock: its owner, refreshed as long as that process lives
+    status.json    running, stopped, finished or crashed, and at which step
 
-A process of the same host that has died holds nothing; one of another host has died if it refreshes the lease no more, which takes
-`LEASE` seconds to see. A process that lost its lease (it was suspended for that long, or somebody deleted the file) writes no more.
+A lease of a dead process of this host is free at once. One of another host is free when it was not refreshed for `LEASE` seconds. A process
+that lost its lease (it was suspended for that long, or somebody deleted the file) writes no more.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import msgspec
 from fnrun.core import files
 from fnrun.core.environment import ranks
 
-#: Seconds without a refresh after which a holder counts as dead. All that write to one run must agree on it.
+#: Seconds without a refresh after which an owner counts as dead. All that write to one run must agree on it.
 LEASE = 90.0
 #: Seconds between two refreshes.
 HEARTBEAT = 15.0
-#: Seconds after which an empty lock is nobody's: whoever makes one writes his name into it at once.
+#: Seconds after which an empty lock has no owner: a process that makes one writes its name into it at once.
 UNSIGNED = 2.0
-#: Seconds after which a process at work looks again whether the lease is its own: it may have been suspended for long.
+#: Seconds between two checks of a process at work that it still owns the lease: it may have been suspended for long.
 LOOK = 1.0
 
 LOCK, STATUS = "run.lock", "status.json"
@@ -49,11 +49,13 @@ class WaitingInterrupted(RunError):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """What is known of a run without opening its checkpoints.
+    """The status of a run.
 
-    `new` is a run that nobody has trained yet, `stopped` one that a signal, a deadline or a hook ended before its end, `crashed` one that
-    an exception ended, or SIGKILL; `reason` is its text. `step` and `ticks` are those of the newest checkpoint when the status was written.
-    `began`, `ended`, `pid` and `host` are those of the last process that wrote.
+    - `state`: `new` where nobody has trained yet; `stopped` where a signal, a deadline or a hook ended the run early; `crashed` where an
+      exception or SIGKILL did.
+    - `reason`: the text of a stop or a crash.
+    - `step`, `ticks`: those of the newest checkpoint when the status was written.
+    - `began`, `ended`, `pid`, `host`: of the last process that wrote.
     """
 
     state: Literal["new", "running", "stopped", "finished", "crashed"]
@@ -90,7 +92,7 @@ def _read(path: Path) -> Status:
         raise RunError(f"cannot read {path / STATUS}: {error.strerror or error}") from error
 
 
-# --- whose it is -------------------------------------------------------------------------------------------------------
+# --- the lease ---------------------------------------------------------------------------------------------------------
 
 
 def _lease(path: Path, lost: Callable[[Any], None] | None = None) -> Any:
@@ -144,7 +146,7 @@ def _name(owner: Any) -> str:
 
 
 class Writing:
-    """A run while this process writes to it. It is an interrupt: called, it has a text once the lease is lost."""
+    """A run while this process writes to it. It is an interrupt: it returns a text once the lease is lost."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -162,19 +164,19 @@ class Writing:
         return self.lost
 
     def stopped(self, reason: str) -> None:
-        """Say that the run ends before its end, and why: the text of an interrupt, or a state's own."""
+        """Note that the run ends early, and why: the text of an interrupt, or `state.stop`."""
         self.status = msgspec.structs.replace(self.status, state="stopped", reason=reason)
 
     def at(self, step: int | None, ticks: int | None) -> None:
-        """Say where the run stands; where it has checkpoints that is the newest one, and needs no saying."""
+        """Note the step and the ticks of the run. A run with checkpoints does this itself, with those of the newest."""
         self.status = msgspec.structs.replace(self.status, step=step, ticks=ticks)
 
     def withdraw(self) -> None:
-        """Say that nothing was begun: the status becomes what it was before."""
+        """Note that nothing has begun: the status becomes what it was before."""
         self.withdrawn = True
 
     def check(self) -> None:
-        """Raise RunError if the lease is no longer this process's, by what it was told and by what lies there now."""
+        """Raise RunError if this process does not own the lease any more."""
         if self.lost is None and self._lock is not None and (owner := self._lock.owner) is not None and owner.token != self._lock.token:
             self.lost = _taken(self.path, owner)
         if self.lost is not None:
@@ -198,7 +200,7 @@ def _taken(path: Path, owner: Any) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path, interrupt: Callable[[], str | None] | None = None) -> Iterator[Writing]:
-    """Within it this process is the one that writes to the run at `path`, and the status says so; then it says how that went.
+    """Within it this process alone writes to the run at `path`, and the status is `running`; then it is how that ended.
 
     Raises RunError where another process writes there: at once if it is of this host, after up to `LEASE` seconds if it is of another one;
     `interrupt` ends the waiting. Raises RunError for one of several ranks, and at the end if the lease was lost.
@@ -216,7 +218,7 @@ def writing(path: Path, interrupt: Callable[[], str | None] | None = None) -> It
 
 
 def check_alone() -> None:
-    """Raise RunError in one of several processes that a launcher started together: each would take the run for its own."""
+    """Raise RunError in one of several processes that a launcher started together: each would try to write to the run."""
     try:
         rank, world = ranks()
     except ValueError as error:
@@ -263,10 +265,9 @@ def _took(path: Path, interrupt: Callable[[], str | None] | None) -> Writing:
 
 
 class _Unsigned:
-    """Called while somebody's lock cannot be read: an empty one, whose maker was killed before he signed it, is given away.
+    """Frees an empty lock, whose process was killed before it signed it; called while a lock has no readable owner.
 
-    filelock takes an empty file for a lock that holds as long as it is there, and any other that names nobody for one that it may take
-    over.
+    filelock takes an empty file for a lock in force, and any other file without an owner for one that it may take over.
     """
 
     def __init__(self, lock: Path) -> None:
@@ -293,12 +294,12 @@ def _refusal(path: Path, owner: Any) -> str:
     return f"{path} is being written by {_name(owner)}{since}: wait for it, or stop it (kill {owner.pid})"
 
 
-# --- telling -----------------------------------------------------------------------------------------------------------
+# --- the status --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _telling(now: Writing, directory: int) -> Iterator[None]:
-    """A status that says running, and at the end one that says how it went."""
+    """Within it the status is `running`; at the end it is `finished`, `stopped` or `crashed`."""
     try:
         before = _read(now.path)
     except RunError:
@@ -326,7 +327,7 @@ def _now() -> datetime.datetime:
 
 
 def _put(directory: int, status: Status) -> None:
-    """The status into an open directory, whole; one that says new is no file. A full disk is logged and ends no training."""
+    """Write the status to an open directory; `new` is no file. A full disk is logged and ends no training."""
     try:
         if status.state == "new":
             with contextlib.suppress(FileNotFoundError):
@@ -338,9 +339,9 @@ def _put(directory: int, status: Status) -> None:
 
 
 def _remove_moved(directory: int, token: str) -> None:
-    """The lease of a directory that was moved meanwhile, where filelock did not find it."""
+    """Delete the lease of a directory that was moved meanwhile, where filelock did not find it."""
     with contextlib.suppress(OSError):
         with open(os.open(LOCK, os.O_RDONLY, dir_fd=directory), "rb") as stream:
-            own = f"token={token}\n".encode() in stream.read()
-        if own:
+            ours = f"token={token}\n".encode() in stream.read()
+        if ours:
             os.unlink(LOCK, dir_fd=directory)

@@ -1,7 +1,7 @@
 """The command `fnrun`: runs and checkpoints, seen from a shell.
 
-What a command is asked for is a dataclass here, its fields the flags; what it does is `run(asked) -> int` in the module of its name, which
-is imported when the command is chosen. So `fnrun --help` imports nothing heavy.
+The flags of a command are the fields of a dataclass here. Its work is `run(asked) -> int` in the module of its name, which is imported when
+the command is chosen: `fnrun --help` imports nothing heavy.
 
 Exit codes: 0 done, 1 different or failed, 2 an error, which is one line on the standard error.
 """
@@ -30,7 +30,7 @@ __all__ = ["COMMANDS", "CommandError", "main"]
 
 
 class CommandError(Exception):
-    """What a user can get wrong; the message is all there is to say."""
+    """A user's mistake; the message is enough."""
 
 
 # --- the flags ---------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ COMMANDS: dict[str, type] = {command.__name__.lower(): command for command in (L
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Do what the arguments say (by default those of the process) and return the exit code."""
+    """Run the command in `args` (by default the process's arguments) and return the exit code."""
     args = list(sys.argv[1:] if args is None else args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # lines and dots that the terminal does not have are no reason to fail
@@ -220,14 +220,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _users_fault(error: Exception) -> bool:
-    """Whether the message says all there is to say. A module that was not imported has raised nothing."""
+    """Whether the message of an error is enough. A module that was not imported has raised nothing."""
     known = [("fnrun.runs.run", "RunError"), ("fnrun.checkpoint.manifest", "CheckpointError")]
     classes = [getattr(sys.modules[module], name) for module, name in known if module in sys.modules]
     return isinstance(error, (CommandError, PathError, *classes))
 
 
 def _parse(args: list[str]) -> tuple[str, Any]:
-    """The command's name and what it is asked for; None where help was asked for, and given."""
+    """The command's name and its flags; None where help was asked for, and printed."""
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return "", None
@@ -246,14 +246,14 @@ def _parse(args: list[str]) -> tuple[str, Any]:
 
 
 def read_flags(kind: Any, args: Sequence[str], **options: Any) -> Any:
-    """What `tyro.cli` reads, its errors as a CommandError. Raises SystemExit where help was asked for, and given."""
-    said = io.StringIO()
+    """What `tyro.cli` reads, its errors as a CommandError. Raises SystemExit where help was asked for, and printed."""
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             return tyro.cli(kind, args=args, **options)
     except SystemExit as end:
         if end.code:
-            raise CommandError(_one_line(said.getvalue())) from None
+            raise CommandError(_one_line(errors.getvalue())) from None
         raise
 
 

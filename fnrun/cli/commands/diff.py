@@ -25,21 +25,21 @@ from fnrun.runs.config import read_yaml
 from fnrun.runs.curves import records
 from fnrun.runs.run import RunError
 
-#: What observers gather in the loops that are open: theirs, and no part of the training.
+#: The folds of observers in the open loops: no part of what is trained.
 OBSERVED = re.compile(r"position/frames/\d+/folds(/|$)")
 
 
 def run(asked: Diff) -> int:
     if asked.a.is_file() or asked.b.is_file():
         found = fields(_config(asked.a, asked.b), _config(asked.b, asked.a))
-        told = {"equal": not found, "config": found}
+        report = {"equal": not found, "config": found}
     else:
-        told = states(asked.a, asked.b)
+        report = states(asked.a, asked.b)
     if asked.json:
-        document(told)
+        document(report)
     else:
-        _print(told)
-    return 0 if told["equal"] else 1
+        _print(report)
+    return 0 if report["equal"] else 1
 
 
 # --- configs -----------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def _config(path: Path, other: Path) -> Any:
 
 
 def fields(a: Any, b: Any) -> list[dict[str, Any]]:
-    """The fields in which two configs differ, by their dotted names; one that only one of them has is there once.
+    """The fields in which two configs differ, by their dotted names, with the values of those that have the field.
 
     >>> fields({"lr": 0.1, "model": {"width": 8}}, {"lr": 0.1, "model": {"width": 16, "depth": 2}})
     [{'field': 'model.width', 'a': 8, 'b': 16}, {'field': 'model.depth', 'b': 2}]
@@ -78,7 +78,7 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def states(a: Path, b: Path) -> dict[str, Any]:
-    """What differs between the states of two runs or checkpoints, and what else is to be told apart. Raises DamagedError for either."""
+    """The differences of the states, configs, environments and logs of two runs or checkpoints. Raises DamagedError for either."""
     left, right = _Side(a), _Side(b)
     found = list(_structure(left, right))
     pairs = {path: (left.leaves[path], right.leaves[path]) for path in left.leaves if path in right.leaves}
@@ -91,16 +91,16 @@ def states(a: Path, b: Path) -> dict[str, Any]:
         if how["elements"] or not described[path]:  # the same bits may lie in other pieces, or have digests of an earlier format
             found.append({"path": path, **(how if how["elements"] else {"a": _words(left, one), "b": _words(right, other)})})
     counting = [row for row in found if not OBSERVED.match(row["path"])]
-    told = {"equal": not counting, "a": left.about(), "b": right.about(), "state": counting}
-    told["observers"] = [row for row in found if OBSERVED.match(row["path"])]
-    told["config"] = fields(left.manifest.config, right.manifest.config)
-    told["environment"] = fields(left.manifest.environment, right.manifest.environment)
-    told["logged"] = logged(a / "metrics.jsonl", b / "metrics.jsonl") if is_run(a) and is_run(b) else None
-    return told
+    report = {"equal": not counting, "a": left.about(), "b": right.about(), "state": counting}
+    report["observers"] = [row for row in found if OBSERVED.match(row["path"])]
+    report["config"] = fields(left.manifest.config, right.manifest.config)
+    report["environment"] = fields(left.manifest.environment, right.manifest.environment)
+    report["logged"] = logged(a / "metrics.jsonl", b / "metrics.jsonl") if is_run(a) and is_run(b) else None
+    return report
 
 
 class _Side:
-    """One of the two: its manifest, and its leaves and containers by path."""
+    """One of the two checkpoints: its manifest, and its leaves and containers by path."""
 
     def __init__(self, path: Path) -> None:
         self.checkpoints, self.entry = checkpoint_at(path)
@@ -113,12 +113,12 @@ class _Side:
         return {"checkpoint": shown_path(directory), "step": self.manifest.step, "ticks": self.manifest.ticks, "leaves": len(self.leaves)}
 
     def content(self, path: str) -> Any:
-        """All that makes a leaf what it is but its bytes, with the path of the one that it shares them with."""
+        """Everything about a leaf but its bytes, with the path of the leaf that shares them."""
         leaf = self.leaves[path]
         return leaf.kind, repr(leaf.value), leaf.dtype, leaf.shape, leaf.strides, self.shares(leaf)
 
     def digests(self, path: str) -> Any:
-        """The digests of a leaf's pieces, and which pieces they are."""
+        """The digests of a leaf's pieces, with their places in the leaf."""
         leaf = self.leaves[path]
         origin = leaf if leaf.shares is None else self.manifest.leaves[leaf.shares]
         return [(piece.start, piece.shape, piece.digest) for piece in origin.pieces]
@@ -135,7 +135,7 @@ class _Side:
 
 
 def _containers(structure: Node | int, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, tuple[str, str, list[str]]]]:
-    """Of each container its kind, what is static in it, and its entries in order."""
+    """The containers by path: kind, static fields, and entries in order."""
     if isinstance(structure, Node):
         entries = [text((*path, key)) for key, _ in structure.items()]
         yield text(path), (structure.kind, repr(structure.static), entries)
@@ -144,7 +144,7 @@ def _containers(structure: Node | int, path: tuple[Any, ...] = ()) -> Iterator[t
 
 
 def _structure(left: _Side, right: _Side) -> Iterator[dict[str, Any]]:
-    """Where containers are of other kinds, and what only one side has: of a whole subtree, its root."""
+    """The containers that differ, and what only one side has: of a whole subtree, its root."""
     for path in {**left.containers, **left.leaves, **right.containers, **right.leaves}:
         mine, yours = _node(left, path), _node(right, path)
         if mine is None or yours is None:
@@ -162,7 +162,7 @@ def _structure(left: _Side, right: _Side) -> Iterator[dict[str, Any]]:
 
 
 def _node(side: _Side, path: str) -> str | None:
-    """What lies at a path, in words; None for nothing."""
+    """The kind of the container, or the spec of the leaf, at a path; None for nothing."""
     if path in side.containers:
         return side.containers[path][0]
     return side.leaves[path].spec() if path in side.leaves else None
@@ -176,9 +176,10 @@ def _words(side: _Side, leaf: Leaf) -> Any:
 
 
 def measure(a: Any, b: Any) -> dict[str, Any]:
-    """In how many elements two arrays of one dtype and shape differ, bit for bit, and by how much at most, where both are finite.
+    """The differences of two arrays of one dtype and shape.
 
-    `nonfinite` counts the elements where they are not both finite and differ.
+    `elements` of all elements (`of`) differ bit for bit. `largest` is the largest absolute difference of those that are finite in both;
+    `nonfinite` counts the others.
 
     >>> measure(np.array([1.0, 2.0, np.nan]), np.array([1.0, 2.5, 3.0]))
     {'elements': 2, 'of': 3, 'largest': 0.5, 'nonfinite': 1}
@@ -205,7 +206,7 @@ def measure(a: Any, b: Any) -> dict[str, Any]:
 
 
 def logged(a: Path, b: Path) -> dict[str, Any] | None:
-    """The first lines of two `metrics.jsonl` that differ, timing apart, and in what; None where none do."""
+    """The first difference of two `metrics.jsonl`, without their clocks; None where there is none."""
     left, right = (_by_order(records(path) if path.is_file() else []) for path in (a, b))
     for key in sorted({*left, *right}):
         for mine, yours in zip_longest(left.get(key, []), right.get(key, [])):
@@ -217,7 +218,7 @@ def logged(a: Path, b: Path) -> dict[str, Any] | None:
 
 
 def _by_order(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, ...], list[dict[str, Any]]]:
-    """The lines, without their clocks, by the ticks at which they were written; several logs may write at one."""
+    """The lines, without their clocks, by their order; several logs may write at one tick."""
     found: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for line in lines:
         order = (line.get("ticks", line["step"]), *(int(n) for n in str(line.get("at", "")).split(".") if n.isdecimal()))
@@ -225,25 +226,25 @@ def _by_order(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, ...], list[dic
     return found
 
 
-# --- how it is shown ---------------------------------------------------------------------------------------------------
+# --- the output ----- ---------------------------------------------------------------------------------------------------
 
 
-def _print(told: dict[str, Any]) -> None:
-    if "state" not in told:
-        say(_two("field", told["config"]) if told["config"] else "equal")
+def _print(report: dict[str, Any]) -> None:
+    if "state" not in report:
+        say(_two("field", report["config"]) if report["config"] else "equal")
         return
-    a, b = told["a"], told["b"]
+    a, b = report["a"], report["b"]
     say("\n".join(f"{side}  {one['checkpoint']}, step {one['step']}, {one['leaves']} leaves" for side, one in (("A", a), ("B", b))))
-    if told["equal"]:
+    if report["equal"]:
         say("\nequal, bit for bit")
     else:
-        say(f"\ndifferent\n\n{_state(told['state'])}")
-    if told["observers"]:
-        say(f"\nwhat observers gather, which does not count\n\n{_state(told['observers'])}")
+        say(f"\ndifferent\n\n{_state(report['state'])}")
+    if report["observers"]:
+        say(f"\nwhat observers gather, which does not count\n\n{_state(report['observers'])}")
     for name in ("config", "environment"):
-        if told[name]:
-            say(f"\n{name}, which does not count\n\n{_two('field', told[name])}")
-    line = told["logged"]
+        if report[name]:
+            say(f"\n{name}, which does not count\n\n{_two('field', report[name])}")
+    line = report["logged"]
     if line is not None:
         rest = f": only {line['only'].upper()} has a line there" if "only" in line else f"\n\n{_two('metric', line['metrics'])}"
         say(f"\nlogged metrics, which do not count, differ from step {line['step']} on{rest}")
@@ -260,11 +261,11 @@ def _state(rows: list[dict[str, Any]]) -> str:
 def _difference(row: dict[str, Any]) -> str:
     if "elements" not in row:
         return ", ".join(f"{side.upper()} {_cell(row[side]) if side in row else 'nothing'}" for side in "ab")
-    told = [f"{row['elements']:,} of {row['of']:,} elements"]
-    told += [f"by {row['largest']:.4g} at most"] if "largest" in row else []
-    return ", ".join(told + ([f"{row['nonfinite']:,} of them NaN or infinite"] if "nonfinite" in row else []))
+    parts = [f"{row['elements']:,} of {row['of']:,} elements"]
+    parts += [f"by {row['largest']:.4g} at most"] if "largest" in row else []
+    return ", ".join(parts + ([f"{row['nonfinite']:,} of them NaN or infinite"] if "nonfinite" in row else []))
 
 
 def _cell(value: Any) -> str:
-    """A value with all its digits, for they may differ in the last."""
+    """A value with all its digits: a difference may be in the last one."""
     return value if isinstance(value, str) else repr(value)

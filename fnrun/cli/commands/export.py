@@ -17,17 +17,11 @@ def run(asked: Export) -> int:
         raise CommandError(f"{asked.out} is there already; --overwrite replaces it")
     with writing(asked.out):
         export(checkpoints, asked.out, weights=asked.weights, step=entry, dtype=_dtype(asked.dtype), overwrite=asked.overwrite)
-    told = {
-        "checkpoint": shown_path(checkpoints.directory / entry.name),
-        "step": entry.step,
-        "weights": asked.weights,
-        "file": str(asked.out),
-    }
-    told["bytes"] = asked.out.stat().st_size
+    checkpoint, bytes = shown_path(checkpoints.directory / entry.name), asked.out.stat().st_size
     if asked.json:
-        document(told)
+        document({"checkpoint": checkpoint, "step": entry.step, "weights": asked.weights, "file": str(asked.out), "bytes": bytes})
     else:
-        say(f"{asked.out}  {asked.weights} of step {entry.step}, {size(told['bytes'])}, from {told['checkpoint']}")
+        say(f"{asked.out}  {asked.weights} of step {entry.step}, {size(bytes)}, from {checkpoint}")
     return 0
 
 

@@ -16,7 +16,7 @@ from fnrun.cli.commands.output import document, say
 from fnrun.cli.commands.places import run_at
 from fnrun.cli.experiment import FLAGS
 from fnrun.core import files
-from fnrun.runs.config import changes, config_type, decode
+from fnrun.runs.config import changes, config_type, decode, words
 from fnrun.runs.run import Run, appearing, load_build
 from fnrun.runs.summary import command_line
 from fnrun.runs.verify import order
@@ -48,7 +48,7 @@ def run(asked: Fork) -> int:
 
 
 def _overridden(parent: Run, raw: Any, flags: Sequence[str]) -> tuple[Any, dict[str, list[Any]]]:
-    """The config of a checkpoint with the flags' values, and what changed."""
+    """The config of a checkpoint with the values of the flags, and its changes."""
     if not flags:
         return raw, {}
     kind = config_type(load_build(parent.experiment))
@@ -59,7 +59,7 @@ def _overridden(parent: Run, raw: Any, flags: Sequence[str]) -> tuple[Any, dict[
 
 
 def _before(parent: Run, entry: Entry, new: Path) -> list[dict[str, Any]]:
-    """The history up to the checkpoint. A change that was made *at* it belongs to the future that is left behind."""
+    """The history up to the checkpoint, without changes that were made *at* it: they are the parent's."""
     kept: list[dict[str, Any]] = []
     for change in parent.history:
         if "forked" in change and change["ticks"] <= entry.ticks:
@@ -71,7 +71,7 @@ def _before(parent: Run, entry: Entry, new: Path) -> list[dict[str, Any]]:
 
 
 def _copy(checkpoints: Checkpoints, entry: Entry, manifest: Manifest, to: Path) -> str:
-    """Copy one checkpoint and return its manifest's sha256; every file that is there afterwards has its digest.
+    """Copy one checkpoint and return its manifest's sha256. Every file of the copy is checked.
 
     Raises CheckpointError where it is damaged, CommandError where it is gone.
     """
@@ -94,12 +94,8 @@ def _say(asked: Fork, parent: Run, fork: dict[str, Any], later: dict[str, list[A
     if asked.json:
         document({"run": str(asked.out), **fork, "left": later, "resume": resume})
         return
-    changed = f", with {_told(fork['changed'])}" if fork["changed"] else ""
+    changed = f", with {words(fork['changed'])}" if fork["changed"] else ""
     say(f"{asked.out}: forked from {parent.path} at step {fork['step']}{changed}")
     if later:
-        say(f"It has the config of that step; what {parent.path} changed later stays there: {_told(later)}")
+        say(f"It has the config of that step; what {parent.path} changed later stays there: {words(later)}")
     say(f"To go on:\n  {resume}")
-
-
-def _told(changed: dict[str, list[Any]]) -> str:
-    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())

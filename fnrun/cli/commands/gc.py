@@ -1,4 +1,4 @@
-"""`fnrun gc`: what runs no longer need."""
+"""`fnrun gc`: deletes what runs no longer need."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def run(asked: Gc) -> int:
         refused += busy
         rows, notes = [], []
         for found in free:
-            doomed, said = superfluous(found.checkpoints, asked.keep, asked.keep_every)
+            doomed, more = superfluous(found.checkpoints, asked.keep, asked.keep_every)
             doomed += [
                 _row(path, REASONS[".tmp-"])
                 for path in files.leftovers(found.path.absolute())
                 if path.parent != found.checkpoints.directory
             ]
             rows += [{"run": str(found.path), **row} for row in doomed]
-            notes += [f"{found.path}: {one}" for one in said]
+            notes += [f"{found.path}: {one}" for one in more]
         if not asked.json:
             _print(rows, notes)
         if asked.yes:
@@ -57,11 +57,11 @@ def run(asked: Gc) -> int:
     return 0
 
 
-# --- what may go -------------------------------------------------------------------------------------------------------
+# --- the files ---------------------------------------------------------------------------------------------------------
 
 
 def superfluous(checkpoints: Checkpoints, keep: int | None, keep_every: int | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """What may go, by name, with the reason and its size; and what is to be said of what stays."""
+    """What may be deleted, with the reason and its size; and notes on damaged checkpoints, which stay."""
     rows = [_row(path, next(reason for start, reason in REASONS.items() if path.name.startswith(start))) for path in checkpoints.garbage()]
     if keep is None:
         return rows, []
@@ -95,11 +95,11 @@ def _row(path: Path, reason: str) -> dict[str, Any]:
     return {"name": path.name, "path": str(path), "bytes": sum(file.lstat().st_size for file in within), "reason": reason}
 
 
-# --- whose it is -------------------------------------------------------------------------------------------------------
+# --- the runs ----------------------------------------------------------------------------------------------------------
 
 
 def _opened(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """The runs, and what is to be said of those whose config or status cannot be read."""
+    """The runs, and the errors of those whose config or status cannot be read."""
     runs, refused = [], []
     for path in paths:
         try:
@@ -112,7 +112,7 @@ def _opened(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _looked_at(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """The runs that nobody writes to, and what is to be said of the others."""
+    """The runs that nobody writes to, and a line on each other one."""
     written = [found for found in runs if found.status().state == "running"]
     return [found for found in runs if found not in written], [
         f"{found.path} is being written: its process looks after it" for found in written
@@ -120,7 +120,7 @@ def _looked_at(runs: list[Run]) -> tuple[list[Run], list[str]]:
 
 
 def _taken(runs: list[Run], locks: contextlib.ExitStack) -> tuple[list[Run], list[str]]:
-    """The same, with the others kept out until the end; the status of a run stays what it was."""
+    """The same, with other writers kept out until `locks` closes. The status of a run does not change."""
     free, refused = [], []
     for found in runs:
         try:

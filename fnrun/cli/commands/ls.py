@@ -17,9 +17,9 @@ from fnrun.core.tables import age, number, size, table
 from fnrun.runs.curves import curves, last_records
 from fnrun.runs.run import Run, RunError
 
-#: What is shown of a run without monitored metrics: by the last part of the name, and which is better.
+#: The metrics that are shown of a run without monitored ones, by the last part of the name, with their modes.
 JUDGED = {"loss": "min", "accuracy": "max"}
-#: So many bytes of a log are read, from its end.
+#: The bytes of a log that are read, from its end.
 TAIL = 2**18
 
 
@@ -37,11 +37,11 @@ def run(asked: Ls) -> int:
     return 0
 
 
-# --- what is known of a run --------------------------------------------------------------------------------------------
+# --- a run -------------------------------------------------------------------------------------------------------------
 
 
 def _seen(path: Path) -> dict[str, Any]:
-    """A run in plain values. What cannot be read of it is among its `problems`, and the rest is there."""
+    """A run in plain values. What cannot be read of it is among its `problems`."""
     files = dict(_files(path))
     row: dict[str, Any] = {"path": str(path), "experiment": None, "state": "damaged", "reason": None, "problems": []}
     row |= {"step": None, "epoch": None, "metrics": {}, "bytes": sum(stat.st_size for stat in files.values())}
@@ -64,14 +64,14 @@ def _seen(path: Path) -> dict[str, Any]:
     row["step"] = max((step for step in (last.get("step"), saved.step if saved else None) if step is not None), default=None)
     row["epoch"] = last.get("epoch")
     if row["state"] == "new" and row["step"] is not None and not forked:
-        row["state"] = "unknown"  # it was trained without `run.writing()`, which nobody can see
+        row["state"] = "unknown"  # it was trained without `run.writing()`, which leaves no status
     older = [] if whole or newest is None else [found for _, found in checkpoints if found is not None]
     row["metrics"] = _metrics(curves(lines), whole, [*([newest] if newest is not None else []), *older])
     return row
 
 
 def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """The files of a run by their paths; those that come and go meanwhile are left out."""
+    """The files of a run by their paths, without those that come and go meanwhile."""
     for folder, _, names in os.walk(path):
         for name in names:
             file = os.path.join(folder, name)
@@ -91,10 +91,10 @@ def _lines(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], bool]
 
 
 def _metrics(found: dict[str, Any], whole: bool, checkpoints: list[Judged]) -> dict[str, dict[str, Any]]:
-    """The last and the best of each judged metric, by the lines, and where these are not all by the checkpoints too, newest first."""
+    """The last and the best value of each judged metric: by the lines, and where these are not all, by the checkpoints, newest first."""
     newest = checkpoints[0] if checkpoints else Judged()
-    told = found if whole else {**newest.metrics, **found}
-    monitors = {name: mode for name, mode in newest.monitors.items() if name in told}
+    values_known = found if whole else {**newest.metrics, **found}
+    monitors = {name: mode for name, mode in newest.monitors.items() if name in values_known}
     monitored = bool(monitors)
     monitors = monitors or {name: JUDGED[kind] for name in found if (kind := name.rpartition("/")[2]) in JUDGED}
     metrics = {}
@@ -117,11 +117,11 @@ def _float(value: float | str) -> float:
         return math.nan
 
 
-# --- how it is shown ---------------------------------------------------------------------------------------------------
+# --- the output --------------------------------------------------------------------------------------------------------
 
 
 def _wide(found: list[dict[str, Any]]) -> str:
-    """A line a run."""
+    """A line for each run."""
     rows = []
     for row in found:
         metrics = ", ".join(f"{name} {number(m['last'])} (best {_best(m)})" for name, m in row["metrics"].items())
@@ -129,8 +129,8 @@ def _wide(found: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 row["state"],
-                _told(row["step"]),
-                _told(row["epoch"]),
+                _text(row["step"]),
+                _text(row["epoch"]),
                 metrics,
                 size(row["bytes"]),
                 age(row["idle"]),
@@ -142,14 +142,14 @@ def _wide(found: list[dict[str, Any]]) -> str:
 
 
 def _narrow(found: list[dict[str, Any]]) -> str:
-    """Two lines a run or more, for 80 columns; its path comes last, so that a terminal breaks it nowhere but at its edge."""
+    """Two lines or more for each run, in 80 columns. The path comes last, so that a terminal breaks it at its edge alone."""
     rows = []
     for row in found:
         metrics = [line for name, m in row["metrics"].items() for line in ((name, number(m["last"])), ("  best", _best(m)))]
         rows.append(
             [
                 f"{row['state']}\n{age(row['idle'])} ago",
-                f"{_told(row['step'])}\n{_told(row['epoch'])}",
+                f"{_text(row['step'])}\n{_text(row['epoch'])}",
                 "\n".join(name for name, _ in metrics),
                 "\n".join(value for _, value in metrics),
                 size(row["bytes"]),
@@ -164,7 +164,7 @@ def _narrow(found: list[dict[str, Any]]) -> str:
     )
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 

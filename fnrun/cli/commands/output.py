@@ -1,9 +1,10 @@
-"""What commands print: text for people, one JSON document for programs."""
+"""The output of commands: text for people, one JSON document for programs."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,13 @@ def document(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print `text` for people: what a stranger wrote into a checkpoint moves no cursor and colors nothing."""
+    """Print `text` for people. Names in a stranger's checkpoint move no cursor and color nothing."""
     print(printable(text))
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it, a disk that cannot be written is the user's to correct."""
+    """Within it, an OSError is a CommandError."""
     try:
         yield
     except OSError as error:
@@ -34,12 +35,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def shown_path(path: Path) -> str:
-    """A path as people call it: from the current directory where it lies below."""
+    """A path, relative to the current directory if it lies below."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def terminal_width() -> int | None:
-    """The columns of the terminal that is printed to; None where it is none."""
-    import shutil
-
+    """The columns of the terminal; None where the output is no terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

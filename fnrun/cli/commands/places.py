@@ -1,4 +1,4 @@
-"""What lies at a path that was given: a run, the checkpoints of one, one checkpoint; read without torch."""
+"""What is at a path: a run, the checkpoints of one, one checkpoint; read without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fnrun.runs.run import Run
 
 
 def run_at(path: Path) -> Run:
-    """The run at `path`. Raises CommandError with what is there instead, RunError for a run whose config cannot be read."""
+    """The run at `path`. Raises CommandError, with what is there instead, and RunError for a config that cannot be read."""
     if not is_run(path):
         raise CommandError(f"{path} is no run: {what_is_at(path)}")
     return Run.open(path)
@@ -35,7 +35,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def what_is_at(path: Path) -> str:
-    """In words what a path holds, for one that was to hold something else."""
+    """A sentence on what is at a path, for errors."""
     if not path.exists():
         return _nothing(path)
     if not path.is_dir():
@@ -73,7 +73,7 @@ def _nothing(path: Path) -> str:
 
 
 def runs_below(directory: Path) -> Iterator[Path]:
-    """The runs in and below a directory, behind links too, each once. Runs hold no others, and what begins with a dot is passed over."""
+    """The runs in and below a directory, behind links too, each once. Those in runs, or behind a dot, are left out."""
     seen: set[Path] = set()
     for folder, names, files in os.walk(directory, followlinks=True):
         if (real := Path(folder).resolve()) in seen:
@@ -87,7 +87,7 @@ def runs_below(directory: Path) -> Iterator[Path]:
 
 
 def _looks_like_a_run(path: Path) -> bool:
-    """Whether the config is one of a run, or is damaged beside what only runs have: other programs have a config.yaml too."""
+    """Whether config.yaml is one of a run, or is damaged beside files that only runs have. Other programs have a config.yaml too."""
     try:
         text = (path / "config.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -97,7 +97,7 @@ def _looks_like_a_run(path: Path) -> bool:
 
 
 class Judged(msgspec.Struct):
-    """By which metrics a checkpoint is judged: what a manifest says of it, in this format and in the first."""
+    """The metrics by which a checkpoint is judged, from the manifest of any format."""
 
     step: int = 0
     metrics: dict[str, float | str] = {}
@@ -110,7 +110,7 @@ class Judged(msgspec.Struct):
 
 
 def judged(checkpoints: Path) -> Iterator[tuple[Entry, Judged | None]]:
-    """The checkpoints in a directory, the newest first, and by what each is judged; None for what is damaged."""
+    """The checkpoints in a directory, the newest first, each with its metrics; None for a damaged one."""
     try:
         found = [entry for name in os.listdir(checkpoints) if (entry := Entry.of(name)) is not None]
     except OSError:

@@ -49,14 +49,14 @@ def run(asked: Plot) -> int:
 
 
 def _names(paths: tuple[Path, ...]) -> dict[str, Path]:
-    """The runs by the last parts of their paths, as many as tell them apart."""
-    given = {path.absolute(): path for path in paths}
+    """The runs by the last parts of their paths, as many as make the names unique."""
+    runs = {path.absolute(): path for path in paths}
     names: list[str] = []
-    for parts in range(1, max(len(path.parts) for path in given) + 1):
-        names = ["/".join(path.parts[-parts:]) for path in given]
+    for parts in range(1, max(len(path.parts) for path in runs) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in runs]
         if len(set(names)) == len(names):
             break
-    return dict(zip(names, given.values(), strict=True))
+    return dict(zip(names, runs.values(), strict=True))
 
 
 def _draw(curves: list[Curve], out: Path, asked: Plot) -> None:

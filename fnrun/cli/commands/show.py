@@ -1,4 +1,4 @@
-"""`fnrun show`: what a run or a checkpoint holds, without its classes and its code."""
+"""`fnrun show`: the content of a run or a checkpoint, without its classes and its code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(asked: Show) -> int:
     return 0
 
 
-# --- what is known -----------------------------------------------------------------------------------------------------
+# --- the content -------------------------------------------------------------------------------------------------------
 
 
 def _about(manifest: Manifest, found: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _about(manifest: Manifest, found: Any) -> dict[str, Any]:
 
 
 def _row(leaf: Leaf, manifest: Manifest, values: dict[str, Any], lost: Collection[str]) -> dict[str, Any]:
-    """A leaf in plain values; where the checkpoint is damaged, what the manifest says of it."""
+    """A leaf in plain values; of a damaged checkpoint, those in the manifest."""
     if not leaf.stored:
         return {"path": leaf.path, "kind": leaf.kind, "value": constant(leaf.value)}
     row: dict[str, Any] = {"path": leaf.path, "kind": leaf.kind, "dtype": leaf.dtype, "shape": list(leaf.shape), "bytes": leaf.nbytes}
@@ -69,13 +69,13 @@ def _row(leaf: Leaf, manifest: Manifest, values: dict[str, Any], lost: Collectio
 
 
 def _totals(leaves: list[dict[str, Any]]) -> dict[str, int]:
-    """How many leaves, their bytes, and how many parameters; what several leaves share counts once."""
-    own = [row for row in leaves if "bytes" in row and "shares" not in row]
-    parameters = sum(math.prod(row["shape"]) for row in own if row["path"].startswith("params/"))
-    return {"leaves": len(leaves), "bytes": sum(row["bytes"] for row in own), "parameters": parameters}
+    """The number of leaves, of bytes and of parameters. Bytes that several leaves share count once."""
+    stored = [row for row in leaves if "bytes" in row and "shares" not in row]
+    parameters = sum(math.prod(row["shape"]) for row in stored if row["path"].startswith("params/"))
+    return {"leaves": len(leaves), "bytes": sum(row["bytes"] for row in stored), "parameters": parameters}
 
 
-# --- how it is shown ---------------------------------------------------------------------------------------------------
+# --- the output --------------------------------------------------------------------------------------------------------
 
 
 def _print(about: dict[str, Any], leaves: list[dict[str, Any]]) -> None:
@@ -110,11 +110,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _value(row: dict[str, Any]) -> str:
-    """A scalar's value, and what is to be said of the others."""
-    told = []
+    """A scalar's value, the shares of NaN and infinities, the leaf that is the same, and whether it is lost."""
+    parts = []
     if "value" in row and row["kind"] != "NoneType":
         text = number(row["value"]) if isinstance(row["value"], float) else words(row["value"])
-        told.append(text if len(text) <= 60 else f"{text[:57]}...")
-    told += [f"{share:.3g} {name}" for share, name in ((row.get("nan"), "NaN"), (row.get("inf"), "infinite")) if share]
-    told += [f"is {row['shares']}"] if "shares" in row else []
-    return ", ".join([*told, *(["LOST"] if "lost" in row else [])])
+        parts.append(text if len(text) <= 60 else f"{text[:57]}...")
+    parts += [f"{share:.3g} {name}" for share, name in ((row.get("nan"), "NaN"), (row.get("inf"), "infinite")) if share]
+    parts += [f"is {row['shares']}"] if "shares" in row else []
+    return ", ".join([*parts, *(["LOST"] if "lost" in row else [])])

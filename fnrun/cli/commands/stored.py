@@ -1,4 +1,4 @@
-"""The checkpoints that commands read: which one is meant, and what its leaves hold."""
+"""The checkpoint that a command reads, and the statistics of its leaves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fnrun.runs.run import Run, RunError
 
 
 def checkpoint_at(path: Path, checkpoint: str = "latest") -> tuple[Checkpoints, Any]:
-    """The checkpoint that a path and `--checkpoint` name, and those beside it. Raises CommandError with what is there instead."""
+    """The checkpoints at a path, and the one that `--checkpoint` names. Raises CommandError, with what is there instead."""
     if is_run(path):
         return _of_directory(path / "checkpoints", path, checkpoint)
     if is_checkpoint(path) or Entry.of(path.name):
@@ -32,16 +32,16 @@ def checkpoint_at(path: Path, checkpoint: str = "latest") -> tuple[Checkpoints, 
     return _of_directory(path, path, checkpoint)
 
 
-def _of_directory(directory: Path, given: Path, checkpoint: str) -> tuple[Checkpoints, Any]:
+def _of_directory(directory: Path, path: Path, checkpoint: str) -> tuple[Checkpoints, Any]:
     checkpoints = Checkpoints(directory)
     if not checkpoints.entries():
-        none_yet = is_run(given) or (directory.is_dir() and directory.name == "checkpoints")
-        raise CommandError(f"{given} has no checkpoint yet" if none_yet else f"{given} holds no checkpoint: {what_is_at(given)}")
+        none_yet = is_run(path) or (directory.is_dir() and directory.name == "checkpoints")
+        raise CommandError(f"{path} has no checkpoint yet" if none_yet else f"{path} holds no checkpoint: {what_is_at(path)}")
     return checkpoints, checkpoints.find(which(checkpoint))
 
 
 def run_of(checkpoints: Checkpoints) -> Run | None:
-    """The run whose checkpoints these are, if they are one's and its config can be read."""
+    """The run of these checkpoints, if there is one and its config can be read."""
     path = checkpoints.directory.parent
     try:
         return Run.open(path) if checkpoints.directory.name == "checkpoints" and is_run(path) else None
@@ -53,7 +53,7 @@ def run_of(checkpoints: Checkpoints) -> Run | None:
 
 
 def numbers(value: Any) -> np.ndarray | None:
-    """A tensor or an array, flat, in float64 or complex128; None for what holds no numbers."""
+    """A tensor or an array, flat, in float64 or complex128; None for one of another kind."""
     if isinstance(value, torch.Tensor):
         try:
             value = value.detach().cpu().to(torch.complex128 if value.is_complex() else torch.float64).numpy()
@@ -65,7 +65,7 @@ def numbers(value: Any) -> np.ndarray | None:
 
 
 def statistics(value: Any) -> dict[str, Any]:
-    """L2 norm, smallest and largest of the finite values (of complex ones their absolute values), and the shares of NaN and infinities."""
+    """L2 norm, minimum and maximum of the finite values (of complex ones, of their magnitudes), and the shares of NaN and infinities."""
     flat = numbers(value)
     if flat is None or not flat.size:
         return {}

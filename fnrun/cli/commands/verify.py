@@ -1,4 +1,4 @@
-"""`fnrun verify`: from each checkpoint the program is run to the next one, and every bit is compared."""
+"""`fnrun verify`: runs the program from each checkpoint to the next one, and compares every bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fnrun.core.tables import printable
 from fnrun.runs.run import Run
 from fnrun.runs.verify import Pair, verify
 
-#: So many leaves of a pair are shown; `--json` has them all.
+#: The number of leaves of a pair that are shown; `--json` has all.
 SHOWN = 10
 
 
@@ -73,7 +73,7 @@ def _short(value: str | None) -> str:
 
 
 def _name(entry: Entry, ambiguous: set[int]) -> str:
-    """The step; of several checkpoints at one step the whole name."""
+    """The step, or of several checkpoints at one step the whole name."""
     return entry.name if entry.step in ambiguous else str(entry.step)
 
 
