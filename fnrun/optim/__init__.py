@@ -1,4 +1,15 @@
-"""Optimizers as pure functions: gradients, memory and parameters in, new memory and parameters out."""
+"""Optimizers as pure functions `(grads, opt_state, params) -> (params, opt_state)`.
+
+base           Optimizer, Transform, Wrapper, chain
+hyper          hyperparameters: numbers, schedules, and those in the state
+lists          arithmetic on lists of tensors
+rule           from a rule to an optimizer
+sgd, adam, adam_variants, adaptive, adafactor, muon, schedule_free   the rules
+from_torch     any class of torch.optim
+transforms     of gradients, for a chain
+wrappers       when an update happens: accumulate, apply_if_finite, ...
+partition      parameter groups
+"""
 
 from fnrun.optim.adafactor import adafactor
 from fnrun.optim.adam import adam, adamw

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fnrun.optim.base import Optimizer
-from fnrun.optim.hyper import Hyper, Settings, constant
+from fnrun.optim.hyper import Hyper, Settings, check
 from fnrun.optim.lists import host_value, is_zero
 from fnrun.optim.rule import Rule, optimizer
 
@@ -24,12 +24,11 @@ def adafactor(
 
     With β = 1 − t^beta2_decay, the running means r of g² over columns and c over rows: v = r c / mean(r) (leaves of one dimension keep v
     itself); u = g/√v; p ← (1 − lr · weight_decay) p − max(eps[1], rms(p)) · min(lr, 1/√t) · u / max(1, rms(u)/d).
-    `eps[0]` is the least v may be, squared; None means the dtype's epsilon.
+    v is at least `eps[0]` squared; None is the dtype's epsilon.
     """
     if beta2_decay > 0 or d < 1:
         raise ValueError(f"adafactor: beta2_decay is at most 0 and d at least 1, not {beta2_decay!r} and {d!r}")
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps[0]", eps[0] or 0.0), ("eps[1]", eps[1])):
-        constant(name, value)
+    check({"eps[0]": eps[0] or 0.0, "eps[1]": eps[1]})
 
     def update(ops: Any, p: Any, g: Any, slots: Any, h: Any, t: Any) -> Any:
         fresh = t**beta2_decay
@@ -45,7 +44,7 @@ def adafactor(
         return ops.add_(ops.mul(p, 1 - h["lr"] * h["weight_decay"]), step), new
 
     slots = {"row_var": _row, "col_var": _column, "variance": _whole}
-    return optimizer(Rule(slots, update), Settings(lr=lr, weight_decay=weight_decay))
+    return optimizer(Rule(slots, update), Settings(**check({"lr": lr, "weight_decay": weight_decay})))
 
 
 def _row(p: Tensor) -> Tensor | None:
@@ -63,7 +62,7 @@ def _whole(p: Tensor) -> Tensor | None:
 
 
 def _variances(ops: Any, g: Any, slots: Any, floors: list[float], fresh: Any) -> tuple[list[Tensor], Any]:
-    """An estimate of g² for each leaf, to be written over, and the slots that it is made of."""
+    """An estimate of g² for each leaf, which may be written over, and the new slots."""
     new = {name: list(slot) for name, slot in slots.items()}
     estimates: list[Any] = [None] * len(g)
     wide, flat = ([i for i, x in enumerate(g) if (x.ndim > 1) == many] for many in (True, False))

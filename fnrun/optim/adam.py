@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fnrun.optim.base import Optimizer
-from fnrun.optim.hyper import Hyper, Settings, constant
+from fnrun.optim.hyper import Hyper, Settings, check
 from fnrun.optim.lists import is_zero, kernels
 from fnrun.optim.rule import Rule, optimizer, steps
 
@@ -22,9 +22,9 @@ def adam(
 ) -> Optimizer:
     """Adam (Kingma and Ba, 2015), torch's rule (bit for bit that of `torch.optim.Adam(fused=True)`).
 
-    With g the gradient plus `weight_decay` times the parameter, and t the parameter's own count of updates:
+    With g the gradient plus `weight_decay` times the parameter, and t the parameter's count of updates:
     m ← β₁m + (1 − β₁)g; v ← β₂v + (1 − β₂)g²; p ← p − lr/(1 − β₁ᵗ) · m / (√(v/(1 − β₂ᵗ)) + eps).
-    With amsgrad the largest v so far takes the place of v below. (optax takes the largest after the bias correction.)
+    With amsgrad the largest v so far replaces v in the last formula. (optax takes the largest after the bias correction.)
 
     >>> optimizer = adam(0.1)
     >>> params = {"x": torch.tensor([1.0])}
@@ -51,12 +51,17 @@ def adamw(
 
 
 def adam_settings(lr: Hyper, betas: tuple[Hyper, Hyper], eps: Hyper, weight_decay: Hyper, **others: Hyper) -> Settings:
-    """The hyperparameters that the Adam family has in common, checked: `betas` become `beta1` and `beta2`."""
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        constant(name, value)
-    for name, value in zip(("beta1", "beta2"), betas, strict=True):
-        constant(name, value, below=1.0)
-    return Settings(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, **others)
+    """The hyperparameters of the Adam family, checked; `betas` become `beta1` and `beta2`."""
+    beta1, beta2 = betas
+    rates = check({"lr": lr, "eps": eps, "weight_decay": weight_decay, **others})
+    return Settings(**rates, **check({"beta1": beta1, "beta2": beta2}, below=1.0))
+
+
+def moments(ops: Any, g: Any, slots: Any, h: Any) -> tuple[Any, Any]:
+    """The running means of the gradient and of its square."""
+    m = ops.lerp(slots["exp_avg"], g, 1 - h["beta1"])
+    v = ops.addcmul_(ops.mul(slots["exp_avg_sq"], h["beta2"]), g, g, 1 - h["beta2"])
+    return m, v
 
 
 def _adam(lr: Hyper, betas: tuple[Hyper, Hyper], eps: Hyper, weight_decay: Hyper, amsgrad: bool, decoupled: bool) -> Optimizer:
@@ -67,8 +72,7 @@ def _adam(lr: Hyper, betas: tuple[Hyper, Hyper], eps: Hyper, weight_decay: Hyper
         decays = not is_zero(h["weight_decay"])
         if decays and not decoupled:
             g = ops.add(g, p, alpha=h["weight_decay"])
-        m = ops.lerp(slots["exp_avg"], g, 1 - beta1)
-        v = ops.addcmul_(ops.mul(slots["exp_avg_sq"], beta2), g, g, 1 - beta2)
+        m, v = moments(ops, g, slots, h)
         new = {"exp_avg": list(m), "exp_avg_sq": list(v)}
         if amsgrad:
             v = ops.maximum(slots["max_exp_avg_sq"], v)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnrun.optim.adam import adam_settings
+from fnrun.optim.adam import adam_settings, moments
 from fnrun.optim.base import Optimizer
-from fnrun.optim.hyper import Hyper, constant
+from fnrun.optim.hyper import Hyper
 from fnrun.optim.lists import host_values, is_zero
 from fnrun.optim.rule import Rule, optimizer
 
@@ -17,19 +17,12 @@ Betas = tuple[Hyper, Hyper]
 
 
 def decay(ops: Any, p: Any, g: Any, h: Any, decoupled: bool) -> tuple[Any, Any]:
-    """Parameters and gradients after weight decay: a term in the gradient, or where decoupled a factor on the parameters."""
+    """Parameters and gradients after weight decay: a term in the gradients, or a factor on the parameters if `decoupled`."""
     if is_zero(h["weight_decay"]):
         return p, g
     if decoupled:
         return ops.mul(p, 1 - h["lr"] * h["weight_decay"]), g
     return p, ops.add(g, p, alpha=h["weight_decay"])
-
-
-def moments(ops: Any, g: Any, slots: Any, h: Any) -> tuple[Any, Any]:
-    """The running means of the gradient and of its square."""
-    m = ops.lerp(slots["exp_avg"], g, 1 - h["beta1"])
-    v = ops.addcmul_(ops.mul(slots["exp_avg_sq"], h["beta2"]), g, g, 1 - h["beta2"])
-    return m, v
 
 
 def _ones(leaves: list[Tensor]) -> Tensor:
@@ -51,7 +44,6 @@ def nadam(
     p ← p − lr · [(1 − μₜ) g / (1 − ∏μ) + μₜ₊₁ m / (1 − μₜ₊₁ ∏μ)] / (√(v/(1 − β₂ᵗ)) + eps).
     optax's nadam is another rule, without the momentum schedule.
     """
-    constant("momentum_decay", momentum_decay)
     settings = adam_settings(lr, betas, eps, weight_decay, momentum_decay=momentum_decay)
 
     def update(ops: Any, p: Any, g: Any, slots: Any, h: Any, t: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Step sizes for each element from the history of its gradients: adagrad, adadelta, rmsprop, rprop."""
+"""Elementwise step sizes from the history of gradients: adagrad, adadelta, rmsprop, rprop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fnrun.optim.adam_variants import decay
 from fnrun.optim.base import Optimizer
-from fnrun.optim.hyper import Hyper, Settings, constant
+from fnrun.optim.hyper import Hyper, Settings, check
 from fnrun.optim.lists import is_zero, kernels
 from fnrun.optim.rule import Rule, optimizer, steps
 
@@ -25,10 +26,8 @@ def adagrad(
 
     s ← s + g²; p ← p − lr/(1 + (t − 1) · lr_decay) · g/(√s + eps). (optax begins at s = 0.1 and has eps under the root.)
     """
-    for name, value in (("lr", lr), ("lr_decay", lr_decay), ("weight_decay", weight_decay), ("eps", eps)):
-        constant(name, value)
-    constant("initial_accumulator_value", initial_accumulator_value)
-    settings = Settings(lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps)
+    check({"initial_accumulator_value": initial_accumulator_value})
+    settings = Settings(**check({"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps}))
 
     def update(ops: Any, p: Any, g: Any, slots: Any, h: Any, t: Any) -> Any:
         p, g = decay(ops, p, g, h, decoupled=False)
@@ -39,19 +38,17 @@ def adagrad(
     def fused(p: Any, g: Any, slots: Any, h: Any, t: Any) -> None:
         kernels._fused_adagrad_(p, g, slots["sum"], steps(p, t), maximize=False, **h)
 
-    def begin(p: Tensor) -> Tensor:
-        value = initial_accumulator_value
-        return torch.full_like(p, complex(value, value) if p.is_complex() else value)
+    return optimizer(Rule({"sum": _filled(initial_accumulator_value)}, update, fused), settings)
 
-    return optimizer(Rule({"sum": begin}, update, fused), settings)
+
+def _filled(value: float) -> Callable[[Tensor], Tensor]:
+    """A slot that begins at `value`, in both parts of complex numbers."""
+    return lambda p: torch.full_like(p, complex(value, value) if p.is_complex() else value)
 
 
 def adadelta(lr: Hyper = 1.0, rho: Hyper = 0.9, eps: Hyper = 1e-6, weight_decay: Hyper = 0.0) -> Optimizer:
     """Adadelta (Zeiler, 2012): v ← ρv + (1 − ρ)g²; δ = √(u + eps)/√(v + eps) · g; u ← ρu + (1 − ρ)δ²; p ← p − lr · δ."""
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        constant(name, value)
-    constant("rho", rho, below=1.0)
-    settings = Settings(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay)
+    settings = Settings(**check({"lr": lr, "eps": eps, "weight_decay": weight_decay}), **check({"rho": rho}, below=1.0))
 
     def update(ops: Any, p: Any, g: Any, slots: Any, h: Any, t: Any) -> Any:
         p, g = decay(ops, p, g, h, decoupled=False)
@@ -75,13 +72,11 @@ def rmsprop(
 ) -> Optimizer:
     """RMSprop (Tieleman and Hinton, 2012), torch's rule: v ← αv + (1 − α)g²; p ← p − lr · g/(√v + eps).
 
-    With `centered`, v − m² stands under the root, m being the running mean of g. With `momentum`, b ← momentum · b + g/(…) and
-    p ← p − lr · b. (optax has eps under the root unless told `eps_in_sqrt=False`.)
+    With `centered`, v − m² is under the root, where m is the running mean of g. With `momentum`, b ← momentum · b + g/(…) and
+    p ← p − lr · b. (optax has eps under the root unless `eps_in_sqrt=False`.)
     """
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("momentum", momentum)):
-        constant(name, value)
-    constant("alpha", alpha, below=1.0)
-    settings = Settings(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
+    rates = check({"lr": lr, "eps": eps, "weight_decay": weight_decay, "momentum": momentum})
+    settings = Settings(**rates, **check({"alpha": alpha}, below=1.0))
     names = ["square_avg", *(["grad_avg"] if centered else []), *([] if is_zero(momentum) else ["momentum_buffer"])]
 
     def update(ops: Any, p: Any, g: Any, slots: Any, h: Any, t: Any) -> Any:
@@ -105,10 +100,13 @@ def rmsprop(
 def rprop(lr: float = 1e-2, etas: tuple[float, float] = (0.5, 1.2), step_sizes: tuple[float, float] = (1e-6, 50.0)) -> Optimizer:
     """Resilient backpropagation (Riedmiller and Braun, 1993), torch's rule: only signs count, each element has its own step size.
 
-    It begins at `lr`, grows by etas[1] where the gradient keeps its sign, shrinks by etas[0] where it turns (and the element rests for that
-    step), within `step_sizes`. What is reported as `lr`, and what `lr_scale` acts on, is a factor on all steps. For full batches.
+    For full batches. The reported `lr`, which `lr_scale` multiplies, is a factor on all steps.
+
+    - `lr=1e-2`: the first step size.
+    - `etas=(0.5, 1.2)`: the factors where the gradient changes its sign (the element then skips this step), and where it keeps it.
+    - `step_sizes=(1e-6, 50.0)`: the bounds.
     """
-    constant("lr", lr)
+    check({"lr": lr})
     if not 0.0 < etas[0] < 1.0 < etas[1]:
         raise ValueError(f"rprop: etas are a factor below 1 and one above, not {etas!r}")
 
@@ -124,7 +122,4 @@ def rprop(lr: float = 1e-2, etas: tuple[float, float] = (0.5, 1.2), step_sizes: 
             new = ops.add(p, ops.mul_(steps, sizes), alpha=-h["lr"])
         return new, {"prev": g, "step_size": sizes}
 
-    def begin(p: Tensor) -> Tensor:
-        return torch.full_like(p, complex(lr, lr) if p.is_complex() else lr)
-
-    return optimizer(Rule({"prev": torch.zeros_like, "step_size": begin}, update), Settings(lr=1.0))
+    return optimizer(Rule({"prev": torch.zeros_like, "step_size": _filled(lr)}, update), Settings(lr=1.0))

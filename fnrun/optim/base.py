@@ -1,4 +1,4 @@
-"""What an optimizer is: two pure functions, and how they compose."""
+"""Optimizers, transforms and wrappers: pure functions `init` and `update`, and `chain`, which composes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fnrun.core.words import a, brief, called
 
 
 class _Made:
-    """What prints as the call that made it: `adamw(lr=0.001)`."""
+    """Prints as the call that made it: `adamw(lr=0.001)`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", called("fnrun.optim"))
@@ -22,16 +22,17 @@ class _Made:
 
 
 class Init(Protocol):
-    """`params -> state`: what is remembered before the first update, whole, so that its structure never changes afterwards."""
+    """`params -> state`: the state before the first update, whose structure never changes."""
 
     def __call__(self, params: Any, /) -> Any: ...
 
 
 class Update(Protocol):
-    """`(grads, state, params) -> (grads or params, state)`; nothing that comes in is written to.
+    """`(grads, state, params) -> (grads or params, state)`; the arguments are not written to.
 
-    `grads` has the structure of `params`; None stands for a parameter that the loss did not reach, which is left alone.
-    `key` is the step's randomness, `step` the training step (an int).
+    - `grads`: with the structure of `params`; None for a parameter that the loss does not reach, which keeps its value.
+    - `key=None`: the source of randomness.
+    - `step=None`: the training step, an int.
     """
 
     def __call__(self, grads: Any, state: Any, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, Any]: ...
@@ -39,10 +40,11 @@ class Update(Protocol):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Transform(_Made):
-    """Changes gradients on their way to an optimizer: `update(grads, state, params, *, key, step) -> (grads, state)`.
+    """Changes gradients before an optimizer: `update(grads, state, params, *, key, step) -> (grads, state)`.
 
-    `parts` are the members of a chain; `keyed` says that the transform draws random numbers, so that a chain gives it a key of its own.
-    `donatable` says that its memory shares none with `params` or what came in, as that of all transforms here: see `Optimizer`.
+    - `parts=()`: the members of a chain.
+    - `keyed=False`: it draws random numbers; a chain derives a key for it.
+    - `donatable=False`: its results share no memory with its arguments; see `Optimizer`.
     """
 
     init: Init
@@ -57,12 +59,12 @@ class Transform(_Made):
 class Optimizer(_Made):
     """`init(params) -> opt_state`, `update(grads, opt_state, params, *, key=None, step=None) -> (params, opt_state)`: pure functions.
 
-    It may offer `loss_scale(opt_state) -> scale`, a scalar tensor with which the loss is multiplied before the gradient is taken and the
-    gradient divided before `update` is given it, and
-    `eval_params(opt_state, params) -> params`, the weights to evaluate with (schedule-free); None where it does not.
-
-    `donatable` says that a loop with `donate=True` may have what comes in written over: neither is it looked at after the kernels ran nor
-    kept. All optimizers here are. `keyed` says that the key is used; without it none is derived.
+    - `loss_scale=None`: `opt_state -> scale`, a scalar tensor. A step multiplies the loss by it, and divides the gradients.
+    - `eval_params=None`: `(opt_state, params) -> params`, the weights to evaluate with (schedule-free).
+    - `parts=()`: the members of a chain.
+    - `donatable=False`: `update` neither reads its arguments after the kernels have run nor keeps them, so that a loop with `donate=True`
+      may write over them. All optimizers here are donatable.
+    - `keyed=True`: `update` uses its key.
     """
 
     init: Init
@@ -77,7 +79,7 @@ class Optimizer(_Made):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Wrapper(_Made):
-    """A function from optimizer to optimizer that may stand in a chain: there it wraps all that comes after it."""
+    """A function from optimizer to optimizer; in a chain it wraps all members after it."""
 
     wrap: Callable[[Optimizer], Optimizer]
     parts: tuple[Any, ...] = ()
@@ -91,13 +93,13 @@ class Wrapper(_Made):
 
 
 def chain(*parts: Any) -> Any:
-    """Transforms one after the other, from left to right, and the optimizer that they end in.
+    """Transforms from left to right, and at the end an optimizer; without an optimizer the chain is a transform.
 
-    The state is the tuple of the members' states. A chain without an optimizer at its end is itself a transform; chaining is associative,
-    state and bits: a chain within a chain is the same as its members. `accumulate`, `apply_if_finite`, `lookahead`, `freeze_until` and
-    `dynamic_loss_scale` wrap all that comes after them.
+    The state is the tuple of the members' states. Chaining is associative: a chain within a chain has the state and the bits of its
+    members. `accumulate`, `apply_if_finite`, `lookahead`, `freeze_until` and `dynamic_loss_scale` wrap all members after them.
 
-    Raises TypeError where an optimizer stands before the end, and for anything that is neither transform nor optimizer.
+    Raises TypeError for an optimizer before the end, and for anything that is neither transform, optimizer nor wrapper. Raises ValueError
+    for a transform before `dynamic_loss_scale`.
 
     >>> import torch
     >>> from fnrun import optim
@@ -143,8 +145,8 @@ def _sequence(transforms: tuple[Transform, ...]) -> tuple[Init, Update]:
     def update(grads: Any, state: Any, params: Any, /, *, key: Key | None = None, step: int | None = None) -> tuple[Any, tuple[Any, ...]]:
         states = []
         for (update, place), old in zip(updates, state, strict=False):  # a chain that ends in an optimizer keeps its state last
-            own = key if place is None or key is None else key.fold_in("chain", place)
-            grads, new = update(grads, old, params, key=own, step=step)
+            member_key = key if place is None or key is None else key.fold_in("chain", place)
+            grads, new = update(grads, old, params, key=member_key, step=step)
             states.append(new)
         return grads, tuple(states)
 
@@ -163,13 +165,17 @@ def _ending(members: tuple[Any, ...]) -> Optimizer:
         params, last = optimizer.update(grads, state[-1], params, key=key, step=step)
         return params, (*states, last)
 
-    loss_scale, eval_params = optimizer.loss_scale, optimizer.eval_params
     return Optimizer(
         init,
         update,
-        None if loss_scale is None else lambda state: loss_scale(state[-1]),
-        None if eval_params is None else lambda state, params: eval_params(state[-1], params),
+        of_inner(optimizer.loss_scale, lambda state: state[-1]),
+        of_inner(optimizer.eval_params, lambda state: state[-1]),
         members,
         all(member.donatable for member in members),
         any(member.keyed for member in members),
     )
+
+
+def of_inner(fn: Callable[..., Any] | None, inner: Callable[[Any], Any]) -> Callable[..., Any] | None:
+    """`fn(state, ...)` for a state that holds that of `fn` as `inner(state)`."""
+    return None if fn is None else lambda state, *args: fn(inner(state), *args)

@@ -1,4 +1,4 @@
-"""Any `torch.optim.Optimizer` class as a pure optimizer: its memory is copied in before each step and taken out after it."""
+"""Any `torch.optim.Optimizer` class as a pure optimizer: each step copies the state into a fresh object, and out of it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Leaf, Settings
 from fnrun.optim.lists import eager, host_value, report_as
 
-# How an entry of torch's memory stands in ours, whose structure never changes: not there (yet), there, there and None.
+# The code of an entry of torch's state in ours, whose structure never changes: absent (yet), present, None.
 ABSENT, PRESENT, NOTHING = 0, 1, 2
-#: Containers without entries, and how they stand there.
+#: Empty containers, and their codes.
 _EMPTY: dict[type, int] = {list: 3, dict: 4, tuple: 5}
-#: Python's numbers, and how they stand there: the entry is a tensor without dimensions, always, so that no wrapper changes what it is.
+#: Python's numbers, and their codes and dtypes: the entry is always a scalar tensor.
 _NUMBERS: dict[type, tuple[int, torch.dtype]] = {bool: (6, torch.bool), int: (7, torch.int64), float: (8, torch.float64)}
 
-#: Fields of every torch optimizer that are no memory of a training.
+#: Attributes of every torch optimizer, which are no state.
 _MACHINERY = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
 
 
 @struct(name="fnrun.optim.TorchState")
 class TorchState:
-    """The memory of a torch optimizer: `entries` by owner (a parameter's path, a group, the object) and name, and which are there."""
+    """The state of a torch optimizer: `entries` by owner (a parameter's path, a group, the object) and name, and their codes."""
 
     hyper: Hyperparams
     entries: dict[str, dict[str, Any]]
@@ -42,26 +42,25 @@ class TorchState:
     named: ClassVar = ("entries",)
 
     def on_host(self) -> Any:
-        """The counts of steps, which torch's classes leave there too (`Optimizer.load_state_dict`)."""
+        """The part that stays on the CPU: codes and counts of steps, as in torch (`Optimizer.load_state_dict`)."""
         return self.there, [entry.get("step") for entry in self.entries.values()]
 
     def fitted(self, fresh: TorchState, places: Sequence[int | None]) -> TorchState:
-        """For other parameters: of a new one nothing is there yet."""
+        """For other parameters: the entries of a new one are absent."""
         codes = [fresh.there[i] if place is None else self.there[place] for i, place in enumerate(places)]
         return dataclasses.replace(self, there=torch.stack(codes) if codes else fresh.there)
 
 
 def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> Optimizer:
-    """The pure optimizer that does what `cls(params, **kwargs)` does, for any class of `torch.optim` or from elsewhere: bit for bit.
+    """The pure optimizer with the bits of `cls(params, **kwargs)`, for any `torch.optim.Optimizer` class.
 
-    A fresh object of `cls` does each step, on copies, with the memory that the state holds: nothing lives on in it between calls. `lr` and
-    other numbers in `kwargs` may be schedules or leaves. What `init` needs to know of the memory, it learns from two steps on copies.
+    Each update makes an object of `cls` over copies of the parameters and of the state: none is kept between calls. `lr` and other numbers
+    in `kwargs` may be schedules or `in_state`. `init` finds the structure of the state by two steps on copies. A class that draws random
+    numbers draws them from torch's ambient generator, which a training step seeds.
 
-    Classes that draw random numbers do so from torch's ambient generator, which a training step keys.
-
-    Raises TypeError for a class whose steps need a closure (LBFGS) and for memory that is no data. Raises RuntimeError under `torch.func`
-    transforms, in a compiled step and where a gradient should flow through the update. Raises ValueError for an `lr_scale` other than 1
-    where the class moves its rate itself (SWATS) or has no use for it after the first steps (Rprop).
+    - TypeError: the class needs a closure (LBFGS), or its state is no data.
+    - RuntimeError: under `torch.func` transforms, in a compiled step, and where a gradient should flow through the update.
+    - ValueError: an `lr_scale` other than 1 for a class that changes its rate (SWATS), or ignores it after the first steps (Rprop).
 
     >>> optimizer = from_torch(torch.optim.NAdam, lr=0.1)
     >>> params = {"x": torch.tensor([1.0])}
@@ -96,7 +95,7 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         entries: dict[str, dict[str, Any]] = {}
         for owner, fields in _memory(trial, copies).items():
             old = before.get(owner, {})
-            # Of a group and of the object, the caller's own arguments are configuration, unless the steps changed them.
+            # In groups and the object the caller's arguments are configuration, unless the steps have changed them.
             given = kwargs if owner.startswith(("group", "object")) else {}
             held = {
                 name: old[name] if name in old and (value is None or _is_empty(value)) else value
@@ -171,7 +170,7 @@ def _refused(cls: Any) -> RuntimeError:
 
 # --- the learning rate --------------------------------------------------------------------------------------------------
 
-#: So many steps show whether a class moves its rate, or has no use for it.
+#: The number of trial steps that show whether a class changes its rate, or ignores it.
 _TRIAL = 12
 
 
@@ -185,13 +184,13 @@ def _set_rates(optimizer: torch.optim.Optimizer, rates: list[Any]) -> None:
 
 
 def _check_unmoved(cls: Any, before: list[Any], after: list[Any]) -> None:
-    """Raise ValueError where the class itself has changed a rate."""
+    """Raise ValueError where the class has changed a rate."""
     if not all(map(_same, before, after)):
         raise ValueError(f"from_torch({cls.__name__}): the class moves its own learning rate, and lr_scale {_ONLY}")
 
 
 def _check_follows(cls: Any, build: Callable[[], tuple[torch.optim.Optimizer, dict[str, Tensor]]]) -> None:
-    """Raise ValueError where a factor on the rate is not one on the steps: tried on copies, with half the rate from the second step on."""
+    """Raise ValueError where the steps do not depend on the rate: tried on copies, with half the rate from the second step on."""
     ends: list[Any] = []
     for scale in (1.0, 0.5):
         with Key(0).scope():
@@ -214,11 +213,11 @@ _ONLY = (
 )
 
 
-# --- torch's memory as named entries ------------------------------------------------------------------------------------
+# --- torch's state as named entries -------------------------------------------------------------------------------------
 
 
 def _owners(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Where the memory lives, itself and no copy: a dictionary for each parameter and for each group, and the attributes of the object."""
+    """The state itself, no copy: a dictionary for each parameter and each group, and the attributes of the object."""
     names = {id(p): path for path, p in copies.items()}
     owners: dict[str, dict[str, Any]] = {}
     for owner, fields in optimizer.state.items():
@@ -233,7 +232,7 @@ def _owners(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> d
 
 
 def _is_data(value: Any, params: Mapping[int, str]) -> bool:
-    """Whether it is numbers, text and tensors that are no parameters, or containers of these with names."""
+    """Whether `value` consists of numbers, texts and tensors that are no parameters."""
     paths, leaves, _ = optree.tree_flatten_with_path(value, none_is_leaf=True)
     return all(leaf is None or (isinstance(leaf, (int, float, str, Tensor)) and id(leaf) not in params) for leaf in leaves) and all(
         isinstance(entry, (str, int)) for path in paths for entry in path
@@ -245,7 +244,7 @@ def _copy(value: Any) -> Any:
 
 
 def _snapshot(memory: Mapping[str, dict[str, Any]], held: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The entries of groups and of the object as they are now, without those that are held anyway."""
+    """The entries of groups and the object, without the values of those that are `held` in the state."""
     return {
         owner: {name: None if name in held.get(owner, {}) else _copy(value) for name, value in fields.items()}
         for owner, fields in memory.items()
@@ -254,7 +253,7 @@ def _snapshot(memory: Mapping[str, dict[str, Any]], held: Mapping[str, Mapping[s
 
 
 def _memory(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """The memory as entries by owner and name; what is nested within an entry has a name with slashes."""
+    """The state as entries by owner and name; nested entries have slashes in their names."""
     owners = _owners(optimizer, copies)
     return {
         owner: {name: leaf for field, value in fields.items() for name, leaf in _flat(field, value)} for owner, fields in owners.items()
@@ -271,7 +270,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _blank(value: Any, where: str) -> Any:
-    """What stands for an entry that is not there yet."""
+    """The value of an absent entry."""
     if isinstance(value, Tensor):
         return torch.zeros_like(value.detach())
     if value is None or _is_empty(value):
@@ -300,7 +299,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: TorchState) -> None:
-    """Copies of the entries that are there, into a fresh torch optimizer."""
+    """Copy the entries that are not absent into a fresh torch optimizer."""
     codes = iter(state.there.tolist())
     nested: dict[tuple[str, str], dict[str, Any]] = {}
     for owner in sorted(state.entries):
@@ -311,26 +310,16 @@ def _put(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: 
                 nested.setdefault((owner, field), {})[rest] = _value(code, state.entries[owner][name])
     for (owner, field), values in nested.items():
         kind, _, rest = owner.partition(" ")
-        fresh = (
-            optimizer.param_groups[int(rest)].get(field)
-            if kind == "group"
-            else getattr(optimizer, field, None)
-            if kind == "object"
-            else None
-        )
-        value = values[""] if set(values) == {""} else _like(fresh, values)
+        fields: Any = vars(optimizer) if kind == "object" else optimizer.state
         if kind == "param":
-            optimizer.state[copies[rest]][field] = value
+            fields = optimizer.state[copies[rest]]
         elif kind == "group":
-            optimizer.param_groups[int(rest)][field] = value
-        elif kind == "object":
-            setattr(optimizer, field, value)
-        else:
-            optimizer.state[field] = value  # pyright: ignore[reportArgumentType]
+            fields = optimizer.param_groups[int(rest)]
+        fields[field] = values[""] if set(values) == {""} else _like(fields.get(field), values)
 
 
 def _stored(value: Any, blank: Any, where: str) -> tuple[int, Any]:
-    """How a value stands in the state, and its entry, of the kind that `init` found."""
+    """The code and the entry of a value, of the kind that `init` found."""
     if value is None:
         return NOTHING, blank
     if _is_empty(value):
@@ -356,7 +345,7 @@ def _value(code: int, entry: Any) -> Any:
 
 
 def _like(fresh: Any, values: dict[str, Any]) -> Any:
-    """Flat entries in the containers of a fresh optimizer where these have the same places."""
+    """Flat entries in the containers of a fresh optimizer, if these have the same names."""
     paths, _, spec = optree.tree_flatten_with_path(fresh, none_is_leaf=True, is_leaf=_is_empty)
     names = [join(path) for path in paths]
     return optree.tree_unflatten(spec, [values[name] for name in names]) if set(names) == set(values) else _nest(values)
@@ -375,7 +364,7 @@ def _nest(values: dict[str, Any]) -> Any:
 def _take(
     optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor], state: TorchState, before: Mapping[str, dict[str, Any]]
 ) -> tuple[dict[str, dict[str, Any]], Tensor]:
-    """The entries after a step, in the structure that `init` found, and which of them are there."""
+    """The entries after a step, in the structure that `init` found, and their codes."""
     memory, who = _memory(optimizer, copies), f"from_torch({type(optimizer).__name__})"
     for owner, fields in memory.items():
         old, held = before.get(owner, {}), state.entries.get(owner, {})

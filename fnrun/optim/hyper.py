@@ -1,8 +1,9 @@
-"""Hyperparameters: numbers and schedules are configuration, `in_state` makes one a tensor in the state."""
+"""Hyperparameters: numbers and schedules are configuration; `in_state` makes one a tensor in the state."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,12 +17,12 @@ from fnrun.core.words import bindable, kind, uncalled
 from fnrun.optim.lists import host_value
 
 Number = float | Tensor
-Hyper = Any  # a number, a schedule `step -> number`, or one in the state
+Hyper = Any  # a number, a schedule `step -> number`, or an `in_state`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Leaf:
-    """A hyperparameter that lives in the optimizer state, beginning at `value`."""
+    """A hyperparameter in the optimizer state, with its first `value`."""
 
     value: Tensor
 
@@ -30,10 +31,10 @@ class Leaf:
 
 
 def in_state(value: Number) -> Leaf:
-    """Make a hyperparameter a tensor in the optimizer state: one that is saved, swept over (one value a member) and differentiated.
+    """Make a hyperparameter a tensor in the optimizer state: it is saved, swept over (one value a member) and differentiable.
 
-    A number becomes a float64 scalar; a tensor is taken as it is (a copy). Read it with `hyperparams`, change it with `set_hyperparam`.
-    Raises ValueError for one that requires grad.
+    A number becomes a float64 scalar; a tensor is copied. `hyperparams` reads it, `set_hyperparam` changes it.
+    Raises ValueError for a tensor that requires grad.
 
     >>> from fnrun import optim
     >>> optimizer = optim.sgd(optim.in_state(0.1))
@@ -50,13 +51,13 @@ def in_state(value: Number) -> Leaf:
 
 @struct(name="fnrun.optim.Hyperparams")
 class Hyperparams:
-    """The part of a state that hyperparameters need: how many updates were applied, which schedules are functions of, and the leaves."""
+    """The count of applied updates, the argument of schedules, and the hyperparameters that are in the state."""
 
     count: Any
     leaves: dict[str, Tensor]
 
     def on_host(self) -> Any:
-        """Numbers to be read without waiting for a device."""
+        """The part that stays on the CPU: numbers are read without waiting for a device."""
         return self.leaves
 
 
@@ -77,22 +78,22 @@ class Settings:
 
     @property
     def fixed(self) -> bool:
-        """Whether all are plain numbers, so that nothing needs to be remembered."""
+        """Whether all are plain numbers, so that there is no state."""
         return not self.schedules and not self.leaves
 
     def init(self, **leaves: float) -> Hyperparams:
-        """The memory at the beginning; `leaves` are further ones that are always there."""
+        """The first state; `leaves` are added to it."""
         always = {name: torch.tensor(value, dtype=torch.float64) for name, value in leaves.items()}
         return Hyperparams(0, {**{name: value.clone() for name, value in self.leaves.items()}, **always})
 
     def now(self, state: Any) -> tuple[dict[str, Any], Any]:
-        """The values now, and the memory one update on; without schedules and leaves there is none, and `state` stays as it is."""
+        """The present values, and the state after an update; if all are plain numbers `state` itself."""
         if self.fixed:
             return self.constants, state
         return self.at(state, host_value(state.count)), Hyperparams(state.count + 1, state.leaves)
 
     def at(self, state: Hyperparams, count: Any) -> dict[str, Any]:
-        """The values now: numbers where they can be known without waiting for a device, else tensors."""
+        """The values at `count`: numbers where no device has to be waited for, else tensors."""
         check_uncut(state.leaves)
         values = dict(self.constants)
         for name, schedule in self.schedules:
@@ -102,17 +103,19 @@ class Settings:
         return values
 
 
-def constant(name: str, value: Hyper, *, below: float = float("inf")) -> None:
-    """Raise ValueError where a hyperparameter that is a number lies outside `[0, below)`."""
-    if isinstance(value, (int, float)) and not 0 <= value < below:
-        bounds = "at least 0" if below == float("inf") else f"from 0 up to, but not, {below:g}"
-        raise ValueError(f"{name} is {bounds}, not {value!r}")
+def check(values: Mapping[str, Hyper], *, below: float = math.inf) -> dict[str, Hyper]:
+    """The hyperparameters. Raises ValueError where one that is a number lies outside `[0, below)`."""
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not 0 <= value < below:
+            bounds = "at least 0" if below == math.inf else f"from 0 up to, but not, {below:g}"
+            raise ValueError(f"{name} is {bounds}, not {value!r}")
+    return dict(values)
 
 
 def applied_updates(opt_state: Any) -> int | None:
-    """How many updates the optimizer of this state has made: the most of its parts' counts. None where it has no count.
+    """The number of updates that the optimizer of this state has made, the largest of its parts' counts; None if it has no count.
 
-    Batches that were only accumulated and updates that were skipped do not count. It waits for a count that lies on a device.
+    Accumulated batches and skipped updates do not count. Waits for a count on a device.
 
     >>> from fnrun import optim
     >>> optimizer = optim.chain(optim.accumulate(2), optim.sgd(1.0))
@@ -130,7 +133,7 @@ def applied_updates(opt_state: Any) -> int | None:
 
 
 def _of_optimizer(part: Any) -> bool:
-    """Whether these are the hyperparameters of an optimizer, and not of a transform before it, which may see more than the updates."""
+    """Whether `part` belongs to an optimizer: a transform before it may count more than the updates."""
     return isinstance(part, Hyperparams) and "lr_scale" in part.leaves
 
 
@@ -138,9 +141,9 @@ def _of_optimizer(part: Any) -> bool:
 
 
 def hyperparams(opt_state: Any) -> dict[str, Tensor]:
-    """The hyperparameters that live in the state, by name: `lr_scale` of each optimizer, and those made with `in_state`.
+    """The hyperparameters in the state, by name: `lr_scale` of each optimizer, and those made with `in_state`.
 
-    In a partition the label comes first (`decay/lr_scale`). The place in a chain is named (`0/...`) only where names would be the same.
+    In a partition the label comes first (`decay/lr_scale`). The place in a chain (`0/...`) is added only to equal names.
 
     >>> from fnrun import optim
     >>> optimizer = optim.chain(optim.clip_by_global_norm(optim.in_state(1.0)), optim.adamw(1e-3))
@@ -151,10 +154,10 @@ def hyperparams(opt_state: Any) -> dict[str, Tensor]:
 
 
 def set_hyperparam(opt_state: Any, path: str, value: Number) -> Any:
-    """The state with one hyperparameter changed: `path` is a name of `hyperparams`, or its end, which then means all that end so.
+    """The state with another value for the hyperparameters whose name in `hyperparams` is `path`, or ends in it.
 
-    The new value takes dtype and device of the old one and broadcasts to its shape; a tensor's gradient flows through.
-    Raises ValueError, with the names that there are, where nothing matches: a number or a schedule is none, `in_state(number)` is one.
+    The value is cast to dtype and device of the old one and broadcasts to its shape; a tensor's gradient flows through.
+    Raises ValueError, with the available names, where none matches: only `in_state(number)` is in the state, a number or a schedule is not.
 
     >>> from fnrun import optim
     >>> state = optim.adamw(1e-3).init({"x": torch.zeros(1)})
@@ -191,7 +194,7 @@ def _named(opt_state: Any) -> list[tuple[str, str, Tensor]]:
 
 
 def _find(state: Any, labels: tuple[str, ...], full: tuple[str, ...], place: tuple[Any, ...]) -> Iterator[Any]:
-    """Each leaf: its labels, its labels with the places in chains, its path in the state, its value."""
+    """For each hyperparameter: its labels, its labels with places in chains, its path in the state, its value."""
     if isinstance(state, Hyperparams):
         for name, value in state.leaves.items():
             yield (*labels, name), (*full, name), join((*place, "leaves", name)), value

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fnrun.core.counts import count
 from fnrun.optim.base import Optimizer
-from fnrun.optim.hyper import Hyper, Settings, constant
+from fnrun.optim.hyper import Hyper, Settings, check
 from fnrun.optim.rule import Rule, optimizer
 
 _ADJUST = {
@@ -39,8 +39,6 @@ def muon(
 
     `init` raises ValueError for a leaf that is no matrix: give those another optimizer with `partition`.
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
-        constant(name, value)
     ns_steps = count("muon: ns_steps", ns_steps)
     if adjust_lr_fn not in _ADJUST:
         raise ValueError(f"muon: adjust_lr_fn is one of {', '.join(_ADJUST)}, not {adjust_lr_fn!r}")
@@ -55,7 +53,7 @@ def muon(
         new = [x + r * u if isinstance(r, Tensor) else torch.add(x, u, alpha=r) for x, u, r in zip(kept, directions, rates, strict=True)]
         return new, {"momentum_buffer": list(b)}
 
-    settings = Settings(lr=lr, weight_decay=weight_decay, momentum=momentum)
+    settings = Settings(**check({"lr": lr, "weight_decay": weight_decay, "momentum": momentum}))
     return optimizer(Rule({"momentum_buffer": _begin}, update), settings)
 
 
@@ -69,7 +67,7 @@ def _begin(p: Tensor) -> Tensor:
 
 
 def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Nearly U Vᵀ for a matrix U S Vᵀ: Newton-Schulz with a quintic that pushes every singular value towards 1; bfloat16."""
+    """Nearly U Vᵀ of a matrix U S Vᵀ: Newton-Schulz with a quintic that moves the singular values towards 1; bfloat16."""
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.bfloat16()

@@ -1,4 +1,4 @@
-"""Parameter groups as labels: which leaf goes to which optimizer, and the rules that people write by hand."""
+"""Parameter groups by labels: an optimizer for each label, and the usual rules for weight decay and learning rates."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fnrun.schedules import multiply
 #: A pytree of labels with the structure of the parameters, or a function of a leaf's path and the leaf (of its name, shape and dtype).
 Labels = Any
 
-#: From the leaves by path, in the order of the model, to a factor on the learning rate of leafwise.
+#: From the leaves by path, in the order of the model, to a factor on the learning rate of each.
 Multipliers = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
 
 class _Groups:
-    """The leaves by label; worked out anew only when names, shapes or dtypes change."""
+    """The leaves by label; computed again only if names, shapes or dtypes change."""
 
     def __init__(self, label_all: Callable[[Any, Any, list[str], list[Any]], list[Any]]) -> None:
         self.label_all = label_all
         self.last: Any = None
 
     def of(self, params: Any) -> tuple[list[Any], Any, list[str], dict[Any, list[int]]]:
-        """The leaves of `params`, their structure and paths, and for each label the places of its leaves."""
+        """The leaves of `params`, their structure and paths, and the places of each label's leaves."""
         leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
         shapes = [(getattr(leaf, "shape", None), getattr(leaf, "dtype", None)) for leaf in leaves]
         last = self.last
@@ -48,7 +48,7 @@ class _Groups:
 
 
 def _written(params: Any, paths: list[str]) -> list[int]:
-    """The places of the leaves in the order in which a dictionary of them was written: that of the model. optree sorts by name."""
+    """The places of the leaves in a dictionary's order of insertion, that of the model; optree sorts by name."""
     places = {path: i for i, path in enumerate(paths)}
     names = [join((name,)) for name in params] if isinstance(params, Mapping) else []
     return [places[name] for name in names] if places.keys() == set(names) else list(range(len(paths)))
@@ -64,8 +64,10 @@ def _labelled(labels: Labels) -> _Groups:
 def partition(labels: Labels, optimizers: Mapping[str, Optimizer]) -> Optimizer:
     """One optimizer for each label. `labels` is a pytree of labels or a function `(path, tensor) -> label` (of name, shape and dtype).
 
-    Each optimizer sees its leaves alone, as a dictionary by path: a norm is that of the group. The state is a dictionary by label. What an
-    optimizer reports gets the label before its name (`decay/lr`). Raises ValueError for a label without an optimizer.
+    Each optimizer sees its leaves alone, as a dictionary by path: a norm is that of the group. The state is a dictionary by label. Reports
+    are prefixed with the label (`decay/lr`).
+
+    Raises ValueError for a label without an optimizer, and for an optimizer that scales the loss.
 
     >>> import torch
     >>> from fnrun import optim
@@ -101,9 +103,11 @@ def _partition(
     like: Sequence[Optimizer],
     named: Callable[[Any, str], str | None] = "{}/{}".format,
 ) -> Optimizer:
-    """`labels` are those that are known; `like` the optimizers, or one that all will be like.
+    """The optimizer of groups.
 
-    `named` says how the report of a group's optimizer is called; it is left out where it has no name.
+    - `labels`: all labels, None if they depend on the parameters.
+    - `like`: the optimizers, or one that stands for all.
+    - `named`: `(label, name) -> name`, for reports; None omits one.
     """
 
     def order(groups: Mapping[Any, Any]) -> list[Any]:
@@ -129,9 +133,9 @@ def _partition(
     def eval_params(state: Any, params: Any) -> Any:
         leaves, spec, paths, groups = grouped.of(params)
         for label, members in groups.items():
-            own = optimizer_of(label).eval_params
-            if own is not None:
-                new = own(state[label], {paths[i]: leaves[i] for i in members})
+            fn = optimizer_of(label).eval_params
+            if fn is not None:
+                new = fn(state[label], {paths[i]: leaves[i] for i in members})
                 for i in members:
                     leaves[i] = new[paths[i]]
         return spec.unflatten(leaves)
@@ -148,7 +152,7 @@ def _partition(
 def _apart(
     label: Any, update: Any, arguments: tuple[Any, Any, Any], key: Any, step: int | None, named: Callable[[Any, str], str | None]
 ) -> Any:
-    """One group's update: with a key of its own, and its reports under its label."""
+    """One group's update, with a derived key and renamed reports."""
     with collect() as reports:
         result = update(*arguments, key=None if key is None else key.fold_in("partition", label), step=step)
     for name, value in reports.items():
@@ -158,7 +162,7 @@ def _apart(
 
 
 def masked(inner: Any, mask: Labels) -> Any:
-    """A transform (or an optimizer) for some of the leaves; the rest passes untouched.
+    """A transform (or an optimizer) for some of the leaves; the others pass unchanged.
 
     `mask` is a pytree of bools or a function `(path, tensor) -> bool` (of name, shape and dtype).
 
@@ -197,9 +201,9 @@ def decay_labels(path: str, p: Tensor) -> str:
 
 
 def name_multipliers(factors: Mapping[str, float]) -> Multipliers:
-    """Factors by name: a leaf takes that of the longest pattern that occurs in its path, or 1.
+    """Factors by name: a leaf has that of the longest pattern that occurs in its path, or 1.
 
-    Raises ValueError for a pattern that occurs in no path, with the names that come near.
+    Raises ValueError for a pattern that occurs in no path, with similar names.
     """
 
     def rule(leaves: Mapping[str, Tensor]) -> dict[str, float]:
@@ -211,28 +215,35 @@ def name_multipliers(factors: Mapping[str, float]) -> Multipliers:
     return rule
 
 
-#: Where block numbers stand in the names of networks: blocks.3, layers.3, encoder.layer.3, h.3, stages.3, layer3.
+#: Block numbers in the usual names: blocks.3, layers.3, encoder.layer.3, h.3, stages.3, layer3.
 BLOCKS = r"(?:^|\.)(?:blocks?|layers?|h|stages?)\.?(\d+)(?:\.|$)"
 
-#: And where in names of which none is like that: resblocks.3, encoder_layer_3.
+#: Block numbers in a model without such names: resblocks.3, encoder_layer_3.
 OTHER_BLOCKS = r"(?:^|\.)\w*(?:block|layer|stage)s?[._]?(\d+)(?:\.|$)"
 
-#: What is a head wherever it stands, as is what ends in "head" or "classifier".
+#: Parts of a path that make it a head, as does one that ends in "head" or "classifier".
 HEAD = ("heads", "cls", "score", "fc", "proj_out", "text_projection", "logit_scale", "logit_bias", "embed_out", "class_embed", "bbox_embed")
 
-#: What belongs to the input wherever it stands: many models make their token embeddings last.
+#: Parts of a path that make it an input: many models make their token embeddings last.
 _INPUT = re.compile(r"embed|position|tokens?$|(?:^|_)(?:stem|pos|wte|wpe)(?:_|$)")
 
 
 def layer_decay(rate: float, blocks: str = BLOCKS, head: Sequence[str] = HEAD) -> Multipliers:
-    """Factors that fall by `rate` from block to block towards the input: `rate` for the last block, `rate ** 2` for the one before it.
+    """Layer-wise decay of learning rates: the factor is `rate` for the last block, `rate ** 2` for the block before, and so on.
 
-    What stands before the first block, and embeddings wherever they stand, have the factor below the first block's. What stands behind the
-    last block (norms, poolers, projections), and all heads, have 1. What stands between two blocks has that of the former. The order is
-    that of the model's parameters. A model of several towers (text and images, encoder and decoder) has blocks of its own in each: those
-    under one module count together, and what is not in a block belongs to the tower with which it shares more of its path.
+    In the order of the model's parameters:
 
-    `blocks` is a regular expression whose first group is the block's number; a part of a path that is in `head` says that it is one.
+    - leaves before the first block, and embeddings anywhere, have `rate` times the first block's factor;
+    - a leaf between two blocks has the factor of the former;
+    - leaves after the last block (norms, poolers, projections), and heads anywhere, have 1.
+
+    The blocks under one module are a tower. A model may have several (text and images, encoder and decoder), each with its own count. A
+    leaf outside of blocks belongs to the tower with which it shares more of its path.
+
+    - `rate`: the factor from block to block.
+    - `blocks`: a regular expression whose first group is a block's number.
+    - `head`: the parts of a path that make a leaf a head.
+
     Raises ValueError where no path has a block.
 
     >>> names = ["patch_embed.weight", "blocks.0.weight", "blocks.1.weight", "norm.weight", "head.weight"]
@@ -247,7 +258,7 @@ def layer_decay(rate: float, blocks: str = BLOCKS, head: Sequence[str] = HEAD) -
         if not towers and blocks == BLOCKS:
             towers = _towers(OTHER_BLOCKS, list(leaves), head)
         _found(blocks, towers, leaves)
-        below: dict[str, int] = {}  # how many blocks' rates lie between a leaf and the head
+        below: dict[str, int] = {}  # the exponent of each leaf
         for tower in towers:
             below.update({path: len(tower.order) - i for i, block in enumerate(tower.order) for path in tower.members[block]})
         for place, path in enumerate(leaves):
@@ -259,7 +270,7 @@ def layer_decay(rate: float, blocks: str = BLOCKS, head: Sequence[str] = HEAD) -
 
 
 class _Tower:
-    """The blocks under one module, by the list that they are in and their number."""
+    """The blocks under one module, by list and number."""
 
     def __init__(self, parent: list[str]) -> None:
         self.parent = parent
@@ -267,7 +278,7 @@ class _Tower:
 
     @property
     def order(self) -> list[tuple[str, int]]:
-        """The blocks from the first: of several lists as they come, of one by their numbers."""
+        """The blocks in order: lists as they come, within a list by number."""
         lists = list(dict.fromkeys(name for name, _ in self.members))
         return sorted(self.members, key=lambda block: (lists.index(block[0]), block[1]))
 
@@ -287,25 +298,25 @@ def _towers(blocks: str, paths: list[str], head: Sequence[str]) -> list[_Tower]:
 
 
 def _below(path: str, place: int, towers: list[_Tower], below: Mapping[str, int], paths: list[str], head: Sequence[str]) -> int:
-    """How many factors of `rate` a leaf outside of all blocks has."""
+    """The exponent of a leaf outside of all blocks."""
     parts = path.split(".")
     if _in_head(parts, head):
         return 0
     shared = [
         sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tower.parent, parts, strict=False))) for tower in towers
     ]
-    own = [tower for tower, length in zip(towers, shared, strict=True) if length == max(shared)]
-    of_own = {path for tower in own for members in tower.members.values() for path in members}
-    lowest = max(len(tower.members) for tower in own) + 1
-    before = [other for other in paths[:place] if other in of_own]
+    nearest = [tower for tower, length in zip(towers, shared, strict=True) if length == max(shared)]
+    inside = {path for tower in nearest for members in tower.members.values() for path in members}
+    lowest = max(len(tower.members) for tower in nearest) + 1
+    before = [other for other in paths[:place] if other in inside]
     if _in_input(parts, head) or not before:
         return lowest
-    return below[before[-1]] if any(other in of_own for other in paths[place:]) else 0
+    return below[before[-1]] if any(other in inside for other in paths[place:]) else 0
 
 
 def _in_head(parts: Sequence[str], head: Sequence[str]) -> bool:
     named = any(part in head or part.endswith(("head", "classifier")) for part in parts)
-    return named or parts[-1:] == ["proj"]  # a matrix of the module's own, which comes before its submodules
+    return named or parts[-1:] == ["proj"]  # a parameter of the model itself, which comes before its submodules
 
 
 def _in_input(parts: Sequence[str], head: Sequence[str]) -> bool:
@@ -320,10 +331,13 @@ def _found(pattern: str, matching: Iterable[Any], leaves: Mapping[str, Tensor]) 
 
 
 def scaled_lr(make: Callable[[Hyper], Optimizer], lr: Any, multipliers: Multipliers) -> Optimizer:
-    """`make(lr · factor)` for each group of leaves with the same factor: `lr` is a number or a schedule.
+    """`make(lr · factor)` for each group of leaves with the same factor.
 
-    The groups are a partition labelled `x0.1`, `x1` and so on; the rules are `name_multipliers` and `layer_decay`. Reported as `lr` is the
-    rate of the group with the largest factor: the others are its fixed parts.
+    - `make`: `lr -> optimizer`.
+    - `lr`: a number or a schedule.
+    - `multipliers`: `name_multipliers`, `layer_decay`, or another function `leaves by path -> factor by path`.
+
+    The groups are a partition with the labels `x0.1`, `x1` and so on. The reported `lr` is that of the largest factor.
 
     >>> import torch
     >>> from fnrun import optim
@@ -353,6 +367,6 @@ def scaled_lr(make: Callable[[Hyper], Optimizer], lr: Any, multipliers: Multipli
 
 
 def _times(factor: float) -> str:
-    """A label of its own for each factor, as short as it can be."""
+    """The label of a factor, as short as it is unique."""
     short = f"{factor:g}"
     return f"x{short if float(short) == factor else repr(factor)}"

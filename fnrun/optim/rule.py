@@ -1,4 +1,4 @@
-"""How a rule becomes an optimizer: what it remembers, which kernels run it, and which parameters it leaves alone."""
+"""From a rule to an optimizer: its state, its kernels, and parameters without a gradient."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ from fnrun.optim.base import Optimizer
 from fnrun.optim.hyper import Hyperparams, Settings
 from fnrun.optim.lists import Flat, Ops, flows, foreach, host_value, is_none, is_zero, kernels_apply, leafwise, report_as
 
-Lists = dict[str, Any]  # slots: a list with an entry for each parameter; scalars: one tensor
+Lists = dict[str, Any]  # slots: a list with an entry for each parameter; scalars: a vector
+
+#: The dtypes of torch's fused kernels.
+FUSED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 class Rule(NamedTuple):
     """The mathematics of one optimizer.
 
-    `slots` names what is remembered of each parameter, and makes its beginning; `scalars` names numbers that are remembered of each, kept
-    together in one tensor. `update(ops, params, grads, slots, values, t)` returns the new parameters and slots (scalars among them); `t` is
-    1 at the first update of these parameters. It writes to nothing but what it made itself.
-    `fused(params, grads, slots, values, t)` does the same in place, with one of torch's fused kernels, where
-    `fusable(values, t)` says that it can, on a CPU for the dtypes `on_cpu`.
+    - `slots`: by name, the function `param -> tensor` that makes a slot, None for none.
+    - `update(ops, params, grads, slots, values, t)`: the new parameters, and slots and scalars by name. `t` is 1 at the first update of
+      these parameters. It writes only to tensors that it has made.
+    - `fused(params, grads, slots, values, t)`: the same in place, by a fused kernel of torch.
+    - `scalars`: by name, the function `params -> vector` of a number for each parameter.
+    - `fusable(values, t)`: whether the fused kernel can be used.
+    - `on_cpu`: the dtypes for which it can be used on a CPU.
     """
 
     slots: Mapping[str, Callable[..., Tensor | None]]
@@ -39,14 +44,14 @@ class Rule(NamedTuple):
     fused: Callable[[list[Tensor], list[Tensor], Lists, dict[str, Any], Any], None] | None = None
     scalars: Mapping[str, Callable[[list[Tensor]], Tensor]] = MappingProxyType({})
     fusable: Callable[[dict[str, Any], Any], bool] = lambda values, t: True
-    on_cpu: frozenset[torch.dtype] = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+    on_cpu: frozenset[torch.dtype] = FUSED
 
 
 @struct(name="fnrun.optim.Misses")
 class Misses:
-    """How many updates each leaf missed because it had no gradient: torch counts the steps of each parameter, one count for all is cheaper.
+    """The number of updates that each leaf has missed, for lack of a gradient: with one count of updates, torch's count of each leaf.
 
-    `each` is looked at only where `total` is not 0.
+    `each` is read only if `total` is not 0.
     """
 
     total: Any
@@ -64,14 +69,14 @@ class Misses:
         return Misses(self.total + sum(absent), self.each + torch.tensor(absent, dtype=torch.int64, device=self.each.device))
 
     def fitted(self, places: Sequence[int | None], age: Any) -> Misses:
-        """For other leaves: `places` says which one each was, None for a new one, which has missed every one of `age` updates."""
+        """For other leaves: `places` are their former places, None for a new one, which has missed all `age` updates."""
         each = torch.zeros(len(places), dtype=torch.int64, device=self.each.device)
         for i, place in enumerate(places):
             each[i] = age if place is None else self.each[place]
         return Misses(self.total + age * list(places).count(None), each)
 
     def always(self, times: int) -> list[bool]:
-        """Which leaves were missed each of so many times."""
+        """For each leaf, whether it was missed all of `times` times."""
         if is_zero(host_value(self.total)):
             return [False] * len(self.each)
         return (self.each == times).tolist()
@@ -79,14 +84,14 @@ class Misses:
 
 @struct(name="fnrun.optim.RuleState")
 class RuleState:
-    """What an optimizer remembers: applied updates, counted; hyperparameter leaves; slots with the structure of the parameters."""
+    """The state of an optimizer: count and hyperparameters; slots with the structure of the parameters; a vector for each scalar."""
 
     hyper: Hyperparams
     slots: dict[str, Any]
     scalars: dict[str, Tensor]
     misses: Misses
 
-    #: The fields in which leaves are known by their number, and where they have names: in each of the slots.
+    #: The fields that are indexed by a leaf's number, and the path of those that are indexed by its name.
     numbered: ClassVar = ("scalars", "misses")
     named: ClassVar = ("slots", "*")
 
@@ -94,8 +99,8 @@ class RuleState:
         return self.scalars
 
     def fitted(self, fresh: RuleState, places: Sequence[int | None]) -> RuleState:
-        """For other parameters, those of the `fresh` state: a new one is as old as torch would have it, of no update."""
-        if not self.slots:  # nothing is remembered of any of them
+        """For the parameters of the `fresh` state, at former `places`: a new one has the age 0, as in torch."""
+        if not self.slots:
             return dataclasses.replace(self, misses=fresh.misses, scalars=fresh.scalars)
         scalars = {
             name: torch.stack([fresh.scalars[name][i] if place is None else values[place] for i, place in enumerate(places)])
@@ -105,7 +110,7 @@ class RuleState:
 
 
 class _Constants:
-    """The values of the step before, for as long as nothing that they are made of can have changed: no schedule, the same leaves."""
+    """The values of the step before, while they cannot have changed: there is no schedule, and the leaves are the same."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._fixed = settings, not settings.schedules
@@ -113,7 +118,7 @@ class _Constants:
         self._values: dict[str, Any] = {}
 
     def at(self, hyper: Hyperparams, count: Any) -> dict[str, Any]:
-        """The values now, `lr_scale` multiplied into `lr`."""
+        """The values at `count`, with `lr` multiplied by `lr_scale`."""
         if hyper.leaves is self._leaves:
             return self._values
         values = self._settings.at(hyper, count)
@@ -128,7 +133,7 @@ class _Constants:
 
 
 def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], Any] | None = None) -> Optimizer:
-    """The optimizer that follows `rule`, with `lr_scale` beside its hyperparameters."""
+    """The optimizer of a rule; `lr_scale` is added to its hyperparameters."""
 
     flatten, constants, owner = Flat(), _Constants(settings), object()
 
@@ -163,7 +168,7 @@ def optimizer(rule: Rule, settings: Settings, eval_params: Callable[[Any, Any], 
 
 
 def _by_age(grads: list[Any], misses: Misses) -> Iterator[tuple[Any, list[int]]]:
-    """The leaves that have a gradient, by how many updates they missed; each for itself where that is known on a device only."""
+    """The places of the leaves with a gradient, grouped by missed updates; one by one if only a device knows these."""
     groups: dict[int, list[int]] = defaultdict(list)
     missed = [host_value(m) for m in misses.each.unbind()]
     for i, grad in enumerate(grads):
@@ -193,10 +198,10 @@ def _grouped(
 
 
 def run(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any) -> tuple[list[Any], Lists]:
-    """One update of leaves of one age: kind by kind, each by a fused kernel, by foreach kernels, or leaf by leaf out of place."""
+    """One update of leaves of one age, for each dtype and device: by a fused kernel, foreach kernels, or leaf by leaf out of place."""
     if not params:
         return params, slots
-    if list(map(_shape, grads)) != list(map(_shape, params)):  # a fused kernel would read on behind a gradient that is too short
+    if list(map(_shape, grads)) != list(map(_shape, params)):  # a fused kernel would read beyond a short gradient
         shapes = next((tuple(g.shape), tuple(p.shape)) for g, p in zip(grads, params, strict=True) if g.shape != p.shape)
         raise ValueError("a gradient has the shape {}, and its parameter {}".format(*shapes))
     if len(set(map(_dtype, params))) > 1 or len(set(map(Tensor.get_device, params))) > 1:
@@ -217,19 +222,16 @@ _dtype, _shape = operator.attrgetter("dtype"), operator.attrgetter("shape")
 
 
 def _kinds(params: list[Tensor]) -> Iterable[list[int]]:
-    """The places of the leaves of each dtype and device."""
+    """The places of the leaves, grouped by dtype and device."""
     kinds: dict[Any, list[int]] = defaultdict(list)
     for i, p in enumerate(params):
         kinds[p.dtype, p.device].append(i)
     return kinds.values()
 
 
-_FUSED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-
-
 def _takes(rule: Rule, like: Tensor, tensors: list[str], values: dict[str, Any], t: Any) -> bool:
-    """Whether the fused kernel takes leaves like this one, and these values, of which some are tensors."""
-    if like.dtype not in (rule.on_cpu if like.is_cpu else _FUSED if like.is_cuda else ()):
+    """Whether the fused kernel takes leaves like this one, and these values, of which `tensors` are tensors."""
+    if like.dtype not in (rule.on_cpu if like.is_cpu else FUSED if like.is_cuda else ()):
         return False
     return (not tensors or (tensors == ["lr"] and not flows([values["lr"]]))) and rule.fusable(values, t)
 
@@ -245,21 +247,21 @@ def _fused(rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, 
 
 
 def steps(params: list[Tensor], t: Any) -> list[Tensor]:
-    """`t` as fused kernels want it: a float32 scalar for each parameter, here one for all."""
+    """`t` for fused kernels: a float32 scalar for each parameter, here one for all."""
     device = params[0].device
     scalar = t.to(device, torch.float32) if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=device)
     return [scalar] * len(params)
 
 
 def _like(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors laid out in memory as the parameters are, for the fused kernels walk over memory and not over indices."""
+    """The tensors with the strides of the parameters: fused kernels walk over memory and not over indices."""
     return [x if x.stride() == p.stride() else torch.empty_like(p).copy_(x) for p, x in zip(params, tensors, strict=True)]
 
 
 def _out_of_place(
     rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any
 ) -> tuple[list[Any], Lists]:
-    """Leaf by leaf; numbers that are tensors are float64, and results go back to the dtype that was there."""
+    """Leaf by leaf; numbers that are tensors are float64, and results are cast to the former dtypes."""
     device = params[0].device
     values = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
     t = t.to(device, torch.float64) if isinstance(t, Tensor) else t
@@ -276,17 +278,17 @@ def _as_real(
     rule: Rule, params: list[Tensor], grads: list[Tensor], slots: Lists, values: dict[str, Any], t: Any
 ) -> tuple[list[Any], Lists]:
     """Complex leaves as pairs of real numbers, as in torch."""
-    twin = [p.dtype.is_complex for p in params]
+    is_complex = [p.dtype.is_complex for p in params]
     real = {name: slot if name in rule.scalars else _real(slot) for name, slot in slots.items()}
     new, changed = run(rule, _real(params), _real(grads), real, values, t)
     for name in rule.slots:
         changed[name] = _complex(changed[name], [x is not None and x.dtype.is_complex for x in slots[name]])
-    return _complex(new, twin), changed
+    return _complex(new, is_complex), changed
 
 
 def _real(tensors: list[Any]) -> list[Any]:
     return [torch.view_as_real(x) if x is not None and x.dtype.is_complex else x for x in tensors]
 
 
-def _complex(tensors: list[Any], twin: list[bool]) -> list[Any]:
-    return [torch.view_as_complex(x.contiguous()) if is_complex else x for x, is_complex in zip(tensors, twin, strict=True)]
+def _complex(tensors: list[Any], is_complex: list[bool]) -> list[Any]:
+    return [torch.view_as_complex(x.contiguous()) if pair else x for x, pair in zip(tensors, is_complex, strict=True)]

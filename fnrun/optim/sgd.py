@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fnrun.optim.base import Optimizer
-from fnrun.optim.hyper import Hyper, Settings, constant
+from fnrun.optim.hyper import Hyper, Settings, check
 from fnrun.optim.lists import is_zero, kernels
 from fnrun.optim.rule import Rule, optimizer
 
@@ -28,12 +28,10 @@ def sgd(lr: Hyper = 1e-3, momentum: Hyper = 0.0, *, dampening: Hyper = 0.0, nest
     >>> params
     {'x': tensor([0.8000])}
     """
-    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        constant(name, value)
     plain = is_zero(momentum)
     if nesterov and (plain or not is_zero(dampening)):
         raise ValueError("sgd: nesterov wants a momentum and no dampening")
-    settings = Settings(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+    settings = Settings(dampening=dampening, **check({"lr": lr, "momentum": momentum, "weight_decay": weight_decay}))
 
     def update(ops: Any, p: Any, g: Any, slots: Any, h: Any, t: Any) -> Any:
         if not is_zero(h["weight_decay"]):
@@ -50,12 +48,12 @@ def sgd(lr: Hyper = 1e-3, momentum: Hyper = 0.0, *, dampening: Hyper = 0.0, nest
         return ops.add(p, ops.add(g, b, alpha=h["momentum"]) if nesterov else b, alpha=-h["lr"]), {"momentum_buffer": list(b)}
 
     def fused(p: Any, g: Any, slots: Any, h: Any, t: Any) -> None:
-        # Where only the device knows whether it is the first step, the zeros that the buffer begins with give the same, undampened.
+        # If only the device knows whether it is the first step, the buffer's first zeros have the same effect without dampening.
         first = not isinstance(t, Tensor) and t == 1
         kernels._fused_sgd_(p, g, slots.get("momentum_buffer", []), nesterov=nesterov, is_first_step=first, maximize=False, **h)
 
     def fusable(h: Any, t: Any) -> bool:
-        """The kernel takes no buffer without momentum, and has to be told when a buffer begins where that makes a difference."""
+        """The kernel needs a momentum for a buffer, and with dampening needs to know whether the step is the first."""
         return plain or not (is_zero(h["momentum"]) or (isinstance(t, Tensor) and not is_zero(h["dampening"])))
 
     slots = {} if plain else {"momentum_buffer": torch.zeros_like}

@@ -1,4 +1,4 @@
-"""Transforms: what happens to gradients on their way to the optimizer."""
+"""Transforms of gradients, for a chain that ends in an optimizer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fnrun.core.tree import struct
 from fnrun.optim.base import Transform
-from fnrun.optim.hyper import Hyper, Settings, constant
+from fnrun.optim.hyper import Hyper, Settings, check
 from fnrun.optim.lists import Flat, Ops, is_none, ops_for, report_as
 from fnrun.schedules import Schedule
 
 
 def _with_settings(settings: Settings, apply: Any, keyed: bool = False) -> Transform:
-    """The transform that does `apply(ops, grads, params, values, key)` to the lists of leaves that have a gradient; at least one has."""
+    """The transform by `apply(ops, grads, params, values, key) -> grads`, over lists of the leaves that have a gradient, if any."""
 
     flatten = Flat()
 
@@ -59,7 +59,6 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
     >>> grads
     {'x': tensor([0.6000, 0.8000])}
     """
-    constant("max_norm", max_norm)
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         norm = global_norm(ops, grads)
@@ -67,33 +66,31 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
         report_as("clipped", (norm > h["max_norm"]).to(norm.dtype))
         return _times(ops, grads, (h["max_norm"] / norm).clamp(max=1.0))
 
-    return _with_settings(Settings(max_norm=max_norm), apply)
+    return _with_settings(Settings(**check({"max_norm": max_norm})), apply)
 
 
 def clip_by_norm(max_norm: Hyper) -> Transform:
-    """Scale each leaf's gradient for itself so that its norm is at most `max_norm`. Reports `clipped`, the share of leaves scaled."""
-    constant("max_norm", max_norm)
+    """Scale each leaf's gradient so that its norm is at most `max_norm`. Reports `clipped`, the share of leaves that were scaled."""
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         factors = [(h["max_norm"] / norm).clamp(max=1.0) for norm in ops.norm(grads)]
         report_as("clipped", _share(factors))
         return _times(ops, grads, factors)
 
-    return _with_settings(Settings(max_norm=max_norm), apply)
+    return _with_settings(Settings(**check({"max_norm": max_norm})), apply)
 
 
 def clip_by_value(max_value: Hyper) -> Transform:
-    """Each element of the gradient, kept within ±`max_value`.
+    """Clamp each element of the gradient to ±`max_value`.
 
     >>> clip_by_value(1.0).update({"x": torch.tensor([-3.0, 0.5])}, (), {"x": torch.zeros(2)})[0]
     {'x': tensor([-1.0000,  0.5000])}
     """
-    constant("max_value", max_value)
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         return [g.clamp(-h["max_value"], h["max_value"]).to(g.dtype) for g in grads]
 
-    return _with_settings(Settings(max_value=max_value), apply)
+    return _with_settings(Settings(**check({"max_value": max_value})), apply)
 
 
 def adaptive_clip(clipping: Hyper = 0.01, eps: Hyper = 1e-3) -> Transform:
@@ -102,7 +99,6 @@ def adaptive_clip(clipping: Hyper = 0.01, eps: Hyper = 1e-3) -> Transform:
     A unit is a row: all dimensions but the first; a leaf of at most one dimension is one unit. (optax's units are columns, as JAX stores
     matrices.) Reports `clipped`, the share of the leaves in which a unit was.
     """
-    constant("clipping", clipping)
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         limits = [_unit_norm(p).clamp(min=h["eps"]) * h["clipping"] for p in params]
@@ -110,11 +106,11 @@ def adaptive_clip(clipping: Hyper = 0.01, eps: Hyper = 1e-3) -> Transform:
         report_as("clipped", _share([torch.where((factor < 1.0).any(), 0.0, 1.0) for factor in factors]))
         return [(g * factor).to(g.dtype) for g, factor in zip(grads, factors, strict=True)]
 
-    return _with_settings(Settings(clipping=clipping, eps=eps), apply)
+    return _with_settings(Settings(eps=eps, **check({"clipping": clipping})), apply)
 
 
 def _unit_norm(x: Tensor) -> Tensor:
-    # in float32 at least: the norm of a float16 row is easily more than float16 can hold
+    # in float32 or wider: the norm of a float16 row easily overflows
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) if x.ndim > 1 else None, keepdim=True, dtype=dtype)
 
@@ -129,7 +125,7 @@ def _times(ops: Ops, grads: list[Tensor], factor: Any) -> list[Tensor]:
 
 
 def add_decayed_weights(weight_decay: Hyper) -> Transform:
-    """g ← g + weight_decay · p: before an optimizer that is L2 regularization, as `weight_decay` of `sgd` and `adam`."""
+    """g ← g + weight_decay · p: L2 regularization, as `weight_decay` of `sgd` and `adam`."""
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         return list(ops.add(grads, params, alpha=h["weight_decay"]))
@@ -151,7 +147,7 @@ def scale(factor: Hyper) -> Transform:
 
 
 def scale_by_schedule(schedule: Schedule) -> Transform:
-    """g ← schedule(n) · g, with n the count of updates that this transform has seen."""
+    """g ← schedule(n) · g, where n counts the updates of this transform."""
     return scale(schedule)
 
 
@@ -165,7 +161,7 @@ def centralize() -> Transform:
 
 
 def zero_nonfinite() -> Transform:
-    """0 in place of each NaN and infinity of the gradient. Reports `nonfinite`, how many there were. See also `apply_if_finite`."""
+    """Replace each NaN and infinity of the gradient by 0. Reports `nonfinite`, their number. See also `apply_if_finite`."""
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         finite = [torch.isfinite(g) for g in grads]
@@ -177,11 +173,10 @@ def zero_nonfinite() -> Transform:
 
 
 def add_noise(eta: Hyper, gamma: float = 0.55) -> Transform:
-    """Add Gaussian noise of variance eta / (1 + n)^gamma to the gradient (Neelakantan et al., 2015), n counting the updates.
+    """Add Gaussian noise of variance eta / (1 + n)^gamma to the gradient (Neelakantan et al., 2015), where n counts the updates.
 
     The noise is a function of the step's key alone: `update` raises ValueError without one.
     """
-    constant("eta", eta)
 
     def apply(ops: Ops, grads: list[Tensor], params: list[Tensor], h: dict[str, Any], key: Any) -> Any:
         if key is None:
@@ -194,24 +189,23 @@ def add_noise(eta: Hyper, gamma: float = 0.55) -> Transform:
             noisy.append((g + noise * (h["eta"] * h["shrink"]) ** 0.5).to(g.dtype))
         return noisy
 
-    return _with_settings(Settings(eta=eta, shrink=lambda count: (1.0 + count) ** -gamma), apply, keyed=True)
+    return _with_settings(Settings(**check({"eta": eta}), shrink=lambda count: (1.0 + count) ** -gamma), apply, keyed=True)
 
 
 @struct(name="fnrun.optim.TraceState")
 class TraceState:
-    """The running sum, with the structure of the parameters, and the memory of the decay where it has one."""
+    """The running sum, with the structure of the parameters, and the state of the decay if it is no plain number."""
 
     hyper: Any
     trace: Any
 
 
 def trace(decay: Hyper, nesterov: bool = False) -> Transform:
-    """Momentum as a transform (optax's): b ← g + decay · b, passed on in place of g; with nesterov g + decay · b is.
+    """Momentum as a transform (optax's): b ← g + decay · b replaces g; with nesterov g + decay · b does.
 
-    `chain(trace(0.9), sgd(lr))` is `sgd(lr, momentum=0.9)` as long as lr stays the same, and differs in nothing but its name.
+    `chain(trace(0.9), sgd(lr))` is `sgd(lr, momentum=0.9)` while lr is constant.
     """
-    constant("decay", decay)
-    settings, flatten = Settings(decay=decay), Flat()
+    settings, flatten = Settings(**check({"decay": decay})), Flat()
 
     def init(params: Any, /) -> TraceState:
         return TraceState(() if settings.fixed else settings.init(), optree.tree_map(torch.zeros_like, params))

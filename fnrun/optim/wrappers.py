@@ -1,6 +1,6 @@
-"""Wrappers: from optimizer to optimizer, for what decides whether and when an update happens.
+"""Wrappers: functions from optimizer to optimizer that decide whether and when an update happens.
 
-Where the decision is known to the host it is a branch. Where only a device knows it, both outcomes are computed and the device selects.
+If the host knows the decision, it is a branch. If only a device knows it, both outcomes are computed and the device selects.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from fnrun.core.counts import count
 from fnrun.core.donation import keeping
 from fnrun.core.tree import struct
-from fnrun.optim.base import Optimizer, Wrapper
+from fnrun.optim.base import Optimizer, Wrapper, of_inner
 from fnrun.optim.lists import all_finite, host_value, ops_for, report_as, tree_map
 from fnrun.optim.rule import Misses
 
 
 def choose(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-    """`then()` or `otherwise()`; where the condition is a tensor that must not be waited for, both, selected leaf by leaf."""
+    """`then()` or `otherwise()`; for a condition that is a tensor both, selected leaf by leaf without waiting for it."""
     if not isinstance(condition, Tensor):
         return then() if condition else otherwise()
     with keeping():
@@ -41,13 +41,13 @@ def _select(condition: Tensor, a: Any, b: Any) -> Any:
 
 
 def counts_on(device: torch.device | None, state: Any) -> Any:
-    """`state` with its Python numbers as tensors, for where only a device knows whether they go on."""
+    """`state` with its Python numbers as tensors, for counts whose increments only a device knows."""
     dtypes = {int: torch.int64, float: torch.float64}
 
     def convert(leaf: Any) -> Any:
         return torch.full((), leaf, dtype=dtypes[type(leaf)], device=device) if type(leaf) in dtypes else leaf
 
-    return optree.tree_map(convert, state, is_leaf=lambda leaf: isinstance(leaf, Misses))  # what is missing, the host knows
+    return optree.tree_map(convert, state, is_leaf=lambda leaf: isinstance(leaf, Misses))  # the host knows those
 
 
 def device_of(tree: Any) -> torch.device | None:
@@ -55,21 +55,14 @@ def device_of(tree: Any) -> torch.device | None:
 
 
 def wrapper(wrap: Callable[[Optimizer], Optimizer], optimizer: Optimizer | None) -> Any:
-    """The wrapper itself, for a chain, or where an optimizer is given what becomes of it."""
+    """The wrapped optimizer, or without one the wrapper, for a chain."""
     return Wrapper(wrap) if optimizer is None else Wrapper(wrap)(optimizer)
 
 
 def around(inner: Optimizer, init: Any, update: Any) -> Optimizer:
-    """An optimizer whose state keeps that of `inner` in a field of this name."""
-    loss_scale, eval_params = inner.loss_scale, inner.eval_params
-    return Optimizer(
-        init,
-        update,
-        None if loss_scale is None else lambda state: loss_scale(state.inner),
-        None if eval_params is None else lambda state, params: eval_params(state.inner, params),
-        donatable=inner.donatable,
-        keyed=inner.keyed,
-    )
+    """An optimizer whose state has that of `inner` in the field `inner`."""
+    loss_scale, eval_params = (of_inner(fn, lambda state: state.inner) for fn in (inner.loss_scale, inner.eval_params))
+    return Optimizer(init, update, loss_scale, eval_params, donatable=inner.donatable, keyed=inner.keyed)
 
 
 # --- accumulate ---------------------------------------------------------------------------------------------------------
@@ -77,7 +70,7 @@ def around(inner: Optimizer, init: Any, update: Any) -> Optimizer:
 
 @struct(name="fnrun.optim.AccumulateState")
 class AccumulateState:
-    """The sum of the gradients so far, of how many batches, which leaves were missing in how many of them; the inner state."""
+    """The sum of the gradients, the number of batches in it (`micro`), the leaves without a gradient in them; the inner state."""
 
     sums: Any
     micro: Any
@@ -89,17 +82,17 @@ class AccumulateState:
     named: ClassVar = ("sums",)
 
     def fitted(self, fresh: AccumulateState, places: Sequence[int | None]) -> AccumulateState:
-        """For other parameters: a new one was missing in every batch so far."""
+        """For other parameters: a new one was missing in all batches."""
         return dataclasses.replace(self, misses=self.misses.fitted(places, self.micro))
 
 
 def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
     """Update once in `n` batches, with the mean of their gradients; the steps between change no parameter.
 
-    Each of the n is a training step, with its own randomness; the partial sum is in the state, so that a checkpoint between them loses
-    nothing. A program that ends between them says so: the next call goes on with what is in the state, and after the last one it is in no
-    update. What comes after it in the chain sees the updates only: schedules count these. `accumulate(n)` is for a chain,
-    `accumulate(n, optimizer)` the optimizer itself. (`make_train_step(microbatches=n)` cuts one batch into n instead.)
+    Each batch is a training step with its own randomness. The partial sum is in the state, and in checkpoints. A program that ends between
+    two updates warns: a next call goes on with the partial sum. Members after it in a chain see the updates alone: schedules count these.
+
+    `accumulate(n)` is for a chain, `accumulate(n, optimizer)` is the optimizer. (`make_train_step(microbatches=n)` cuts one batch instead.)
 
     >>> from fnrun import optim
     >>> optimizer = optim.chain(optim.accumulate(2), optim.sgd(1.0))
@@ -148,7 +141,7 @@ def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
 
 
 def waiting(opt_state: Any) -> int:
-    """How many batches `accumulate` holds that are in no update yet: the most of its parts'. It waits for a count on a device."""
+    """The number of batches in `accumulate` that are in no update yet, the largest of its parts'. Waits for a count on a device."""
     parts = optree.tree_leaves(opt_state, is_leaf=lambda part: isinstance(part, AccumulateState))
     return max((int(torch.as_tensor(part.micro).max()) for part in parts if isinstance(part, AccumulateState)), default=0)
 
@@ -158,16 +151,16 @@ def waiting(opt_state: Any) -> int:
 
 @struct(name="fnrun.optim.SkipState")
 class SkipState:
-    """How many updates were skipped, and the inner state."""
+    """The number of skipped updates, and the inner state."""
 
     skipped: Any
     inner: Any
 
 
 def apply_if_finite(optimizer: Optimizer | None = None) -> Any:
-    """Leave an update out whose gradient has a NaN or an infinity: parameters and memory, counts included, stay bit for bit as they were.
+    """Skip an update whose gradient has a NaN or an infinity: parameters, optimizer state and counts keep their bits.
 
-    Reports `skipped` (1.0 where it was). It never waits for a device. For fp16 see `dynamic_loss_scale`.
+    Reports `skipped`, 1.0 or 0.0. Never waits for a device. For fp16 see `dynamic_loss_scale`.
     """
 
     def wrap(inner: Optimizer) -> Optimizer:
@@ -187,17 +180,15 @@ def apply_if_finite(optimizer: Optimizer | None = None) -> Any:
                 lambda: inner.update(grads, state.inner, params, key=key, step=step),
                 lambda: (params, state.inner),
             )
-            return new, SkipState(
-                state.skipped + (~finite).to(torch.int64) if isinstance(finite, Tensor) else state.skipped + (not finite), after
-            )
+            return new, SkipState(state.skipped + _skipped(finite, torch.int64, int), after)
 
         return around(inner, init, update)
 
     return wrapper(wrap, optimizer)
 
 
-def _skipped(finite: Any) -> Any:
-    return (~finite).to(torch.float32) if isinstance(finite, Tensor) else float(not finite)
+def _skipped(finite: Any, dtype: torch.dtype = torch.float32, number: type = float) -> Any:
+    return (~finite).to(dtype) if isinstance(finite, Tensor) else number(not finite)
 
 
 # --- lookahead ----------------------------------------------------------------------------------------------------------
@@ -213,9 +204,12 @@ class LookaheadState:
 
 
 def lookahead(optimizer: Optimizer | None = None, *, sync_period: int = 6, slow_step_size: float = 0.5) -> Any:
-    """Lookahead (Zhang et al., 2019): each `sync_period` updates the slow weights go `slow_step_size` of the way to the fast ones.
+    """Lookahead (Zhang et al., 2019): every `sync_period` updates the slow weights move towards the fast ones, by `slow_step_size`.
 
-    The parameters are the fast weights, which then begin again from there.
+    The parameters are the fast weights, which then restart from the slow ones.
+
+    - `sync_period=6`: updates between two moves, at least 1.
+    - `slow_step_size=0.5`: the share of the way, from 0 to 1.
     """
     sync_period = count("lookahead: sync_period", sync_period)
     if not 0.0 <= slow_step_size <= 1.0:
@@ -230,7 +224,7 @@ def lookahead(optimizer: Optimizer | None = None, *, sync_period: int = 6, slow_
 
             def meet() -> Any:
                 slow = tree_map(lambda s, f: s if s is None else s + slow_step_size * (f - s), state.slow, fast)
-                again = tree_map(lambda s: s if s is None else s.clone(), slow)  # of its own: parameters may be donated
+                again = tree_map(lambda s: s if s is None else s.clone(), slow)  # parameters may be donated
                 return again, LookaheadState(slow, state.count * 0, after)
 
             return choose(
@@ -248,7 +242,7 @@ def lookahead(optimizer: Optimizer | None = None, *, sync_period: int = 6, slow_
 
 
 def freeze() -> Optimizer:
-    """The optimizer that changes nothing and remembers nothing: for the frozen part of a `partition`."""
+    """The optimizer without updates and state, for the frozen part of a `partition`."""
 
     def update(grads: Any, state: Any, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
         return params, state
@@ -265,9 +259,9 @@ class FreezeState:
 
 
 def freeze_until(step: int, optimizer: Optimizer | None = None) -> Any:
-    """Leave the parameters wholly alone for the first `step` updates, as if the loss did not reach them; then train them.
+    """No updates for the first `step` steps, as if the loss did not reach the parameters.
 
-    Their own moments begin at `step`, schedules have gone on meanwhile: what unfreezing a backbone does in torch.
+    Their moments begin at `step`, while schedules count from the start: as unfreezing a backbone does in torch.
     """
     begin = count("freeze_until: step", step, 0)
 
@@ -294,7 +288,7 @@ def freeze_until(step: int, optimizer: Optimizer | None = None) -> Any:
 
 @struct(name="fnrun.optim.ScaleState")
 class ScaleState:
-    """The factor on the loss, how many updates went well since it changed, and the inner state."""
+    """The factor on the loss, the number of finite updates since it changed, and the inner state."""
 
     scale: Tensor
     good: Tensor
@@ -309,15 +303,15 @@ def dynamic_loss_scale(
     backoff_factor: float = 0.5,
     growth_interval: int = 2_000,
 ) -> Any:
-    """Loss scaling for fp16, by the rule of torch's GradScaler and without its wait for the device.
+    """Loss scaling for fp16, by the rule of torch's GradScaler, without waiting for the device.
 
-    `make_train_step` multiplies the loss by the scale before it takes the gradient, and divides the gradient by it. A step written by hand
-    does so with `optimizer.loss_scale(state.opt_state)`. A gradient that overflowed is skipped, as by `apply_if_finite`. It stands first,
-    or around all the rest: what comes after it sees gradients of the loss itself. Reports `loss_scale` and `skipped`.
+    `make_train_step` multiplies the loss by the scale, and divides the gradients by it; a hand-written step does so with
+    `optimizer.loss_scale(state.opt_state)`. An update whose gradients overflow is skipped, as by `apply_if_finite`. It comes first in a
+    chain: the members after it see unscaled gradients. Reports `loss_scale` and `skipped`.
 
-    - `init_scale=2.0**16`: the scale at the beginning.
-    - `growth_factor=2.0`: multiplies the scale after `growth_interval=2_000` updates without an overflow.
-    - `backoff_factor=0.5`: multiplies it after an overflow.
+    - `init_scale=2.0**16`: the first scale.
+    - `growth_factor=2.0`: the factor on the scale after `growth_interval=2_000` updates without an overflow.
+    - `backoff_factor=0.5`: the factor on the scale after an overflow.
     """
     growth_interval = count("dynamic_loss_scale: growth_interval", growth_interval)
     if not (math.inf > init_scale > 0 and math.inf > growth_factor > 1.0 > backoff_factor > 0.0):

@@ -235,8 +235,8 @@ def test_what_only_a_device_knows_gives_the_same_numbers(name: str, monkeypatch:
 
     expected = list(cases.steps(make(), start, make().init(start), 12, fn=fn))
     for module in [m for n, m in sys.modules.items() if n.startswith("fnrun.optim.")]:
-        monkeypatch.setattr(module, "read", lambda value: value, raising=False)
-        monkeypatch.setattr(module, "read_all", lambda values, like: list(values.unbind()), raising=False)
+        monkeypatch.setattr(module, "host_value", lambda value: value, raising=False)
+        monkeypatch.setattr(module, "host_values", lambda values, like: list(values.unbind()), raising=False)
     monkeypatch.setattr(torch.Tensor, "item", _waits)
     monkeypatch.setattr(torch.Tensor, "tolist", _waits)
     monkeypatch.setattr(torch.Tensor, "__bool__", _waits)
