@@ -1,7 +1,7 @@
 """Where a call happens: which loop of which program is around it.
 
-A function of the type of a step may wrap a loop and need not know: the place travels in a context around it. Whoever calls what is no part of the
-program, a step, a hook or an observer, sets `OUTSIDE`: a loop called there is a program of its own.
+A function of the type of a step may wrap a loop and need not know: the place travels in a context around it. Steps, hooks and observers are
+no part of the program: whoever calls one sets `OUTSIDE`, and a loop called there is a program by itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files: the one way to write one whole, and the one way to go on with one.
 
-The directory of a run may be a stranger's. What is written there goes to a file of its own, never through a link to somewhere else, and until
-it is whole it has a name that nobody can foresee.
+The directory of a run may be a stranger's. So what is written there goes to a new file, never through a link to somewhere else. Until the
+file is whole it has a name that nobody can foresee.
 """
 
 from __future__ import annotations

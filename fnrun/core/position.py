@@ -28,13 +28,14 @@ class Cursor:
     loader_state: Any = None
 
     def moved(self, source: str) -> tuple[Cursor, str]:
-        """Where to go on in other data, and what that means, in words.
+        """Where to go on in other data, and a sentence that says so.
 
-        Where only the batch size is another, behind the same examples of the same pass, if it is in the middle of it there too. Elsewhere at the
-        beginning of the next pass, unless a pass has just ended: what is left of it is not trained on.
+        Where only the batch size has changed, after the same examples of the same pass, if that is in the middle of it there too.
+        Elsewhere at the beginning of the next pass: the rest of this one is not trained on.
 
-        >>> cursor, words = Cursor(2, 3, "arrays of 20 rows, 4 a batch, shuffled, content 1f").moved("arrays of 20 rows, 6 a batch, shuffled, content 1f")
-        >>> cursor.epoch, cursor.batch, words
+        >>> cursor = Cursor(2, 3, "arrays of 20 rows, 4 a batch, shuffled, content 1f")
+        >>> cursor, sentence = cursor.moved("arrays of 20 rows, 6 a batch, shuffled, content 1f")
+        >>> cursor.epoch, cursor.batch, sentence
         (2, 2, 'epoch 3 goes on behind its first 12 examples')
         """
         old, new = _BATCH.search(self.source), _BATCH.search(source)
@@ -55,10 +56,15 @@ class Cursor:
 
 @struct(name="fnrun.Frame")
 class Frame:
-    """An open loop: its finished ticks, the totals of its metrics, what its observers fold, and a sequence's member at work.
+    """An open loop.
 
-    `kind` is the combinator (`"epoch_loop"`, `"repeat"`, ...), `path` the members that lead to it (`"train"`, `"a/train"`; `""` for the outermost),
-    and `nth` how many loops the same call of a function has opened before it: 0 but for a function that calls several.
+    - `kind`: its combinator, `"epoch_loop"`, `"repeat"`, ...
+    - `path`: the names of the sequences' members around it, `"train"`, `"a/train"`; `""` for the outermost.
+    - `nth`: how many loops the function around it has opened before it in the same call.
+    - `ticks`: how many are finished.
+    - `totals`: of its metrics, over these ticks.
+    - `folds`: what its observers fold, by the observer's name.
+    - `member`: of a sequence or a workflow, the member at work.
 
     >>> Frame("epoch_loop", "train", 1, ticks=3).name
     'epoch_loop /train #2'
@@ -97,9 +103,10 @@ class Position:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """What checkpoints and log lines are ordered by: the ticks, then each open loop's own. Of two states of a run, the later has the higher.
+        """What checkpoints and log lines are ordered by: the ticks of all loops, then those of each open one. A later state of a run has
+        a higher.
 
-        A program that has come to its end, or has not done anything yet, is later than all that was before it at the same ticks.
+        A program that has ended, or has not begun, is later than all states with the same ticks before it.
         """
         own = [frame.ticks for frame in self.frames]
         while own and not own[-1]:

@@ -97,9 +97,13 @@ class TrainState(Donatable, metaclass=Entered):
         return made(type(self), {**contents(self), **changes})
 
     def weights(self, weights: str | Callable[[Any], Any] = "params") -> Weights:
-        """Parameters and buffers as evaluation with these `weights` uses them: the state's own, of a hook ("ema"), or of a function of the state.
+        """Parameters and buffers as evaluation with these `weights` uses them.
 
-        `fnrun.call(model, *state.weights("ema"), x)` computes with them. Raises ValueError for a name that no hook is remembered by.
+        - `"params"`: the state's own.
+        - the name of a hook, such as `"ema"`: those in its memory. Raises ValueError where no hook has that name.
+        - a function of the state that returns `params` or `(params, buffers)`.
+
+        `fnrun.call(model, *state.weights("ema"), x)` computes with them.
 
         >>> state = TrainState.create(nn.Linear(2, 1))
         >>> params, buffers = state.weights()
@@ -182,8 +186,8 @@ def check_model(who: str, model: Any) -> None:
         isinstance(model, nn.Module) and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     ):
         raise TypeError(
-            f"{who}: {kind(model)} is, or holds, a TorchScript module, which cannot be called with the tensors of a state: give the module that "
-            "it was made of (make_train_step(..., compile=True) compiles the step)"
+            f"{who}: {kind(model)} is, or holds, a TorchScript module, which cannot be called with the tensors of a state: give the module "
+            "that it was made of (make_train_step(..., compile=True) compiles the step)"
         )
     if isinstance(model, nn.Module):
         return
@@ -249,9 +253,9 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def weights_of(state: Any, weights: str | Callable[[Any], Any]) -> tuple[Any, Any]:
-    """Parameters and buffers of a state: its own ("params"), those that the hook of this name remembers, or what a function of the state returns.
+    """Parameters and buffers of a state, as `TrainState.weights` says. Those of a hook have the dtypes of the state's own.
 
-    What a hook remembers comes in the dtypes of the state's own. The function returns `params` or `(params, buffers)`; buffers that are not told are the state's own. Raises ValueError for another name.
+    Buffers that a function of the state does not return are the state's own. Raises ValueError for a name that no hook has.
     """
     if weights == "params":
         return state.params, state.buffers

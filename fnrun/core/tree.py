@@ -53,7 +53,7 @@ def struct(cls: Any = None, /, *, eq: bool = False, name: str | None = None, for
     - `name`: what checkpoints call it, by default `module:qualname`. With a name of its own it can move to another module.
     - `formerly`: the names under which earlier checkpoints hold it. A struct that has been given a `name` is found under its default too.
 
-    Raises ValueError where another struct has the name, or was called so formerly. The same class declared again takes the place of the one before.
+    Raises ValueError where another struct has the name, or had it formerly. The same class declared again replaces the one before.
 
     >>> @struct
     ... class Point:
@@ -109,7 +109,7 @@ def struct(cls: Any = None, /, *, eq: bool = False, name: str | None = None, for
 
 
 def _check_names(cls: type, name: str | None, formerly: Sequence[str]) -> None:
-    """Raise ValueError where another struct answers to a name of this one. One of the same module and qualname is the same, declared again."""
+    """Raise ValueError where another struct has a name of this one. One of the same module and qualname is the same, declared again."""
     own = name or class_name(cls)
     for each, other, how in [
         (own, _structs.get(own), "is the name of"),
@@ -117,7 +117,7 @@ def _check_names(cls: type, name: str | None, formerly: Sequence[str]) -> None:
     ]:
         if other is not None and class_name(other) != class_name(cls):
             raise ValueError(
-                f"struct {class_name(cls)}: {each!r} {how} {class_name(other)}, and a checkpoint with it could mean either: give one of them another"
+                f"struct {class_name(cls)}: {each!r} {how} {class_name(other)}, and a checkpoint could mean either: rename one"
             )
 
 
@@ -204,7 +204,7 @@ def join(path: tuple[Any, ...]) -> str:
 
 
 def words(value: Any) -> str:
-    """`repr` of a scalar or a tuple of scalars; an integer of more digits than Python writes in decimals (4,300) is written in hexadecimals.
+    """`repr` of a scalar or a tuple of scalars. An integer too long for Python to write in decimals (4,300 digits) is in hexadecimals.
 
     >>> words((1, "a")), words(-(2**20_000))[:8]
     ("(1, 'a')", '-0x10000')

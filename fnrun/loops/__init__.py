@@ -3,7 +3,7 @@
 base.py          what all loops have in common
 ticking.py       what a kind of loop says of itself: how many ticks it has, and what one is
 tick.py          an open loop and its ticks, in phases; unobserved.py: ticks that nobody looks at
-data_loops.py    loops whose ticks are calls of a step on batches: epoch_loop, step_loop, eval_loop, predict_loop; fused.py: several at a time
+data_loops.py    loops over batches: epoch_loop, step_loop, eval_loop, predict_loop; fused.py: several steps at a time
 combinators.py   loops whose ticks are rounds and members: repeat, sequence, workflow; and every
 contracts.py     what a hook and an observer are, and are able to do
 guarded.py       how they are called: generators seeded, what they were given looked at
@@ -64,8 +64,9 @@ def step_loop(
 ) -> Loop:
     """`step` over so many batches, going over into the stream's next pass; not beyond `state.step == until_step`.
 
-    `donate` as in `epoch_loop`. With `fused_steps=k` a step of `make_train_step(..., compile=True)` does k steps in one compiled call: hooks,
-    observers and interrupts act between the calls. What each step draws is what it draws by itself. Raises TypeError for another step, ValueError for a hook or an observer that would act in between.
+    `donate` as in `epoch_loop`. With `fused_steps=k` a step of `make_train_step(..., compile=True)` does k steps in one compiled call;
+    each draws what it draws by itself. Hooks, observers and interrupts act between the calls. Raises TypeError for another step,
+    ValueError for a hook or an observer that would act within one.
     """
     steps = count("steps", steps, 0)
     until = None if until_step is None else count("until_step", until_step, 0)
@@ -79,8 +80,9 @@ def step_loop(
 def eval_loop(eval_step: AnyStep, *, steps: int | None = None, again: bool = False, observers: Sequence[Observer] = ()) -> Loop:
     """`eval_step` (`(state, batch) -> metrics`) over one pass from the beginning: the state as it came, the metrics folded.
 
-    With `steps=n` it takes n batches, going on through its own stream from call to call; with `again=True` too, the same n each time, those that
-    the stream begins with (all of a pass that has fewer), so that the metrics of two calls compare. Raises ValueError for `again` alone.
+    - `steps=n`: n batches, going on through its own stream from call to call.
+    - `again=True` too: the first n batches of the stream each time, so that the metrics of two calls compare. Raises ValueError without
+      `steps`.
     """
     return EvalLoop(step=eval_step, steps=None if steps is None else count("steps", steps, 0), again=again, observers=observers)
 
@@ -90,7 +92,8 @@ def predict_loop(
 ) -> Loop:
     """`predict_step` (`(state, batch) -> outputs`) over one pass: the state as it came, and a list with each batch's outputs, in order.
 
-    `steps` and `again` are as in `eval_loop`. With `keep=False` the list is empty: for outputs that an observer writes as they come (`observers.predictions`), and that would not fit.
+    `steps` and `again` are as in `eval_loop`. With `keep=False` the list is empty: for outputs that an observer writes as they come
+    (`observers.predictions`).
     """
     taken = None if steps is None else count("steps", steps, 0)
     return PredictLoop(step=predict_step, steps=taken, again=again, observers=observers, keep=keep)

@@ -36,9 +36,8 @@ AnyHook = Hook | Callable[[Any, Metrics], Any]
 class Loop(Ticking):
     """What all loops have in common: frames, stops, hooks and observers. `(state, data) -> (state, metrics)`, as a step.
 
-    Called where no program is under way, `interrupt` is asked between ticks at every depth: text from it ends the call and leaves no trace in the
-    state.
-    Raises ProgramError for a state that stands in another program or in other data. `print(loop)` draws the program.
+    Where no program is under way, `interrupt` is asked between ticks at every depth: text from it ends the call, without a trace in the
+    state. Raises ProgramError for a state that stands in another program or in other data. `print(loop)` draws the program.
     """
 
     hooks: Sequence[AnyHook] = ()
@@ -128,8 +127,8 @@ class Loop(Ticking):
             loop_context.reset(token)
 
     def dry_run(self, state: Any, data: Any) -> DryRun:
-        """One tick of every loop, with its hooks and no observer: nothing is written, the state stays. `print` draws what ran, and how long it took.
+        """One tick of every loop, with its hooks and no observer: nothing is written. `print` draws what ran, and how long it took.
 
-        Raises what the program raises. Loops within a function are not cut short.
+        Raises what the program raises. Loops within a function run whole.
         """
         return dry_run(self, state, data)

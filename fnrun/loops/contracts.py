@@ -36,17 +36,17 @@ class Observer(Protocol):
 
     It may have, each optional:
 
-    - `open(program, state)`, before the first batch is worked on; what `program` tells is in `fnrun.loops.program.Program`.
-    - `close(state, reason)` at the end: None for a program that came to its end, the text of the stop or interrupt, or the exception. `state` is
-      that of the last tick that every observer has seen, its frames still open.
-    - `name` and `fold(folded, before, metrics, examples) -> folded`, a pytree that the loop keeps in its frame
-      (`state.position.frames[-1].folds[name]`), so that what is gathered over ticks survives a kill. It gets None at first, the state before
-      the tick, the step's metrics uncomputed and the batch's number of examples.
-    - `carry(folded) -> folded`, of an observer that folds in a loop of training steps: what the loop's next round begins with instead of None.
-    - `every = n` and `idle_between = True`: its word that in a loop of training steps it does nothing in ticks that are not due. Then ticks in
-      which nothing is due follow each other without a pause; it is called in others that are not due, such as the first of a call.
-    - `fold_each(folded, before, ticks)`, of one that folds and is idle between: it gets these ticks all at once, `[(metrics, examples), ...]`, and
-      of the state before the first one the step, the position of the loops and the memory.
+    - `open(program, state)`: before the first batch is worked on. `help(fnrun.loops.program.Program)` lists what a program tells.
+    - `close(state, reason)`: at the end. `reason` is None, the text of the stop or interrupt, or the exception. `state` is that of the
+      last tick that every observer has seen, its frames still open.
+    - `name` and `fold(folded, before, metrics, examples) -> folded`: gathers over ticks. The loop keeps the result, a pytree, in its
+      frame (`state.position.frames[-1].folds[name]`), so it survives a kill. `folded` is None at first, `before` the state before the
+      tick, `metrics` those of the step, uncomputed, `examples` the batch's number of examples.
+    - `carry(folded) -> folded`: in a loop of training steps, what the loop's next round begins with instead of None.
+    - `every = n` and `idle_between = True`: a promise that in a loop of training steps it does nothing in ticks that are not due. Such
+      ticks then follow each other without a pause. The loop may still call it in one, such as the first of a call.
+    - `fold_each(folded, before, ticks) -> folded`: of one that folds and is idle between. It gets those ticks at once, as
+      `[(metrics, examples), ...]`; `before` has only the step, the position and the memory of the state before the first.
     - `flush()`: what was written must be on disk when it returns.
     - `saves = True`: it acts last in a tick, after every flush.
     """
@@ -125,7 +125,7 @@ def hook_contract(hook: Any) -> HookContract:
 
 
 def observer_contract(observer: Any) -> ObserverContract:
-    """What `observer` is able to do. Raises TypeError, with what to write, for what is no observer and for a method of another signature."""
+    """What `observer` is able to do. Raises TypeError, with what to write, for what is none and for a method of another signature."""
     _check("observer", observer, None)
 
     _warn_of_unknown(observer, "observer", _OF_OBSERVERS)

@@ -133,8 +133,8 @@ class Training(OverData):
         super().__post_init__()
         if self.kind not in TRAINING:
             raise TypeError(
-                f"{type(self).__name__}: kind={self.kind!r}: frames know a loop of training steps by its kind, {' or '.join(map(repr, TRAINING))}. "
-                "Keep that, and say what else it is in title()"
+                f"{type(self).__name__}: kind={self.kind!r}: frames know a loop of training steps by its kind, "
+                f"{' or '.join(map(repr, TRAINING))}. Keep that, and say what else it is in title()"
             )
         if self.donate and not self._donates:
             warnings.warn(
@@ -211,7 +211,7 @@ class EvalLoop(OverData):
             raise TypeError(f"{self.kind}: again= is True or False, and not {kind(self.again)}")
         if self.again and self.steps is None:
             raise ValueError(
-                f"{self.kind}: again=True is for steps=n, the same n batches each time; without steps= a call is one pass from the beginning"
+                f"{self.kind}: again=True is for steps=n, the same n batches each time; without steps= each call is one whole pass"
             )
 
     def title(self) -> str:

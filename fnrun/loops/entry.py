@@ -83,8 +83,8 @@ def _say_what_waits(program: Program, state: Any) -> None:
     left = waiting(getattr(state, "opt_state", None)) if program.trained else 0
     if left:
         logger.warning(
-            "the program ends between two updates of optim.accumulate: the last %s in the state, and in no update yet. Another call goes on "
-            "with that; if this was the last call, make its number of steps a multiple of accumulate's n",
+            "the program ends between two updates of optim.accumulate: the last %s in the state, and in no update yet. Another call goes "
+            "on with that; if this was the last call, make its number of steps a multiple of accumulate's n",
             "batch is" if left == 1 else f"{left} batches are",
         )
 
@@ -94,8 +94,8 @@ def _say_what_is_not_finite(program: Program, state: Any, metrics: Any) -> None:
     for name, value in metrics.items() if program.trained and isinstance(metrics, dict) else ():
         if name.rpartition("/")[2] == "loss" and isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all():
             logger.warning(
-                "%s is %s at the end, step %d: the weights may be lost. observers.debug_nonfinite finds the first step and where in the model; "
-                "fnrun.skip_nonfinite goes on without such steps, hooks.early_stopping and hooks.rollback act on them",
+                "%s is %s at the end, step %d: the weights may be lost. observers.debug_nonfinite finds the first step and where in the "
+                "model; fnrun.skip_nonfinite goes on without such steps, hooks.early_stopping and hooks.rollback act on them",
                 name,
                 float(value) if torch.as_tensor(value).numel() == 1 else "not finite",
                 state.step,
@@ -103,7 +103,7 @@ def _say_what_is_not_finite(program: Program, state: Any, metrics: Any) -> None:
 
 
 def aside(loop: Any, state: Any, data: Any, interrupt: Callable[[], str | None] | None) -> tuple[Any, Any]:
-    """A program of its own, run by a hook, an observer or a step of another, whose position is not its own and comes back with its result."""
+    """A program by itself, called by a hook, an observer or a step of another, whose position comes back with the result."""
     around = state.position
     watching = tick_listener.set(None)
     try:

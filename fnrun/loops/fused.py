@@ -28,8 +28,8 @@ class FusedStepLoop(StepLoop):
         for part in (*self.hook_contracts, *self.observer_contracts):
             if (part.every or self.fused_steps) % self.fused_steps:
                 raise ValueError(
-                    f"fused_steps={self.fused_steps}: {part.name or part.title} acts every {part.every} steps, and {self.fused_steps} at a time are "
-                    "one call that nothing looks into: let every= be a multiple"
+                    f"fused_steps={self.fused_steps}: {part.name or part.title} acts every {part.every} steps, and {self.fused_steps} "
+                    "at a time are one call that nothing looks into: let every= be a multiple"
                 )
 
     def _at_a_time(self) -> str:

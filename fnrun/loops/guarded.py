@@ -1,7 +1,7 @@
 """What a loop calls of its user's: hooks, observers, functions around steps.
 
-They may draw from torch's ambient generators, which are seeded from the state's key and the place in the program, and put back: so they draw
-the same in a resumed run, and move nobody else's. They may not write to what they are given: in their first calls that is looked at.
+They may draw from torch's ambient generators: these are seeded from the state's key and the place in the program, and put back. So a
+resumed run draws the same, and no other generator moves. They may not write to what they are given: their first calls are looked at.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class HostGenerators:
             return
         if moved := [generator.what for generator, saved in self.saved if generator.moved(saved)]:
             warnings.warn(
-                f"{self.who} draws from {' and '.join(moved)}, which is not keyed by the state: two calls differ and a resumed run is another "
-                "run. Use torch's, which is, or random.Random(state.rng.fold_in(state.step).bits)",
+                f"{self.who} draws from {' and '.join(moved)}, which is not keyed by the state: two calls differ and a resumed run is "
+                "another run. Use torch's, which is, or random.Random(state.rng.fold_in(state.step).bits)",
                 stacklevel=5,
             )
 
@@ -174,7 +174,7 @@ def observing(program: Program, observers: Iterable[ObserverContract], loop: str
 
 
 def folding(program: Program, observer: ObserverContract, loop: str) -> Callable[..., Any]:
-    """What it gathers, as `(state, folded, before, metrics, examples) -> folded`; `state` is that after the tick, which holds what was gathered before."""
+    """Its `fold`, as `(state, folded, before, metrics, examples) -> folded`, where `state` is that after the step."""
     fold = observer.fold
     assert fold is not None
     if _unguarded(observer):
@@ -195,7 +195,7 @@ def folding(program: Program, observer: ObserverContract, loop: str) -> Callable
 
 
 def function(program: Program, step: Any, state: Any, x: Any, place: tuple[Any, ...], *, alone: bool) -> Any:
-    """A function of the type of a step, at this place; `alone` where it has the generators for itself, as around a step and not around loops."""
+    """A call of a function of the type of a step, keyed by `place`. It has the generators `alone` where it calls no loops."""
     path = (getattr(state, "rng", None) or Key(0)).fold_path("function", *place)
     guard = program.guard(step, "", title(step))
     if not guard.on:

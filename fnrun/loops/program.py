@@ -67,7 +67,7 @@ class Program:
             self._listener(state)
 
     def ended(self, interrupted: Interrupted, state: Any) -> BaseException:
-        """What an interrupt in the wait for a batch does where `state` stands: it ends this program, or goes on to the one that it is meant for."""
+        """What to raise where an interrupt ended the wait for a batch: the program's exit, or the interrupt of a program around."""
         return ProgramExit(state, interrupted.text) if interrupted.by is self.interrupt else interrupted
 
     def guard(self, part: Any, method: str, who: str) -> Guard:

@@ -11,9 +11,10 @@ from fnrun.metrics import values
 
 
 class Ticking(Composed):
-    """A kind of loop: how many ticks it has, and what one is. The methods stand in the order in which a tick asks them (`fnrun.loops.tick`).
+    """A kind of loop: how many ticks it has, and what one is.
 
-    `at` is where in the program the loop is called, `frame` its own frame as it is during the tick.
+    The methods stand in the order in which `fnrun.loops.tick` calls them. `at` is where in the program the loop is called, `frame` the
+    loop's frame as it is during the tick.
     """
 
     is_loop = True
@@ -38,7 +39,7 @@ class Ticking(Composed):
         raise NotImplementedError
 
     def unobserved(self, state: Any, frame: Frame, at: LoopContext) -> int:
-        """How many ticks come now in which no hook acts and no observer is due: `unobserved.py` does them in one go, without `take` and `turn`."""
+        """How many ticks come now in which no hook acts and no observer is due: `unobserved.py` does them without `take` and `turn`."""
         return 0
 
     def take(self, state: Any, frame: Frame, at: LoopContext) -> tuple[Any, dict[str, Cursor] | None, str | None]:

@@ -252,8 +252,8 @@ def _stacked(names: Sequence[str], values: list[Tensor], shape: torch.Size) -> T
     for name, value in zip(names, values, strict=True):
         if value.shape != shape:
             raise ValueError(
-                f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(shape)} in the ticks before. A value of each example is a fold: "
-                "metrics.mean(values) is their mean, metrics.collect(values) keeps them"
+                f"metric {name!r} has shape {tuple(value.shape)}, and had {tuple(shape)} in the ticks before. A value of each example is a "
+                "fold: metrics.mean(values) is their mean, metrics.collect(values) keeps them"
             )
     if len({value.dtype for value in values}) > 1:  # stacked as they are, an int would be rounded to its neighbour's float32
         values = [to_accumulator_dtype(value) for value in values]

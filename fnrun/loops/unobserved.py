@@ -1,4 +1,4 @@
-"""Ticks that nobody looks at: where no hook acts and no observer is due, steps follow each other, and what a loop does around a tick is done once.
+"""Ticks that nobody looks at: where no hook acts and no observer is due, steps follow each other, and the loop's own work is done once.
 
 The state afterwards is that of tick by tick, bit for bit. A small program takes 1.13 times as long without it (benchmarks/overhead.py).
 """
@@ -43,7 +43,7 @@ def interval(loop: Any) -> int:
 def run_unobserved(
     loop: Any, state: Any, frame: Frame, at: LoopContext, ticks: int, gatherers: Sequence[tuple[str, ObserverContract]]
 ) -> Any:
-    """The state after so many ticks of a loop of training steps, or as many as the pass has; its `gatherers`, by name, get them all at once.
+    """The state after so many ticks of a loop of training steps, or as many as the pass has. The observers that fold get them all at once.
 
     An interrupt or an exception ends the run of ticks early.
     """
