@@ -37,10 +37,10 @@ def now(name: str) -> str | None:
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Asked where no module has the name."""
+    """Asked first: what lies within a package that moved would be found by its path, and be there twice."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        return None if now(fullname) is None else importlib.machinery.ModuleSpec(fullname, self)
+        return None if not fullname.startswith("fnrun.") or now(fullname) is None else importlib.machinery.ModuleSpec(fullname, self)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         module = importlib.import_module(str(now(spec.name)))
@@ -53,4 +53,4 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def install() -> None:
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.append(Finder())
+        sys.meta_path.insert(0, Finder())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -25,8 +26,11 @@ _EMPTY: dict[type, int] = {list: 3, dict: 4, tuple: 5}
 #: Python's numbers, and their codes and dtypes: the entry is always a scalar tensor.
 _NUMBERS: dict[type, tuple[int, torch.dtype]] = {bool: (6, torch.bool), int: (7, torch.int64), float: (8, torch.float64)}
 
-#: Attributes of every torch optimizer, which are no state.
-_MACHINERY = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
+
+@functools.cache  # torch imports its compiler for its first optimizer, which takes a second
+def _machinery() -> frozenset[str]:
+    """Attributes of every torch optimizer, which are no state."""
+    return frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
 
 
 @struct(name="fnrun.optim.TorchState")
@@ -227,7 +231,7 @@ def _owners(optimizer: torch.optim.Optimizer, copies: Mapping[str, Tensor]) -> d
             owners.setdefault("shared", {})[str(owner)] = fields
     for i, group in enumerate(optimizer.param_groups):
         owners[f"group {i}"] = {name: value for name, value in group.items() if name != "params"}
-    owners["object"] = {name: value for name, value in vars(optimizer).items() if name not in _MACHINERY and _is_data(value, names)}
+    owners["object"] = {name: value for name, value in vars(optimizer).items() if name not in _machinery() and _is_data(value, names)}
     return owners
 
 
