@@ -1,4 +1,4 @@
-"""The laws as assertions, to be called on one's own steps and programs. Each says what broke, and where."""
+"""The laws as assertions, for steps and programs of users. Each says what broke, and where."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fnrun.core.counts import count
 from fnrun.core.donation import shared
 from fnrun.core.inplace import InPlaceError, strictly
 from fnrun.core.state import TrainState
+from fnrun.data import ambient
 from fnrun.loops import Loop
 from fnrun.loops.entry import with_observers
 from fnrun.observers.log import listener
@@ -32,7 +33,7 @@ def assert_same(a: Any, b: Any, what: str) -> None:
 
 @contextlib.contextmanager
 def _never_written_to() -> Iterator[None]:
-    """Within, each call of a step, a hook or an observer is looked at: bits that one changes in what it was given fail the law, by name."""
+    """Within it, a step, a hook or an observer that changes bits of its arguments in place fails the law, by name."""
     try:
         with strictly():
             yield
@@ -51,34 +52,28 @@ def assert_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any, *, mode
     """
     before = tree.snapshot((state, batch))
     tensors = {} if model is None else dict(model.state_dict(keep_vars=True))
-    held = {name: (t, t.detach().clone(), t.requires_grad) for name, t in tensors.items()}
+    saved = {name: (t, t.detach().clone(), t.requires_grad) for name, t in tensors.items()}
     modes = [] if model is None else [m.training for m in model.modules()]
-    generators = _generators()
+    generators = [(generator, generator.save()) for generator in ambient.generators()]
     first = step(state, batch)
     assert_same((state, batch), before, "the step changed its arguments")
-    assert_same(_generators(), generators, "the step moved a global generator")
+    moved = [generator.what for generator, state in generators if generator.moved(state)]
+    assert not moved, f"the step moved a global generator: {', '.join(moved)}"
     second = step(state, batch)
     assert_same(first, second, "two calls of the step differ")
     assert_same((state, batch), before, "the second call changed the arguments")
     if model is not None:
         assert modes == [m.training for m in model.modules()], "the step changed the train/eval modes of the module"
         after = model.state_dict(keep_vars=True)
-        assert list(after) == list(held), "the step changed the names of the module's tensors"
-        for name, (tensor, value, requires_grad) in held.items():
+        assert list(after) == list(saved), "the step changed the names of the module's tensors"
+        for name, (tensor, value, requires_grad) in saved.items():
             assert after[name] is tensor, f"the step left another tensor in the module: {name}"
             assert tensor.requires_grad == requires_grad, f"the step changed requires_grad of the module's {name}"
             assert tree.equal(tensor, value), f"the step changed the module's {name}"
 
 
-def _generators() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    numpy = np.random.get_state(legacy=False)
-    at: Any = numpy["state"]  # pyright: ignore[reportCallIssue,reportArgumentType]
-    return {"torch": torch.get_rng_state(), "python": (version, words, gauss), "numpy": repr(at["key"].tobytes()) + repr(at["pos"])}
-
-
 def states_seen(loop: Callable[..., Any], state: Any, data: Any) -> tuple[list[Any], tuple[Any, Any]]:
-    """Every state that an observer could see while `loop(state, data)` runs, at any depth, in order; and what the call returned."""
+    """Every state that an observer could see while `loop(state, data)` runs, at any depth, in order; and the result of the call."""
     seen: list[Any] = []
     token = tick_listener.set(lambda state: seen.append(shared(state)))
     try:
@@ -110,8 +105,8 @@ def assert_resumable(
     Compared are the state at the end, its metrics, the lines of the logs, and what observers fold at each tick. What an observer that does
     not fold keeps in itself shows in none of these.
 
-    Of more than `limit` states, `limit` are tried, evenly spaced, the first and the last among them. `restored(state, like)` says how a
-    state is saved and restored; by default through a real checkpoint.
+    - `limit=20`: the number of states that are tried, evenly spaced, the first and the last among them.
+    - `restored`: a function `(state, like) -> state` that saves and restores a state; by default through a real checkpoint.
     """
     limit = count("assert_resumable: limit", limit, 2)  # the first and the last
     lines, (seen, (end, metrics)) = _listening(lambda: states_seen(loop, state, data))
@@ -135,7 +130,7 @@ def _folds(state: Any) -> dict[str, Any]:
 
 
 def _listening(run: Callable[[], Any]) -> tuple[list[dict[str, Any]], Any]:
-    """The lines that the logs write while `run` is called, without what was timed; and what it returned."""
+    """The lines that the logs write during `run()`, without their clocks; and the result of the call."""
     lines: list[dict[str, Any]] = []
 
     def listen(name: str, line: Record) -> None:
@@ -166,7 +161,7 @@ def assert_observers_do_not_matter(loop: Loop, state: Any, data: Any) -> None:
 
 
 def _unwatched(state: Any) -> Any:
-    """The state without what observers gather in the open loops of a program that was stopped: that is theirs."""
+    """The state without what observers fold in the open loops of a program that was stopped."""
     frames = tuple(dataclasses.replace(frame, folds={}) for frame in state.position.frames)
     return state.replace(position=dataclasses.replace(state.position, frames=frames))
 

@@ -1,6 +1,6 @@
 """Runs that an earlier version left in the middle: today's code goes on with them to the end that it would have come to, and proves them.
 
-`tests/earlier_runs/digits-N` is an interrupted run of `experiments.digits` with checkpoints of format N, and `digits-N.json` says how the run
+`tests/earlier_runs/digits-N` is an interrupted run of `experiments.digits` with checkpoints of format N, `digits-N.json` says how the run
 ended that the same version made without an interruption. Both were written once and are never written again.
 """
 
@@ -90,7 +90,7 @@ def test_a_run_that_an_earlier_version_began_is_resumed_to_the_end_that_it_would
 
 
 def resume(run: Path, expected: str) -> None:
-    """Go on with a run and prove it, as a shell would, and write down how it ended; from its beginning where this processor computes as that of then."""
+    """Go on with a run and prove it, as a shell would, and note how it ended; from its beginning where this processor computes as then."""
     found = canary()
     with pytest.raises(SystemExit) as end:
         fnrun.main(build, ["resume", str(run)])

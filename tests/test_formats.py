@@ -1,4 +1,4 @@
-"""Checkpoints that earlier versions wrote stay readable for ever: `tests/formats/N` was written once, in format N, and is never written again.
+"""Checkpoints of earlier versions stay readable for ever: `tests/formats/N` was written once, in format N, and is never written again.
 
 A new format gets a directory of its own, made by the code of its day: `python -m tests.test_formats tests/formats/N`.
 """
@@ -64,8 +64,10 @@ def state() -> TrainState:
         opt_state=(Moments(tied, [tied, None]), Scale(torch.tensor(-0.0), "per step"), deque([1, 2], 3), OrderedDict(z=1, a=b"\0\xff")),
         rng=Key(2**63 + 5),
         step=3,
-        memory={"ema": {"params": {"body.0.bias": bits(torch.float32, 7, begin=90)}}, "odd": binary.unpack(">d", b"\x7f\xf8\0\0\0\0\0\x07")[0]},
-        position=Position((Frame("repeat", ticks=1, totals={"loss": bits(torch.float32, 1)}), Frame("epoch_loop", ticks=2)), {"train": Cursor(1, 2, "rows")}, 5),
+        memory={"ema": {"params": {"body.0.bias": bits(torch.float32, 7, begin=90)}},
+        "odd": binary.unpack(">d", b"\x7f\xf8\0\0\0\0\0\x07")[0]},
+        position=Position((Frame("repeat", ticks=1, totals={"loss": bits(torch.float32, 1)}), Frame("epoch_loop", ticks=2)),
+        {"train": Cursor(1, 2, "rows")}, 5),
         stop="patience: 3 rounds, café",
     )  # fmt: skip
 

@@ -63,16 +63,24 @@ def params_from(
     ['weight', 'bias']
     """
     check_cast("params_from", dtype)
-    found = state_dict(source, key)
     mapped = not isinstance(source, Mapping)  # a file that is mapped into memory may be changed later
-    copies: dict[Any, Tensor] = {}
-    for name, tensor in found.items():
-        if (identity := codec.identity(tensor)) not in copies:
-            try:
-                copies[identity] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=mapped)
-            except Exception as error:  # a device that is not there, or full
-                raise CheckpointError(f"{name} cannot be brought to {device}: {error}") from error
-    return {name: copies[codec.identity(tensor)] for name, tensor in found.items()}
+
+    def moved(name: str, tensor: Tensor) -> Tensor:
+        try:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, copy=mapped)
+        except Exception as error:  # a device that is not there, or full
+            raise CheckpointError(f"{name} cannot be brought to {device}: {error}") from error
+
+    return _each_once(state_dict(source, key), moved)
+
+
+def _each_once(tensors: Mapping[str, Tensor], function: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    """`function(name, tensor)` of each tensor; names that are one tensor are one in the result."""
+    results: dict[Any, Tensor] = {}
+    for name, tensor in tensors.items():
+        if (identity := codec.identity(tensor)) not in results:
+            results[identity] = function(name, tensor)
+    return {name: results[codec.identity(tensor)] for name, tensor in tensors.items()}
 
 
 def state_dict(source: str | Path | Mapping[str, Any], key: str | None = None) -> dict[str, Tensor]:
@@ -339,12 +347,12 @@ def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
 
 def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, each in a storage of its size; two names that are one tensor still are."""
-    copies: dict[Any, Tensor] = {}
-    for tensor in tensors.values():
-        if (identity := codec.identity(tensor)) not in copies:
-            copy = tensor.detach().cpu().resolve_conj().resolve_neg()
-            copies[identity] = copy.clone() if copy.untyped_storage().nbytes() != copy.nbytes else copy
-    return {name: copies[codec.identity(tensor)] for name, tensor in tensors.items()}
+
+    def copied(name: str, tensor: Tensor) -> Tensor:
+        copy = tensor.detach().cpu().resolve_conj().resolve_neg()
+        return copy.clone() if copy.untyped_storage().nbytes() != copy.nbytes else copy
+
+    return _each_once(tensors, copied)
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -195,7 +195,6 @@ class Matcher:
         self.wrong: list[Mismatch] = []
         self.apart: list[Mismatch] = self.wrong if strict else []
         self.strict = strict
-        self.growing: tuple[str, ...] = ()
         self.numbered: dict[str, tuple[int, int]] = {}
         self.renamed: list[str] = []
 
@@ -205,7 +204,7 @@ class Matcher:
             self.wanted = selector(self.patterns, [] if self.all else [*paths(self.structure), *paths(like)])
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from None
-        self.growing, self.numbered = _growing(like), {}
+        self.growing = _growing(like)
         plan = self.match(self.structure, like)
         if not any(picks(plan)):
             self.wrong = self.wrong or self.apart  # nothing fits: whoever is not strict did not mean that

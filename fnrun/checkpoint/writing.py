@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import torch
 
 from fnrun.checkpoint import orbax, pieces
 from fnrun.checkpoint.handed import changed_after_saving
@@ -38,13 +37,8 @@ _NATIVE = {"bool", "float16", "float32", "float64", "complex64", "complex128"} |
 
 
 def bits(sources: Mapping[int, Any]) -> dict[int, np.ndarray]:
-    """The bytes of tensors and arrays, flat, those of no elements left out; waits for devices."""
-    found = {number: tree.array(source) if isinstance(source, torch.Tensor) else _flat(source) for number, source in sources.items()}
-    return {number: data for number, data in found.items() if data.size}
-
-
-def _flat(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.nbytes else np.empty(0, np.uint8)
+    """The bytes of tensors and arrays, flat, without those that have no elements. Waits for devices."""
+    return {number: data for number, source in sources.items() if (data := tree.array(source)).size}
 
 
 def write(directory: Path, manifest: Manifest, bits: dict[int, np.ndarray]) -> None:

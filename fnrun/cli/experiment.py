@@ -32,8 +32,8 @@ from fnrun.loops.interrupts import Interrupt, Signals, any_of, deadline
 from fnrun.loops.streams import OtherData
 from fnrun.loops.structure import Composed, loops_of
 from fnrun.runs import writer
-from fnrun.runs.config import changes, config_type, words
-from fnrun.runs.run import CONFIG, Experiment, Run, RunError, WaitingInterrupted, Writing, built
+from fnrun.runs.config import CONFIG, changes, config_type, words
+from fnrun.runs.run import Experiment, Run, RunError, WaitingInterrupted, Writing, built
 from fnrun.runs.summary import command_line, summary
 from fnrun.steps import PureStep
 

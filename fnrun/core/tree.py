@@ -277,9 +277,11 @@ def node(value: Any) -> Node | None:
 # --- bits --------------------------------------------------------------------------------------------------------------
 
 
-def array(tensor: torch.Tensor) -> np.ndarray:
-    """The bits of a tensor as a contiguous uint8 array, flat; on the CPU without a copy where the tensor is contiguous."""
-    t = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+def array(value: torch.Tensor | np.ndarray) -> np.ndarray:
+    """The bits of a tensor or an array as a contiguous uint8 array, flat; on the CPU without a copy where it is contiguous."""
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value).reshape(-1).view(np.uint8) if value.nbytes else np.empty(0, np.uint8)
+    t = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return t.reshape(-1).view(torch.uint8).numpy() if t.numel() else np.empty(0, np.uint8)
 
 

@@ -1,6 +1,6 @@
-"""Observers: what watches a training and changes nothing. One concept a file.
+"""Observers: functions of a state and its metrics that watch a training and change nothing. One concept a file.
 
-They see the finished state of each tick of the loop that they are given to, and its computed metrics.
+An observer sees the finished state of each tick of its loop, and the computed metrics. What it folds is in the state.
 """
 
 from fnrun.observers.log import log

@@ -1,4 +1,4 @@
-"""Metrics, gathered over a window of ticks, to one or several sinks."""
+"""Lines of metrics over windows of ticks, to one or several sinks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Log(Writer):
         self._waited, self._ticks, self._step = program.data_seconds, 0, state.step
         super().open(program, state)
 
-    # What is gathered, in the loop's frame.
+    # The windows, in the loop's frame.
 
     def fold(self, folded: Any, before: LoopState, metrics: Any, examples: int) -> Any:
         if not isinstance(metrics, dict):
@@ -62,7 +62,7 @@ class _Log(Writer):
         return {size: window.fold_each(kept.get(size, ()), first, ticks) for size, window in self.windows.items()}
 
     def _first(self, before: LoopState) -> dict[str, Any]:
-        """What a window begins with where the loop begins: nothing, or what earlier rounds have left in the hook's memory."""
+        """The windows at the beginning of a loop: empty, but that of the whole run is in the hook's memory."""
         if "run" not in self.windows or len(before.position.frames) == 1:
             return {}
         if self.name not in before.memory:
@@ -73,7 +73,7 @@ class _Log(Writer):
         return {"run": before.memory[self.name]}
 
     def carry(self, folded: Any) -> Any:
-        """What goes on in the loop's next round: ticks since the line before, or the last so many, are counted across its end."""
+        """The windows that go on in the loop's next round: ticks since the line before, and the last n ticks."""
         return {size: parts for size, parts in (folded or {}).items() if size not in ("epoch", "run")}
 
     # The hook that carries the window of the whole run from round to round.
@@ -137,7 +137,7 @@ def log(
     statistics: Mapping[str, Statistic | Sequence[Statistic]] | None = None,
     name: str = "log",
 ) -> Any:
-    """A line of metrics on each n-th step (in a loop of training steps) or round (elsewhere), to the sinks `to`: by default the console.
+    """A line of metrics on each n-th step (in a loop of training steps) or round (elsewhere).
 
     - `every=1`: steps or rounds from line to line.
     - `to=None`: a list of sinks; the console by default.
@@ -145,18 +145,18 @@ def log(
       of the loop's pass (`"epoch"`) or of the whole run (`"run"`). In a loop of training steps the first two reach back into the rounds
       before, elsewhere to where the loop began.
     - `statistics=None`: others than the mean, by the metric's name in the loop: "mean", "min", "max" or "last", or several of them, each
-      alone or with a window of its own, as `{"loss": ["mean", "max", ("mean", 100)]}`. The first is called as the metric, the others
-      `loss_max`, `loss_mean_100`. A learning rate (`lr`, `decay/lr`) is the last one unless you say otherwise.
-    - `name="log"`: where the windows stand in the state; two logs of one loop want two names.
+      alone or with another window, as `{"loss": ["mean", "max", ("mean", 100)]}`. The first has the metric's name, the others are
+      `loss_max`, `loss_mean_100`. The default of a learning rate (`lr`, `decay/lr`) is "last".
+    - `name="log"`: the key of the windows in the state; two logs of one loop need two names.
 
-    Windows are in the state: after a resume the next line is the one that an uninterrupted run writes. A window of the whole run, in a loop
-    that is repeated, is kept by the log as a hook of that loop: `hooks=[log], observers=[log]`.
+    Windows are in the state: after a resume the next line is that of an uninterrupted run. For a window of the whole run in a repeated
+    loop, the log is a hook of that loop too: `hooks=[log], observers=[log]`.
 
-    Names carry the loop's place: `loss` in the sequence's member `train` is `train/loss`. Values are read, and the device waited for, only
-    when a line is due. Where several processes train together, the first one writes.
+    Names have the loop's path: `loss` in the sequence's member `train` is `train/loss`. It waits for the device only when a line is due.
+    Where several processes train together, the first one writes.
 
-    A line's clock holds, in seconds, `time` (of day), `elapsed`, `seconds_per_tick`, `data_seconds_per_tick` (of those, waited for data)
-    and `eta` (what is left, from what this process has done); in MiB, `peak_mib` (resident memory) and `peak_cuda_mib`.
+    The clock of a line has, in seconds, `time` (of day), `elapsed`, `seconds_per_tick`, `data_seconds_per_tick` (the wait for data in it)
+    and `eta` (left, at the pace of this process); in MiB, `peak_mib` (resident memory) and `peak_cuda_mib`.
 
     Raises ValueError for a window or a statistic that does not exist.
 

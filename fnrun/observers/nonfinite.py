@@ -1,4 +1,4 @@
-"""Where a number that is not finite comes from."""
+"""The origin of a number that is not finite."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
             raise TypeError("debug_nonfinite goes around a step, inside the loop: epoch_loop(debug_nonfinite(step, ...))")
         if not seen and not _finite([metrics["loss"], new.params]):
             seen = True
-            own = rank()
-            directory = place / (f"step-{new.step}" + (f".rank{own}" if own else ""))
+            this = rank()
+            directory = place / (f"step-{new.step}" + (f".rank{this}" if this else ""))
             found = _report(step, model, state, batch, new, metrics)
             try:
                 found += "\n\n" + _save(directory, state, batch, found)
@@ -62,7 +62,7 @@ def debug_nonfinite(step: Any, model: nn.Module, to: str | Path) -> Any:
 
 
 def _finite(value: Any) -> bool:
-    """Whether every number in it is."""
+    """Whether every number in `value` is finite."""
     return bool(all_finite(tree.leaves(value)))
 
 
@@ -94,12 +94,12 @@ def _cause(step: Any, model: nn.Module, state: Any, batch: Any, metrics: dict[st
         )
     if calls := [call for call in forward if not call.finite]:
         first = calls[0]
-        said = f"the first module with an output that is not finite: {_described(model, first.module)}"
-        said += "" if first.finite_input else ", and its input was not finite"
+        cause = f"the first module with an output that is not finite: {_described(model, first.module)}"
+        cause += "" if first.finite_input else ", and its input was not finite"
         nan = next((call.module for call in calls if call.has_nan), None)
         if not first.has_nan and nan is not None:  # an infinity may be meant, in a mask; a NaN is not
-            said += f" (infinite); the first with a NaN: {_described(model, nan)}"
-        return said
+            cause += f" (infinite); the first with a NaN: {_described(model, nan)}"
+        return cause
     if not _finite(metrics["loss"]):
         return "every module's output is finite: the loss function made it"
     if backward:
@@ -128,25 +128,25 @@ def _watching(model: nn.Module) -> Iterator[tuple[list[_Call], list[str]]]:
     """
     forward: list[_Call] = []
     backward: list[str] = []
-    words: dict[int, str] = {}
-    held: list[Tensor] = []  # so that no other tensor gets the id of one
+    names: dict[int, str] = {}
+    alive: list[Tensor] = []  # so that no other tensor gets the id of one
 
-    def follow(tensors: list[Tensor], said: str, rename: bool) -> None:
+    def follow(tensors: list[Tensor], name: str, rename: bool) -> None:
         for tensor in tensors:
             key = id(tensor)
-            if key not in words and tensor.requires_grad:
-                held.append(tensor)
-                tensor.register_hook(lambda gradient, key=key: backward.append(words[key]) if not _finite(gradient) else None)
-                words[key] = said
-            elif key in words and rename:
-                words[key] = said
+            if key not in names and tensor.requires_grad:
+                alive.append(tensor)
+                tensor.register_hook(lambda gradient, key=key: backward.append(names[key]) if not _finite(gradient) else None)
+                names[key] = name
+            elif key in names and rename:
+                names[key] = name
 
     def look(name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        taken, given = ([t for t in tree.leaves(value) if isinstance(t, Tensor)] for value in (inputs, outputs))
-        forward.append(_Call(name, _finite(given), any(bool(t.isnan().any()) for t in given), _finite(taken)))
+        taken, made = ([t for t in tree.leaves(value) if isinstance(t, Tensor)] for value in (inputs, outputs))
+        forward.append(_Call(name, _finite(made), any(bool(t.isnan().any()) for t in made), _finite(taken)))
         # A gradient is computed by the module that takes the tensor, the innermost one, so it has that name.
         follow(taken, f"input of {_described(model, name)}", rename=next(module.children(), None) is None)
-        follow(given, f"output of {_described(model, name)}", rename=False)
+        follow(made, f"output of {_described(model, name)}", rename=False)
 
     hooks = [
         module.register_forward_hook(
@@ -165,14 +165,14 @@ def _watching(model: nn.Module) -> Iterator[tuple[list[_Call], list[str]]]:
 
 
 def _save(directory: Path, state: Any, batch: Any, found: str) -> str:
-    """Write all of it; returns the lines that repeat the step."""
+    """Write state, batch and report. Returns the lines that repeat the step."""
     directory.mkdir(parents=True, exist_ok=True)
     with Checkpoints(directory / "state") as checkpoints:
         checkpoints.save(state)
         checkpoints.wait()
     file = directory / "batch.pt"
     with files.replacing(file) as stream:
-        torch.save(tree.snapshot(batch), stream)  # copies: of a tensor that is a piece of another, the whole other would be written
+        torch.save(tree.snapshot(batch), stream)  # copies: torch.save writes the whole storage of a view
     lines = (
         "To repeat it, with the model, the optimizer and the step made as in the run:\n\n"
         f'    state = fnrun.checkpoint.Checkpoints("{directory / "state"}").restore(like=fnrun.TrainState.create(model, optimizer))\n'
@@ -184,7 +184,7 @@ def _save(directory: Path, state: Any, batch: Any, found: str) -> str:
 
 
 def _loads_safely(file: Path) -> bool:
-    """Whether it can be read without running code: tensors in plain containers can, other classes cannot."""
+    """Whether the file can be read without running code: tensors in plain containers can, other classes cannot."""
     try:
         torch.load(file, weights_only=True)
     except Exception:

@@ -1,4 +1,4 @@
-"""How much of a training is done, and how long the rest takes."""
+"""The share of a training that is done, and the time that is left."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from fnrun.core.position import Frame
 
 
 def fraction(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> float | None:
-    """How much of the training is done, from 0 to 1, or None where its end is not known (`until`).
+    """The share of the training that is done, from 0 to 1, or None where its end is not known (`until`).
 
-    Members of a sequence besides the training count as nothing.
+    The other members of a sequence count as nothing.
     """
     done = 0.0
     for frame in reversed(frames):
@@ -25,14 +25,14 @@ def fraction(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> fl
 
 
 class Pace:
-    """The time that is left, from what this process has done: right after a resume too."""
+    """The time that is left, at the pace of this process."""
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None
         self.done: float | None = None
 
     def at(self, frames: tuple[Frame, ...], lengths: Mapping[str, int | None], now: float) -> float | None:
-        """Seconds left at `now`; None as long as that is not known. A validation does not move what is done."""
+        """Seconds left at `now`; None as long as that is not known. A validation does not count."""
         if frames[-1].kind not in ("eval_loop", "predict_loop"):
             self.done = fraction(frames, lengths)
         if self.done is None:

@@ -1,4 +1,4 @@
-"""Predictions, written to disk as they come."""
+"""The outputs of a predict_loop, written to disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from fnrun.core import files, tree
 from fnrun.core.documents import jsonable
 from fnrun.core.state import LoopState
-from fnrun.sinks.lines import Lines, naming
+from fnrun.sinks.lines import Lines, naming, order_fields
 
 _SHARD = re.compile(r"\d{9}\.pt")
 
@@ -32,8 +32,7 @@ class _Rows:
             self._lines.open(state.position.order if state.position.frames else ())
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        ticks, *own = state.position.order
-        place = {"ticks": ticks, "at": ".".join(map(str, own)), "step": state.step, "batch": state.position.frames[-1].ticks - 1}
+        place = {**order_fields(state.position.order), "step": state.step, "batch": state.position.frames[-1].ticks - 1}
         for i, output in enumerate(rows(_outputs(metrics))):
             self._lines.append({**place, "row": i, "output": jsonable(output)})
 
@@ -62,7 +61,7 @@ class _Shards:
                     path.unlink()
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
-        # Copies: of a tensor that is a piece of another, the whole other would be written.
+        # Copies: torch.save writes the whole storage of a view.
         outputs = tree.map(lambda leaf: leaf.cpu().clone() if isinstance(leaf, torch.Tensor) else leaf, _outputs(metrics))
         with files.replacing(self.directory / f"{state.position.ticks:09}.pt") as file:
             torch.save(outputs, file)
@@ -77,7 +76,7 @@ def _outputs(metrics: dict[str, Any]) -> Any:
 
 
 def rows(outputs: Any) -> list[Any]:
-    """The outputs of each example of a batch: tensors, arrays and lists are cut along their first dimension. Waits for the device.
+    """The outputs of each example of a batch: tensors, arrays and lists are indexed along their first dimension. Waits for the device.
 
     Raises ValueError where they are not of one length.
 
@@ -113,15 +112,15 @@ def _described(leaf: Any) -> str:
 
 
 def predictions(path: str | Path) -> Any:
-    """The outputs of a `predict_loop`, written to disk as they come. What `path` is says how:
+    """The outputs of a `predict_loop`, written to disk tick by tick. `path` is one of two:
 
     - `predictions.jsonl`: a JSON object for each example: `batch` and `row` (its place in the pass and in the batch, from 0), `step`,
-      `ticks`, `at`, and `output`, which is what the step returned for it, in JSON's terms. For labels, scores, texts.
-    - a directory: one file for each batch in the order of their names, which `torch.load(file, weights_only=True)` reads if the outputs are
-      tensors and plain containers. For masks, embeddings, whatever is large.
+      `ticks`, `at`, and `output`, the step's output for it as JSON. For labels, scores, texts.
+    - a directory: one file for each batch, in the order of their names. `torch.load(file, weights_only=True)` reads it if the outputs are
+      tensors and plain containers. For masks, embeddings and other large outputs.
 
     A call that goes on in the middle of a program cuts what is later than its state, which is written again. Any other call begins anew.
-    Where a predict_loop stands in a `repeat`, each round's predictions follow those of the round before.
+    In a `repeat`, each round's predictions follow those of the round before.
 
     Raises ValueError in another loop, and for outputs that cannot be cut into examples.
 

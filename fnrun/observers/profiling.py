@@ -1,4 +1,4 @@
-"""What some training steps spend their time on."""
+"""The time of some training steps, by operation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Profile:
         elif self._profiler is not None or (state.step + 1 == self.steps[0] and rank() == 0):
             self._watch(state)
         elif state.step + 2 == self.steps[0] and rank() == 0:
-            # Collecting begins one step early and is thrown away: the first step that a profiler sees pays for setting it up.
+            # Collection begins one step early and that step is discarded: it pays for the profiler's setup.
             self._profiler = torch.profiler.profile()
             self._profiler.prepare_trace()
 
@@ -62,7 +62,7 @@ class _Profile:
 
     def _end_step(self, state: LoopState) -> None:
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # what the step has started belongs to it
+            torch.cuda.synchronize()  # the kernels that the step has started belong to it
         self._range.__exit__(None, None, None)
         self._range, self._last = None, state.step
 
@@ -84,7 +84,7 @@ class _Profile:
         logger.info("profile: steps %d to %d: %s, %s\n%s", self._first, self._last, trace, table, _short(events, order))
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
-        """The steps that came to their end are written, also where the program ended before the others."""
+        """Write the finished steps, also where the program ended before the others."""
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
@@ -96,7 +96,7 @@ class _Profile:
 
 
 def _short(events: list[Any], order: str) -> str:
-    """The most expensive operations: where the time itself went, without that of what they call."""
+    """The most expensive operations, by the time in them alone, without that of operations that they call."""
     events = sorted(events, key=lambda event: -getattr(event, order))
     total = sum(getattr(event, order) for event in events) or 1.0
     where = "device" if "device" in order else "CPU"
@@ -110,12 +110,13 @@ def _short(events: list[Any], order: str) -> str:
 def profile(steps: range, to: str | Path) -> Any:
     """torch's profiler over these training steps, counted as in a log's lines: 1 is the first. Give it to the loop that takes them.
 
-    Into the directory `to` go `steps-10-12.json`, a trace for Perfetto or chrome://tracing with a range for each step, and
-    `steps-10-12.txt`, the table of the operations; the most expensive ones are in the log. A step reaches from one observer call to the
-    next: hooks, the wait for data and what other loops do in between are in it. Where the program ends early, the steps that were finished
-    are written. It waits for the device in the steps that it watches. Where several processes train together, the first one is watched.
+    - `steps`: a range such as `range(10, 13)`, from 1 on.
+    - `to`: a directory. It gets `steps-10-12.json`, a trace for Perfetto or chrome://tracing with a range for each step, and
+      `steps-10-12.txt`, the table of the operations. The most expensive ones are in the log.
 
-    Raises ValueError for steps that are none, or not one after the other.
+    A step lasts from one observer call to the next: hooks, the wait for data and the work of other loops in between are in it. Where the
+    program ends early, the finished steps are written. It waits for the device in these steps. Where several processes train together, the
+    first one is profiled. Raises ValueError for an empty range, and for a stride other than 1.
 
     >>> print(profile(range(10, 13), to="runs/digits/profile"))
     profile steps 10 to 12 -> runs/digits/profile

@@ -1,4 +1,4 @@
-"""A live display for people: where the run is, how fast, how long still."""
+"""A live display for people: the open loops, the speed and the time left."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fnrun.sinks.console import shown
 
 logger = logging.getLogger("fnrun")
 
-REFRESH = 0.1  # seconds between two looks: each waits for the device
+REFRESH = 0.1  # seconds between two updates: each waits for the device
 PLAIN = 30.0  # seconds between two lines where there is no terminal
-NEWEST = 3  # so many metrics are shown
+NEWEST = 3  # metrics that are shown
 
 
 class _Progress:
@@ -97,7 +97,7 @@ def _newest(metrics: Mapping[str, Any]) -> str:
 
 
 def describe(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> list[str]:
-    """The open loops in words, outermost first: `["epoch 3/10", "train 12/23"]`."""
+    """The open loops, outermost first: `["epoch 3/10", "train 12/23"]`."""
     words = []
     for i, frame in enumerate(frames):
         length = lengths.get(frame.name)
@@ -112,8 +112,8 @@ def describe(frames: tuple[Frame, ...], lengths: Mapping[str, int | None]) -> li
 def progress(unit: str = "examples") -> Any:
     """A live display (rich) in a terminal: the run's rate in `unit` per second, the time left, the loop at work and its newest metrics.
 
-    Give the same object to each loop whose ticks shall move it, the training's and the evaluation's. Time left counts from what this
-    process has done, so it is right after a resume. Lines of the logger and of `print` appear above the display. Where the standard output
-    is no terminal, the same is a line of the logger `fnrun` each half minute.
+    Give the same object to each loop that it shows, the training's and the evaluation's. The time left is by the pace of this process, so
+    it is right after a resume. Lines of the logger and of `print` appear above the display. Where the standard output is no terminal, the
+    logger `fnrun` gets a line each half minute.
     """
     return _Progress(unit)

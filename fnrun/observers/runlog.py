@@ -1,4 +1,4 @@
-"""What the program says of itself, through the standard logger `fnrun`, to the terminal and to a file of the run."""
+"""The standard logger `fnrun`, to the terminal and to a file of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Level = Literal["debug", "info", "warning", "error"]
 
 
 class _Printable(logging.Formatter):
-    """Lines that move no cursor: names and reasons may come from a stranger's checkpoint, and somebody looks at the file."""
+    """Lines without control characters: names and reasons may come from a stranger's checkpoint, and the file is read in a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -28,17 +28,17 @@ class _Printable(logging.Formatter):
 
 @contextlib.contextmanager
 def logging_to(path: str | Path, level: Level = "info") -> Iterator[None]:
-    """Within it, what the logger `fnrun` is told from `level` on is printed and, with the time, appended to the file `path`.
+    """Within it, records of the logger `fnrun` from `level` on are printed and, with the time, appended to the file `path`.
 
-    Where several processes train together, only the first one prints, and each other one has a file of its own: `run.rank1.log` beside
+    Where several processes train together, only the first one prints, and each other one has another file: `run.rank1.log` beside
     `run.log`. An exception that ends the block is in the file with its traceback. Raises OSError where the file cannot be written.
     """
-    path, own = files.local_path(path), rank()
+    path, this = files.local_path(path), rank()
     file = logging.StreamHandler(
-        files.opened(path if own == 0 else path.with_name(f"{path.stem}.rank{own}{path.suffix}"), "a", encoding="utf-8")
+        files.opened(path if this == 0 else path.with_name(f"{path.stem}.rank{this}{path.suffix}"), "a", encoding="utf-8")
     )
     file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
-    handlers = [file, StdoutHandler()] if own == 0 else [file]
+    handlers = [file, StdoutHandler()] if this == 0 else [file]
     before, propagate = logger.level, logger.propagate
     logger.setLevel(level.upper())
     logger.propagate = False

@@ -33,7 +33,7 @@ class _Checkpoint:
         self.checkpoints, self.monitors, self.every = checkpoints, monitors, every
         self.keep, self.keep_every, self.max_failures = keep, keep_every, max_failures
         self._saved: tuple[int, ...] | None = None
-        self._seen: tuple[Position | None, dict[str, Any]] = None, {}  # where the newest tick stands, and its metrics
+        self._seen: tuple[Position | None, dict[str, Any]] = None, {}  # the position of the newest tick, and its metrics
         self._best: dict[str, float] | None = None  # of what is saved, by metric: the lower the better
         self._failures = 0
 
@@ -42,7 +42,7 @@ class _Checkpoint:
         return f"checkpoint every {self.every} -> {os.path.relpath(self.checkpoints.directory)}{best}"
 
     def open(self, program: Any, state: LoopState) -> None:
-        self._saved = state.position.order if state.position.ticks else None  # a state that stands somewhere came from a checkpoint
+        self._saved = state.position.order if state.position.ticks else None  # a state that is not at the beginning came from a checkpoint
         self._failures = 0
         self._seen, self._best = (None, {}), None
         _check_checkpoints(self.checkpoints)
@@ -51,7 +51,7 @@ class _Checkpoint:
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         now = is_due(state, self.every)
-        # One save is in flight at most, so how that one went comes before the next one.
+        # One save is in flight at most: its failure is raised before the next one begins.
         self._surviving(state, self.checkpoints.wait if now else self.checkpoints.poll)
         if now or not in_training(state):
             for metric in self.monitors:
@@ -61,7 +61,7 @@ class _Checkpoint:
             self._surviving(state, lambda: self._save(state, metrics))
 
     def _improves(self, state: LoopState, metrics: dict[str, Any]) -> bool:
-        """Whether the round is the best one yet by any of the metrics: then it is saved, whatever `every` says."""
+        """Whether the round is the best one yet by any of the metrics: such a round is saved whatever `every` is."""
         if self._best is None:
             self._best = self.checkpoints.best_values(self.monitors, before=state.position.ticks)
         found = {name: ranked(metrics[name], mode) for name, mode in self.monitors.items() if name in metrics}
@@ -94,7 +94,7 @@ class _Checkpoint:
         self.checkpoints.save(state, metrics, monitor={name: mode for name, mode in self.monitors.items() if name in metrics})
 
     def close(self, state: LoopState, reason: str | BaseException | None) -> None:
-        changed: CheckpointError | None = None  # by somebody who writes to the state: raised when the last state is on disk
+        changed: CheckpointError | None = None  # the state was written to in place: raised when the last state is on disk
         try:
             self.checkpoints.wait()
         except CheckpointError as error:
@@ -102,7 +102,7 @@ class _Checkpoint:
             self._saved = None
             changed = error if isinstance(error.__cause__, InPlaceError) else None
         if isinstance(reason, CheckpointError) and reason.state is not None:
-            state = reason.state  # of the tick in which the run gave up
+            state = reason.state  # of the tick whose save failed
         if (by := deleted_reason(state)) is not None:
             logger.error("%s, and did not come to its end: the last checkpoint is the good state", by)
         elif state.position.ticks and self._saved != state.position.order:
@@ -147,18 +147,19 @@ def checkpoint(
 
     However the program ends (its last round, a stop, an interrupt, an exception), the state of the last finished tick is saved.
 
-    - `monitor=None`: a metric, of which `mode` is "min" or "max", or several by their modes: `{"val/loss": "min", "val/accuracy": "max"}`.
-      A round that is the best one yet is saved whenever it comes; in a loop of training steps the best is that of each n-th step.
-    - `mode="min"`: for one metric, whether less or more is better.
-    - `keep=None`: how many checkpoints stay, besides the best by each metric; all of them by default.
-    - `keep_every=None`: with `keep`, the first one at or after each multiple of so many steps stays too.
+    - `checkpoints`: `fnrun.checkpoint.Checkpoints(directory)`, or `run.checkpoints`.
+    - `monitor=None`: the metric by which checkpoints are judged, or several with their modes: `{"val/loss": "min", "val/accuracy": "max"}`.
+      A round that is the best one yet is saved whatever `every` is; in a loop of training steps only each n-th step is judged.
+    - `mode="min"`: "min" or "max", the mode of a single `monitor`.
+    - `keep=None`: the number of newest checkpoints that stay, besides the best by each metric; by default all stay.
+    - `keep_every=None`: with `keep`, the first checkpoint at or after each multiple of so many steps stays too.
     - `every=1`: steps or rounds from save to save.
-    - `max_failures=3`: a save that fails is logged, training goes on and the next one is tried in full. So many failures in a row end the
-      run with a CheckpointError, whose `state` is that of the tick.
+    - `max_failures=3`: failed saves in a row that end the run, with a CheckpointError whose `state` is that of the tick. After fewer the
+      failure is logged, training goes on and the next save is tried.
 
     Raises ValueError where no step reports a monitored metric.
     """
-    if checkpoints is not None:  # a program may be drawn and checked before there is a place; it cannot begin
+    if checkpoints is not None:  # a program can be printed and checked without a directory; it cannot begin
         _check_checkpoints(checkpoints)
     check_keep("checkpoint", keep, keep_every)
     if keep_every is not None and keep is None:

@@ -33,7 +33,7 @@ class _Watch(Writer):
 
     def open(self, program: Any, state: Any) -> None:
         super().open(program, state)
-        self._keep(state)  # a resumed run may stand right before a line
+        self._keep(state)  # a resumed run may be right before a record
 
     def __call__(self, state: Any, metrics: dict[str, Any]) -> None:
         if is_due(state, self.every):

@@ -1,7 +1,7 @@
-"""Statistics over a window of ticks: at a constant cost a tick, however long the window and the run.
+"""Statistics over a window of ticks, at a constant cost for each tick however long the window and the run.
 
-What a window gathers are totals of metrics (`fnrun.loops.totals`). A window of the last n ticks is several of them, parted where the n-th
-tick before each line falls, so that the newest ones make up exactly n ticks when a line is due.
+A window is a tuple of totals of metrics (`fnrun.loops.totals`), its parts. A window of the last n ticks is split at the n-th tick before
+each line, so that the newest parts are exactly n ticks when a line is due.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fnrun.metrics.by_name import rates_last
 Size = int | Literal["line", "epoch", "run"]
 Statistic = str | tuple[str, Size]
 
-#: So many lines may fall within a window of the last n ticks: what it gathers is kept in the state.
+#: The most lines in a window of the last n ticks, whose parts are kept in the state.
 MAX_LINES = 100
 
 
 def _value(metric: Any) -> Any:
-    """A tick's metric as something that an extreme or the newest can be taken of."""
+    """A tick's metric as a value, for an extreme or the newest."""
     value = metric.compute() if hasattr(metric, "compute") else metric
     return value.detach() if isinstance(value, torch.Tensor) else value
 
@@ -49,18 +49,24 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 
 
 class Window:
-    """The statistics over one window. `chosen`: by metric, each statistic and its name in the line; `rest`: take the mean of all others."""
+    """The statistics over one window.
+
+    - `size`, `every`: the window, and the ticks from line to line.
+    - `chosen`: by metric, each statistic and its name in the line.
+    - `rest`: whether it takes the mean of all other metrics.
+    - `taken`: the names of the statistics that do not have their metric's name.
+    """
 
     def __init__(
         self, size: Size, every: int, chosen: Mapping[str, Sequence[tuple[str, str]]], rest: bool, taken: frozenset[str] = frozenset()
     ) -> None:
         self.size, self.every, self.chosen, self.rest = size, every, dict(chosen), rest
-        self.taken = taken  # the names of the statistics that are not called as their metric
+        self.taken = taken
         self.lines, self.part = divmod(size, every) if isinstance(size, int) else (0, 0)
         self.parts = 2 * self.lines + 1 if self.part else self.lines
 
     def fold(self, parts: tuple[Totals, ...], at: int, metrics: Mapping[str, Any], examples: int) -> tuple[Totals, ...]:
-        """What is gathered, with one more tick: the one that is `at` behind the line before, counted from 0."""
+        """The parts with one more tick, the one that is `at` ticks after the line before, from 0."""
         if isinstance(self.size, int):
             if not self.lines and at < self.every - self.part:
                 return ()  # before the last n ticks of the line to come
@@ -75,7 +81,7 @@ class Window:
         return (*parts[:-1], running.fold(parts[-1], metrics, examples))
 
     def fold_each(self, parts: tuple[Totals, ...], at: int, ticks: Sequence[tuple[Mapping[str, Any], int]]) -> tuple[Totals, ...]:
-        """`fold` for ticks one after the other, of which only the first may be the first behind a line."""
+        """`fold` of consecutive ticks, of which only the first may be the first after a line."""
         if isinstance(self.size, int):
             for i, (metrics, examples) in enumerate(ticks):
                 parts = self.fold(parts, at + i, metrics, examples)
@@ -124,25 +130,25 @@ def compute(parts: Sequence[Totals]) -> dict[str, Any]:
 
 
 def windows(every: int, default: Size, statistics: Mapping[str, Statistic | Sequence[Statistic]]) -> tuple[Window, ...]:
-    """The windows that these statistics need. Raises ValueError for what is no window or statistic."""
+    """The windows of these statistics. Raises ValueError for an unknown window or statistic."""
     chosen: dict[Size, dict[str, list[tuple[str, str]]]] = {default: {}}
     for name, wanted in statistics.items():
-        chosen[default].setdefault(name, [])  # a metric that is listed has no mean but those that are asked for
+        chosen[default].setdefault(name, [])  # a metric that is listed has no mean unless that is listed
         for i, (kind, size) in enumerate(_each(wanted, default)):
             if kind not in KINDS:
                 raise ValueError(f"log: statistics of {name!r}: {kind!r} is none; there are {', '.join(KINDS)}")
             label = name if i == 0 else f"{name}_{kind}" + (f"_{size}" if size != default else "")
             chosen.setdefault(size, {}).setdefault(name, []).append((kind, label))
-    labels = [(name, label) for own in chosen.values() for name, statistics in own.items() for _, label in statistics]
+    labels = [(name, label) for by_metric in chosen.values() for name, statistics in by_metric.items() for _, label in statistics]
     twice = sorted(label for label, times in Counter(label for _, label in labels).items() if times > 1)
     if twice:
         raise ValueError(f"log: two statistics are called {', '.join(twice)}: one of them would be lost; ask for each once")
     taken = frozenset(label for name, label in labels if label != name)
-    return tuple(Window(_size(size, every), every, own, rest=size == default, taken=taken) for size, own in chosen.items())
+    return tuple(Window(_size(size, every), every, by_metric, rest=size == default, taken=taken) for size, by_metric in chosen.items())
 
 
 def _each(wanted: Statistic | Sequence[Statistic], default: Size) -> list[tuple[str, Size]]:
-    """One statistic or several, each with its window. A pair is one where its second part is no statistic itself."""
+    """The statistics, each with its window. A pair of a statistic and a window is one; a pair of statistics is two."""
     if isinstance(wanted, str):
         return [(wanted, default)]
     if isinstance(wanted, tuple) and len(wanted) == 2 and isinstance(wanted[0], str) and wanted[1] not in KINDS:

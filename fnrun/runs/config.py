@@ -1,4 +1,4 @@
-"""The config of a run: read, checked, compared."""
+"""The config of a run: config.yaml read and written; configs checked, decoded and compared."""
 
 from __future__ import annotations
 
@@ -7,14 +7,51 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import yaml
 
+from fnrun.core import files
 from fnrun.runs.writer import RunError
 
 C = TypeVar("C")
+
+CONFIG = "config.yaml"
+
+
+class _Departure(msgspec.Struct):
+    """The fields of a history's entry that are read; see `Run`."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    ticks: Annotated[int, msgspec.Meta(ge=0)]
+    changed: dict[str, tuple[Any, Any]] = {}
+    forked: str | None = None
+    sha256: str | None = None
+
+
+def read(run: Path, config_type: type | None, experiment: str | None) -> tuple[str, Any, list[dict[str, Any]]]:
+    """Experiment, config and history in the config.yaml of a run. Arguments and errors as in `Run.open`."""
+    file = run / CONFIG
+    try:
+        raw = read_yaml(file)
+    except FileNotFoundError:
+        raise RunError(f"{run} is no run: it has no config.yaml") from None
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error.strerror or error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("experiment"), str) or "config" not in raw:
+        raise RunError(f"{file} is damaged: a run's config has the fields experiment and config")
+    if experiment is not None and raw["experiment"] != experiment:
+        raise RunError(f"{run} is a run of {raw['experiment']}, not of {experiment}")
+    history = raw.get("history", [])
+    _convert(history, list[_Departure], str(file), "history")
+    return raw["experiment"], decode(raw["config"], config_type, str(file)) if config_type else raw["config"], history
+
+
+def write(run: Path, experiment: str, config: Any, history: list[dict[str, Any]]) -> None:
+    """Write the config.yaml of a run; the file is replaced whole."""
+    content = {"experiment": experiment, "config": msgspec.to_builtins(config)}
+    files.write(run / CONFIG, msgspec.yaml.encode(content | ({"history": history} if history else {})))
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,7 +78,7 @@ def read_yaml(file: Path) -> Any:
         raise RunError(f"{file} is damaged, it is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def check_config(config: Any) -> None:
+def check(config: Any) -> None:
     """Raise RunError, with the field, for a config that cannot be written and read again: its run could never be resumed."""
     if not dataclasses.is_dataclass(config) and not isinstance(config, msgspec.Struct):
         return
@@ -63,13 +100,13 @@ def check_config(config: Any) -> None:
 
 def decode(raw: Any, config_type: type[C], where: str) -> C:
     """`raw` (plain dictionaries) as a config. Raises RunError with the field: a wrong type, a missing field, one that does not exist."""
-    config = convert(raw, config_type, where, "config")
+    config = _convert(raw, config_type, where, "config")
     if unknown := list(_unknown(raw, msgspec.to_builtins(config), "config")):
         raise RunError(f"{where}: there is no field {', '.join(unknown)}")
     return config
 
 
-def convert(raw: Any, kind: Any, where: str, name: str) -> Any:
+def _convert(raw: Any, kind: Any, where: str, name: str) -> Any:
     try:
         return msgspec.convert(raw, kind, strict=True)
     except (msgspec.ValidationError, ValueError, TypeError) as error:

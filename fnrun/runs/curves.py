@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import math
@@ -40,20 +41,17 @@ def last_records(path: Path, size: int) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = msgspec.json.decode(line)
-    except ValueError:  # letters that are no UTF-8, NaN
-        try:
-            record = json.loads(line.decode(errors="replace"))
-        except (ValueError, RecursionError):
-            return None
-    except RecursionError:
-        return None
-    try:
-        msgspec.convert(record, _Placed)
-    except (ValueError, RecursionError):
-        return None
-    return record
+    for decode in (msgspec.json.decode, _lenient):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = decode(line)
+            msgspec.convert(record, _Placed)
+            return record
+    return None
+
+
+def _lenient(line: bytes) -> Any:
+    """A line with NaN in it, or with bytes that are no UTF-8."""
+    return json.loads(line.decode(errors="replace"))
 
 
 def thinned(lines: Iterable[dict[str, Any]], limit: int = 2000) -> list[dict[str, Any]]:

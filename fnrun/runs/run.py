@@ -27,15 +27,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from fnrun.core import files
 from fnrun.core.environment import environment
 from fnrun.core.words import kind
-from fnrun.runs import writer
-from fnrun.runs.config import check_config, convert, decode, read_yaml
+from fnrun.runs import config as configs, writer
+from fnrun.runs.config import CONFIG
 from fnrun.runs.writer import RunError, Status, WaitingInterrupted, Writing
 
 if TYPE_CHECKING:
@@ -50,10 +50,6 @@ __all__ = [
     "Writing",
     "load_build",
 ]
-
-C = TypeVar("C")
-
-CONFIG = "config.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +120,7 @@ class Run:
         The directory appears with its config or not at all. Raises RunError where `path` holds something already, or cannot be written, and
         for a config that could not be read again.
         """
-        check_config(config)
+        configs.check(config)
         short = experiment.partition(":")[0].rpartition(".")[2]
         if path is not None:
             target = files.local_path(path)
@@ -150,7 +146,7 @@ class Run:
 
     def write_beginning(self) -> None:
         """Write what a run has from the beginning: its config and the environment."""
-        files.write(self.path / CONFIG, self._content())
+        configs.write(self.path, self.experiment, self.config, self.history)
         files.write(self.path / "environment.json", json.dumps(environment(), indent=2).encode() + b"\n")
 
     @classmethod
@@ -160,32 +156,16 @@ class Run:
         Raises RunError where there is none, where it is one of another experiment, or where the config cannot be read (naming the field).
         """
         path = files.local_path(path)
-        file = path / CONFIG
         if not path.is_dir():
             raise RunError(f"there is no run at {path}")
-        try:
-            raw = read_yaml(file)
-        except FileNotFoundError:
-            raise RunError(f"{path} is no run: it has no config.yaml") from None
-        except OSError as error:
-            raise RunError(f"cannot read {file}: {error.strerror or error}") from error
-        if not isinstance(raw, dict) or not isinstance(raw.get("experiment"), str) or "config" not in raw:
-            raise RunError(f"{file} is damaged: a run's config has the fields experiment and config")
-        if experiment is not None and raw["experiment"] != experiment:
-            raise RunError(f"{path} is a run of {raw['experiment']}, not of {experiment}")
-        history = _history(raw.get("history", []), str(file))
-        return cls(path, raw["experiment"], decode(raw["config"], config_type, str(file)) if config_type else raw["config"], history)
+        return cls(path, *configs.read(path, config_type, experiment))
 
     def write_config(self) -> None:
         """Write config and history; the file is replaced whole."""
         try:
-            files.write(self.path / CONFIG, self._content())
+            configs.write(self.path, self.experiment, self.config, self.history)
         except OSError as error:
             raise RunError(f"cannot write {self.path / CONFIG}: {error.strerror or error}") from error
-
-    def _content(self) -> bytes:
-        content = {"experiment": self.experiment, "config": msgspec.to_builtins(self.config)}
-        return msgspec.yaml.encode(content | ({"history": self.history} if self.history else {}))
 
     def untouched(self) -> bool:
         """Whether the run has no checkpoint and no logged line: nothing is lost if it begins anew."""
@@ -325,21 +305,6 @@ def _contents(target: Path) -> str:
     if (target / CONFIG).exists():
         return f"a run. To go on with it: resume {target}"
     return "a file" if target.is_file() else "other files"
-
-
-class _Departure(msgspec.Struct):
-    """The fields of a history's entry that are read; see `Run`."""
-
-    step: Annotated[int, msgspec.Meta(ge=0)]
-    ticks: Annotated[int, msgspec.Meta(ge=0)]
-    changed: dict[str, tuple[Any, Any]] = {}
-    forked: str | None = None
-    sha256: str | None = None
-
-
-def _history(raw: Any, where: str) -> list[dict[str, Any]]:
-    convert(raw, list[_Departure], where, "history")
-    return raw
 
 
 def built(build: Callable[[Any, Run], Experiment], config: Any, run: Run, hint: str = "") -> Experiment:

@@ -1,4 +1,4 @@
-"""Where records go. A sink opens at a state and must then hold what a run that was never interrupted would have written up to it."""
+"""Sinks of records. One that is opened at a state must then have what an uninterrupted run would have written up to it."""
 
 from fnrun.sinks.base import Record, Sink, record
 from fnrun.sinks.console import StdoutHandler, console

@@ -1,4 +1,4 @@
-"""What a line of metrics is, and what a place for lines does."""
+"""A record, which is a line of metrics, and the protocol of a sink."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from fnrun.core.position import Frame
 from fnrun.core.state import LoopState
 from fnrun.sinks.media import Media
 
-#: What every line has besides metrics, in each sink under these names.
+#: The names of a line's fields besides metrics, in each sink.
 FIELDS = frozenset({"ticks", "at", "step", "epoch", "clock"})
 
 
 class Record(NamedTuple):
-    """One line: when in the run (`Position.order`, step, and the epoch at work, from 1), metrics by name, and what was timed.
+    """One line of metrics.
 
-    `of` tells whole loops from the ticks within them: "round 3" of a line of a repeat, "whole loop" of one of a sequence or a workflow,
-    else "".
+    - `order`: `Position.order`.
+    - `step`, `epoch`: `state.step`, and the running epoch, from 1.
+    - `metrics`: numbers, lists, and images, histograms and texts, by name.
+    - `clock`: times in seconds and memory in MiB, which differ from run to run.
+    - `of=""`: "round 3" for a line of a repeat, "whole loop" for one of a sequence or a workflow.
     """
 
     order: tuple[int, ...]
@@ -34,8 +37,10 @@ class Record(NamedTuple):
 class Sink(Protocol):
     """A place for records.
 
-    `open(state)`: it must then hold what a run that was never interrupted would have written up to that state; called again while it is
-    open, it does nothing. `flush` returns when what was written is on disk. `close` may be called twice; a closed sink may be opened again.
+    - `open(state)`: afterwards it has what an uninterrupted run would have written up to that state. While it is open, this does nothing.
+    - `write(record)`: adds a line.
+    - `flush()`: returns when all lines are on disk.
+    - `close()`: may be called twice. A closed sink may be opened again.
     """
 
     def open(self, state: LoopState, /) -> None: ...
@@ -45,9 +50,9 @@ class Sink(Protocol):
 
 
 def record(state: LoopState, metrics: Mapping[str, Any], clock: Mapping[str, float] | None = None) -> Record:
-    """The line of `metrics` at `state`, as an observer sees it: names carry the loop's place, tensors are read. Waits for the device.
+    """The line of `metrics` at `state`: names get the loop's path, tensors become numbers and lists. Waits for the device.
 
-    Raises ValueError for a metric that is called as one of the line's own fields.
+    Raises ValueError for a metric that has the name of another field.
     """
     path = state.position.frames[-1].path
     streams = state.position.streams
@@ -64,14 +69,14 @@ def _of(frame: Frame) -> str:
 
 
 def check_names(metrics: Mapping[str, Any]) -> None:
-    """Raise ValueError for a metric that is called as one of the line's own fields."""
+    """Raise ValueError for a metric that has the name of another field."""
     taken = sorted(name for name in metrics if name in FIELDS or name.startswith("clock/"))
     if taken:
         raise ValueError(f"log: metrics cannot be named {taken}: the line has fields of these names; call them something else")
 
 
 def require(sink: str, module: str, extra: str) -> None:
-    """Raise ModuleNotFoundError, saying what to install, where `module` is missing: before anything runs, not at the first line."""
+    """Raise ModuleNotFoundError, with the extra to install, where `module` is missing: before the first line."""
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(f"observers.{sink} needs {module}: pip install 'fnrun[{extra}]'", name=module)
 

@@ -15,13 +15,13 @@ from fnrun.sinks.base import Record, Sink, numbers
 
 logger = logging.getLogger("fnrun")
 
-INDENT = 4  # of what does not fit into a terminal's line
+INDENT = 4  # of a wrapped line
 
 
 class StdoutHandler(logging.StreamHandler):
-    """Writes to what `sys.stdout` is at the time, so that lines appear above a live display and not in it.
+    """Writes to the current `sys.stdout`, so that lines appear above a live display and not in it.
 
-    In a terminal a line of metrics that is too long goes on in the next, after a whole metric; in a file each stays one line.
+    In a terminal a long line of metrics is wrapped between metrics; in a file it is one line.
     """
 
     @property
@@ -46,7 +46,7 @@ class StdoutHandler(logging.StreamHandler):
 
 
 def wrapped(line: str, width: int) -> str:
-    """`line` in lines of `width` columns, parted where two spaces stand.
+    """`line` wrapped to `width` columns, at double spaces.
 
     >>> print(wrapped("epoch 1   step 50     loss 0.5123   accuracy 0.8812", 30))
     epoch 1   step 50
@@ -96,7 +96,7 @@ class _Console:
         pass
 
 
-#: What of a line's clock can be shown, and how.
+#: The fields of a clock that can be shown, with their formats.
 CLOCK = {
     "seconds_per_tick": lambda value: f"{1e3 * value:.1f} ms a step",
     "data_seconds_per_tick": lambda value: f"{1e3 * value:.1f} ms for data",
@@ -110,8 +110,9 @@ CLOCK = {
 def console(hide: Sequence[str] = ("grad_norm", "clipped"), clock: Sequence[str] = ("eta",)) -> Sink:
     """Lines for people, through the standard logger `fnrun` (to the standard output where nobody has configured logging).
 
-    Metrics whose last name is in `hide` are left out; of what was timed, `clock` is shown: any of "seconds_per_tick",
-    "data_seconds_per_tick", "peak_mib", "peak_cuda_mib", "elapsed", "eta". Raises ValueError for others.
+    - `hide=("grad_norm", "clipped")`: the last names of metrics that are left out.
+    - `clock=("eta",)`: the fields of the clock that are shown, any of "seconds_per_tick", "data_seconds_per_tick", "peak_mib",
+      "peak_cuda_mib", "elapsed" and "eta". Raises ValueError for others.
     """
     if unknown := [name for name in clock if name not in CLOCK]:
         raise ValueError(f"console: clock has no {unknown}; there are {', '.join(CLOCK)}")
@@ -119,7 +120,7 @@ def console(hide: Sequence[str] = ("grad_norm", "clipped"), clock: Sequence[str]
 
 
 def shown(value: float) -> str:
-    """A number in six columns where that is enough, so that lines below one another are aligned.
+    """A number in six columns where that is enough, so that lines are aligned.
 
     >>> [shown(value) for value in (0.51234, 12.3456, 3e-4, 123456.0, 7, float("nan"))]
     ['0.5123', '12.346', '3.00e-4', '1.23e+5', '7     ', 'nan   ']

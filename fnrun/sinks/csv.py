@@ -28,12 +28,12 @@ class _Csv(OnDisk):
             with naming(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 rows = self._rows(state.position.order)
-                # A column that only lines had that were cut comes again where it belongs.
+                # A column that only cut rows have comes again in its order.
                 used = {name for row in rows for name, value in row.items() if value != "" or name in PLACE}
                 self._rewrite(rows, [name for name in rows[0] if name in used] if rows else [])
 
     def _rows(self, order: tuple[int, ...] | None = None) -> list[dict[str, str]]:
-        """The rows up to `order`: later ones, and one that was being written when the power went, come again."""
+        """The rows up to `order`. Later ones are written again, and so is one that a power cut left half written."""
         rows: list[dict[str, str]] = []
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
@@ -49,7 +49,7 @@ class _Csv(OnDisk):
         return rows
 
     def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
-        """The file anew, whole or not at all."""
+        """Replace the file as a whole."""
         if self._file is not None:
             self._file.close()
         self._columns = columns
@@ -80,9 +80,8 @@ def _cell(value: Any) -> Any:
 
 
 def csv(path: str | Path) -> Sink:
-    """A row a line, with a column for each metric and for each thing that was timed (`clock/eta`); a vector is a JSON list in its cell.
+    """A row for each line, with a column for each metric and each field of the clock (`clock/eta`). A vector is a JSON list.
 
-    A metric that comes later gets a column of its own, behind the others. When a run is resumed, rows that are later than its state are cut
-    off.
+    A new metric gets a column after the others. When a run is resumed, rows that are later than its state are cut off.
     """
     return _Csv(files.local_path(path))

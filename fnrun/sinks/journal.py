@@ -1,8 +1,7 @@
-"""Sinks that are services: what was handed to them cannot be taken back, and what a killed process had not handed over yet is lost.
+"""Sinks that are services: lines that were sent cannot be taken back, and lines that a killed process had not sent are lost.
 
-So a run keeps a journal of its own of what the service is to hold. When it is resumed, the journal is cut as every file is; lines of it
-that never reached the service are sent again, and lines that the service has already and that come again are left out: after an exact
-resume they would be the same.
+So a run keeps a journal of all lines. When it is resumed, the journal is cut as every file is. Lines of it that did not reach the service
+are sent again. Lines that the service has already are not sent a second time: after an exact resume they would be the same.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Service(Protocol):
     """A run of a tracking service. Its lines are numbered, from 0."""
 
     def start(self) -> int:
-        """Make the run, or go on with it: how many lines it holds."""
+        """Make the run, or go on with it. Returns the number of its lines."""
         ...
 
     def send(self, number: int, record: Record, /) -> None: ...
@@ -35,11 +34,11 @@ class Service(Protocol):
 
 
 class Journaled:
-    """A sink that keeps `service` at what its journal, the file `path`, says."""
+    """A sink whose lines are in a journal, the file `path`, and in `service`."""
 
     def __init__(self, path: Path, service: Service) -> None:
         self.lines, self.service = Lines(path), service
-        self._number = self._held = 0
+        self._number = self._sent = 0
 
     def __str__(self) -> str:
         return str(self.lines)
@@ -48,7 +47,7 @@ class Journaled:
         if self.lines:
             return
         self.lines.open(state.position.order)
-        self._number, self._held = 0, self.service.start()
+        self._number, self._sent = 0, self.service.start()
         with naming(self.lines.path), self.lines.path.open(encoding="utf-8") as file:
             for line in file:
                 self._send(_decoded(json.loads(line)))
@@ -58,7 +57,7 @@ class Journaled:
         self._send(record)
 
     def _send(self, record: Record) -> None:
-        if self._number >= self._held:
+        if self._number >= self._sent:
             self.service.send(self._number, record)
         self._number += 1
 
@@ -72,7 +71,7 @@ class Journaled:
 
 
 def identity(path: Path, fresh: str) -> str:
-    """The service's name for a run, kept in the file `path`: what stands there, or from now on `fresh`."""
+    """The service's name for a run: the content of the file `path`, which is `fresh` from the first call on."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or not path.read_text(encoding="utf-8").strip():

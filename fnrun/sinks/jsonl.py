@@ -1,4 +1,4 @@
-"""One JSON object a line: what programs read."""
+"""JSON lines, for programs."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class _JsonLines:
 
 
 def jsonl(path: str | Path) -> Sink:
-    """One JSON object a line: `ticks`, `at`, `step`, `epoch`, metrics by name, and an object `clock` with everything that was timed.
+    """One JSON object for each line: `ticks`, `at`, `step`, `epoch`, metrics by name, and the object `clock`.
 
     `ticks` and `at` (the finished ticks of each open loop, outermost first) order the lines of a run. When a run is resumed, lines that are
-    later than its state are cut off, for they will be written again. NaN and infinities are the strings that `float` reads.
+    later than its state are cut off, and written again. NaN and infinities are the strings that `float` reads.
     """
     return _JsonLines(files.local_path(path))

@@ -1,4 +1,4 @@
-"""A file of JSON lines that are ordered by where in the run they were written, and can be cut there."""
+"""A file of JSON lines in the order of the run, which can be cut at a state."""
 
 from __future__ import annotations
 
@@ -95,8 +95,13 @@ def _kept(file: IO[bytes], order: tuple[int, ...]) -> int:
 def position_fields(record: Record) -> dict[str, Any]:
     """The fields of a line's place in the run."""
     check_names(record.metrics)
-    ticks, *own = record.order
-    return {"ticks": ticks, "at": ".".join(map(str, own)), "step": record.step, "epoch": record.epoch}
+    return {**order_fields(record.order), "step": record.step, "epoch": record.epoch}
+
+
+def order_fields(order: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of `Position.order`, which `order_of` reads."""
+    ticks, *loops = order
+    return {"ticks": ticks, "at": ".".join(map(str, loops))}
 
 
 def order_of(line: dict[str, Any]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a line of metrics can carry besides numbers: images, histograms and texts.
+"""Metrics that are no numbers: images, histograms and texts.
 
 Each is a metric like another: a step may return it, a program's totals keep the newest, and a sink that cannot show it leaves it out.
 """
@@ -16,7 +16,7 @@ from fnrun.core.tree import struct
 
 
 class _Newest:
-    """A fold that keeps what came last, and computes to itself."""
+    """A fold that keeps the newest value, and computes to itself."""
 
     __slots__ = ()
 
@@ -50,7 +50,7 @@ class Image(_Newest):
 
 @struct(name="fnrun.observers.Text")
 class Text(_Newest):
-    """A text, such as what a model said."""
+    """A text, such as a model's output."""
 
     text: str
 

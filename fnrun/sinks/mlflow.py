@@ -15,8 +15,8 @@ from fnrun.sinks.base import Record, Sink, media, numbers, require
 from fnrun.sinks.journal import Journaled, identity
 from fnrun.sinks.media import Image, Text
 
-LINE = "line"  # the metric that numbers the lines; it comes last in each
-PARAMS = 100  # MLflow takes so many at once
+LINE = "line"  # the metric with the number of the line, the last one of each
+PARAMS = 100  # the most that MLflow takes at once
 
 
 class _MlflowRun:
@@ -65,13 +65,15 @@ def mlflow(directory: str | Path, *, experiment: str, tracking_uri: str | None =
     """One run of an MLflow experiment, however often the training is resumed. Needs the extra `mlflow`, and raises
     ModuleNotFoundError without it.
 
-    Its id and a journal of its lines are in `directory`, the run's, by whose name it goes unless `name` is given. `tracking_uri` is a
-    server or a database (`sqlite:///mlflow.db`), by default what MLflow itself is configured with. Numbers are metrics over `step`, images
-    and texts are artifacts; histograms are left out. `config` becomes the run's parameters when it is made: MLflow does not let them
-    change.
+    - `directory`: the run's directory, which gets the id and a journal of the lines.
+    - `experiment`: the name of the experiment; it is made where there is none.
+    - `tracking_uri=None`: a server or a database (`sqlite:///mlflow.db`), by default that of MLflow's configuration.
+    - `name=None`: the name of the run, by default that of the directory.
+    - `config=None`: the run's parameters when it is made. MLflow does not let them change.
 
-    Lines that a killed process had not handed over are sent again after a resume, and those that MLflow has already are not: after an exact
-    resume they are the same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
+    Numbers are metrics over `step`, images and texts are artifacts; histograms are left out. After a resume the lines that a killed process
+    had not sent are sent again, and those that MLflow has already are not: after an exact resume they are the same. After a resume with
+    other settings it keeps the old lines between the checkpoint and the kill.
     """
     require("mlflow", "mlflow", "mlflow")
     path = files.local_path(directory)

@@ -17,7 +17,7 @@ from fnrun.sinks.base import Record, Sink, media, numbers, require
 from fnrun.sinks.lines import OnDisk, naming
 from fnrun.sinks.media import Histogram, Image, Text
 
-WRITER = "fnrun at "  # begins the name of the writer in each of our events; behind it stands `Position.order`
+WRITER = "fnrun at "  # the writer of our events is this and `Position.order`
 
 
 def _messages(kind: str) -> Any:
@@ -45,7 +45,7 @@ class _TensorBoard(OnDisk):
             self._file = (self.path / name).open("xb")
         self._records = RecordWriter(self._file)
         self._add(messages.Event(file_version="brain.Event:2"), state.position.order)
-        if number:  # a TensorBoard that is looking on has seen what was cut: it is to forget it
+        if number:  # a TensorBoard that shows the run forgets what was cut
             self._add(
                 messages.Event(session_log=messages.SessionLog(status=messages.SessionLog.START), step=state.step + 1), state.position.order
             )
@@ -75,7 +75,7 @@ def _summary(name: str, value: Image | Histogram | Text) -> Any:
     if isinstance(value, Text):
         made = summary.text(name, value.text)
         for each in made.value:
-            each.tag = name  # without the `/text_summary` that torch puts behind it
+            each.tag = name  # without torch's suffix `/text_summary`
         return made
     counts, edges = value.counts.tolist(), value.edges.tolist()
     middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
@@ -87,7 +87,7 @@ def _summary(name: str, value: Image | Histogram | Text) -> Any:
 def _cut(path: Path, order: tuple[int, ...]) -> None:
     """Keep the events up to `order`: what a killed run wrote after its last checkpoint comes again. An empty file goes."""
     Event = _messages("event").Event
-    # A file of its own: a process that has lost the run, and has not seen it yet, goes on in the old one, which nobody reads.
+    # A new file: a process that has lost the run, and has not seen it yet, goes on in the old one, which nobody reads.
     with files.opened(path, "rb") as file, files.replacing(path) as new:
         size = 0
         for data, end in _events(file):
@@ -115,8 +115,8 @@ def tensorboard(directory: str | Path) -> Sink:
     """TensorBoard's event files, over `state.step`: numbers, images, histograms and texts. Needs the extra `tensorboard`, and raises
     ModuleNotFoundError without it.
 
-    One file for each time that the run was started. When a run is resumed, events that are later than its state are cut off, for they will
-    be written again, and a TensorBoard that is looking on is told: the directory is for this run alone.
+    `directory` is for this run alone, and gets one file for each start of the run. When a run is resumed, events that are later than its
+    state are cut off, and written again; a TensorBoard that shows the run forgets them.
     """
     require("tensorboard", "tensorboard", "tensorboard")
     return _TensorBoard(files.local_path(directory))

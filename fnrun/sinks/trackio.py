@@ -22,11 +22,11 @@ class _TrackioRun:
 
     def start(self) -> int:
         trackio, storage = import_module("trackio"), import_module("trackio.sqlite_storage").SQLiteStorage
-        own = identity(self.directory / "trackio.id", f"{self.directory.name}-{secrets.token_hex(2)}")
+        name = identity(self.directory / "trackio.id", f"{self.directory.name}-{secrets.token_hex(2)}")
         self._run = trackio.init(
-            project=self.project, name=own, resume="allow", config=msgspec.to_builtins(self.config or {}), embed=False, auto_log_gpu=False
+            project=self.project, name=name, resume="allow", config=msgspec.to_builtins(self.config or {}), embed=False, auto_log_gpu=False
         )
-        return storage.get_log_count(self.project, own)
+        return storage.get_log_count(self.project, name)
 
     def send(self, number: int, record: Record) -> None:
         trackio = import_module("trackio")
@@ -51,9 +51,13 @@ def trackio(directory: str | Path, *, project: str, config: Any = None) -> Sink:
     """One run of a local trackio project, however often the training is resumed. Needs the extra `trackio`, and raises
     ModuleNotFoundError without it.
 
-    Its name, which begins with that of `directory`, the run's, and a journal of its lines are there. Lines are over `step`. Those that a
-    killed process had not handed over are sent again after a resume, and those that trackio has already are not: after an exact resume they
-    are the same. Where you resume with other settings, it keeps the old lines between the checkpoint and the kill.
+    - `directory`: the run's directory, which gets the name of the trackio run and a journal of the lines.
+    - `project`: the trackio project.
+    - `config=None`: the run's config: a dictionary, dataclass or msgspec struct.
+
+    Lines are over `step`. After a resume the lines that a killed process had not sent are sent again, and those that trackio has already
+    are not: after an exact resume they are the same. After a resume with other settings it keeps the old lines between the checkpoint
+    and the kill.
     """
     require("trackio", "trackio", "trackio")
     path = files.local_path(directory)

@@ -16,7 +16,7 @@ from fnrun.sinks.base import Record, Sink, media, numbers
 from fnrun.sinks.journal import Journaled, identity
 from fnrun.sinks.media import Histogram, Image, Media, Text
 
-AXES = ("step", "epoch", "ticks")  # for the charts: `_step` numbers the lines, and wandb wants it for itself
+AXES = ("step", "epoch", "ticks")  # of the charts; wandb's `_step` is the number of the line
 
 
 class _WandbRun:
@@ -30,14 +30,14 @@ class _WandbRun:
     def start(self) -> int:
         import wandb
 
-        own = identity(self.directory / "wandb.id", secrets.token_hex(4))
+        run_id = identity(self.directory / "wandb.id", secrets.token_hex(4))
         offline = self.mode == "offline"
-        if offline:  # written anew from the journal: one directory holds the whole run, once, and is what `wandb sync` uploads
-            for before in (self.directory / "wandb").glob(f"offline-run-*-{own}"):
+        if offline:  # written anew from the journal: `wandb sync` uploads one directory with the whole run
+            for before in (self.directory / "wandb").glob(f"offline-run-*-{run_id}"):
                 shutil.rmtree(before)
         # run.log has what was printed, and a live display wants the terminal for itself.
         options = {"settings": wandb.Settings(console="off", silent=True), "config": msgspec.to_builtins(self.config or {}), **self.options}
-        self._run = wandb.init(id=own, dir=str(self.directory), mode=self.mode, resume=None if offline else "allow", **options)
+        self._run = wandb.init(id=run_id, dir=str(self.directory), mode=self.mode, resume=None if offline else "allow", **options)
         for axis in AXES:
             self._run.define_metric(axis, hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -77,17 +77,17 @@ def wandb(
     summary: Mapping[str, Literal["min", "max", "mean", "last"]] | None = None,
     **options: Any,
 ) -> Sink:
-    """One run of Weights & Biases, however often the training is resumed: its id and a journal of its lines are in `directory`, the run's.
+    """One run of Weights & Biases, however often the training is resumed. Charts are over `step`, or `epoch` and `ticks`.
 
-    Charts are over `step` (`epoch` and `ticks` are there too).
+    - `directory`: the run's directory, which gets the id and a journal of the lines.
+    - `project`: the wandb project.
+    - `mode="online"`: `"offline"` writes the run to `directory/wandb/offline-run-*` for `wandb sync`, after a resume anew from the journal.
+    - `config=None`: the run's config: a dictionary, dataclass or msgspec struct.
+    - `summary=None`: the statistics in wandb's summary in place of last values: `{"val/accuracy": "max"}` is `val/accuracy.max`.
+    - `options`: for `wandb.init` (`name`, `entity`, `tags`).
 
-    - `config`: the run's: a dictionary, dataclass or msgspec struct.
-    - `summary`: what wandb's summary holds of a metric instead of its last value: `{"val/accuracy": "max"}` is `val/accuracy.max`.
-    - `options` go to `wandb.init` (`name`, `entity`, `tags`).
-
-    Offline, the run lies in `directory/wandb/offline-run-*` for `wandb sync`, after a resume written anew from the journal. Online, lines
-    that a killed process had not uploaded are sent again after a resume, and those that wandb has already are not: after an exact resume
-    they are the same. Where you resume with other settings, wandb keeps the old lines between the checkpoint and the kill.
+    Online, after a resume the lines that a killed process had not uploaded are sent again, and those that wandb has already are not: after
+    an exact resume they are the same. After a resume with other settings wandb keeps the old lines between the checkpoint and the kill.
     """
     path = files.local_path(directory)
     run = _WandbRun(path, mode, config, summary or {}, {"project": project, **options})

@@ -238,8 +238,10 @@ def test_orbax_alone_reads_every_byte(tmp_path: Path, monkeypatch: pytest.Monkey
     """Large leaves as arrays of their own, with their shapes and dtypes; small ones in packs."""
     monkeypatch.setattr(writing, "PACKED", 2**16)
     ocp = orbax.imported()
-    state = at(1, low=torch.randn(200_000).to(torch.bfloat16), flags=torch.rand(300, 300) > 0.5, z=torch.randn(99, 99, dtype=torch.complex64),
-               swapped=np.arange(20_000.0).astype(">f8"), times=np.arange(20_000).astype("M8[s]"), text=np.array(["a", "bc"]), zero=torch.tensor(1.0))  # fmt: skip
+    state = at(1, low=torch.randn(200_000).to(torch.bfloat16), flags=torch.rand(300, 300) > 0.5,
+    z=torch.randn(99, 99, dtype=torch.complex64),
+               swapped=np.arange(20_000.0).astype(">f8"), times=np.arange(20_000).astype("M8[s]"), text=np.array(["a", "bc"]),
+               zero=torch.tensor(1.0))  # fmt: skip
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
         leaves = {leaf.path: leaf for leaf in checkpoints.manifest().leaves}

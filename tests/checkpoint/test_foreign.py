@@ -484,7 +484,8 @@ def test_what_is_written_by_hand_is_read_as_torch_reads_it(tmp_path) -> None:
         ({"w": Stored(8, (8,), (1,), key="../data/0")}, {"data/0": FLOATS}),
         ({"w": Stored(8, (8,), (1,), key="7")}, {"data/0": FLOATS}),
     ],
-    ids=["short", "two lengths", "terabytes", "beyond", "before", "overflow", "backwards", "negative", "less than none", "twice", "a path", "missing"],
+    ids=["short", "two lengths", "terabytes", "beyond", "before", "overflow", "backwards", "negative", "less than none", "twice", "a path",
+    "missing"],
 )  # fmt: skip
 def test_a_tensor_that_its_record_does_not_hold_is_refused(tmp_path, content, records) -> None:
     with pytest.raises(CheckpointError):
@@ -524,9 +525,12 @@ def test_a_file_that_unpacks_to_far_more_than_it_has_is_refused(tmp_path) -> Non
 
 @pytest.mark.parametrize(
     ("header", "metadata"),
-    [({}, [1]), ({}, "x"), ({}, {"a": 1}), ({}, {"tied": "[1]"}), ({}, {"tied": "{"}), ({}, {"tied": '{"w": ["w"]}'}), ({}, {"tied": "[" * 10_000}),
-     ({"v": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}}, {}), ({"v": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, {}),
-     ({"v": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [4, 4]}}, {}), ({"v": {"dtype": "X", "shape": [0], "data_offsets": [4, 4]}}, {})],
+    [({}, [1]), ({}, "x"), ({}, {"a": 1}), ({}, {"tied": "[1]"}), ({}, {"tied": "{"}), ({}, {"tied": '{"w": ["w"]}'}),
+    ({}, {"tied": "[" * 10_000}),
+     ({"v": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}}, {}),
+     ({"v": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, {}),
+     ({"v": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [4, 4]}}, {}),
+     ({"v": {"dtype": "X", "shape": [0], "data_offsets": [4, 4]}}, {})],
 )  # fmt: skip
 def test_a_header_of_safetensors_that_makes_no_sense_is_refused(tmp_path, header, metadata) -> None:
     text = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, **header, "__metadata__": metadata}).encode()

@@ -1,4 +1,4 @@
-"""Files from strangers: whatever a manifest or a config says, it runs no code, imports nothing, takes little memory, and the error is ours."""
+"""Files from strangers: a manifest or a config runs no code, imports nothing, takes little memory, and the error is ours."""
 
 from __future__ import annotations
 
@@ -176,7 +176,8 @@ PATHS = [
     "x\n",
 ]
 ANYTHING = [
-    *(None, True, "", "x", [], {}, [[]], [0], {"int": "z"}, {"int": "0x" + "f" * 10_000}, {"tuple": [{"tuple": []}]}, {"float": "00"}, {"str": "ff"}),
+    *(None, True, "", "x", [], {}, [[]], [0], {"int": "z"}, {"int": "0x" + "f" * 10_000}, {"tuple": [{"tuple": []}]}, {"float": "00"},
+    {"str": "ff"}),
     *NUMBERS,
     *PATHS,
     *( "@deep lists@", "@deep nodes@", "@deeper nodes@", "@deep constants@"),
@@ -203,14 +204,17 @@ SHAPES = [
 ]
 #: What is worth trying in a place, by its key.
 LIKELY: dict[Any, list[Any]] = {
-    "kind": [*KINDS, "list", "tuple", "dict", "deque", "OrderedDict", "defaultdict", "tensor", "ndarray", "int", "float", "str", "object", ""],
+    "kind": [*KINDS, "list", "tuple", "dict", "deque", "OrderedDict", "defaultdict", "tensor", "ndarray", "int", "float", "str", "object",
+        ""],
     "shape": SHAPES,
     "strides": SHAPES,
-    "dtype": ["float32", "float64", "bfloat16", "bool", "int64", "complex128", "uint8", "<f4", "|O", "<U1000000", "|V8", "M8[s]", "<f8,<i4", "bits8", "quint8", ""],
+    "dtype": ["float32", "float64", "bfloat16", "bool", "int64", "complex128", "uint8", "<f4", "|O", "<U1000000", "|V8", "M8[s]",
+        "<f8,<i4", "bits8", "quint8", ""],
     "device": ["meta", "cuda:7", "xla", "nowhere", "cpu:3"],
     "digest": ["", "md5:" + "0" * 64, "blake3", "blake3:" + "0" * 64, "sha256:" + "0" * 63, ":"],
     "path": PATHS,
-    "static": [[["label", 1]], [["__class__", "x"]], [["__dict__", {"tuple": []}]], [10**18], [-1], ["list"], ["eval"], [[]], [["inside", 1], ["label", 1]]],
+    "static": [[["label", 1]], [["__class__", "x"]], [["__dict__", {"tuple": []}]], [10**18], [-1], ["list"], ["eval"], [[]],
+        [["inside", 1], ["label", 1]]],
     "keys": [["__class__", "second"], ["inside", "inside"], [], [None, {"tuple": []}], ["first", "second", "third"]],
     "format": [0, 1, 2, 3, -1, 10**9],
     "metrics": [{"loss": "abc"}, {"loss": "nan"}, {"loss": "-inf"}, {"loss": ""}, {}],
@@ -368,12 +372,18 @@ class Config:
 
 
 LINES = [
-    "experiment: experiments.digits", "experiment: [1]", "config:", "config: {}", "config: {epochs: 3}", "config: {epochs: 1e400}", "  epochs: 3", "  epochs: '3'",
-    "  epochs: 99999999999999999999999", "  epochs: " + "9" * 5000, "  schedule: linear", "  optimizer: {type: SGD, lr: 1}", "  optimizer: {type: Adam, betas: [1]}",
-    "  optimizer: {type: [], lr: .nan}", "  augmentation: {crop: -1, names: [a]}", "  augmentation: {nowhere: 1}", "  tags: {a: !!binary AAAA}", "  tags: {2: 3}",
-    "  tags: !!python/object/apply:os.system ['touch canary']", "  tags: !!python/name:os.system", "  tags: !!python/module:antigravity", "  tags: !!set {a, b}",
-    "  tags: !!omap [a: 1]", "  tags: !!timestamp x", "  tags: {a: 2001-99-99}", "  tags: {a: 2001-01-01}", "  epochs: !!int ''", "  epochs: !!bool x", "  epochs: !!float x",
-    "  tags: &a {x: *a}", "  tags: {<<: 1}", "  tags: {<<: [*a]}", "  tags: {? [a] : b}", "history: []", "history: [{changed: {epochs: [5, 8]}, step: 1, ticks: 2}]",
+    "experiment: experiments.digits", "experiment: [1]", "config:", "config: {}", "config: {epochs: 3}", "config: {epochs: 1e400}",
+    "  epochs: 3", "  epochs: '3'",
+    "  epochs: 99999999999999999999999", "  epochs: " + "9" * 5000, "  schedule: linear", "  optimizer: {type: SGD, lr: 1}",
+    "  optimizer: {type: Adam, betas: [1]}",
+    "  optimizer: {type: [], lr: .nan}", "  augmentation: {crop: -1, names: [a]}", "  augmentation: {nowhere: 1}",
+    "  tags: {a: !!binary AAAA}", "  tags: {2: 3}",
+    "  tags: !!python/object/apply:os.system ['touch canary']", "  tags: !!python/name:os.system", "  tags: !!python/module:antigravity",
+    "  tags: !!set {a, b}",
+    "  tags: !!omap [a: 1]", "  tags: !!timestamp x", "  tags: {a: 2001-99-99}", "  tags: {a: 2001-01-01}", "  epochs: !!int ''",
+    "  epochs: !!bool x", "  epochs: !!float x",
+    "  tags: &a {x: *a}", "  tags: {<<: 1}", "  tags: {<<: [*a]}", "  tags: {? [a] : b}", "history: []",
+    "history: [{changed: {epochs: [5, 8]}, step: 1, ticks: 2}]",
     "history: [{forked: 1}]", "history: {}", "\t", "---", "...", "%YAML 3.0", "# é", "&a", "*a", "!", "|", "? ", "\ud7ff", "\x85",
     "config: &b " + "[" * 400 + "]" * 400, "  tags: " + "{a: " * 400 + "1" + "}" * 400,
 ]  # fmt: skip

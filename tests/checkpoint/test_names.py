@@ -68,7 +68,10 @@ def test_who_looks_into_a_checkpoint_need_not_have_imported_our_classes(tmp_path
     totals = metrics.fold(None, {"loss": torch.tensor(1.0), "seen": metrics.sum(torch.ones(2))}, 2)
     rule = optim.adamw(1e-3).init({"w": torch.zeros(2)})
     saved(tmp_path, {"key": fnrun.Key(3), "totals": totals, "rule": rule, "text": Text("a"), "cursor": Cursor()})
-    code = "import sys; from fnrun.checkpoint import Checkpoints; state = Checkpoints(sys.argv[1]).restore(); print(*map(type, state.memory['it'].values()))"
+    code = (
+        "import sys; from fnrun.checkpoint import Checkpoints; state = Checkpoints(sys.argv[1]).restore(); "
+        "print(*map(type, state.memory['it'].values()))"
+    )
     ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert [name for name in ("Key", "Totals", "RuleState", "Text", "Cursor") if name not in ran.stdout] == [], ran.stderr
 

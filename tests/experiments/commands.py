@@ -32,7 +32,8 @@ def command(*args: Any) -> list[str]:
 def run(*args: Any, cwd: Path | None = None, code: int = 0) -> str:
     """Run to the end; the output of both streams. Asserts the exit code, and shows the output where it is another."""
     done = subprocess.run(
-        command(*args), env=ENVIRONMENT, cwd=cwd or ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=300
+        command(*args), env=ENVIRONMENT, cwd=cwd or ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=300
     )  # fmt: skip
     assert done.returncode == code, f"exit code {done.returncode}:\n{done.stdout}"
     return done.stdout

@@ -76,7 +76,7 @@ def _tensorboard(path: Path) -> Any:
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of the one offline run in `path`: wandb's messages, in LevelDB's log format (blocks of 32 KiB, wandb's header is 7 bytes)."""
+    """The records of the one offline run in `path`: wandb's messages, in LevelDB's log format (blocks of 32 KiB, a header of 7 bytes)."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 

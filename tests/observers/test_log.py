@@ -72,7 +72,8 @@ def test_jsonl_has_no_numbers_that_json_lacks(tmp_path):
     sink.flush()
     sink.close()
     line = json.loads((tmp_path / "deep" / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert line == {"ticks": 3, "at": "1", "step": 3, "epoch": 1, "a": "NaN", "b": "-Infinity", "c": [1.0, "Infinity"], "d": {"x": 1}, "clock": {"time": 1.0}}  # fmt: skip
+    metrics = {"a": "NaN", "b": "-Infinity", "c": [1.0, "Infinity"], "d": {"x": 1}}
+    assert line == {"ticks": 3, "at": "1", "step": 3, "epoch": 1, **metrics, "clock": {"time": 1.0}}
 
 
 def test_jsonl_refuses_a_metric_by_the_name_of_a_field(tmp_path):
@@ -129,12 +130,14 @@ def test_log_every_none():
 
 def test_a_finished_program_that_trains_again_loses_no_line(tmp_path):
     path = tmp_path / "m.jsonl"
-    loop = fnrun.repeat(counted(observers=[observers.log(1, to=[observers.jsonl(path)])]), 2, observers=[observers.log(to=[observers.jsonl(path)])])  # fmt: skip
+    inner = counted(observers=[observers.log(1, to=[observers.jsonl(path)])])
+    loop = fnrun.repeat(inner, 2, observers=[observers.log(to=[observers.jsonl(path)])])
     state, _ = loop(fresh(), [torch.zeros(1)] * 2)
     state, _ = loop(state, [torch.zeros(1)] * 2)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["ticks"], line["at"]) for line in lines] == [
-        (1, "0.1"), (2, "0.2"), (2, "1"), (3, "1.1"), (4, "1.2"), (4, "2"), (5, "0.1"), (6, "0.2"), (6, "1"), (7, "1.1"), (8, "1.2"), (8, "2"),
+        (1, "0.1"), (2, "0.2"), (2, "1"), (3, "1.1"), (4, "1.2"), (4, "2"),
+        (5, "0.1"), (6, "0.2"), (6, "1"), (7, "1.1"), (8, "1.2"), (8, "2"),
     ]  # fmt: skip
 
 

@@ -106,7 +106,7 @@ print("the end")
 
 
 def in_a_terminal(*args):
-    """The exit code; what a terminal of 80 columns holds after the command, what has scrolled out of it included; and all that was sent to it."""
+    """The exit code; the lines of a terminal of 80 columns after the command, with those that scrolled out; and all that was sent to it."""
     import pyte
 
     leader, follower = pty.openpty()

@@ -14,7 +14,12 @@ from fnrun.observers.window import Window
 from tests.observers.test_log import Kept
 from tests.programs import fresh
 
-STATISTICS = {"mean": lambda v, w: np.average(v, weights=w), "min": lambda v, w: v.min(), "max": lambda v, w: v.max(), "last": lambda v, w: v[-1]}  # fmt: skip
+STATISTICS = {
+    "mean": lambda v, w: np.average(v, weights=w),
+    "min": lambda v, w: v.min(),
+    "max": lambda v, w: v.max(),
+    "last": lambda v, w: v[-1],
+}
 
 
 def ticks(values, sizes):

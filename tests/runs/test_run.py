@@ -90,7 +90,8 @@ def left_by_node7(run: Run) -> Path:
 class TestOneWriter:
     def test_a_second_process_is_refused_at_once(self, run: Run):
         with another_process(run) as other:
-            message = rf"{run.path} is being written by process {other.pid} on host {socket.gethostname()} \(since 2.*stop it \(kill {other.pid}\)"
+            by = f"process {other.pid} on host {socket.gethostname()}"
+            message = rf"{run.path} is being written by {by} \(since 2.*stop it \(kill {other.pid}\)"
             with pytest.raises(RunError, match=message), run.writing():
                 pass
         with run.writing():

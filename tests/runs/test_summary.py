@@ -15,7 +15,7 @@ from fnrun.runs.summary import summary
 
 
 def logged(path: Path, steps: int) -> fnrun.Run:
-    """Each step has a loss, which is least at two thirds of the way, each 100th an accuracy, which is NaN at first and twice at its best."""
+    """Each step has a loss, least at two thirds of the way; each 100th an accuracy, NaN at first and twice at its best."""
     run = fnrun.Run.create("some.experiment", {}, path)
     with run.metrics.open("w") as file:
         for step in range(1, steps + 1):

@@ -3,7 +3,8 @@
     python -m tests.torture.flips
 
 The first sweep takes each byte of each file of a checkpoint of small leaves; the second each 29th of one with large leaves too, which have
-files of their own. The third is the first again, with the manifest made to agree with the damaged file: what then matters, the digest of a leaf notices.
+files of their own. The third is the first again, with the manifest made to agree with the damaged file: then the digest of a leaf notices
+what matters.
 """
 
 from __future__ import annotations

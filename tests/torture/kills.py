@@ -49,7 +49,7 @@ class Kills:
             self._look(folder, saved)
 
     def at_operations(self, way: str, folder: Path, operations: Iterable[int]) -> None:
-        """A kill right before these operations on files, each in a copy of the same three checkpoints; ends with the child that ends by itself."""
+        """A kill right before these operations on files, each in a copy of the same three checkpoints; the last child ends by itself."""
         code, saved = Process(way, folder / "begun", last=3).end(kill=False)
         assert (code, saved) == (0, 3)
         for operation in operations:

@@ -141,7 +141,7 @@ SERVER.set_forkserver_preload(["tests.torture.warm", __name__])
 
 
 class Process:
-    """A child that saves into `directory` in one of the WAYS, up to a last step; it dies right before an operation on files, if one is given."""
+    """A child that saves into `directory` in one of the WAYS, up to a last step; it can die right before an operation on files."""
 
     def __init__(self, way: str, directory: Path, last: int = 10**6, operation: int | None = None) -> None:
         self.pipe, inside = SERVER.Pipe(duplex=False)

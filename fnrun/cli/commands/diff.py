@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fnrun.checkpoint import Manifest
 from fnrun.checkpoint.codec import named_today
@@ -184,11 +183,8 @@ def measure(a: Any, b: Any) -> dict[str, Any]:
     >>> measure(np.array([1.0, 2.0, np.nan]), np.array([1.0, 2.5, 3.0]))
     {'elements': 2, 'of': 3, 'largest': 0.5, 'nonfinite': 1}
     """
-    bits = [
-        np.asarray(tree.array(value) if isinstance(value, torch.Tensor) else np.frombuffer(value.tobytes(), np.uint8)) for value in (a, b)
-    ]
     size = int(np.prod(a.shape))
-    unequal = (bits[0].reshape(size, -1) != bits[1].reshape(size, -1)).any(axis=1)
+    unequal = (tree.array(a).reshape(size, -1) != tree.array(b).reshape(size, -1)).any(axis=1)
     found: dict[str, Any] = {"elements": int(unequal.sum()), "of": size}
     x, y = numbers(a), numbers(b)
     if x is None or y is None:

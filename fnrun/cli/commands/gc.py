@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +67,21 @@ def superfluous(checkpoints: Checkpoints, keep: int | None, keep_every: int | No
         return rows, []
     old = checkpoints.superfluous(keep, keep_every)
     entries = checkpoints.entries()
-    damaged = {entry: error for entry in entries if (error := _damage(checkpoints, entry))}
+    damaged = {entry: error for entry in entries if (error := _damage(checkpoints.check, entry))}
     notes = [f"{entry.name} is damaged, and stays: {error}" for entry, error in damaged.items()]
-    needed = [entry for entry in damaged if entry not in old and (entry in entries[-keep:] or _readable(checkpoints, entry))]
+    needed = [entry for entry in damaged if entry not in old and (entry in entries[-keep:] or not _damage(checkpoints.manifest, entry))]
     if old and needed:
         return rows, [*notes, f"old checkpoints stay, for {needed[-1].name}, which was to stay in their place, is damaged"]
     reason = f"old: not of the {keep} newest, nor the best{f', nor the first of {keep_every} steps' if keep_every else ''}"
     return rows + [_row(checkpoints.directory / entry.name, reason) for entry in old if entry not in damaged], notes
 
 
-def _damage(checkpoints: Checkpoints, entry: Entry) -> DamagedError | None:
+def _damage(read: Callable[[Entry], Any], entry: Entry) -> DamagedError | None:
     try:
-        checkpoints.check(entry)
+        read(entry)
     except DamagedError as error:
         return error
     return None
-
-
-def _readable(checkpoints: Checkpoints, entry: Entry) -> bool:
-    with contextlib.suppress(DamagedError):
-        return checkpoints.manifest(entry) is not None
-    return False
 
 
 def _row(path: Path, reason: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def train(
     watching: Any = (),
     keep: int | None = None,
 ) -> fnrun.Run:
-    """A run of a linear model on 12 examples, 3 steps an epoch, validated and saved after each epoch; `resumed` goes on from its last checkpoint."""
+    """A run of a linear model on 12 examples, 3 steps an epoch, validated and saved after each epoch; `resumed` goes on from the last."""
     run = fnrun.Run.open(path, Config) if resumed else fnrun.Run.create("tests.cli.commands.made", config, path)
     torch.manual_seed(0)
     model, optimizer = torch.nn.Linear(4, 1), optim.adamw(run.config.lr)
