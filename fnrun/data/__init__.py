@@ -1,4 +1,13 @@
-"""Data: from a position to the batches from there on."""
+"""Streams of batches: functions from a position to the batches after it.
+
+content        digests that identify data
+stream         what a stream is; lists of batches; copies to a device
+order          the shuffled order of a pass
+arrays         tensors and arrays in memory
+ambient        torch's, Python's and NumPy's generators
+loader         a data set, in this process or in workers
+stateful       iterables with state_dict and load_state_dict
+"""
 
 from fnrun.data.arrays import Arrays, arrays
 from fnrun.data.loader import Loader, loader

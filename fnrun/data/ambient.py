@@ -1,7 +1,7 @@
-"""The ambient generators around the loading of data: seeded from keys, and back as they were.
+"""The ambient generators of torch, Python and NumPy: seeded from keys, compared and restored.
 
-Seeding all three costs 8 us, more than many a data set needs for an example. So the loader seeds those that are drawn from, and
-looks at the others after each batch. NumPy takes 32 us to say its state: its words are compared where they lie (`BitGenerator.ctypes`).
+Seeding all three takes 8 us, more than many data sets need for an example. So the loader seeds those that are drawn from, and compares the
+others after each batch. NumPy takes 32 us to return its state: its words are compared in place (`BitGenerator.ctypes`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Generator(Protocol):
     what: str
 
     def save(self) -> Any:
-        """The state, to `restore` and to compare."""
+        """The state, for `restore` and `moved`."""
         ...
 
     def mark(self) -> Any:
-        """The state just after `seed`, to compare only."""
+        """The state just after `seed`, for `moved` alone."""
         ...
 
     def moved(self, saved: Any) -> bool:
-        """Whether it was drawn from (or seeded) since."""
+        """Whether it has been drawn from, or seeded, since."""
         ...
 
     def restore(self, saved: Any) -> None: ...
@@ -80,10 +80,10 @@ class Python:
 
 
 class NumPy:
-    """The generator of `np.random`: a Mersenne twister with a cache for the second of two normal numbers.
+    """The generator of `np.random`: a Mersenne twister, with a cache for the second of two normal numbers.
 
-    A draw may take the cached number without moving the words. So the words alone tell only where the cache is empty, as after a seed; and
-    a state that was read with an empty cache is `known`, and stands for as long as the words are the same.
+    A draw from the cache does not change the words. So the words identify the state only while the cache is empty, as after a seed. A state
+    that was read with an empty cache is `known` while the words are the same.
     """
 
     what = "NumPy's global generator (np.random)"

@@ -1,4 +1,4 @@
-"""Batches of tensors that are in memory."""
+"""Batches of tensors and arrays in memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import numpy as np
 import optree
 import torch
 
-from fnrun.core import examples as rows, tree
+from fnrun.core import tree
 from fnrun.core.counts import count
+from fnrun.core.examples import ambiguous, attach_count
 from fnrun.core.key import Key
 from fnrun.core.position import Cursor
 from fnrun.core.words import a, kind, unknown
@@ -24,13 +25,12 @@ from fnrun.data.content import digest
 from fnrun.data.order import permutation
 from fnrun.data.stream import Stream, walk
 
-#: So many rows of the order are computed at once: a NumPy call on 32 numbers costs nearly as much as one on thousands.
+#: The rows of the order that are computed at once: a NumPy call on 32 numbers takes nearly as long as one on thousands.
 BLOCK = 65_536
 
 
 def passes(rows: int, batch_size: int, drop_last: bool) -> int:
-    """The batches in one pass. Raises ValueError, with the numbers, where there would be none."""
-    batch_size = count("batch_size", batch_size)
+    """The number of batches in a pass. Raises ValueError, with the numbers, where there is none."""
     if not rows:
         raise ValueError("the data is empty: a stream needs at least one batch")
     if drop_last and rows < batch_size:
@@ -39,13 +39,13 @@ def passes(rows: int, batch_size: int, drop_last: bool) -> int:
 
 
 def cut(batch_size: int, shuffle: bool, drop_last: bool, seed: int | None) -> str:
-    """How rows become batches, in words."""
+    """How rows become batches, as text."""
     order = "in order" if not shuffle else "shuffled" if seed is None else f"shuffled by seed {seed}"
     return f"{batch_size} a batch, {order}{', short last batch dropped' if drop_last else ''}"
 
 
 def check_seed(who: str, seed: Any, shuffle: bool) -> None:
-    """Raise where `seed` is none, or has nothing to do."""
+    """Raise TypeError where `seed` is no int, ValueError where it has no use."""
     if seed is None:
         return
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
@@ -55,17 +55,17 @@ def check_seed(who: str, seed: Any, shuffle: bool) -> None:
 
 
 class Order:
-    """The rows of each batch, in order or shuffled by the key of the pass (of a `seed` if there is one); computed in blocks of batches."""
+    """The rows of each batch, in order or shuffled by the key (that of `seed`, if any); computed in blocks of batches."""
 
     def __init__(self, key: Key, rows: int, batch_size: int, shuffle: bool, seed: int | None) -> None:
         key = key if seed is None else Key(seed)
         self.key, self.rows, self.batch_size, self.shuffle = key, rows, batch_size, shuffle
         self.per_block = max(1, BLOCK // batch_size)
-        self.at: tuple[int, int] = (-1, 0)  # the epoch and the first batch of the block at hand
+        self.at: tuple[int, int] = (-1, 0)  # the epoch and the first batch of the block
         self.block = np.empty(0, np.int64)
 
     def fill(self, epoch: int, batch: int) -> bool:
-        """Compute the block that holds this batch; False if it is at hand."""
+        """Compute the block with this batch; False if it is the present one."""
         first = batch - batch % self.per_block
         if self.at == (epoch, first):
             return False
@@ -75,12 +75,12 @@ class Order:
         return True
 
     def within(self, batch: int, batches: int = 1) -> slice:
-        """Where the rows of this batch, and of those after it, are in the block at hand."""
+        """The rows of `batches` batches from this one on, as a slice of the block."""
         start = (batch - self.at[1]) * self.batch_size
         return slice(start, min(start + self.batch_size * batches, len(self.block)))
 
 
-#: Small batches are gathered several at a time, in one call: so many bytes of them.
+#: Small batches are gathered several at a time, in one call of at most so many bytes.
 TOGETHER = 2**18
 
 
@@ -101,12 +101,8 @@ class Arrays(Stream):
         return f"arrays of {self.rows} rows, {cut(self.batch_size, self.shuffle, self.drop_last, self.seed)}"
 
     @cached_property
-    def _source(self) -> str:
-        return f"{self.brief()}, content {digest(self.tensors)}"
-
-    @property
-    def source(self) -> str:
-        return self._source
+    def content(self) -> str:
+        return digest(self.tensors)
 
     def __len__(self) -> int:
         return passes(self.rows, self.batch_size, self.drop_last)
@@ -116,12 +112,12 @@ class Arrays(Stream):
         order = Order(key, self.rows, self.batch_size, self.shuffle, self.seed)
         indices: dict[torch.device, torch.Tensor] = {}
         sizes = [leaf[:1].nbytes * self.batch_size for leaf in leaves]
-        # Not where a batch would begin in the middle of a cache line: kernels may give other bits there, and a resumed run cuts elsewhere.
+        # Not if a batch would begin within a cache line: kernels may compute other bits there, and a resumed run begins elsewhere.
         together = max(1, TOGETHER // max(1, sum(sizes))) if not any(size % 64 for size in sizes) else 1
-        lists = rows.ambiguous(self.tensors)
+        lists, source = ambiguous(self.tensors), self.source
         following, gathered = (-1, 0), deque[Any]()
         for epoch, batch, after in walk(cursor, len(self), replay):
-            if not gathered or following != (epoch, batch):  # each is given away once, for its taker may write to it
+            if not gathered or following != (epoch, batch):  # each batch is handed out once: who gets it may write to it
                 if order.fill(epoch, batch) and self.shuffle:
                     block = torch.from_numpy(order.block)
                     indices = {device: block.to(device) for device in {leaf.device for leaf in leaves}}
@@ -135,13 +131,13 @@ class Arrays(Stream):
             made = structure.unflatten(gathered.popleft())
             if self.transform is not None:
                 made = _transformed(self.transform, made, key.fold_in(epoch, "batch", batch))
-                made = rows.attach_count(made, min(self.batch_size, self.rows - batch * self.batch_size), columns=lists)
+                made = attach_count(made, min(self.batch_size, self.rows - batch * self.batch_size), columns=lists)
             elif lists:
-                made = rows.attach_count(made, None, columns=True)
-            yield made, Cursor(*after, self.source)
+                made = attach_count(made, None, columns=True)
+            yield made, Cursor(*after, source)
 
 
-#: torch has not all kernels of unsigned integers: their bits are gathered as those of signed ones.
+#: torch lacks kernels for unsigned integers: their bits are gathered as signed ones.
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
@@ -151,7 +147,7 @@ def _picked(leaf: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _transformed(transform: Callable[[Any, Key], Any], batch: Any, key: Key) -> Any:
-    """`transform(batch, key)`, with torch's generators seeded from the key; Python's and NumPy's must not be drawn from."""
+    """`transform(batch, key)`, with torch's generators seeded from the key; a draw from Python's or NumPy's is a RuntimeError."""
     saved = ambient.save_hosts()
     with key.scope():
         made = transform(batch, key)
@@ -177,28 +173,28 @@ def arrays(
     seed: int | None = None,
     **others: Never,
 ) -> Arrays:
-    """The stream of a pytree of tensors or NumPy arrays that share their leading length: a batch is one gather a leaf, of tensors.
+    """The stream of a pytree of tensors or NumPy arrays of one leading length; batches are pytrees of tensors.
 
-    The arrays are read where they lie: a `np.memmap`, also a read-only one, and a tensor of `torch.from_file` stay on disk, and a batch's
-    rows alone come into memory. A file of tokens is `arrays(np.memmap("tokens.bin", np.uint16, "r").reshape(-1, 1024), 8)`. Batches have
-    the array's dtype; of uint16 an embedding wants `transform=lambda batch, key: batch.long()`.
-    A batch owns its memory: what is done to it in place does not reach `tensors`.
+    Data stays where it is: of an `np.memmap`, also a read-only one, or a tensor of `torch.from_file`, only the rows of a batch are read. A
+    file of tokens is `arrays(np.memmap("tokens.bin", np.uint16, "r").reshape(-1, 1024), 8)`. Batches have the array's dtype; for an
+    embedding, convert uint16 by `transform=lambda batch, key: batch.long()`. A batch has its own memory: writes do not reach `tensors`.
 
-    - `batch_size`: rows in a batch, at least 1. One above the number of rows gives one short batch, and with `drop_last` is an error.
+    - `batch_size`: rows in a batch, at least 1. A larger one than the data makes one short batch; with `drop_last` it is an error.
     - `shuffle=False`: a new order for each pass, drawn from the state's key.
-    - `drop_last=False`: leave out the last batch of a pass where it is short.
-    - `transform=None`: `transform(batch, key)` makes of a batch what the step is given. Its randomness comes from `key`, or from torch's
-      ambient generators, which are seeded from it. The result counts as many examples as it was made of rows, whatever its lengths.
+    - `drop_last=False`: omit a short last batch of a pass.
+    - `transform=None`: `transform(batch, key)` returns the batch for the step. Random numbers come from `key`, or from torch's ambient
+      generators, which are seeded from it. The result counts as many examples as it has rows before the transform, whatever its lengths.
     - `name=None`: the stream's name in messages.
-    - `seed=None`: with `shuffle`, the order comes from this number alone, so that runs of other seeds see one order. What is random in
-      `transform` follows the state's key all the same.
+    - `seed=None`: with `shuffle`, the order depends on this number alone, so that runs with other seeds have the same order. Random
+      numbers in `transform` still depend on the state's key.
 
-    The content must not change while a run lasts: a digest of it, made at each start, tells whether a run is resumed on other data. Up to
-    64 MiB it is of the whole content; above, of 256 blocks of rows, 64 MiB together unless single rows are larger than 256 KiB.
-    An array in another byte order or of negative strides is copied; a mapped one is refused.
+    The content must not change during a run. A digest of it, made at each start, shows whether a run resumes on other data: of the whole
+    content up to 64 MiB; above, of 256 blocks of rows, 64 MiB together unless single rows are larger than 256 KiB.
 
-    Raises ValueError for lengths that differ (with the paths), empty data, a batch size below 1, a seed without `shuffle`, and what no
-    tensor can be made of.
+    An array in another byte order or with negative strides is copied; a mapped one is refused.
+
+    Raises ValueError for lengths that differ (with the paths), empty data, a batch size below 1, a seed without `shuffle`, and data that
+    cannot become a tensor.
 
     >>> stream = arrays({"x": torch.arange(5), "y": np.arange(5.0)}, 2)
     >>> batch, after = next(stream.iterate(Key(0), Cursor(epoch=0, batch=2)))
@@ -217,6 +213,7 @@ def arrays(
         raise ValueError("the arrays differ in their length: " + ", ".join(f"{path or '(root)'} has {n}" for path, n in lengths.items()))
     rows = lengths[paths[0]]
     check_seed("data.arrays", seed, shuffle)
+    batch_size = count("batch_size", batch_size)
     passes(rows, batch_size, drop_last)
     return Arrays(tensors, rows, batch_size, shuffle, drop_last, transform, name, seed)
 
@@ -240,7 +237,7 @@ def _tensor(path: str, leaf: Any) -> torch.Tensor:
 
 
 def _of_array(where: str, array: np.ndarray) -> torch.Tensor:
-    """The tensor that shares the array's memory; a copy of an array that lies in memory as torch cannot read it."""
+    """A tensor in the array's memory; a copy of an array with a layout that torch cannot read."""
     if isinstance(array, np.ma.MaskedArray):
         raise ValueError(f"{where} is a masked array, and a tensor has no mask: fill it, or give the mask as an array of its own")
     if not array.dtype.isnative or any(stride < 0 or stride % array.itemsize for stride in array.strides if array.itemsize):
@@ -252,7 +249,7 @@ def _of_array(where: str, array: np.ndarray) -> torch.Tensor:
             )
         array = array.astype(array.dtype.newbyteorder("="), order="C")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of an array that must not be written to: a batch is a copy
+        with warnings.catch_warnings(action="ignore"):  # of a read-only array: a batch is a copy
             return torch.from_numpy(array)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None

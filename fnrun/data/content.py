@@ -1,4 +1,4 @@
-"""What identifies data: a digest of its content."""
+"""Digests that identify data."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from fnrun.core import tree
 
-#: Up to so many bytes the whole content is read; of more, evenly spaced blocks of about as much.
+#: Data of at most LIMIT bytes is read whole; of larger data BLOCKS evenly spaced blocks, about LIMIT bytes together.
 LIMIT = 64 * 2**20
 BLOCKS = 256
 
 
 def digest(data: Any) -> str:
-    """16 hex digits that stand for structure, shapes, dtypes and content of a pytree; of a leaf that is not data, its type."""
+    """16 hex digits for structure, shapes, dtypes and content of a pytree; for a leaf that is not data, for its type."""
     leaves = [part for leaf in tree.leaves(data) for part in _dense(leaf)]
     total = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, (torch.Tensor, np.ndarray)))
     found = hashlib.sha256(repr(tree.paths(data)).encode())
@@ -30,8 +30,14 @@ def digest(data: Any) -> str:
     return found.hexdigest()[:16]
 
 
+def fingerprint(data: Any) -> Any:
+    """The attribute `fingerprint` of a user's data, called if it is a method; None without one."""
+    mark = getattr(data, "fingerprint", None)
+    return mark() if callable(mark) else mark
+
+
 def _dense(leaf: Any) -> list[Any]:
-    """The tensors that a sparse or nested one consists of."""
+    """The tensors of which a sparse or nested one consists."""
     if isinstance(leaf, torch.Tensor) and leaf.is_nested:
         return list(leaf.unbind())
     if isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""Batches of examples that a data set fetches, in this process or in workers."""
+"""Batches of a data set's examples, fetched in this process or in workers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ import torch
 from torch._C import _error_if_any_worker_fails, _remove_worker_pids, _set_worker_pids
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
-from fnrun.core import examples as rows
 from fnrun.core.counts import count
+from fnrun.core.examples import attach_count
 from fnrun.core.key import Key
 from fnrun.core.position import Cursor
 from fnrun.core.waiting import Interrupted, asked
 from fnrun.core.words import unknown
 from fnrun.data import ambient
 from fnrun.data.arrays import Order, check_seed, cut, passes
+from fnrun.data.content import fingerprint
 from fnrun.data.stream import Stream, walk
 
 
@@ -50,32 +51,25 @@ class Loader(Stream):
         return f"{type(self.dataset).__name__} of {self.rows} examples, {cut(self.batch_size, self.shuffle, self.drop_last, self.seed)}"
 
     @cached_property
-    def _source(self) -> str:
-        mark = getattr(self.dataset, "fingerprint", None)
-        mark = mark() if callable(mark) else mark
-        content = f", content {mark}" if mark is not None else ""
-        return f"{self.brief()}{content}"
-
-    @property
-    def source(self) -> str:
-        return self._source
+    def content(self) -> Any:
+        return fingerprint(self.dataset)
 
     def __len__(self) -> int:
         return passes(self.rows, self.batch_size, self.drop_last)
 
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
         fetch = _Fetch(self.dataset, self.collate, key)
-        asks = _Asks(self, key, cursor, replay)
+        asks, source = _Asks(self, key, cursor, replay), self.source
         made = _in_workers(fetch, asks, self.workers, self.timeout) if self.workers else map(fetch.__getitem__, asks)
         try:
             for batch, (_, at, after) in zip(made, walk(cursor, len(self), replay), strict=True):
-                asked_for = min(self.batch_size, self.rows - at * self.batch_size)
-                yield rows.attach_count(batch, asked_for, columns=self.collate is default_collate), Cursor(*after, self.source)
+                examples = min(self.batch_size, self.rows - at * self.batch_size)
+                yield attach_count(batch, examples, columns=self.collate is default_collate), Cursor(*after, source)
         finally:
             getattr(made, "close", lambda: None)()
 
 
-#: What stands for the arguments of torch's `DataLoader`.
+#: The equivalents of arguments of torch's `DataLoader`.
 OURS = {
     "num_workers": "it is workers= here",
     "collate_fn": "it is collate= here",
@@ -104,33 +98,35 @@ def loader(
     seed: int | None = None,
     **others: Never,
 ) -> Loader:
-    """The stream of a map-style `torch.utils.data.Dataset`, or of anything with `len()` and `[index]`, fetched by `workers` processes.
+    """The stream of a map-style `torch.utils.data.Dataset`, or of anything with `len()` and `[index]`.
 
-    For each example torch's, Python's and NumPy's ambient generators are seeded from the key, the epoch and the example's position in the
-    pass, and for `collate` (torch's default if not given) from that of the batch. So what is random in them is the same with any number of
-    workers and after a resume; in this process the generators are left as they were. A data set with `__getitems__` is given whole
-    batches, and seeded once for each. `dataset[index]` must not depend on what was fetched before: an example may be fetched twice.
+    Random numbers are the same with any number of workers, and after a resume: torch's, Python's and NumPy's ambient generators are seeded
+    for each example from the key, the epoch and the example's position in the pass, and for `collate` from the batch's position. In this
+    process the generators are restored. A data set with `__getitems__` fetches whole batches, and is seeded once for each. `dataset[index]`
+    must not depend on earlier calls: an example may be fetched twice.
 
-    - `batch_size`: examples in a batch, at least 1. One above the number of examples gives one short batch, and with `drop_last` is an
-      error.
+    - `batch_size`: examples in a batch, at least 1. A larger one than the data set makes one short batch; with `drop_last` it is an error.
     - `shuffle=False`: a new order for each pass, drawn from the state's key.
-    - `drop_last=False`: leave out the last batch of a pass where it is short.
+    - `drop_last=False`: omit a short last batch of a pass.
     - `workers=0`: processes that fetch; 0 fetches in this one.
-    - `collate=None`: makes a batch of a list of examples. The batch counts as many examples as it was made of, whatever its lengths. Where
-      `collate` leaves some out, or an example is a whole batch, the steps want `examples=`.
-    - `timeout=None`: seconds to wait for a batch of a worker. Then it is a TimeoutError: so a disk that hangs ends a run, which can be
-      resumed. An interrupt ends the wait without one.
+    - `collate=None`: makes a batch of a list of examples; None is torch's default. The batch counts the examples of the list, whatever its
+      lengths. If `collate` drops some, or an example is a whole batch, the steps need `examples=`.
+    - `timeout=None`: seconds to wait for a worker's batch before a TimeoutError; None waits for ever. An interrupt ends the wait at once.
     - `name=None`: the stream's name in messages.
-    - `seed=None`: with `shuffle`, the order comes from this number alone, so that runs of other seeds see one order. What is random in the
-      examples follows the state's key all the same.
+    - `seed=None`: with `shuffle`, the order depends on this number alone, so that runs with other seeds have the same order. Random
+      numbers in the examples still depend on the state's key.
 
-    A batch of a worker lies in shared memory, and keeps a file open as long as it, or a view of it, is held: keep `tensor.clone()`.
-    Workers live as long as the iteration, across passes. They leave Ctrl-C and signals to the process group to the parent. What is raised
-    in the data set arrives with its own traceback and a note that names the example. A worker that dies is a RuntimeError, and says how.
-    `fingerprint`, an attribute or a method of the data set, tells the source of this stream from another of the same length.
+    Workers:
 
-    Raises ValueError for an empty data set, a batch size below 1, a negative number of workers, a seed without `shuffle`, or a timeout that
-    is no number of seconds above 0 or has no workers to wait for; TypeError for an iterable-style data set.
+    - A batch is in shared memory, and keeps a file open as long as it, or a view of it, is alive: keep `tensor.clone()`.
+    - They live as long as the iteration, across passes, and leave Ctrl-C and signals to the process group to the parent.
+    - An exception in the data set has its traceback, and a note that names the example. The death of a worker is a RuntimeError with its
+      cause.
+
+    `fingerprint`, an attribute or a method of the data set, identifies its content in the stream's source.
+
+    Raises ValueError for an empty data set, a batch size below 1, a negative number of workers, a seed without `shuffle`, and a timeout
+    that is not above 0 or without workers; TypeError for an iterable-style data set.
 
     >>> stream = loader(torch.utils.data.TensorDataset(torch.arange(5)), 2)
     >>> next(stream.iterate(Key(0), Cursor(batch=1)))[0]
@@ -154,7 +150,7 @@ def loader(
 
 
 class _Ask(NamedTuple):
-    """One batch to fetch: which it is, the position of its first example in the pass, and the examples."""
+    """One batch to fetch: its place, the position of its first example in the pass, and the indices of its examples."""
 
     epoch: int
     batch: int
@@ -164,7 +160,7 @@ class _Ask(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Asks:
-    """What is to be fetched from a cursor on."""
+    """The batches to fetch from a cursor on."""
 
     stream: Loader
     key: Key
@@ -180,18 +176,18 @@ class _Asks:
 
 
 class _Fetch:
-    """`fetch[ask]` is the batch, a function of the key and the ask; the ambient generators are left as they were.
+    """`fetch[ask]` is the batch, a function of the key and the ask; the ambient generators are restored.
 
-    In its first batch all generators are seeded for every example, afterwards those that were drawn from. Should another one move after
-    all, the batch is fetched again with that one seeded too: the result is that of seeding all of them, always.
+    For the first batch all generators are seeded for each example, later only those that were drawn from. If another one moves, the batch
+    is fetched again with that one seeded too. The result is always that of seeding all.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], key: Key) -> None:
         self.dataset, self.collate, self.key = dataset, collate, key
         self.whole = _fetches_batches(dataset)
-        self.drawn: list[ambient.Generator] | None = None  # not known before the first batch
+        self.drawn: list[ambient.Generator] | None = None  # unknown before the first batch
         for generator in ambient.generators():
-            generator.save()  # NumPy takes milliseconds to say where its words are: once here, not in every worker
+            generator.save()  # the first call of NumPy's takes milliseconds: here, not in each worker
 
     def __getitem__(self, ask: _Ask) -> Any:
         saved = [(generator, generator.save()) for generator in ambient.generators()]
@@ -228,7 +224,7 @@ class _Fetch:
         return batch
 
     def _batch(self, ask: _Ask, seed: Callable[[Key], None] | None) -> Any:
-        """The batch; `seed` is called before each example, and before the collation."""
+        """The batch; `seed` is called before each example, and before `collate`."""
         of_pass = self.key.fold_in(ask.epoch) if seed is not None else self.key
         what = "the examples"
         try:
@@ -244,7 +240,7 @@ class _Fetch:
             return self.collate(examples)
         except Exception as error:
             _note(error, f"{what} {ask.indices} (batch {ask.batch} of epoch {ask.epoch})")
-            if isinstance(error, StopIteration):  # it would end the iteration in silence
+            if isinstance(error, StopIteration):  # it would silently end the iteration
                 raise RuntimeError("the data set raised StopIteration") from error
             raise
 
@@ -283,7 +279,7 @@ def _note(error: Exception, what: str) -> None:
 
 
 def _fetches_batches(dataset: Any) -> bool:
-    """Whether `dataset` fetches whole batches itself. A `Subset` has the method, but uses that of the set below, if that has it."""
+    """Whether `dataset` fetches whole batches. A `Subset` always has the method; it counts if the data set below has it."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return bool(getattr(dataset, "__getitems__", None))
@@ -291,16 +287,16 @@ def _fetches_batches(dataset: Any) -> bool:
 
 # --- workers -----------------------------------------------------------------------------------------------------------
 
-#: Signals that are for the parent alone: what a terminal or a scheduler sends to all processes of a job.
+#: Signals for the parent alone: a terminal or a scheduler sends them to all processes of a job.
 PARENTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU}
-#: So often a wait for a batch asks for interrupts and looks whether workers live, in seconds.
+#: Seconds between two checks for interrupts and dead workers while a batch is waited for.
 SLICE = 0.2
-#: So long it may take until a worker ends, its death shows, or the signal that ended it has come here too, in seconds.
+#: Seconds for a worker to end, for its death to show, and for the signal that ended it to arrive here.
 SETTLES = 1.0
 
 
 class WorkerDied(RuntimeError):
-    """A data worker ended before its time."""
+    """A data worker has died."""
 
 
 def _in_workers(fetch: _Fetch, asks: _Asks, workers: int, timeout: float | None) -> Iterator[Any]:
@@ -319,12 +315,12 @@ def _in_workers(fetch: _Fetch, asks: _Asks, workers: int, timeout: float | None)
 
 
 def _ask_to_end(live: Any) -> None:
-    """Give the workers a moment for what they fetch; torch would wait 5 seconds for each that hangs, one after the other."""
+    """End the workers within SETTLES seconds; torch would wait 5 seconds for each that hangs, one after the other."""
     lock = live._workers_done_event._cond
     if lock.acquire(timeout=SETTLES):
         lock.release()
         live._workers_done_event.set()
-    else:  # a worker that was killed while it looked at the event holds its lock for ever
+    else:  # a worker that was killed while it read the event holds its lock for ever
         _kill(live._workers)
         live._workers_done_event = threading.Event()
     for queue in live._index_queues:
@@ -342,10 +338,10 @@ def _kill(workers: list[Any]) -> None:
 
 
 class _Waiting:
-    """The wait of a loader's iterator for what its workers send.
+    """The wait of a loader's iterator for a batch.
 
-    torch watches workers by a handler of SIGCHLD, which raises wherever the main thread is: in a hook, in a save, with a lock held for ever
-    where a process is forked. Here it watches only during a wait, where the error belongs.
+    torch's handler of SIGCHLD raises wherever the main thread is: in a hook, in a save, or with a lock during a fork. Here it is on only
+    during a wait.
     """
 
     def __init__(self, live: Any, timeout: float | None) -> None:
@@ -354,7 +350,7 @@ class _Waiting:
         self.begin()
 
     def begin(self) -> None:
-        """A batch is waited for from now."""
+        """Start the time of a wait."""
         self.began = time.monotonic()
 
     def __call__(self) -> Any:
@@ -393,14 +389,14 @@ class _Waiting:
             raise RuntimeError("torch's thread that copies batches to pinned memory has ended")
 
     def _judged(self, error: Exception) -> BaseException:
-        """What a failure of the channel to the workers is: an interrupt, which ended them too, a worker's death, or an error of its own."""
+        """The cause of a failed read from the workers: an interrupt, which ended them too, a worker's death, or the error itself."""
         if "Too many open files" in str(error):
             return OSError(
                 errno.EMFILE,
                 "data.loader: too many open files. Each tensor of a worker's batch holds one open as long as it, or a view of it, is kept. "
                 "Keep copies (tensor.clone()), or raise the limit (ulimit -n)",
             )
-        with contextlib.suppress(ValueError):  # where torch's handler has raised before it was done
+        with contextlib.suppress(ValueError):  # torch's handler may have raised half-way
             _remove_worker_pids(id(self.live))
         end = time.monotonic() + SETTLES
         while True:
@@ -413,8 +409,8 @@ class _Waiting:
             time.sleep(0.02)
         if not dead:
             return error
-        told = ", ".join(f"worker {worker.pid} {_ended(worker.exitcode)}" for worker in dead)
-        return WorkerDied(f"data.loader: {told}, while a batch was waited for")
+        ends = ", ".join(f"worker {worker.pid} {_ended(worker.exitcode)}" for worker in dead)
+        return WorkerDied(f"data.loader: {ends}, while a batch was waited for")
 
 
 def _ended(code: int | None) -> str:
@@ -439,8 +435,8 @@ def _started(fetch: _Fetch, asks: _Asks, workers: int) -> Any:
             generator=torch.Generator(),
         )
         _start_servers()
-        # What arrives within waits until the end: a worker must not run the parent's handlers before it has its own, nor the parent torch's
-        # handler of SIGCHLD, which raises, while it forks.
+        # Signals wait until the end: a worker must not run the parent's handlers before it has its own, nor the parent torch's handler of
+        # SIGCHLD, which raises, during a fork.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {*PARENTS, signal.SIGCHLD})
         try:
             live: Any = iter(loader)
@@ -452,9 +448,9 @@ def _started(fetch: _Fetch, asks: _Asks, workers: int) -> Any:
 
 
 def _start_servers() -> None:
-    """What `multiprocessing` keeps for all its processes starts before signals are blocked: it would have them blocked for life.
+    """Start the servers of `multiprocessing` before signals are blocked: they would inherit the mask for life.
 
-    A fork server that hears no SIGCHLD tells nobody of a worker's end.
+    A fork server without SIGCHLD does not report the end of a worker.
     """
     method = multiprocessing.get_start_method()
     if method != "fork":
@@ -468,9 +464,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals(worker: int) -> None:
-    """In a worker: Ctrl-C and what is sent to the process group are for the parent. It ends its workers itself, with SIGTERM if it must."""
+    """In a worker: leave Ctrl-C and signals to the process group to the parent, which ends its workers, with SIGTERM if it must."""
     for number in PARENTS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler is about other loaders' workers, which are no children of this process
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler is for other loaders' workers, which are no children of this process
     os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*PARENTS, signal.SIGCHLD})

@@ -1,7 +1,7 @@
 """The order of a pass: a keyed permutation, each index computed from its position alone.
 
-A Feistel network over the bits of an index permutes 0 .. 2**bits - 1; walking the cycle until the value is below `n` makes it a
-permutation of 0 .. n - 1. Nothing is stored, and the order of a billion rows costs no more memory than that of ten.
+A Feistel network over the bits of an index permutes 0 .. 2**bits - 1. Walking the cycle until the value is below `n` makes it a permutation
+of 0 .. n - 1. Nothing is stored, whatever `n` is.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import numpy as np
 from fnrun.core.counts import count
 from fnrun.core.key import Key
 
-#: Half-rounds. Four make a sound network over many bits; small domains want more.
+#: Half-rounds. Four suffice for many bits; small domains need more.
 ROUNDS = 8
 
 
 def permutation(key: Key, n: int, positions: np.ndarray) -> np.ndarray:
-    """Where `positions` (ints in 0 .. n - 1) go under the permutation of 0 .. n - 1 that `key` stands for, as int64.
+    """The images of `positions` (ints in 0 .. n - 1) under the permutation of 0 .. n - 1 with this key, as int64.
 
-    The same for ever, on every machine: the tests hold golden values.
+    It is the same for ever, on every machine: the tests hold golden values.
 
     >>> permutation(Key(0), 5, np.arange(5)).tolist()
     [4, 3, 1, 2, 0]
@@ -35,7 +35,7 @@ def permutation(key: Key, n: int, positions: np.ndarray) -> np.ndarray:
 
 
 def _scramble(values: np.ndarray, bits: int, constants: np.ndarray) -> np.ndarray:
-    """The Feistel network: each half in turn is xored with a hash of the other, which can be undone, so no two values meet."""
+    """The Feistel network: each half in turn is xored with a hash of the other, which is invertible."""
     low_bits, high_bits = (bits + 1) // 2, bits // 2
     low, high = values & np.uint64(2**low_bits - 1), values >> np.uint64(low_bits)
     for i in range(0, len(constants), 2):

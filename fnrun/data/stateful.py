@@ -1,4 +1,4 @@
-"""Streams that can only say where they are."""
+"""Streams of iterables that save and restore their own state."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any, Protocol
 
 from torch.utils.data import default_collate
 
-from fnrun.core import examples as rows, tree
+from fnrun.core import tree
+from fnrun.core.examples import attach_count
 from fnrun.core.key import Key
 from fnrun.core.position import Cursor
 from fnrun.core.words import a
+from fnrun.data.content import fingerprint
 from fnrun.data.stream import Stream
 
 
 class SaysWhere(Protocol):
-    """An iterable, an iteration of which is one pass, that goes on where `load_state_dict` puts it."""
+    """An iterable whose iteration is one pass, from the state of `load_state_dict` on."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> Any: ...
@@ -30,16 +32,14 @@ class Stateful(Stream):
 
     iterable: SaysWhere
     name: str | None
-    first: list[Any] = dataclasses.field(default_factory=list, repr=False)  # the iterable's state before its first use
+    first: list[Any] = dataclasses.field(default_factory=list)  # the iterable's state before its first use
 
     def brief(self) -> str:
         return f"stateful {type(self.iterable).__name__}"
 
     @property
-    def source(self) -> str:
-        mark = getattr(self.iterable, "fingerprint", None)
-        mark = mark() if callable(mark) else mark
-        return self.brief() + (f", content {mark}" if mark is not None else "")
+    def content(self) -> Any:
+        return fingerprint(self.iterable)
 
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
         with key.fold_in("enter").scope(host=True):
@@ -57,7 +57,7 @@ class Stateful(Stream):
             try:
                 for item, last, loader_state in items:
                     batch += 1
-                    item = rows.attach_count(item, None, columns=True) if columns else item
+                    item = attach_count(item, None, columns=True) if columns else item
                     yield item, Cursor(epoch + 1, 0, source, loader_state) if last else Cursor(epoch, batch, source, loader_state)
             finally:
                 items.close()
@@ -66,7 +66,7 @@ class Stateful(Stream):
             epoch, batch = epoch + (not replay), 0
 
     def _enter(self, cursor: Cursor) -> Any:
-        """Bring the iterable to the cursor; the state in which it is then."""
+        """Move the iterable to the cursor; returns its state there."""
         untouched = not self.first
         if untouched:
             self.first.append(tree.snapshot(self.iterable.state_dict()))
@@ -82,7 +82,7 @@ class Stateful(Stream):
         return state
 
     def _pass(self, key: Key, batch: int) -> Generator[tuple[Any, bool, Any]]:
-        """The items of a pass: each with whether it is the last, and the iterable's state after it. So the next is fetched first."""
+        """The items of a pass, each with whether it is the last, and the iterable's state after it. The next item is fetched first."""
         live: Any = None
         none = object()
 
@@ -91,7 +91,7 @@ class Stateful(Stream):
                 return next(live, none)
 
         try:
-            for _ in range(2):  # a stream that was left at the end of a pass may say once more that the pass is over
+            for _ in range(2):  # an iterable at the end of a pass may end it once more
                 with key.fold_in("pass").scope(host=True):
                     live = iter(self.iterable)
                 item = following(batch)
@@ -113,28 +113,27 @@ class Stateful(Stream):
 
 
 def _own_state(sampler: Any) -> bool:
-    """Whether a sampler has a state, and is not one of torchdata's, which its loader knows how to resume."""
+    """Whether a sampler has a state, and is not one of torchdata's, which its loader resumes."""
     return hasattr(sampler, "state_dict") and type(sampler).__module__.partition(".")[0] != "torchdata"
 
 
 def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
     """The stream of an iterable with `state_dict` and `load_state_dict`, such as torchdata's `StatefulDataLoader`: an iteration is a pass.
 
-    Its state, copied, travels with each batch and is kept in the position; it must be a pytree of tensors and plain values. The next
-    batch is fetched before one is given, since only then it is known whether the pass has ended. The iterable itself is live:
-    one iteration at a time. In this process the ambient generators are seeded for each batch from the key, and left as they were. What the
-    iterable's own workers draw is its own affair, as is how many batches a pass has.
+    - The position of each batch holds a copy of the iterable's state, which is a pytree of tensors and plain values.
+    - The next batch is fetched before one is returned, to find the end of the pass.
+    - The iterable is live: it has one iteration at a time.
+    - In this process the ambient generators are seeded for each batch from the key, and restored. The iterable's workers are not seeded.
+    - `fingerprint`, an attribute or a method of the iterable, identifies its content in the stream's source.
 
-    A run is as exact as what the iterable says. torchdata's loader says all of it where its order comes from a sampler with a generator of
-    its own and nothing is drawn in its workers. Otherwise, after a resume:
+    A resumed run is as exact as the iterable's state. That of torchdata's loader is complete if the order comes from a sampler with a
+    generator, and workers draw no random numbers. Otherwise, after a resume:
 
-    - with `shuffle=True` the passes are others;
-    - with workers, or a data set without state, its own counts are others;
-    - with workers and a sampler that has a `state_dict` of its own, the pass after a resume at a pass's end is another: a warning says so.
+    - with `shuffle=True` the passes differ;
+    - with workers, or a data set without state, its counts differ;
+    - with workers and a sampler with `state_dict`, the pass after a resume at the end of a pass differs: a warning says so.
 
-    For map-style data `data.loader` has no such gaps.
-
-    A `fingerprint`, an attribute or a method of the iterable, tells it from others.
+    For map-style data use `data.loader`.
 
     >>> class Count:
     ...     at = 0

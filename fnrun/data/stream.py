@@ -1,9 +1,10 @@
-"""The contract of a stream, its positions, and what every stream can do: `.to(device)`."""
+"""What a stream is, and what all streams can do: `.to(device)`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -20,33 +21,34 @@ from fnrun.data.content import digest
 
 @runtime_checkable
 class Batches(Protocol):
-    """A stream: a function from a position to the batches from there on.
+    """A stream: a function from a position to the batches after it.
 
-    It is a value that holds nothing live: two programs may iterate the same one at once. A stream whose passes have a known length
-    also has `len(batches)`.
+    It has no state: two programs may iterate it at once. A stream whose passes have a known length also has `len(batches)`.
     """
 
     @property
     def name(self) -> str | None:
-        """The name under which its position is kept in the state; None for that of its place in the data."""
+        """The name of its position in the state; None names it by its place in the data."""
         ...
 
     @property
     def source(self) -> str:
-        """What the batches are made of, in words: rows, batch size, order, a digest of the content."""
+        """A text that identifies the batches: rows, batch size, order, a digest of the content."""
         ...
 
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
-        """The batches from `cursor` on, each with the cursor after it, endlessly: after the last batch of pass e comes the first of e + 1.
+        """The batches from `cursor` on, endlessly, each with the cursor after it: pass e + 1 follows pass e.
 
-        `key` is the stream's own. With `replay` every pass is pass `cursor.epoch` again: the cursor after its last batch is still
-        `(epoch + 1, 0)`, and what follows is the first batch of `epoch`. Closing the iterator ends its workers.
+        - `key`: the stream's key.
+        - `replay`: each pass repeats pass `cursor.epoch`. The cursor after its last batch is still `(epoch + 1, 0)`.
+
+        Closing the iterator ends its workers.
         """
         ...
 
 
 def as_batches(value: Any) -> Batches:
-    """`value` if it is a stream, the stream of a list or tuple of batches. Raises TypeError, with what to do, for anything else."""
+    """`value` if it is a stream; the stream of a list or tuple of batches. Raises TypeError, with a remedy, for anything else."""
     if isinstance(value, Batches):
         return value
     if isinstance(value, (list, tuple)):
@@ -65,7 +67,7 @@ def as_batches(value: Any) -> Batches:
 
 
 def walk(cursor: Cursor, length: int, replay: bool) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """`(epoch, batch)` from the cursor on, and `(epoch, batch)` after it, for passes of `length` batches, endlessly."""
+    """`epoch, batch, (epoch, batch) after it`, from the cursor on, endlessly, for passes of `length` batches."""
     epoch, batch = cursor.epoch, cursor.batch
     if not 0 <= batch < length:
         raise ValueError(f"the position is batch {batch} of epoch {epoch}, and a pass has {length} batches")
@@ -79,16 +81,22 @@ def walk(cursor: Cursor, length: int, replay: bool) -> Iterator[tuple[int, int, 
 
 
 class Stream:
-    """What the streams of this package share."""
+    """The base of the streams of this package."""
 
     name: str | None
+    #: What identifies the content; None if nothing does.
+    content: Any = None
 
     def __repr__(self) -> str:
         return f"<stream{f' {self.name}' if self.name else ''}: {self.brief()}>"
 
     def brief(self) -> str:
-        """What it is made of, without its content."""
+        """What the batches are made of, without the content."""
         raise NotImplementedError
+
+    @property
+    def source(self) -> str:
+        return self.brief() if self.content is None else f"{self.brief()}, content {self.content}"
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
@@ -97,12 +105,12 @@ class Stream:
         )
 
     def to(self: Batches, device: torch.device | str) -> OnDevice:
-        """The same stream, name, source and positions, with each batch copied to `device` one batch ahead."""
+        """The stream with each batch copied to `device`, one batch ahead; name, source and positions are the same."""
         return OnDevice(self, _there(device))
 
 
 def _there(device: Any) -> torch.device:
-    """The device. Raises ValueError, with those that there are, where it is none of this machine."""
+    """The device. Raises ValueError, with the available ones, where this machine does not have it."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(cards))])
     try:
@@ -125,27 +133,23 @@ class Listed(Stream):
         return f"{len(self)} batches in a list"
 
     @cached_property
-    def _source(self) -> str:
-        return f"{self.brief()}, content {digest(self.items)}"
-
-    @property
-    def source(self) -> str:
-        return self._source
+    def content(self) -> str:
+        return digest(self.items)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def iterate(self, key: Key, cursor: Cursor, *, replay: bool = False) -> Iterator[tuple[Any, Cursor]]:
-        guard = Guard("a step, a hook or an observer")
+        guard, source = Guard("a step, a hook or an observer"), self.source
         for _, batch, after in walk(cursor, len(self), replay):
             marks = guard.look({f"batch {batch} of the list": self.items[batch]}) if guard.on else None
-            yield self.items[batch], Cursor(*after, self.source)
+            yield self.items[batch], Cursor(*after, source)
             if marks is not None:
                 guard.check(marks)  # in the next pass it would be changed again
 
 
 def batches(items: Sequence[Any], *, name: str | None = None) -> Listed:
-    """The stream of a few batches that are there already: in each pass all of them, in their order. A plain list given to a loop is this.
+    """The stream of a list of batches: a pass is all of them, in order. Loops make it of a plain list.
 
     Raises ValueError for an empty list.
 
@@ -161,7 +165,7 @@ def batches(items: Sequence[Any], *, name: str | None = None) -> Listed:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class OnDevice(Stream):
-    """`inner` with its batches on `device`, copied one batch ahead."""
+    """`inner` with its batches copied to `device`, one batch ahead."""
 
     inner: Batches
     device: torch.device
@@ -190,7 +194,7 @@ class OnDevice(Stream):
                 try:
                     batch, after = next(inner)
                     copied = copy(batch), after
-                except Exception:  # it belongs to the next batch: the one that is ready comes first
+                except Exception:  # of the next batch: the one that is ready comes first
                     if ready is not None:
                         yield copy.arrived(ready[0]), ready[1]
                     raise
@@ -202,26 +206,25 @@ class OnDevice(Stream):
 
 
 class _Copy:
-    """Copies batches to a device; on CUDA from pinned memory, in a stream of its own, so that the copy runs beside the computation."""
+    """Copies batches to a device; on CUDA from pinned memory and in a separate stream, beside the computation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Any) -> Any:
-        if self.stream is None:
-            return keep_count(tree.map(lambda leaf: leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf, batch), batch)
-
-        def to_cuda(leaf: Any) -> Any:
+        def copy(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
+            if self.stream is None:
+                return leaf.to(self.device)
             return (leaf.pin_memory() if leaf.device.type == "cpu" else leaf).to(self.device, non_blocking=True)
 
-        with torch.cuda.stream(self.stream):
-            return keep_count(tree.map(to_cuda, batch), batch)
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+            return keep_count(tree.map(copy, batch), batch)
 
     def arrived(self, batch: Any) -> Any:
-        """The batch, safe to use in the current stream."""
+        """The batch, ready for the current stream."""
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)
