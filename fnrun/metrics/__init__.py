@@ -1,7 +1,19 @@
-"""Metrics as folds: values that merge, so that what is measured batch by batch is what would be measured at once.
+"""Metrics as folds: values that merge, so that the merged batches have the value of all data at once.
 
-A fold is a pytree with `merge(other) -> fold`, associative, and `compute() -> tensor`, or a dict of tensors. The functions here
-make the fold of one batch. Nothing in this package waits for a device, and no fold grows with the data unless it was asked to keep it.
+A fold is a pytree with `merge(other) -> fold`, associative, and `compute() -> tensor`, or a dict of tensors. The functions here make the
+fold of one batch. They do not wait for a device. Folds have a fixed size, except those that collect values.
+
+    base             what a fold is; additive folds; checks
+    basic            mean, sum, last, min, max
+    classification   accuracy, confusion, precision, recall, F1
+    segmentation     intersection over union
+    auroc            the area under the ROC curve
+    regression       errors, R2, correlation
+    perplexity       of language models
+    bins, quantiles  quantiles of a fixed relative error
+    collect          all values
+    adapter, naming  metrics of torchmetrics
+    by_name          dictionaries of metrics
 """
 
 import importlib
@@ -82,7 +94,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The loops' totals, under the names by which users know them. They stand on a floor above, so they are imported when asked for."""
+    """The public names of the loops' totals, imported on access, since loops are on a floor above."""
     if name in ("Means", "Totals", "compute", "fold", "fold_each", "flushed"):
         return getattr(importlib.import_module("fnrun.loops.totals"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Any metric of torchmetrics as a fold: its states, merged as torchmetrics merges them over ranks."""
+"""Metrics of torchmetrics as folds: their states, merged as torchmetrics merges them over ranks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fnrun.core.key import Key
 from fnrun.core.tree import static, struct
 from fnrun.core.words import a
 from fnrun.metrics.base import check_same
-from fnrun.metrics.collect import Chunks, collect
+from fnrun.metrics.collect import Chunks, collect, joined
 from fnrun.metrics.naming import name_of
 
-#: What this process has adapted, by name: a fold holds data alone, and one that comes from a checkpoint finds its metric here.
+#: The adapted metrics of this process, by name: a fold holds data and the name.
 _adapted: dict[str, Any] = {}
 
 
 @struct(name="fnrun.metrics.TorchmetricsState")
 class TorchmetricsState:
-    """What a metric has seen: its states by name, how many updates they are of, and the name of the metric."""
+    """The states of a metric by name, the number of updates, and the name of the metric."""
 
     states: dict[str, Any]
     updates: int
@@ -40,7 +40,7 @@ class TorchmetricsState:
 
 @struct(name="fnrun.metrics.TorchmetricsInputs")
 class TorchmetricsInputs:
-    """All that a function was to be called with, and the name of the function."""
+    """The collected arguments of a function, and the name of the function."""
 
     inputs: Chunks
     metric: str = static()
@@ -56,19 +56,20 @@ class TorchmetricsInputs:
 def from_torchmetrics(metric: Any, *, name: str | None = None) -> Callable[..., TorchmetricsState | TorchmetricsInputs]:
     """A function of the arguments of `metric.update` that makes the fold of one batch. Make it once, beside the model; call it in a step.
 
-    - `metric` is a `torchmetrics.Metric` or a `MetricCollection`. A copy of it does the work, and starts empty: `metric` stays as it is.
-      The fold holds the states, merged by their own reductions (`dist_reduce_fx`), as torchmetrics does over ranks. Its size is fixed,
-      except where the metric keeps lists ("cat"), or states without a reduction, of which there is then one a batch.
-    - A function, such as those of `torchmetrics.functional`, called with tensors: all inputs are collected, and it is called once with all.
-      `functools.partial` gives it options.
+    - `metric`: one of
+        - a `torchmetrics.Metric` or `MetricCollection`, of which an empty copy is used. The fold holds its states, merged by their
+          reductions (`dist_reduce_fx`), as over ranks. Its size is fixed, except for lists ("cat") and states without a reduction, of which
+          there is one a batch;
+        - a function of tensors, as in `torchmetrics.functional`: all inputs are collected, and it is called once. `functools.partial` sets
+          options.
+    - `name=None`: the metric's name in checkpoints; by default its class and settings. It is needed where these cannot be written, as a
+      lambda. A process that restores the fold must have made the same metric.
 
-    A fold in a checkpoint names its metric, by its class and its settings; a process that restores it has to have made the same one. `name`
-    says it where a metric holds what cannot be written down, such as a lambda. The metric computes under a fixed key, so that one that
-    draws random numbers draws the same ones. What it computes comes as a tensor, or a dict of tensors. With `validate_args=True`, their
-    default, most metrics wait for the device at each update.
+    The value is a tensor, or a dict of tensors. It is computed under a fixed key, so that random numbers repeat. With `validate_args=True`,
+    their default, most metrics wait for the device at each update.
 
-    Raises ImportError without torchmetrics, TypeError for what is neither a metric nor a function, ValueError for a metric that needs a
-    name, and for one whose value depends on the order of its updates (`Running`, `MinMaxMetric`).
+    Raises ImportError without torchmetrics, TypeError for anything that is neither a metric nor a function, ValueError for a metric that
+    needs a name, and for one whose value depends on the order of updates (`Running`, `MinMaxMetric`).
 
     >>> from torchmetrics.classification import MulticlassF1Score
     >>> f1 = from_torchmetrics(MulticlassF1Score(num_classes=3))
@@ -77,7 +78,7 @@ def from_torchmetrics(metric: Any, *, name: str | None = None) -> Callable[..., 
     """
     torchmetrics = _torchmetrics()
     if isinstance(metric, torchmetrics.MetricCollection):
-        # Its groups of metrics that share states are found by comparing values, which would wait for the device.
+        # Without groups of metrics that share states: finding them compares values, which waits for the device.
         members = dict(metric.items(keep_base=True, copy_state=False))
         members = {key.removeprefix(metric.prefix or "").removesuffix(metric.postfix or ""): one for key, one in members.items()}
         plain = torchmetrics.MetricCollection(members, prefix=metric.prefix, postfix=metric.postfix, compute_groups=False)
@@ -111,7 +112,7 @@ def _find(name: str) -> Any:
 
 
 class _Function:
-    """A function of all inputs."""
+    """A function that is called with all inputs."""
 
     def __init__(self, fn: Callable[..., Any], name: str | None) -> None:
         self.fn, self.name = fn, name or name_of("function", fn)
@@ -133,7 +134,7 @@ class _Function:
 
 
 class _Metric:
-    """A copy of a metric that is lent its states: for an update it starts empty, to compute it is given those of a fold."""
+    """A copy of a metric: empty for an update, with the states of a fold to compute."""
 
     def __init__(self, metric: Any, name: str | None) -> None:
         self.metric, self.parts = metric, dict(_parts(metric))
@@ -142,7 +143,7 @@ class _Metric:
                 raise ValueError(
                     f"from_torchmetrics: the value of {type(part).__name__} depends on the order of updates, which merging loses"
                 )
-            part.sync_on_compute = part.dist_sync_on_step = part._to_sync = False  # folds are merged by those who have them
+            part.sync_on_compute = part.dist_sync_on_step = part._to_sync = False  # loops merge the folds
         metric.reset()
         self.name = name or name_of("metric", metric)
         self.reductions = {f"{at}{key}": fn for at, part in self.parts.items() for key, fn in part._reductions.items()}
@@ -163,7 +164,7 @@ class _Metric:
                 self.metric.reset()
 
     def _taken(self, key: str, state: Any) -> Any:
-        """A state as a fold holds it: a list as a tuple; what has no reduction as rows, one a batch, in a few tensors."""
+        """A state in a fold: a list is a tuple; a state without a reduction is a tuple of tensors, with one row a batch."""
         state = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, state)
         if key in self.lists:
             return tuple(state)
@@ -173,24 +174,22 @@ class _Metric:
         from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
         share = other.updates / (one.updates + other.updates)
+        merges: dict[Any, Callable[[Any, Any], Any]] = {
+            dim_zero_cat: lambda ours, theirs: dim_zero_cat([ours, theirs]),
+            dim_zero_sum: torch.add,
+            dim_zero_mean: lambda ours, theirs: ours + (theirs - ours) * share,
+            dim_zero_max: torch.maximum,
+            dim_zero_min: torch.minimum,
+        }
         merged: dict[str, Any] = {}
         for key, ours in one.states.items():
             reduction, theirs = self.reductions[key], other.states[key]
             if isinstance(ours, tuple):
-                whole = key in self.lists and reduction != dim_zero_cat  # entries that must stay apart, as an image's boxes
-                merged[key] = (*ours, *theirs) if whole else _joined((*ours, *theirs))
-            elif reduction == dim_zero_cat:
-                merged[key] = dim_zero_cat([ours, theirs])
-            elif reduction == dim_zero_sum:
-                merged[key] = ours + theirs
-            elif reduction == dim_zero_mean:
-                merged[key] = ours + (theirs - ours) * share
-            elif reduction == dim_zero_max:
-                merged[key] = torch.maximum(ours, theirs)
-            elif reduction == dim_zero_min:
-                merged[key] = torch.minimum(ours, theirs)
+                apart = key in self.lists and reduction != dim_zero_cat  # entries are separate, as an image's boxes
+                merged[key] = (*ours, *theirs) if apart else _joined((*ours, *theirs))
             else:
-                merged[key] = reduction(torch.stack([ours, theirs]))
+                merge = merges.get(reduction)
+                merged[key] = merge(ours, theirs) if merge is not None else reduction(torch.stack([ours, theirs]))
         return merged
 
     def computed(self, fold: TorchmetricsState) -> Any:
@@ -224,24 +223,19 @@ class _Metric:
 
 
 def _parts(metric: Any) -> Iterator[tuple[str, Any]]:
-    """The metric and those within it, by a prefix for their states."""
+    """The metric and those within it, with a prefix for their states."""
     cls = _torchmetrics().Metric
     yield from ((f"{path}." if path else "", part) for path, part in metric.named_modules() if isinstance(part, cls))
 
 
 def _joined(parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same rows in a few tensors, each longer than all behind it: n rows are copied log(n) times."""
-    joined: list[Any] = []
-    for part in parts:
-        joined.append(part if part.ndim else part.unsqueeze(0))
-        while len(joined) > 1 and len(joined[-2]) <= len(joined[-1]) and joined[-2].shape[1:] == joined[-1].shape[1:]:
-            last = joined.pop()
-            joined[-1] = torch.cat([joined[-1], last])
-    return tuple(joined)
+    """The same rows in a few tensors."""
+    rows = tuple(part if part.ndim else part.unsqueeze(0) for part in parts)
+    return joined(rows, lambda a, b: len(a) <= len(b) and a.shape[1:] == b.shape[1:], lambda a, b: torch.cat([a, b]))
 
 
 def _values(found: Any) -> Any:
-    """What a metric computes, as a tensor or a flat dict of tensors."""
+    """A metric's value, as a tensor or a flat dict of tensors."""
     if isinstance(found, Mapping):
         pairs = {str(key): _values(value) for key, value in found.items()}
     elif isinstance(found, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The area under the receiver operating characteristic: how well scores put positives before negatives."""
+"""The area under the receiver operating characteristic (ROC) curve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fnrun.core.tree import static, struct
-from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, to_accumulator_dtype
+from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, is_class, to_accumulator_dtype
 from fnrun.metrics.bins import Bins
 from fnrun.metrics.collect import Chunks, collect
 
@@ -18,18 +18,18 @@ AVERAGES = ("macro", "weighted", None)
 
 @struct(name="fnrun.metrics.AUROC")
 class AUROC(Additive):
-    """How many positives and negatives have a score in each bin: int64 `[bins]`, or `[classes, bins]` for one class against the rest."""
+    """The counts of positives and negatives in each bin of scores: int64 `[bins]`, or `[classes, bins]` for each class against the rest."""
 
     positives: Tensor
     negatives: Tensor
     average: str | None = static()
 
     def compute(self) -> Tensor:
-        """The area, where a positive and a negative in one bin count as half a pair in order."""
+        """The area; a positive and a negative in one bin count as half a pair in order."""
         return self._of_pairs(lambda positives, negatives: positives * (negatives.cumsum(-1) - negatives / 2))
 
     def bound(self) -> Tensor:
-        """How far from the exact area `compute()` is at most: half the share of pairs that are in one bin."""
+        """The largest error of `compute()`: half the share of pairs in one bin."""
         return self._of_pairs(lambda positives, negatives: positives * negatives / 2)
 
     def _of_pairs(self, pairs: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -48,11 +48,11 @@ class ExactAUROC(Additive):
     average: str | None = static()
 
     def compute(self) -> Tensor:
-        """The area by ranks (Mann-Whitney), where a positive and a negative of one score count as half a pair in order."""
+        """The area by ranks (Mann-Whitney); a positive and a negative of one score count as half a pair in order."""
         rows = self.seen.compute()
         scores, positive, valid = _against_the_rest(rows["score"], rows["label"])
         positives, negatives = to_accumulator_dtype((positive & valid).sum(-1)), to_accumulator_dtype((~positive & valid).sum(-1))
-        place = torch.where(valid, scores, torch.inf)  # a NaN that does not count would lead the search astray
+        place = torch.where(valid, scores, torch.inf)  # an invalid NaN would disturb the search
         place, order = place.sort(-1)
         negative = to_accumulator_dtype((~positive & valid).gather(-1, order).long())
         before = torch.nn.functional.pad(negative.cumsum(-1), (1, 0))
@@ -73,17 +73,17 @@ def _over_classes(areas: Tensor, positives: Tensor, negatives: Tensor, average: 
 def auroc(scores: Tensor, labels: Tensor, *, average: str | None = "macro", exact: bool = False) -> AUROC | ExactAUROC:
     """The probability that a positive scores higher than a negative (ties count half): the area under the ROC curve.
 
-    - Two classes: `scores` are floats of the shape of `labels`, higher for label 1 than for label 0 (or booleans). Only their order
-    matters.
-    - More classes, each against the rest: `scores` are logits `[N, C, ...]`, ordered by the log odds of the class, so that the value is
-      that of their softmax (give the log of probabilities). `average="macro"` is the mean over the classes that have both positives and
-      negatives, `"weighted"` weights them by their labels, None gives all `[C]`, NaN for the others.
+    - `scores`: for two classes floats of the shape of `labels`, higher for label 1; only their order matters. For more classes logits
+      `[N, C, ...]`, or logs of probabilities: each class against the rest, in the order of its log odds, as of the softmax.
+    - `labels`: class numbers, or booleans for two classes. A label outside the classes omits its example.
+    - `average="macro"`: the mean over the classes that have both positives and negatives; `"weighted"` by their labels; None for all
+      `[C]`, NaN for the others. Without effect for two classes.
+    - `exact=False`: count the scores in bins, 41 kB a class, each 1/64 of an octave wide between magnitudes of 2^-10 and 2^10. The value is
+      within `bound()` of the exact one, half the share of pairs in one bin. Probabilities near 0 or 1 share bins: pass logits, or
+      `torch.logit(p)`. True collects all scores, and the fold grows with the data.
 
-    By default scores are counted in bins, 41 kB a class, each 1/64 of an octave wide between magnitudes of 2^-10 and 2^10: the value is
-    within `bound()` of the exact one, half the share of pairs of a positive and a negative in one bin. Where probabilities crowd at 0 or 1
-    they share bins: give logits, or `torch.logit(p)`. `exact=True` collects all scores, and memory grows with the data.
+    The value is NaN if a score is NaN, or without positives or negatives.
 
-    A label outside the classes leaves its example out. A NaN among the scores makes the value NaN, and so does a missing side.
     Raises ValueError for other shapes and types, and for an unknown `average`.
 
     >>> scores, labels = torch.tensor([2.0, 0.5, -1.0, -3.0]), torch.tensor([1, 0, 1, 0])
@@ -111,21 +111,20 @@ def auroc(scores: Tensor, labels: Tensor, *, average: str | None = "macro", exac
 
 
 def _against_the_rest(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, whether they are of a positive, and whether they count: each `[N]`, or `[C, N]` for rows of logits."""
+    """Scores, whether they belong to positives, and whether they count: each `[N]`, or `[C, N]` for rows of logits."""
     if scores.ndim == 1:
         return scores, labels == 1, (labels == 0) | (labels == 1)
     labels, classes = labels.long(), scores.shape[1]
-    valid = (labels >= 0) & (labels < classes)
+    valid = is_class(labels, classes)
     numbers = torch.arange(classes, device=labels.device).unsqueeze(1)
     return _log_odds(scores).T.contiguous(), labels == numbers, valid.expand(classes, -1)
 
 
 def _log_odds(scores: Tensor) -> Tensor:
-    """log p / (1 - p) of the softmax of each row `[N, C]`, in the order of p.
+    """log p / (1 - p) of the softmax p of each row `[N, C]`, in the order of p, without rounding p to 1.
 
-    p itself would be rounded to 1 where a class is all but certain. Equal probabilities have equal log odds, bit for bit. Of rows that are
-    logs of probabilities they are a function of the class's own entry. Of other rows they are a function of its place in the sorted row:
-    neither the order of the other classes nor a shift of all makes a difference.
+    Equal probabilities have equal log odds, bit for bit. In rows of logs of probabilities they are a function of the class's entry. In
+    other rows they are a function of its place in the sorted row: the order of the other classes and a shift of all have no effect.
     """
     logits, classes = to_accumulator_dtype(scores), scores.shape[1]
     pad, infinity = torch.nn.functional.pad, torch.inf
@@ -136,7 +135,7 @@ def _log_odds(scores: Tensor) -> Tensor:
     ascending = logits.sort(1).values
     before = pad(ascending.logcumsumexp(1), (1, 0), value=-infinity)[:, :-1]
     behind = pad(ascending.flip(1).logcumsumexp(1).flip(1), (0, 1), value=-infinity)[:, 1:]
-    place = torch.searchsorted(ascending, logits).clamp(max=classes - 1)  # of equal classes the first one's
+    place = torch.searchsorted(ascending, logits).clamp(max=classes - 1)  # the first of equal classes
     others = torch.logaddexp(before, behind).gather(1, place)
-    own = logits.clamp(max=0.0)  # a log of a probability that was rounded up
+    own = logits.clamp(max=0.0)  # the log of a probability may be rounded up
     return torch.where(probabilities, own - (-own.expm1()).log(), logits - others)

@@ -1,6 +1,6 @@
-"""What a fold is, and what all of them do alike.
+"""What a fold is, the base of additive folds, and common checks.
 
-Every struct of this package gives the package as its module: that is the name that checkpoints write, whichever file it stands in.
+The name of each struct begins with `fnrun.metrics`, whichever file it is in: checkpoints contain it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Fold(Protocol):
-    """What is known of the data seen so far: a pytree of fixed size."""
+    """The merged metric of some batches: a pytree of fixed size."""
 
     def merge(self, other: Self, /) -> Self:
         """The fold of both parts; associative, up to rounding."""
@@ -26,18 +26,18 @@ class Fold(Protocol):
 
 
 class Additive:
-    """A fold that merges field by field: tensors are added, folds are merged. Its static fields say how it was made, the same in both.
+    """A fold that merges field by field: tensors are added, folds are merged, static fields are equal.
 
-    Raises ValueError for a fold that was made otherwise, or whose tensors have other shapes.
+    Raises ValueError for folds with different static fields, or tensors of different shapes.
     """
 
     __slots__ = ()
 
     def merge(self, other: Self) -> Self:
         merged, cls = [], type(self)
-        for name, setting in _fields(cls):
+        for name, is_static in _fields(cls):
             ours, theirs = getattr(self, name), getattr(other, name)
-            if setting:
+            if is_static:
                 check_same(cls.__name__, name, ours, theirs)
             elif isinstance(ours, Tensor):
                 if ours.shape != theirs.shape:
@@ -51,24 +51,19 @@ class Additive:
 
 @functools.cache
 def _fields(cls: Any) -> tuple[tuple[str, bool], ...]:
-    """Of each field, its name and whether it is a setting."""
+    """The name of each field, and whether it is static."""
     return tuple((field.name, not field.metadata.get("pytree_node", True)) for field in dataclasses.fields(cls))
 
 
 def to_accumulator_dtype(values: Tensor) -> Tensor:
-    """`values` in the widest float of their device."""
-    return values.to(wide_dtype(values.device))
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's devices have no float64
+    """`values` in float64, or float32 on Apple's devices, which have no float64."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 def averaged(values: Tensor, seen: Tensor, weight: Tensor, average: str | None) -> Tensor:
-    """One value for each class as one for all: `"macro"` over the classes that were seen, or `"weighted"`; or, for None, as they are.
+    """The average of one value for each class: `"macro"` over the classes that were seen, `"weighted"`, or None for all values.
 
-    A class that was not seen is NaN, and has no part in an average.
+    A class that was not seen is NaN, and not averaged.
     """
     if average is None:
         return torch.where(seen, values, torch.nan)
@@ -76,17 +71,22 @@ def averaged(values: Tensor, seen: Tensor, weight: Tensor, average: str | None) 
     return torch.where(seen, values * weight, 0).sum(-1) / weight.sum(-1)
 
 
-# --- what was given ----------------------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def is_class(numbers: Tensor, classes: int) -> Tensor:
+    """Which numbers are those of a class."""
+    return (numbers >= 0) & (numbers < classes)
 
 
 def check_labels(what: str, labels: Tensor, booleans: bool = False) -> None:
-    """Raise ValueError unless labels are class numbers."""
+    """Raise ValueError unless labels are class numbers, or booleans where these are allowed."""
     if labels.is_floating_point() or (labels.dtype == torch.bool and not booleans):
         raise ValueError(f"{what}: labels are class numbers, not {labels.dtype}")
 
 
 def check_scores(what: str, logits: Tensor, labels: Tensor) -> int:
-    """How many classes the scores `[N, C, ...]` have. Raise ValueError where they are no scores, or not of these labels."""
+    """The number of classes of scores `[N, C, ...]`. Raises ValueError where they are no scores, or have another shape than the labels."""
     if not logits.is_floating_point() or logits.ndim < 2:
         raise ValueError(f"{what}: scores must be floats of shape [N, C, ...], not {logits.dtype} of shape {tuple(logits.shape)}")
     check_labels(what, labels)
@@ -105,6 +105,6 @@ def check_choice(what: str, name: str, value: object, choices: tuple[object, ...
 
 
 def check_same(what: str, name: str, ours: object, theirs: object) -> None:
-    """Raise ValueError unless two folds that are to be merged were made alike."""
+    """Raise ValueError unless two folds have the same setting."""
     if ours != theirs:
         raise ValueError(f"{what}: a fold with {name} {ours!r} does not merge with one with {theirs!r}: both are made in the same way")

@@ -1,4 +1,4 @@
-"""Means, sums, extremes, the newest value."""
+"""Means, sums, extremes, the last value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fnrun.metrics.base import Additive, to_accumulator_dtype
 
 @struct(name="fnrun.metrics.Mean")
 class Mean(Additive):
-    """A weighted mean: `total` of weight times value, and `weight`, both float64; of any shape, each element on its own."""
+    """A weighted mean: the `total` of weight times value, and the total `weight`, both float64 and of one shape; elementwise."""
 
     total: Tensor
     weight: Tensor
@@ -34,7 +34,7 @@ class Sum(Additive):
 
 @struct(name="fnrun.metrics.Last")
 class Last:
-    """The newest value."""
+    """The last value."""
 
     value: Tensor
 
@@ -47,7 +47,7 @@ class Last:
 
 @struct(name="fnrun.metrics.Min")
 class Min:
-    """The smallest value; NaN where one was seen."""
+    """The smallest value; NaN if any value is NaN."""
 
     value: Tensor
 
@@ -60,7 +60,7 @@ class Min:
 
 @struct(name="fnrun.metrics.Max")
 class Max:
-    """The largest value; NaN where one was seen."""
+    """The largest value; NaN if any value is NaN."""
 
     value: Tensor
 
@@ -71,13 +71,15 @@ class Max:
         return self.value
 
 
-# --- the fold of one batch
+# --- the fold of one batch ----------------------------------------------------------------------------------------------
 
 
 def mean(values: Any, weight: Any = None) -> Mean:
-    """The mean over all elements of `values`, each with its `weight` (a number, or a tensor that broadcasts to `values`; 1 if not given).
+    """The weighted mean over all elements of `values`.
 
-    Broadcasting aligns shapes at the last dimension, as in torch: a weight for each row of `values` [B, T] is `weight[:, None]`.
+    `weight=None` is 1 for each element; otherwise a number, or a tensor that broadcasts to `values`. Broadcasting aligns shapes at the last
+    dimension, as in torch: a weight for each row of `values` [B, T] is `weight[:, None]`.
+
     Raises ValueError, with the shapes, for a weight that does not broadcast.
 
     >>> whole = mean(torch.tensor([1.0, 2.0, 3.0]))
@@ -115,7 +117,7 @@ def sum(values: Any) -> Sum:
 
 
 def last(value: Any) -> Last:
-    """The value of the newest batch, as it is."""
+    """The value of the last batch, unchanged."""
     return Last(torch.as_tensor(value))
 
 

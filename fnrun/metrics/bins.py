@@ -1,4 +1,4 @@
-"""Bins that are as narrow as their values are small: counts of fixed size that know any value to a fixed relative error."""
+"""Bins of a fixed relative width: counts of fixed size, with any value to a fixed relative error."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from fnrun.metrics.base import to_accumulator_dtype
 class Bins:
     """Bins over all floats, in their order, the last one for NaN.
 
-    Each octave `[2^e, 2^(e+1))` from `2^low` to `2^high`, of either sign, is cut into `per_octave` equal bins, so that the two ends of a
-    bin differ by at most a share `1 / per_octave`. Smaller magnitudes are one bin, larger ones one on either side. This is DDSketch
-    (Masson, Rim and Lee, VLDB 2019) with its logarithm interpolated linearly: a value's bin is read off its bits, the same on every device.
+    Each octave `[2^e, 2^(e+1))` from `2^low` to `2^high`, of either sign, is divided into `per_octave` equal bins: the ends of a bin differ
+    by at most `1 / per_octave` of its value. Smaller magnitudes are in one bin, larger ones in one on either side.
+
+    This is DDSketch (Masson, Rim and Lee, VLDB 2019) with a logarithm that is interpolated linearly: the bin is a function of the value's
+    bits, the same on all devices.
     """
 
     low: int
@@ -25,12 +27,12 @@ class Bins:
 
     @property
     def side(self) -> int:
-        """How many bins there are on either side of the middle one, the outermost among them."""
+        """The number of bins on either side of the middle one, with the outermost."""
         return (self.high - self.low) * self.per_octave + 1
 
     @property
     def size(self) -> int:
-        """How many bins there are, that for NaN among them."""
+        """The number of bins, with that of NaN."""
         return 2 * self.side + 2
 
     def index(self, values: Tensor) -> Tensor:
@@ -46,14 +48,14 @@ class Bins:
         return torch.where(values.isnan(), self.size - 1, place).long()
 
     def count(self, index: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """How many of the (wanted) values are in each bin, given the bin of each: over the last dimension, int64 `[..., size]`."""
+        """The number of (wanted) values in each bin, over the last dimension of `index`: int64 `[..., size]`."""
         ones = torch.ones_like(index) if wanted is None else wanted.long()
         return torch.zeros(*index.shape[:-1], self.size, dtype=torch.int64, device=index.device).scatter_add(-1, index, ones)
 
     def middle(self, index: Tensor) -> Tensor:
-        """The value that stands for a bin but that of NaN: at most a share `1 / (2 per_octave + 1)` from any value in it.
+        """A value for each bin except that of NaN, with a relative error of at most `1 / (2 per_octave + 1)` for all values in the bin.
 
-        The bin around 0 stands for 0, the outermost for the infinities.
+        It is 0 for the bin around 0, and infinite for the outermost.
         """
         place = (index - self.side).abs()
         step = (place - 1) % self.per_octave

@@ -1,4 +1,4 @@
-"""Metrics by name, as a step returns them: their values, what they weigh, and which of them are a fact of now."""
+"""Dictionaries of metrics, as steps return them: their values, their weight, and learning rates among them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fnrun.core import examples as rows
+from fnrun.core.examples import REMEDY, shapes
 from fnrun.metrics.basic import Last
 
 
 def values(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """One tick's metrics as values: folds computed, tensors and numbers as they are."""
+    """The values of metrics: folds are computed, tensors and numbers unchanged, dictionaries flattened to `name/key`."""
     return flat({name: value if isinstance(value, (Tensor, Real)) else value.compute() for name, value in metrics.items()})
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """What stands in a dictionary, under `name/key`. Raises ValueError where that is another's name."""
+    """The entries of dictionaries under `name/key`. Raises ValueError where another metric has the name."""
     if dict not in {type(value) for value in values.values()}:
         return values
     nested = ({f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value} for name, value in values.items())
@@ -35,7 +35,7 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def rates_last(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metrics with each learning rate (`lr`, or a name that ends in `/lr`) as the newest: a schedule's is a fact of now, and no mean.
+    """The metrics with each learning rate (`lr`, or a name that ends in `/lr`) as `Last`: its mean has no use.
 
     >>> rates_last({"loss": 0.5, "decay/lr": 0.1})
     {'loss': 0.5, 'decay/lr': Last(value=0.1)}
@@ -51,21 +51,21 @@ def _rates(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if _RATE.search(name))
 
 
-_RATE = re.compile(r"(^|/)lr(_\d+)?$")  # of the second optimizer in a step `lr_2`
+_RATE = re.compile(r"(^|/)lr(_\d+)?$")  # a second optimizer reports `lr_2`
 
 
 def weight(examples: int | None, batch: Any, metrics: Mapping[str, Any]) -> int:
-    """What a tick's plain metrics weigh: `examples`, that the batch has; None where that is not clear.
+    """The weight of plain metrics: the number of `examples` in the batch, None if it is unclear.
 
-    Raises ValueError where it is not clear and there are such metrics.
+    Raises ValueError where it is unclear and there are plain metrics.
     """
     if examples is not None:
         return examples
-    newest = {"skipped", *_rates(tuple(metrics))}  # of which a mean is not asked for
-    if plain := [name for name, value in metrics.items() if not hasattr(value, "merge") and name not in newest]:
+    unweighted = {"skipped", *_rates(tuple(metrics))}
+    if plain := [name for name, value in metrics.items() if not hasattr(value, "merge") and name not in unweighted]:
         raise ValueError(
-            f"how many examples this batch has is not clear: {rows.shapes(batch)}; and {', '.join(plain[:5])} would be averaged over "
-            f"examples. Say it where the step is made, make_train_step or make_eval_step(..., {rows.REMEDY}); or let the step return "
+            f"how many examples this batch has is not clear: {shapes(batch)}; and {', '.join(plain[:5])} would be averaged over "
+            f"examples. Say it where the step is made, make_train_step or make_eval_step(..., {REMEDY}); or let the step return "
             "folds, metrics.mean(value, weight=n)"
         )
     return 1

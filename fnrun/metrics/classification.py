@@ -1,4 +1,4 @@
-"""Right and wrong classes, counted: accuracy, confusion, precision, recall and F1. All are exact, however they were merged."""
+"""Accuracy, confusion, precision, recall and F1, by counts: exact in any order of merging."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from torch import Tensor
 
 from fnrun.core.counts import count
 from fnrun.core.tree import static, struct
-from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, to_accumulator_dtype
+from fnrun.metrics.base import Additive, averaged, check_choice, check_labels, check_scores, is_class, to_accumulator_dtype
 from fnrun.metrics.basic import Mean
 
-# --- how high the label stands -----------------------------------------------------------------------------------------
+# --- accuracy ----------------------------------------------------------------------------------------------------------
 
 
 def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
-    """How often the label is among the `k` highest scores, over examples.
+    """The share of examples whose label is among the `k` highest scores.
 
-    `logits` are float scores `[N, C]`, or `[N, C, ...]` for one decision a pixel; `labels` are ints of that shape without `C`.
-    Of equal scores the lower class counts as the higher one; a NaN counts above every number, and as a miss where it is the label's own.
-    A label that is none of the classes (`ignore_index`, as -100 or 255) leaves its example out.
+    - `logits`: float scores `[N, C]`, or `[N, C, ...]` for one decision a pixel.
+    - `labels`: ints of that shape without `C`. A label outside the classes (`ignore_index`, as -100 or 255) omits its example.
+    - `k=1`: from 1 to C.
+
+    Of equal scores the lower class ranks higher. A NaN ranks above all numbers, and is a miss if it is the label's score.
+
     Raises ValueError for other shapes and types.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.6, 0.4]]), torch.tensor([1, 0, 1])).compute()
@@ -35,13 +38,13 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Mean:
         hit = (top.squeeze(1) == labels) & ~logits.gather(1, top).squeeze(1).isnan()
     else:
         hit = _classes_before(logits, labels) < k
-    counted = _within(labels.long(), classes)  # a narrow int could not be compared with as many classes
+    counted = is_class(labels.long(), classes)  # a narrow int cannot be compared with large numbers
     return Mean(to_accumulator_dtype((hit & counted).sum()), to_accumulator_dtype(counted.sum()))
 
 
 @struct(name="fnrun.metrics.TopK")
 class TopK(Additive):
-    """How many labels were among the k highest scores, int64 `[ks]`, of how many."""
+    """The number of labels among the k highest scores, int64 `[ks]`, and the number of labels."""
 
     hits: Tensor
     counted: Tensor
@@ -63,14 +66,14 @@ def top_k(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> TopK:
     ks = [count("top_k: each of ks", k) for k in ks]
     if not ks or any(not 1 <= k <= classes for k in ks) or len(set(ks)) < len(ks):
         raise ValueError(f"top_k: ks={tuple(ks)} of {classes} classes; wanted are different numbers from 1 to {classes}")
-    ahead, counted = _classes_before(logits, labels), _within(labels.long(), classes)
+    ahead, counted = _classes_before(logits, labels), is_class(labels.long(), classes)
     return TopK(torch.stack([((ahead < k) & counted).sum() for k in ks]), counted.sum(), tuple(ks))
 
 
 def _classes_before(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes stand before the label's own."""
+    """The number of classes that rank above the label's."""
     classes = logits.shape[1]
-    labels = labels.long()  # a narrow int could not be compared with as many classes
+    labels = labels.long()  # a narrow int cannot be compared with large numbers
     at = labels.clamp(0, classes - 1).unsqueeze(1)
     own = logits.gather(1, at)
     numbers = torch.arange(classes, device=logits.device).view(-1, *[1] * (logits.ndim - 2))
@@ -92,10 +95,11 @@ class Confusion(Additive):
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Confusion:
-    """How often each label met each prediction: `[classes, classes]`, a row for each label, a column for each prediction.
+    """The counts of pairs, `[classes, classes]`: a row for each label, a column for each prediction.
 
-    `predictions` are ints of the shape of `labels`, or float scores `[N, C, ...]`, of which the highest predicts.
-    Pairs with a label or a prediction outside `0 .. classes - 1` (`ignore_index` is one) are not counted.
+    `predictions` are ints of the shape of `labels`, or float scores `[N, C, ...]`, of which the highest is the prediction. Pairs with a
+    label or a prediction outside `0 .. classes - 1` (`ignore_index`) are not counted.
+
     Raises ValueError for other shapes and types.
 
     >>> confusion(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]), classes=3).compute()
@@ -104,12 +108,12 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Confusion:
             [0, 1, 1]])
     """
     predictions, labels, classes = _decided("confusion", predictions, labels, classes)
-    inside = _within(predictions, classes) & _within(labels, classes)
+    inside = is_class(predictions, classes) & is_class(labels, classes)
     return Confusion(_counted(labels * classes + predictions, inside, classes * classes).view(classes, classes))
 
 
 def _decided(what: str, predictions: Tensor, labels: Tensor, classes: int | None) -> tuple[Tensor, Tensor, int]:
-    """The predicted classes and the labels, flat and int64, and how many classes there are."""
+    """The predicted classes and the labels, flat and int64, and the number of classes."""
     classes = None if classes is None else count(f"{what}: classes", classes)
     if predictions.is_floating_point():
         scored = check_scores(what, predictions, labels)
@@ -126,13 +130,9 @@ def _decided(what: str, predictions: Tensor, labels: Tensor, classes: int | None
     return predictions.reshape(-1).long(), labels.reshape(-1).long(), classes
 
 
-def _within(numbers: Tensor, classes: int) -> Tensor:
-    return (numbers >= 0) & (numbers < classes)
-
-
 def _counted(numbers: Tensor, wanted: Tensor, classes: int) -> Tensor:
-    """How often each number comes, among those that are wanted."""
-    cell = torch.where(wanted, numbers, classes)  # the others in a cell of their own: taking them out would wait for the device
+    """The count of each wanted number."""
+    cell = torch.where(wanted, numbers, classes)  # the others in an extra cell: to remove them would wait for the device
     return torch.zeros(classes + 1, dtype=torch.int64, device=numbers.device).index_add(0, cell, torch.ones_like(cell))[:-1]
 
 
@@ -143,9 +143,9 @@ AVERAGES = ("macro", "micro", "weighted", "binary", None)
 
 @struct(name="fnrun.metrics.ClassCounts")
 class ClassCounts(Additive):
-    """Of each class, how often it was hit, predicted, and the label: int64 `[classes]`; of the positive class alone where it is binary.
+    """For each class the counts of hits, predictions and labels: int64 `[classes]`; `[1]`, of the positive class, if it is binary.
 
-    `measures` names what is computed of them, by `average`.
+    `measures` are the names of the values, averaged by `average`.
     """
 
     hits: Tensor
@@ -188,14 +188,14 @@ def class_counts(
     average: str | None,
     ignore_index: int | None = None,
 ) -> ClassCounts:
-    """The counts of one batch. A prediction outside the classes is a miss; a label outside of them leaves its example out."""
+    """The counts of one batch. A prediction outside the classes is a miss; a label outside of them omits its example."""
     predictions, labels, classes = _decided(what, predictions, labels, classes)
-    valid = _within(labels, classes)
+    valid = is_class(labels, classes)
     if ignore_index is not None:
         check_labels(f"{what}: ignore_index", torch.as_tensor(ignore_index))
         valid = valid & (labels != ignore_index)
     hits = _counted(labels, valid & (predictions == labels), classes)
-    predicted = _counted(predictions, valid & _within(predictions, classes), classes)
+    predicted = _counted(predictions, valid & is_class(predictions, classes), classes)
     return ClassCounts(hits, predicted, _counted(labels, valid, classes), measures, average)
 
 
@@ -208,12 +208,12 @@ def _binary_counts(what: str, predictions: Tensor, labels: Tensor, threshold: fl
     check_labels(what, labels, booleans=True)
     positive = predictions > threshold if predictions.is_floating_point() else predictions == 1
     labelled, valid = labels == 1, (labels == 0) | (labels == 1)
-    counts = [(part & valid).sum().unsqueeze(0) for part in (positive & labelled, positive, labelled)]
-    return ClassCounts(counts[0], counts[1], counts[2], measures, "binary")
+    hits, predicted, labelled = ((part & valid).sum().unsqueeze(0) for part in (positive & labelled, positive, labelled))
+    return ClassCounts(hits, predicted, labelled, measures, "binary")
 
 
 def _of_classes(
-    what: str, predictions: Tensor, labels: Tensor, classes: int | None, average: str | None, threshold: float, measures: tuple[str, ...]
+    what: str, predictions: Tensor, labels: Tensor, classes: int | None, average: str | None, threshold: float, *measures: str
 ) -> ClassCounts:
     check_choice(what, "average", average, AVERAGES)
     if average == "binary":
@@ -224,35 +224,39 @@ def _of_classes(
 def precision(
     predictions: Tensor, labels: Tensor, classes: int | None = None, *, average: str | None = "macro", threshold: float = 0.5
 ) -> ClassCounts:
-    """Of what was predicted to be of a class, how much was: hits / predicted.
+    """The share of predictions of a class that are right: hits / predicted.
 
-    `predictions` are float scores `[N, C, ...]`, of which the highest predicts, or class numbers of the shape of `labels`, with `classes`.
-    A label outside the classes (`ignore_index`, as -100 or 255) leaves its example out; a prediction outside of them is a miss.
+    - `predictions`: float scores `[N, C, ...]`, of which the highest is the prediction, or class numbers of the shape of `labels`, with
+      `classes`. A prediction outside the classes is a miss.
+    - `labels`: class numbers. A label outside the classes (`ignore_index`, as -100 or 255) omits its example.
+    - `average`:
+        - `"macro"` (the default): the mean over the classes that occur as label or prediction;
+        - `"weighted"`: their mean weighted by labels;
+        - `"micro"`: all classes counted together;
+        - None: a tensor `[classes]`, NaN for a class that does not occur;
+        - `"binary"`: class 1 alone. `predictions` are one float a label, or 0s and 1s.
+    - `threshold=0.5`: binary floats above it are positive (0.0 for logits).
 
-    - `average="macro"`: the mean over the classes that were seen, as label or as prediction. `"weighted"`: weighted by their labels.
-    - `"micro"`: all classes counted together. `None`: a tensor `[classes]`, NaN for a class that was not seen.
-    - `"binary"`: of class 1 alone; `predictions` are then one float a label, positive above `threshold` (for logits give 0.0), or 0s and
-    1s.
+    A class without predictions has a precision of 0. Without examples the value is NaN.
 
-    A class of which nothing was predicted has a precision of 0. Without any example the value is NaN. Raises ValueError for other shapes
-    and types, and for an unknown `average`.
+    Raises ValueError for other shapes and types, and for an unknown `average`.
 
     >>> folded = precision(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]), classes=3, average=None)
     >>> folded.merge(precision(torch.tensor([1]), torch.tensor([1]), classes=3, average=None)).compute()
     tensor([1.0000, 0.6667, 1.0000], dtype=torch.float64)
     """
-    return _of_classes("precision", predictions, labels, classes, average, threshold, ("precision",))
+    return _of_classes("precision", predictions, labels, classes, average, threshold, "precision")
 
 
 def recall(
     predictions: Tensor, labels: Tensor, classes: int | None = None, *, average: str | None = "macro", threshold: float = 0.5
 ) -> ClassCounts:
-    """Of what was of a class, how much was found: hits / labelled. Arguments, averages and errors are those of `precision`.
+    """The share of a class's labels that are predicted: hits / labelled. Arguments, averages and errors are those of `precision`.
 
     >>> recall(torch.tensor([0.9, 0.2, 0.7]), torch.tensor([1, 1, 0]), average="binary").compute()
     tensor(0.5000, dtype=torch.float64)
     """
-    return _of_classes("recall", predictions, labels, classes, average, threshold, ("recall",))
+    return _of_classes("recall", predictions, labels, classes, average, threshold, "recall")
 
 
 def f1(
@@ -263,15 +267,15 @@ def f1(
     >>> f1(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]), classes=3, average="micro").compute()
     tensor(0.7500, dtype=torch.float64)
     """
-    return _of_classes("f1", predictions, labels, classes, average, threshold, ("f1",))
+    return _of_classes("f1", predictions, labels, classes, average, threshold, "f1")
 
 
 def precision_recall_f1(
     predictions: Tensor, labels: Tensor, classes: int | None = None, *, average: str | None = "macro", threshold: float = 0.5
 ) -> ClassCounts:
-    """All three from the same counts: under the name `test` they are reported as `test/precision`, `test/recall` and `test/f1`.
+    """All three from the same counts, logged as `name/precision`, `name/recall` and `name/f1`.
 
     >>> precision_recall_f1(torch.tensor([1, 1, 0]), torch.tensor([1, 0, 0]), average="binary").compute()["recall"]
     tensor(1., dtype=torch.float64)
     """
-    return _of_classes("precision_recall_f1", predictions, labels, classes, average, threshold, ("precision", "recall", "f1"))
+    return _of_classes("precision_recall_f1", predictions, labels, classes, average, threshold, "precision", "recall", "f1")

@@ -1,4 +1,4 @@
-"""What a metric of torchmetrics is, in words: a name that a checkpoint can hold, and by which another process knows the same metric."""
+"""Names of torchmetrics' metrics, for checkpoints: the same in all processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fnrun.core import tree
 
 
 def name_of(what: str, metric: Any) -> str:
-    """A name that says all there is to say of a metric: the same in every process that makes the same one."""
+    """A name of a metric by its class and a digest of its settings."""
+    kind = getattr(metric, "__qualname__", type(metric).__qualname__)
     try:
         described = repr(_described(metric, "it"))
     except _Opaque as error:
-        kind = getattr(metric, "__qualname__", type(metric).__qualname__)
         raise ValueError(
             f"from_torchmetrics: {kind}: {error}, which cannot be told from another: "
             f"give the {what} a name, from_torchmetrics(..., name=...)"
         ) from None
-    return f"{getattr(metric, '__qualname__', type(metric).__qualname__)} {hashlib.sha256(described.encode()).hexdigest()[:16]}"
+    return f"{kind} {hashlib.sha256(described.encode()).hexdigest()[:16]}"
 
 
 class _Opaque(Exception):
@@ -53,7 +53,7 @@ def _described(value: Any, where: str) -> Any:
 
 
 def _described_module(module: nn.Module, where: str) -> Iterator[Any]:
-    """A metric by its settings; another module by its tensors and by how it shows itself."""
+    """A metric by its settings; another module by its tensors and its repr."""
     import torchmetrics
 
     if isinstance(module, (torchmetrics.Metric, torchmetrics.MetricCollection)):
@@ -67,7 +67,7 @@ def _described_module(module: nn.Module, where: str) -> Iterator[Any]:
 
 @functools.cache
 def _bookkeeping() -> frozenset[str]:
-    """What every metric has, whatever it measures, except its states' kinds."""
+    """The attributes of all metrics, without those of their states."""
     import torchmetrics
 
     class Bare(torchmetrics.Metric):

@@ -1,4 +1,4 @@
-"""How many tokens a language model takes to be equally likely."""
+"""The perplexity of language models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fnrun.core.tree import struct
-from fnrun.metrics.base import Additive, check_scores, to_accumulator_dtype
+from fnrun.metrics.base import Additive, check_scores, is_class, to_accumulator_dtype
 
 
 @struct(name="fnrun.metrics.Perplexity")
@@ -23,17 +23,18 @@ class Perplexity(Additive):
 def perplexity(logits: Tensor, labels: Tensor) -> Perplexity:
     """The exponential of the mean cross entropy over all tokens of all batches: not the mean of the batches' perplexities.
 
-    `logits` are float scores `[N, C, ...]`, the classes second as in `cross_entropy` (of logits `[batch, time, vocabulary]` give
-    `logits.transpose(1, 2)`); `labels` are ints of that shape without `C`. A label that is none of the classes (`ignore_index`, as -100
-    or 255) leaves its token out. NaN without any token. Raises ValueError for other shapes and types.
+    - `logits`: float scores `[N, C, ...]`, as in `cross_entropy`; `logits.transpose(1, 2)` of `[batch, time, vocabulary]`.
+    - `labels`: ints of that shape without `C`. A label outside the classes (`ignore_index`, as -100 or 255) omits its token.
+
+    NaN without tokens. Raises ValueError for other shapes and types.
 
     >>> round(float(perplexity(torch.zeros(2, 5), torch.tensor([0, 3])).compute()), 4)
     5.0
     """
     classes = check_scores("perplexity", logits, labels)
     logits, labels = logits.detach() if logits.dtype == torch.float64 else logits.detach().float(), labels.long()
-    # by hand, for cross_entropy ends the process on a GPU where a label is beyond the classes
+    # not cross_entropy, which ends the process on a GPU for a label outside the classes
     own = logits.gather(1, labels.clamp(0, classes - 1).unsqueeze(1)).squeeze(1)
     nll = logits.logsumexp(1) - own
-    counted = (labels >= 0) & (labels < classes)
+    counted = is_class(labels, classes)
     return Perplexity(torch.where(counted, to_accumulator_dtype(nll), 0).sum(), to_accumulator_dtype(counted.sum()))

@@ -17,7 +17,7 @@ BINS = Bins(low=-40, high=40, per_octave=64)
 
 @struct(name="fnrun.metrics.Quantiles")
 class Quantiles:
-    """How many values are in each bin (int64), and the smallest and the largest of them."""
+    """The number of values in each bin (int64), and the smallest and the largest value."""
 
     counts: Tensor
     low: Tensor
@@ -34,21 +34,22 @@ class Quantiles:
 
         def quantile(q: float) -> Tensor:
             rank = (to_accumulator_dtype(below[..., -1:] - 1) * q).floor()
-            value = BINS.middle((below <= rank).sum(-1)).clamp(self.low, self.high)  # NaN where one was seen, for they are NaN then
+            value = BINS.middle((below <= rank).sum(-1)).clamp(self.low, self.high)  # low and high are NaN if any value is
             return torch.where(below[..., -1] > 0, value, torch.nan)
 
         return {f"p{100 * q:g}": quantile(q) for q in self.q} if isinstance(self.q, tuple) else quantile(self.q)
 
 
 def quantiles(values: Any, q: float | Sequence[float] = (0.5, 0.9, 0.99)) -> Quantiles:
-    """Quantiles over all elements, to a relative error of at most 1/129 (0.8%), in 82 kB however many there are.
+    """Quantiles over all elements, with a relative error of at most 1/129 (0.8%), in 82 kB (DDSketch: Masson, Rim and Lee, VLDB 2019).
 
-    The quantile `q` is the element of rank `floor(q (n - 1))`, as of numpy's `method="lower"`. The error holds for elements of a magnitude
-    from 2^-40 to 2^40 (1e-12 to 1e12); what is smaller counts as 0, what is larger as the smallest or the largest element, which are exact.
-    One number `q` gives a tensor; several give `p50`, `p90` and so on. NaN where an element is NaN, or where there is none.
-    Merging adds counts: the result is the same bits in any order. A DDSketch (Masson, Rim and Lee, VLDB 2019).
+    `q` is a number, for a tensor, or several, for a dict of `p50`, `p90` and so on. The quantile `q` of n elements is the one of rank
+    `floor(q (n - 1))`, as in numpy's `method="lower"`; NaN if an element is NaN, or if there is none.
 
-    Raises ValueError for a `q` that is not between 0 and 1.
+    The error holds for magnitudes from 2^-40 to 2^40 (1e-12 to 1e12). Smaller elements count as 0, larger ones as the smallest or the
+    largest element, which are exact. Merging adds counts: the result has the same bits in any order.
+
+    Raises ValueError for a `q` outside of 0 to 1.
 
     >>> quantiles(torch.arange(1, 1001)).merge(quantiles(torch.arange(1001, 2001))).compute()["p50"]
     tensor(1003.9841, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""How far predicted numbers are from what they should be."""
+"""Errors of predicted numbers, explained variance, correlation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fnrun.metrics.basic import Mean, mean
 
 
 def mae(predictions: Tensor, targets: Tensor) -> Mean:
-    """The mean absolute error over all elements. `predictions` and `targets` have one shape: one that only broadcasts is a ValueError.
+    """The mean absolute error over all elements. Raises ValueError unless `predictions` and `targets` have the same shape.
 
     >>> mae(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])).compute()
     tensor(1., dtype=torch.float64)
@@ -52,9 +52,9 @@ def rmse(predictions: Tensor, targets: Tensor) -> RootMean:
 
 @struct(name="fnrun.metrics.Moments")
 class Moments:
-    """Of several variables: how many rows, their means `[k]`, and the sums of products of deviations from them `[k, k]`, all float64.
+    """The number of rows of k variables, their means `[k]`, and the sums of products of deviations `[k, k]`, all float64.
 
-    Merged as by Chan, Golub and LeVeque (1983), where nothing cancels: the values may lie far from 0.
+    Merged as by Chan, Golub and LeVeque (1983), without cancellation for values far from 0.
     """
 
     rows: Tensor
@@ -91,7 +91,7 @@ class R2(Additive):
 def r2(predictions: Tensor, targets: Tensor) -> R2:
     """The share of the targets' variance that the predictions explain, over all elements: 1 - sum (t - p)^2 / sum (t - mean t)^2.
 
-    Shapes and errors are those of `mae`. Where all targets are equal it is -inf, or NaN if they are met exactly.
+    Shapes and errors are those of `mae`. If all targets are equal it is -inf, or NaN for exact predictions.
 
     >>> r2(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])).merge(r2(torch.tensor([5.0]), torch.tensor([5.0]))).compute()
     tensor(0.8750, dtype=torch.float64)
@@ -113,7 +113,7 @@ class Pearson(Additive):
 
 
 def pearson(predictions: Tensor, targets: Tensor) -> Pearson:
-    """The linear correlation of predictions and targets over all elements. Shapes and errors are those of `mae`; NaN where one is constant.
+    """The linear correlation of predictions and targets over all elements; NaN if one is constant. Shapes and errors are those of `mae`.
 
     >>> folded = pearson(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0])).merge(pearson(torch.tensor([3.0]), torch.tensor([6.0])))
     >>> round(float(folded.compute()), 6)

@@ -1,4 +1,4 @@
-"""How well areas are covered: intersection over union."""
+"""Intersection over union."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from fnrun.metrics.classification import ClassCounts, class_counts
 
 
 def iou(predictions: Tensor, labels: Tensor, classes: int | None = None, *, ignore_index: int | None = None) -> ClassCounts:
-    """The intersection over union of each class over all pixels of all examples (Jaccard index): hits / (predicted + labelled - hits).
+    """The intersection over union of each class, over all pixels (Jaccard index): hits / (predicted + labelled - hits).
 
-    `predictions` are float scores `[N, C, ...]`, of which the highest predicts, or class numbers of the shape of `labels`, with `classes`.
-    A pixel whose label is `ignore_index`, or outside of the classes (as 255), is left out. The value is a tensor `[classes]`, NaN for a
-    class that neither a label nor a prediction has shown. Exact; three counts a class. Raises ValueError for other shapes and types.
+    - `predictions`: float scores `[N, C, ...]`, of which the highest is the prediction, or class numbers of the shape of `labels`, with
+      `classes`.
+    - `labels`: class numbers. A pixel with `ignore_index`, or a label outside the classes (as 255), is omitted.
+
+    The value is a tensor `[classes]`, NaN for a class without labels and predictions. Raises ValueError for other shapes and types.
 
     >>> import torch
     >>> iou(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 1, 0, 255]]), classes=3).compute()
@@ -22,7 +24,7 @@ def iou(predictions: Tensor, labels: Tensor, classes: int | None = None, *, igno
 
 
 def mean_iou(predictions: Tensor, labels: Tensor, classes: int | None = None, *, ignore_index: int | None = None) -> ClassCounts:
-    """The mean of `iou` over the classes that a label or a prediction has shown (mIoU). Arguments and errors are those of `iou`.
+    """The mean of `iou` over the classes with labels or predictions (mIoU). Arguments and errors are those of `iou`.
 
     >>> import torch
     >>> mean_iou(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 1, 0, 255]]), classes=3).compute()
