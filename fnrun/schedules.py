@@ -1,7 +1,7 @@
 """Schedules: pure functions `step -> value`, where steps count optimizer updates from 0.
 
-Every schedule is closed form, without memory: its value depends on its argument alone. An int gives a float, a tensor of steps a float64
-tensor of values. Past its end a schedule stays at its last value.
+Every schedule is closed form: its value depends on its argument alone. An int gives a float, a tensor of steps a float64 tensor of values.
+After its end a schedule stays at its last value.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _TENSORS = SimpleNamespace(
 
 
 def _schedule(value: Callable[[Any, SimpleNamespace], Any]) -> Schedule:
-    """The schedule that computes `value(step, x)`, with `x` the same few functions for numbers and for tensors."""
+    """The schedule that computes `value(step, x)`, where `x` is the same functions for numbers or for tensors."""
 
     def schedule(step: Any) -> Any:
         if isinstance(step, Tensor):
@@ -84,12 +84,12 @@ def _schedule(value: Callable[[Any, SimpleNamespace], Any]) -> Schedule:
 
 
 def _values(value: Any, t: Tensor) -> Tensor:
-    """What a schedule of somebody else's gives for a tensor of steps, as ours do: a float64 tensor, an entry for each step."""
+    """The value of any callable for a tensor of steps, as that of our schedules: a float64 tensor with an entry for each step."""
     return torch.as_tensor(value, dtype=torch.float64, device=t.device).expand(t.shape)
 
 
 def _done(t: Any, x: SimpleNamespace, steps: float) -> Any:
-    """How much of `steps` is done at `t`, from 0 to 1."""
+    """The share of `steps` that is done at `t`, from 0 to 1."""
     return x.fill(1.0, t) if steps <= 0 else x.most(x.least(t / steps, 0.0), 1.0)
 
 
@@ -147,7 +147,7 @@ def step(init: float, every: int, gamma: float) -> Schedule:
 
 
 def multistep(init: float, milestones: Sequence[int], gamma: float) -> Schedule:
-    """A factor `gamma` at each milestone: `milestones` in any order, one that stands twice counts twice."""
+    """A factor `gamma` at each milestone. `milestones` are in any order; a repeated one counts each time."""
     for mark in milestones:
         _length("each milestone", mark)
     marks = sorted(milestones)
@@ -197,9 +197,14 @@ def flat_cosine(init: float, flat: int, total: int, floor: float = 0.0) -> Sched
 
 
 def cyclic(low: float, high: float, up: int, down: int | None = None, mode: str = "triangular", gamma: float = 1.0) -> Schedule:
-    """Up from `low` to `high` in `up` steps and back in `down` (as many if not given), for ever.
+    """Up from `low` to `high` in `up` steps and back in `down`, for ever.
 
-    `mode` says how high it goes: `triangular` always the same, `triangular2` half as high in each cycle, `exp_range` by `gamma`^step.
+    - `low`, `high`: the values.
+    - `up`: steps up.
+    - `down=None`: steps down, by default as many.
+    - `mode="triangular"`: the same height in each cycle; `"triangular2"`: half the height in each next one; `"exp_range"`: the height is
+      scaled by `gamma`^step.
+    - `gamma=1.0`: of `"exp_range"`.
     """
     _length("up", up, 1)
     fall = up if down is None else down
@@ -230,10 +235,14 @@ def one_cycle(
     kind: str = "cosine",
     three_phase: bool = False,
 ) -> Schedule:
-    """Smith's one cycle, as torch's OneCycleLR has it: up to `peak` in the share `rise` of `total` steps, and down far below the start.
+    """Smith's one cycle, as torch's OneCycleLR: from peak · start_factor up to `peak`, then down to peak · start_factor · end_factor.
 
-    It starts at peak · start_factor and ends, at step `total` − 1, at that times `end_factor`. With `three_phase` it comes down to the
-    start in as many steps as it rose, and only then to the end. `kind` is `cosine` or `linear`.
+    - `peak`: the highest value.
+    - `total`: steps; the end is at step `total` − 1.
+    - `rise=0.3`: the share of the steps that go up.
+    - `start_factor=1/25`, `end_factor=1e-4`: see above.
+    - `kind="cosine"`: or `"linear"`.
+    - `three_phase=False`: whether it comes down to the start in as many steps as it rose, and only then to the end.
     """
     _length("total", total, 2)
     if not 0.0 < rise <= 1.0 or kind not in ("cosine", "linear"):
@@ -298,7 +307,7 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
-    """One schedule after the other: the next begins at each boundary, at its own step 0.
+    """One schedule after the other: at each boundary the next one begins with its step 0.
 
     >>> schedule = join([linear(0.0, 1.0, 10), constant(1.0)], [10])
     >>> schedule(5), schedule(50)
@@ -340,9 +349,12 @@ def multiply(*schedules: Value) -> Schedule:
 
 
 def warmup(schedule: Value, steps: int, kind: str = "linear", ratio: float = 0.1) -> Schedule:
-    """`schedule` (or a number), multiplied for the first `steps` by a factor that begins at `ratio` and ends at 1; it does not shift it.
+    """`schedule` times a factor that grows from `ratio` to 1 in the first `steps`. The schedule is not shifted.
 
-    `kind`: `linear` grows evenly, `constant` stays at `ratio` and then jumps, `exponential` grows by the same factor each step.
+    - `schedule`: a schedule or a number.
+    - `steps`: steps of the warmup.
+    - `kind="linear"`: the factor grows linearly; `"constant"`: it is `ratio`, then 1; `"exponential"`: it grows by the same ratio a step.
+    - `ratio=0.1`: the first factor.
 
     >>> [round(warmup(1.0, 10, "linear", ratio=0.0)(step), 4) for step in (0, 5, 10)]
     [0.0, 0.5, 1.0]

@@ -86,17 +86,19 @@ def reduce_on_plateau(
     """Multiply a hyperparameter by `factor`, down to `min_value`, when `monitor` has not improved for more than `patience` rounds in a row.
 
     - `mode="min"`: whether less (`"min"`) or more (`"max"`) is better. A NaN is no improvement.
-    - `factor=0.1`: between 0 and 1. `min_value=0.0`: where it ends.
-    - `patience=10`: rounds without an improvement that are borne.
-    - `threshold=1e-4`: what an improvement exceeds: a part of the best value's size (`threshold_mode="rel"`), or a difference (`"abs"`).
-    - `cooldown=0`: rounds after a reduction of which none counts as bad.
+    - `factor=0.1`: between 0 and 1.
+    - `patience=10`: the number of rounds without an improvement before a reduction.
+    - `threshold=1e-4`: an improvement is larger than this: relative to the magnitude of the best value, or absolute.
+    - `threshold_mode="rel"`: or `"abs"`.
+    - `cooldown=0`: rounds after a reduction that do not count as bad.
+    - `min_value=0.0`: the lower bound of the hyperparameter.
     - `hyperparam="lr_scale"`: in the optimizer's state, in each group of a partition. Every optimizer multiplies its rate by `lr_scale`;
       `optim.in_state` makes others.
 
     Rounds in which the metric is not computed (validation each n-th epoch) don't count at all.
 
-    Nothing branches on the metric: it waits for the device only where the hyperparameter lies on another one (`lr_scale` lies on the CPU).
-    A hyperparameter with a value for each member of a sweep, and a metric of that shape, give each member a plateau of its own.
+    No Python code branches on the metric: it waits for the device only if the hyperparameter is on another one (`lr_scale` is on the CPU).
+    With a hyperparameter and a metric that have a value for each member of a sweep, each member has its plateau.
 
     Raises ValueError for options out of range, for a hyperparameter that the state does not have, and, with the names that exist, where the
     monitored step reports no such metric.

@@ -34,7 +34,7 @@ class _Rollback:
     def before(self, state: TrainState, batch: Any) -> TrainState:
         memory = state.memory[self.name]
         if memory["good"] is not None and memory["newest"]["step"] != state.step:
-            return state  # `every` held this hook back since: what it saw last is as old as that
+            return state  # `every` skipped this hook since: what it saw last is as old as that
         kept = self._kept(state)  # with what others changed after this hook's tick, and with the memory of hooks that come later
         return self._remembering(state, {**memory, "good": memory["good"] or kept, "newest": kept})
 
@@ -92,18 +92,19 @@ def rollback(
     Parameters, buffers, optimizer state and averaged weights go back. The step, the position in the data and so the randomness go on: the
     retry meets other batches.
 
-    - `when=None`: `when(value, good)` says whether `value` has exploded, where `good` is the last one that had not, as
-      `lambda value, good: value > 10 * good`. Without it only infinities and NaN have.
-    - `max_retries=3`: after so many in the whole run the next explosion is a RuntimeError.
-    - `lr_factor=1.0`: above 0, at most 1. At each retry `lr_scale` is what it was, times this.
+    - `monitor`: the name of a metric, such as `"val/loss"`.
+    - `when=None`: a function `(value, good) -> bool`, whether `value` has exploded, where `good` is the last value that had not:
+      `lambda value, good: value > 10 * good`. Without it only infinities and NaN count.
+    - `max_retries=3`: the retries of the whole run; the next explosion is a RuntimeError.
+    - `lr_factor=1.0`: above 0, at most 1. Each retry multiplies `lr_scale` by it.
+    - `name="rollback"`: the key in `state.memory`.
 
-    In a loop of training steps the last good state is the one before the last step whose loss was good, since the loss is that of the
-    weights before the step; `every(n, rollback(...))` looks, and goes back, in strides of n. In rounds it is the state at the end of the
-    last good one, the parameters of which must be finite too; best monitor what validation finds. Rounds without the metric don't count.
+    In a loop of training steps the last good state is the one before the last step with a good loss, since that is the loss of the weights
+    before the step. `every(n, rollback(...))` looks, and goes back, in strides of n. In rounds it is the state at the end of the last good
+    round, whose parameters must be finite too; monitor a metric of the validation. Rounds without the metric don't count.
 
-    Reading the value waits for the device, so in a loop of steps at each of them. The good state is kept by reference in
-    `state.memory[name]`, and so in checkpoints. `state.memory[name]["retries"]` counts. A metric of the step that went wrong is in the mean
-    of its epoch all the same.
+    Reading the value waits for the device; in a loop of steps that is at each step. The good state is in `state.memory[name]` by reference,
+    and so in checkpoints; `state.memory[name]["retries"]` counts. The mean of an epoch includes the metrics of the step that went wrong.
 
     Raises ValueError for options out of range, for `lr_factor` where no optimizer state has an `lr_scale`, and, with the names that exist,
     where the monitored step reports no such metric.

@@ -28,8 +28,7 @@ class _Rows:
         return f"predictions -> {self._lines.path}"
 
     def open(self, program: Any, state: LoopState) -> None:
-        if not self._lines:
-            self._lines.open(state.position.order if state.position.frames else ())
+        self._lines.begin(state.position.order if state.position.frames else ())
 
     def __call__(self, state: LoopState, metrics: dict[str, Any]) -> None:
         place = {**order_fields(state.position.order), "step": state.step, "batch": state.position.frames[-1].ticks - 1}

@@ -33,27 +33,25 @@ class Service(Protocol):
     def finish(self) -> None: ...
 
 
-class Journaled:
+class Journaled(Lines):
     """A sink whose lines are in a journal, the file `path`, and in `service`."""
 
     def __init__(self, path: Path, service: Service) -> None:
-        self.lines, self.service = Lines(path), service
+        super().__init__(path)
+        self.service = service
         self._number = self._sent = 0
 
-    def __str__(self) -> str:
-        return str(self.lines)
-
     def open(self, state: LoopState) -> None:
-        if self.lines:
+        if self:
             return
-        self.lines.open(state.position.order)
+        self.begin(state.position.order)
         self._number, self._sent = 0, self.service.start()
-        with naming(self.lines.path), self.lines.path.open(encoding="utf-8") as file:
+        with naming(self.path), self.path.open(encoding="utf-8") as file:
             for line in file:
                 self._send(_decoded(json.loads(line)))
 
     def write(self, record: Record) -> None:
-        self.lines.append(_encoded(record))
+        self.append(_encoded(record))
         self._send(record)
 
     def _send(self, record: Record) -> None:
@@ -61,12 +59,9 @@ class Journaled:
             self.service.send(self._number, record)
         self._number += 1
 
-    def flush(self) -> None:
-        self.lines.flush()
-
     def close(self) -> None:
-        if self.lines:
-            self.lines.close()
+        if self:
+            super().close()
             self.service.finish()
 
 

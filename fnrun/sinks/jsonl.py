@@ -12,26 +12,13 @@ from fnrun.sinks.lines import Lines, position_fields
 from fnrun.sinks.media import Media
 
 
-class _JsonLines:
-    def __init__(self, path: Path) -> None:
-        self.lines = Lines(path)
-
-    def __str__(self) -> str:
-        return str(self.lines)
-
+class _JsonLines(Lines):
     def open(self, state: LoopState) -> None:
-        if not self.lines:
-            self.lines.open(state.position.order)
+        self.begin(state.position.order)
 
     def write(self, record: Record) -> None:
         values = {name: jsonable(value) for name, value in record.metrics.items() if not isinstance(value, Media)}
-        self.lines.append({**position_fields(record), **values, "clock": record.clock})
-
-    def flush(self) -> None:
-        self.lines.flush()
-
-    def close(self) -> None:
-        self.lines.close()
+        self.append({**position_fields(record), **values, "clock": record.clock})
 
 
 def jsonl(path: str | Path) -> Sink:

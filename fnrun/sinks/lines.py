@@ -46,8 +46,13 @@ class Lines(OnDisk):
         """Whether it is open."""
         return self._file is not None
 
-    def open(self, order: tuple[int, ...]) -> None:
-        """Keep the lines up to `order`: what a killed run wrote after its last checkpoint comes again."""
+    def begin(self, order: tuple[int, ...]) -> None:
+        """Open the file and keep the lines up to `order`: what a killed run wrote after its last checkpoint comes again.
+
+        Does nothing while it is open.
+        """
+        if self:
+            return
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError), files.opened(self.path, "r+b") as old:

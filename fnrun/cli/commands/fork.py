@@ -41,7 +41,7 @@ def run(asked: Fork) -> int:
         if parent.metrics.exists():
             shutil.copyfile(parent.metrics, run.metrics)
             lines = Lines(run.metrics)
-            lines.open(order(manifest))
+            lines.begin(order(manifest))
             lines.close()
     _say(asked, parent, fork, later)
     return 0
