@@ -209,7 +209,7 @@ def _name(build: Build) -> str:
 # --- the commands ------------------------------------------------------------------------------------------------------
 
 
-class _Asked:
+class _Interrupts:
     """The interrupts of a command, signals and a deadline, as one that keeps its answer; with the exit code."""
 
     def __init__(self, signals: Signals, limit: Interrupt | None, args: list[str]) -> None:
@@ -239,13 +239,13 @@ def _deadline(command: Any) -> Interrupt | None:
 
 
 def _interruptible(build: Build, name: str, command: Any, args: list[str]) -> int:
-    asked = _Asked(Signals(), _deadline(command), args)
-    with asked.signals.listening(), _printable_warnings():
+    interrupts = _Interrupts(Signals(), _deadline(command), args)
+    with interrupts.signals.listening(), _printable_warnings():
         try:
-            return _trained(build, name, command, asked)
+            return _trained(build, name, command, interrupts)
         except WaitingInterrupted as error:
             print(f"error: {error}", file=sys.stderr)
-            return asked.code
+            return interrupts.code
 
 
 @contextlib.contextmanager
@@ -263,18 +263,18 @@ def _printable_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def _trained(build: Build, name: str, command: Any, asked: _Asked) -> int:
+def _trained(build: Build, name: str, command: Any, interrupts: _Interrupts) -> int:
     writer.check_alone()
     command = local_paths(command)
     if not isinstance(command, _Resume):
-        return _train(build, name, command.out, command, asked)
+        return _train(build, name, command.out, command, interrupts)
     if command.auto and not (command.run / CONFIG).exists():
-        return _train(build, name, command.run, command, asked)
-    command, run = _resumed(build, name, command.run, asked.args)
+        return _train(build, name, command.run, command, interrupts)
+    command, run = _resumed(build, name, command.run, interrupts.args)
     if command.auto and run.config == command.config and (steps := _finished(run)) is not None:
         print(f"{run.path} is finished: {steps} steps")
         return 0
-    return _resume(build, name, command, asked)
+    return _resume(build, name, command, interrupts)
 
 
 def _finished(run: Run) -> int | None:
@@ -283,9 +283,9 @@ def _finished(run: Run) -> int | None:
     return status.step if status.state == "finished" and entries and status.ticks == entries[-1].ticks else None
 
 
-def _train(build: Build, name: str, path: Path | None, command: Any, asked: _Asked) -> int:
+def _train(build: Build, name: str, path: Path | None, command: Any, interrupts: _Interrupts) -> int:
     run, made = _begun(name, command.config, path)
-    with run.writing(asked) as writing, contextlib.ExitStack() as stack:
+    with run.writing(interrupts) as writing, contextlib.ExitStack() as stack:
         try:
             experiment = _built(build, run)
             state = experiment.fresh()
@@ -300,7 +300,7 @@ def _train(build: Build, name: str, path: Path | None, command: Any, asked: _Ask
             raise
         stack.enter_context(_logging(run, command.log_level))
         logger.info("%s: a new run in %s", run.experiment, run.path)
-        return _go(run, experiment, state, asked, writing)
+        return _go(run, experiment, state, interrupts, writing)
 
 
 def _begun(name: str, config: Any, path: Path | None) -> tuple[Run, bool]:
@@ -315,34 +315,34 @@ def _begun(name: str, config: Any, path: Path | None) -> tuple[Run, bool]:
         return Run(path, name, config), False
 
 
-def _resume(build: Build, name: str, command: Any, asked: _Asked) -> int:
-    with writer.writing(command.run, asked) as writing, contextlib.ExitStack() as stack:
+def _resume(build: Build, name: str, command: Any, interrupts: _Interrupts) -> int:
+    with writer.writing(command.run, interrupts) as writing, contextlib.ExitStack() as stack:
         try:
-            command, before = _resumed(build, name, command.run, asked.args)  # as whoever wrote here before has left it
+            command, before = _resumed(build, name, command.run, interrupts.args)  # as whoever wrote here before has left it
             run = dataclasses.replace(before, config=command.config, history=list(before.history))
             stack.enter_context(run.written_by(writing))
             experiment = _built(build, run)
             state = fresh = experiment.fresh()
             stack.enter_context(_logging(run, command.log_level))
-            if asked() is None:
+            if interrupts() is None:
                 state = _restored(run, fresh, command.fall_back)
                 _check_seed(build, before, run, state, fresh)
         except BaseException:
             writing.withdraw()
             raise
-        if asked() is not None:
+        if interrupts() is not None:
             writing.withdraw()
-            how = "the same with more time" if asked.code == os.EX_TEMPFAIL else "the same again"
-            logger.info("%s: interrupted before it went on. To go on, %s:\n  %s", asked.text, how, command_line(run, *asked.args))
-            return asked.code
+            how = "the same with more time" if interrupts.code == os.EX_TEMPFAIL else "the same again"
+            logger.info("%s: interrupted before it went on. To go on, %s:\n  %s", interrupts.text, how, command_line(run, *interrupts.args))
+            return interrupts.code
         try:
             state = _departing(before, run, state, fresh)
-            return _go(run, experiment, state, asked, writing, before, other_data=command.other_data)
+            return _go(run, experiment, state, interrupts, writing, before, other_data=command.other_data)
         except ProgramError as error:
             writing.withdraw()
             before.write_config()  # refused: the run is what it was
             if isinstance(error, OtherData):
-                hint = command_line(run, *asked.args, "--other-data")
+                hint = command_line(run, *interrupts.args, "--other-data")
                 raise RunError(f"{error.what}To go on with it all the same, where {error.then}:\n  {hint}") from error
             raise
 
@@ -423,7 +423,7 @@ def _go(
     run: Run,
     experiment: Experiment,
     state: Any,
-    asked: _Asked,
+    interrupts: _Interrupts,
     writing: Writing,
     before: Run | None = None,
     *,
@@ -431,21 +431,21 @@ def _go(
 ) -> int:
     """Train to the end. `before` is the run before this command; where nothing was trained its config is written again."""
     began, stopped = state.position.ticks, state.stop
-    if asked() is None:
+    if interrupts() is None:
         program = _saving(experiment.program, run)
-        with _workers_end_too(asked), run.checkpoints:
-            state = _run(run, program, state, experiment.data, any_of(writing, asked), other_data=other_data)
+        with _workers_end_too(interrupts), run.checkpoints:
+            state = _run(run, program, state, experiment.data, any_of(writing, interrupts), other_data=other_data)
     writing.check()
     writing.at(state.step, state.position.ticks)
-    if asked.text is not None:
-        writing.stopped(asked.text)
+    if interrupts.text is not None:
+        writing.stopped(interrupts.text)
         saved = run.checkpoints.latest()
         where = "before the first step" if saved is None else f"at step {saved}, saved"
         if saved is None and state.position.ticks:
-            logger.warning("%s: interrupted at step %d, and nothing was saved", asked.text, state.step)
-            return asked.code
-        logger.info("%s: interrupted %s. To go on:\n  %s", asked.text, where, command_line(run, "resume", run.path))
-        return asked.code
+            logger.warning("%s: interrupted at step %d, and nothing was saved", interrupts.text, state.step)
+            return interrupts.code
+        logger.info("%s: interrupted %s. To go on:\n  %s", interrupts.text, where, command_line(run, "resume", run.path))
+        return interrupts.code
     if state.stop:
         writing.stopped(state.stop)
     if state.position.ticks == began:
@@ -519,12 +519,12 @@ def _unread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workers_end_too(asked: _Asked) -> Iterator[None]:
+def _workers_end_too(interrupts: _Interrupts) -> Iterator[None]:
     """Within it data workers that end by SIGTERM are no error: a scheduler may send it to all processes of a job."""
     try:
         yield
     except RuntimeError as error:
-        if asked() is None or "DataLoader worker" not in str(error):
+        if interrupts() is None or "DataLoader worker" not in str(error):
             raise
 
 

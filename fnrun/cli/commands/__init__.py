@@ -1,6 +1,6 @@
 """The command `fnrun`: runs and checkpoints, seen from a shell.
 
-The flags of a command are the fields of a dataclass here. Its work is `run(asked) -> int` in the module of its name, which is imported when
+The flags of a command are the fields of a dataclass here. Its work is `run(flags) -> int` in the module of its name, which is imported when
 the command is chosen: `fnrun --help` imports nothing heavy.
 
 Exit codes: 0 done, 1 different or failed, 2 an error, which is one line on the standard error.
@@ -198,10 +198,10 @@ def main(args: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # lines and dots that the terminal does not have are no reason to fail
     try:
-        name, asked = _parse(args)
-        if asked is None:
+        name, flags = _parse(args)
+        if flags is None:
             return 0
-        code = importlib.import_module(f"fnrun.cli.commands.{name}").run(local_paths(asked))
+        code = importlib.import_module(f"fnrun.cli.commands.{name}").run(local_paths(flags))
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has gone, and needs no more of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -239,8 +239,8 @@ def _parse(args: list[str]) -> tuple[str, Any]:
     try:
         if not hasattr(command, "overrides"):
             return name, read_flags(command, rest, **options)
-        asked, overrides = read_flags(command, rest, return_unknown_args=True, **options)
-        return name, dataclasses.replace(asked, overrides=tuple(overrides))
+        flags, overrides = read_flags(command, rest, return_unknown_args=True, **options)
+        return name, dataclasses.replace(flags, overrides=tuple(overrides))
     except SystemExit:
         return name, None
 

@@ -28,13 +28,13 @@ from fnrun.runs.run import RunError
 OBSERVED = re.compile(r"position/frames/\d+/folds(/|$)")
 
 
-def run(asked: Diff) -> int:
-    if asked.a.is_file() or asked.b.is_file():
-        found = fields(_config(asked.a, asked.b), _config(asked.b, asked.a))
+def run(flags: Diff) -> int:
+    if flags.a.is_file() or flags.b.is_file():
+        found = fields(_config(flags.a, flags.b), _config(flags.b, flags.a))
         report = {"equal": not found, "config": found}
     else:
-        report = states(asked.a, asked.b)
-    if asked.json:
+        report = states(flags.a, flags.b)
+    if flags.json:
         document(report)
     else:
         _print(report)

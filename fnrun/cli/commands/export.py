@@ -11,17 +11,17 @@ from fnrun.cli.commands.stored import checkpoint_at
 from fnrun.core.tables import size
 
 
-def run(asked: Export) -> int:
-    checkpoints, entry = checkpoint_at(asked.path, asked.checkpoint)
-    if asked.out.exists() and not asked.overwrite:
-        raise CommandError(f"{asked.out} is there already; --overwrite replaces it")
-    with writing(asked.out):
-        export(checkpoints, asked.out, weights=asked.weights, step=entry, dtype=_dtype(asked.dtype), overwrite=asked.overwrite)
-    checkpoint, bytes = shown_path(checkpoints.directory / entry.name), asked.out.stat().st_size
-    if asked.json:
-        document({"checkpoint": checkpoint, "step": entry.step, "weights": asked.weights, "file": str(asked.out), "bytes": bytes})
+def run(flags: Export) -> int:
+    checkpoints, entry = checkpoint_at(flags.path, flags.checkpoint)
+    if flags.out.exists() and not flags.overwrite:
+        raise CommandError(f"{flags.out} is there already; --overwrite replaces it")
+    with writing(flags.out):
+        export(checkpoints, flags.out, weights=flags.weights, step=entry, dtype=_dtype(flags.dtype), overwrite=flags.overwrite)
+    checkpoint, bytes = shown_path(checkpoints.directory / entry.name), flags.out.stat().st_size
+    if flags.json:
+        document({"checkpoint": checkpoint, "step": entry.step, "weights": flags.weights, "file": str(flags.out), "bytes": bytes})
     else:
-        say(f"{asked.out}  {asked.weights} of step {entry.step}, {size(bytes)}, from {checkpoint}")
+        say(f"{flags.out}  {flags.weights} of step {entry.step}, {size(bytes)}, from {checkpoint}")
     return 0
 
 

@@ -23,27 +23,27 @@ from fnrun.runs.verify import order
 from fnrun.sinks.lines import Lines
 
 
-def run(asked: Fork) -> int:
-    parent = run_at(asked.run)
+def run(flags: Fork) -> int:
+    parent = run_at(flags.run)
     checkpoints = Checkpoints(parent.path / "checkpoints")
-    entry = checkpoints.find(which(asked.step))
+    entry = checkpoints.find(which(flags.step))
     manifest = checkpoints.manifest(entry)
-    config, changed = _overridden(parent, manifest.config, asked.overrides)
-    if parent.path.resolve() in asked.out.resolve().parents:
-        raise CommandError(f"{asked.out} lies in the run {parent.path} itself: a fork needs a place of its own")
-    with appearing(asked.out, parent.path.stat().st_mode & 0o777 | 0o700) as made:
+    config, changed = _overridden(parent, manifest.config, flags.overrides)
+    if parent.path.resolve() in flags.out.resolve().parents:
+        raise CommandError(f"{flags.out} lies in the run {parent.path} itself: a fork needs a place of its own")
+    with appearing(flags.out, parent.path.stat().st_mode & 0o777 | 0o700) as made:
         sha256 = _copy(checkpoints, entry, manifest, made / "checkpoints")
-        forked = os.path.relpath(parent.path, asked.out)
+        forked = os.path.relpath(parent.path, flags.out)
         fork = {"forked": forked, "step": entry.step, "ticks": entry.ticks, "sha256": sha256, "changed": changed}
         later = {name: pair for name, pair in changes(manifest.config, parent.config).items() if name not in changed}
-        run = Run(made, parent.experiment, config, [*_before(parent, entry, asked.out), fork])
+        run = Run(made, parent.experiment, config, [*_before(parent, entry, flags.out), fork])
         run.write_beginning()
         if parent.metrics.exists():
             shutil.copyfile(parent.metrics, run.metrics)
             lines = Lines(run.metrics)
             lines.begin(order(manifest))
             lines.close()
-    _say(asked, parent, fork, later)
+    _say(flags, parent, fork, later)
     return 0
 
 
@@ -89,13 +89,13 @@ def _copy(checkpoints: Checkpoints, entry: Entry, manifest: Manifest, to: Path) 
     return hashlib.sha256((copy / store.MANIFEST).read_bytes()).hexdigest()
 
 
-def _say(asked: Fork, parent: Run, fork: dict[str, Any], later: dict[str, list[Any]]) -> None:
-    resume = command_line(parent, "resume", asked.out)
-    if asked.json:
-        document({"run": str(asked.out), **fork, "left": later, "resume": resume})
+def _say(flags: Fork, parent: Run, fork: dict[str, Any], later: dict[str, list[Any]]) -> None:
+    resume = command_line(parent, "resume", flags.out)
+    if flags.json:
+        document({"run": str(flags.out), **fork, "left": later, "resume": resume})
         return
     changed = f", with {words(fork['changed'])}" if fork["changed"] else ""
-    say(f"{asked.out}: forked from {parent.path} at step {fork['step']}{changed}")
+    say(f"{flags.out}: forked from {parent.path} at step {fork['step']}{changed}")
     if later:
         say(f"It has the config of that step; what {parent.path} changed later stays there: {words(later)}")
     say(f"To go on:\n  {resume}")

@@ -20,21 +20,21 @@ from fnrun.runs.run import Run, RunError
 REASONS = {".tmp-delete-": "half deleted", ".tmp-": "half written", "abandoned-": "given up when the run went on from an older checkpoint"}
 
 
-def run(asked: Gc) -> int:
-    if asked.keep_every is not None and asked.keep is None:
+def run(flags: Gc) -> int:
+    if flags.keep_every is not None and flags.keep is None:
         raise CommandError("--keep-every says which of the old checkpoints stay: it goes with --keep")
-    for flag, value in (("--keep", asked.keep), ("--keep-every", asked.keep_every)):
+    for flag, value in (("--keep", flags.keep), ("--keep-every", flags.keep_every)):
         if value is not None and value < 1:
             raise CommandError(f"{flag} is at least 1, not {value}")
-    if not asked.runs and not Path("runs").is_dir():
+    if not flags.runs and not Path("runs").is_dir():
         raise CommandError("there is no directory runs here; name the runs: fnrun gc RUN...")
-    runs, refused = _opened(asked.runs or runs_below(Path("runs")))
+    runs, refused = _opened(flags.runs or runs_below(Path("runs")))
     with contextlib.ExitStack() as locks:
-        free, busy = _taken(runs, locks) if asked.yes else _looked_at(runs)
+        free, busy = _taken(runs, locks) if flags.yes else _looked_at(runs)
         refused += busy
         rows, notes = [], []
         for found in free:
-            doomed, more = superfluous(found.checkpoints, asked.keep, asked.keep_every)
+            doomed, more = superfluous(found.checkpoints, flags.keep, flags.keep_every)
             doomed += [
                 _row(path, REASONS[".tmp-"])
                 for path in files.leftovers(found.path.absolute())
@@ -42,15 +42,15 @@ def run(asked: Gc) -> int:
             ]
             rows += [{"run": str(found.path), **row} for row in doomed]
             notes += [f"{found.path}: {one}" for one in more]
-        if not asked.json:
+        if not flags.json:
             _print(rows, notes)
-        if asked.yes:
+        if flags.yes:
             _delete(free, rows)
-    if rows and not asked.json:
-        say(f"\n{size(sum(row['bytes'] for row in rows))} {'deleted' if asked.yes else 'would be deleted; --yes deletes'}")
-    if asked.json:
+    if rows and not flags.json:
+        say(f"\n{size(sum(row['bytes'] for row in rows))} {'deleted' if flags.yes else 'would be deleted; --yes deletes'}")
+    if flags.json:
         document(
-            {"deleted": asked.yes, "bytes": sum(row["bytes"] for row in rows), "superfluous": rows, "notes": notes, "refused": refused}
+            {"deleted": flags.yes, "bytes": sum(row["bytes"] for row in rows), "superfluous": rows, "notes": notes, "refused": refused}
         )
     if refused:
         raise CommandError("; ".join(refused))

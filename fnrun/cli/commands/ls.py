@@ -23,14 +23,14 @@ JUDGED = {"loss": "min", "accuracy": "max"}
 TAIL = 2**18
 
 
-def run(asked: Ls) -> int:
-    if not asked.directory.is_dir():
-        raise CommandError(f"{asked.directory} is no directory of runs: {what_is_at(asked.directory)}; name one: fnrun ls DIR")
-    found = sorted((_seen(path) for path in runs_below(asked.directory)), key=lambda row: row["idle"])
-    if asked.json:
+def run(flags: Ls) -> int:
+    if not flags.directory.is_dir():
+        raise CommandError(f"{flags.directory} is no directory of runs: {what_is_at(flags.directory)}; name one: fnrun ls DIR")
+    found = sorted((_seen(path) for path in runs_below(flags.directory)), key=lambda row: row["idle"])
+    if flags.json:
         document(found)
     elif not found:
-        say(f"no runs in or below {asked.directory}: {what_is_at(asked.directory)}")
+        say(f"no runs in or below {flags.directory}: {what_is_at(flags.directory)}")
     else:
         lines, width = _wide(found), terminal_width()
         say(_narrow(found) if width is not None and max(map(len, lines.splitlines())) > width else lines)

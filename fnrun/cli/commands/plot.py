@@ -15,35 +15,35 @@ from fnrun.runs.curves import Curve, chosen, records
 from fnrun.runs.plot import draw, text
 
 
-def run(asked: Plot) -> int:
-    if not asked.runs:
+def run(flags: Plot) -> int:
+    if not flags.runs:
         raise CommandError("name a run, or several: fnrun plot RUN...")
     lines = {}
-    for name, path in _names(asked.runs).items():
+    for name, path in _names(flags.runs).items():
         found = run_at(path)
         lines[name] = list(records(found.metrics)) if found.metrics.is_file() else []
-    curves = chosen(lines, by=asked.by, only=asked.only, log=asked.log)
-    everything = chosen(lines, by=asked.by, only=["*"])
+    curves = chosen(lines, by=flags.by, only=flags.only, log=flags.log)
+    everything = chosen(lines, by=flags.by, only=["*"])
     if not curves:
         names = sorted({curve.metric for curve in everything})
         raise CommandError(
-            f"no metric matches {' or '.join(asked.only)}; there are: {', '.join(names)}"
+            f"no metric matches {' or '.join(flags.only)}; there are: {', '.join(names)}"
             if names
             else f"nothing is logged yet in {', '.join(lines)}"
         )
-    if asked.out is not None:
-        _draw(curves, asked.out, asked)
-    if asked.json:
+    if flags.out is not None:
+        _draw(curves, flags.out, flags)
+    if flags.json:
         rows = [{"run": curve.run, "metric": curve.metric, "x": curve.x, "y": curve.y, "missing": curve.missing} for curve in curves]
-        document({"by": asked.by, "curves": rows, "picture": asked.out})
+        document({"by": flags.by, "curves": rows, "picture": flags.out})
         return 0
-    if asked.out is None:
+    if flags.out is None:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         shown = [curve._replace(run=printable(curve.run), metric=printable(curve.metric)) for curve in curves]
-        print(text(shown, width=shutil.get_terminal_size().columns, color=color, by=asked.by, log=asked.log))
+        print(text(shown, width=shutil.get_terminal_size().columns, color=color, by=flags.by, log=flags.log))
     else:
-        say(str(asked.out))
-    for note in _notes(curves, everything, lines, asked):
+        say(str(flags.out))
+    for note in _notes(curves, everything, lines, flags):
         say(note)
     return 0
 
@@ -59,25 +59,25 @@ def _names(paths: tuple[Path, ...]) -> dict[str, Path]:
     return dict(zip(names, runs.values(), strict=True))
 
 
-def _draw(curves: list[Curve], out: Path, asked: Plot) -> None:
+def _draw(curves: list[Curve], out: Path, flags: Plot) -> None:
     title = curves[0].run if len({curve.run for curve in curves}) == 1 else ""
     with writing(out):
         try:
-            draw(curves, out, title=title, by=asked.by, log=asked.log)
+            draw(curves, out, title=title, by=flags.by, log=flags.log)
         except ValueError as error:
             raise CommandError(f"{out} cannot be drawn: {error}") from error
 
 
-def _notes(curves: list[Curve], everything: list[Curve], lines: dict[str, list], asked: Plot) -> list[str]:
+def _notes(curves: list[Curve], everything: list[Curve], lines: dict[str, list], flags: Plot) -> list[str]:
     """What the picture does not show."""
     notes = []
     for curve in curves:
         if curve.missing:
             gaps = [x for x, y in zip(curve.x, curve.y, strict=True) if y != y]
-            what = "no positive numbers" if asked.log else "not finite"
-            where = f"at {asked.by} {gaps[0]:g}" if len(gaps) == 1 else f"from {asked.by} {gaps[0]:g} to {gaps[-1]:g}"
+            what = "no positive numbers" if flags.log else "not finite"
+            where = f"at {flags.by} {gaps[0]:g}" if len(gaps) == 1 else f"from {flags.by} {gaps[0]:g} to {gaps[-1]:g}"
             notes.append(f"gaps: {curve.missing} of the {len(curve.y)} values of {curve.metric} in {curve.run} are {what}, {where}")
     notes += [f"nothing is logged yet in {name}" for name, found in lines.items() if not found]
     if left := sorted({curve.metric for curve in everything} - {curve.metric for curve in curves}):
-        notes += [] if asked.only else [f"not shown: {', '.join(left)} (--only '*' shows all)"]
+        notes += [] if flags.only else [f"not shown: {', '.join(left)} (--only '*' shows all)"]
     return notes

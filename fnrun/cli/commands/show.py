@@ -18,10 +18,10 @@ from fnrun.core.tables import number, size, table
 from fnrun.core.tree import words
 
 
-def run(asked: Show) -> int:
-    checkpoints, entry = checkpoint_at(asked.path, asked.checkpoint)
+def run(flags: Show) -> int:
+    checkpoints, entry = checkpoint_at(flags.path, flags.checkpoint)
     manifest = checkpoints.manifest(entry)
-    only = list(asked.only) or None
+    only = list(flags.only) or None
     try:
         wanted = selector(only, list(paths(manifest.structure)))
     except CheckpointError as error:
@@ -34,7 +34,7 @@ def run(asked: Show) -> int:
     lost = damage.leaves if damage is not None else ()
     leaves = [_row(leaf, manifest, values, lost) for leaf in manifest.leaves if wanted(leaf.path)]
     about = {"checkpoint": shown_path(checkpoints.directory / entry.name), **_about(manifest, run_of(checkpoints))}
-    if asked.json:
+    if flags.json:
         document({**about, "leaves": leaves, "totals": _totals(leaves), "damage": damage and {"error": str(damage), "lost": lost}})
     else:
         _print(about, leaves)

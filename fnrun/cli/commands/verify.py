@@ -21,21 +21,21 @@ from fnrun.runs.verify import Pair, verify
 SHOWN = 10
 
 
-def run(asked: Verify) -> int:
-    run = run_at(asked.run)
+def run(flags: Verify) -> int:
+    run = run_at(flags.run)
     ambiguous = {step for step, n in Counter(entry.step for entry in run.checkpoints.entries()).items() if n > 1}
     pairs: list[Pair] = []
-    with contextlib.redirect_stdout(sys.stderr) if asked.json else contextlib.nullcontext():  # the experiment may print too
-        for pair in verify(run, to=asked.to or None, from_start=asked.from_start):
+    with contextlib.redirect_stdout(sys.stderr) if flags.json else contextlib.nullcontext():  # the experiment may print too
+        for pair in verify(run, to=flags.to or None, from_start=flags.from_start):
             pairs.append(pair)
             print(printable("\n".join(_lines(pair, ambiguous))), flush=True)
     count = Counter(pair.outcome for pair in pairs)
     failed = count["different"] + count["damaged"]
-    if asked.json:
+    if flags.json:
         document({"run": str(run.path), "proven": count["equal"], "failed": failed, "pairs": [_jsonable(pair) for pair in pairs]})
     else:
         print(_summary(run, pairs, count["equal"], failed))
-        if not failed and not asked.to and (first := pairs[0].begin) is not None:
+        if not failed and not flags.to and (first := pairs[0].begin) is not None:
             print(f"step {first.step} was taken as it is; --from-start proves it too")
     if failed:
         return 1
