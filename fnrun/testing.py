@@ -125,7 +125,7 @@ def assert_resumable(
 
 
 def _folds(state: Any) -> dict[str, Any]:
-    """What observers fold in the open loops, by loop."""
+    """The folds of observers in the open loops, by loop."""
     return {frame.name: frame.folds for frame in state.position.frames}
 
 

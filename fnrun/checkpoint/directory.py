@@ -217,7 +217,7 @@ class Checkpoints:
     # --- looking
 
     def _settled(self) -> Listing:
-        """What lies in the directory when a save in flight has ended."""
+        """The listing of the directory, after a save in flight has ended."""
         self._background.join()
         return self._listing
 
@@ -365,7 +365,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: {failed}: {error}") from error
 
     def superfluous(self, keep: int, keep_every: int | None = None) -> list[Entry]:
-        """What `prune` would delete."""
+        """The checkpoints that `prune` would delete."""
         check_keep("superfluous", keep, keep_every)
         self._background.join()
         return self._superfluous(keep, keep_every)
@@ -374,7 +374,7 @@ class Checkpoints:
         return superfluous(self._listing.entries(), self._listing.judgements(skip_damaged=True), keep, keep_every)
 
     def garbage(self) -> list[Path]:
-        """What killed processes left half written or half deleted, and the futures that were given up. Nothing reads either."""
+        """The leftovers of killed processes, half written or half deleted, and the futures that were given up. Nothing reads either."""
         self._background.join()
         if not self.directory.is_dir():
             return []

@@ -84,7 +84,7 @@ def _each_once(tensors: Mapping[str, Tensor], function: Callable[[str, Tensor], 
 
 
 def state_dict(source: str | Path | Mapping[str, Any], key: str | None = None) -> dict[str, Tensor]:
-    """What `params_from` returns; tensors of a file may be mapped from it, and are to be copied."""
+    """The state dict of `params_from`; tensors of a file may be mapped from it, and must be copied."""
     if isinstance(source, Mapping):
         return _chosen(source, key, "the mapping")
     path = files.local_path(source)
@@ -204,7 +204,7 @@ def _check_legacy(path: Path) -> None:
 
 
 def _unpickled(file: IO[bytes], persistent_load: Callable[[Any], Any] | None = None) -> Any:
-    """What torch's restricted unpickler reads, with `persistent_load` in place of its own."""
+    """Read a file by torch's restricted unpickler, with `persistent_load` in place of its own."""
     unpickler: Any = _weights_only_unpickler.Unpickler(file, encoding="utf-8")
     unpickler.persistent_load = persistent_load
     return unpickler.load()
@@ -249,7 +249,7 @@ def _empty_dict(*args: Any) -> dict[Any, Any]:
 
 
 def _stand_in(name: str) -> Any:
-    """What to unpickle in place of this class or function: for a defaultdict a dict, else a class that does nothing."""
+    """The class or function that replaces this one: for a defaultdict a dict, else a class that does nothing."""
     return _empty_dict if name == "collections.defaultdict" else type(name, (Inert,), {})
 
 

@@ -37,7 +37,7 @@ class CheckpointError(Exception):
 
 
 class DamagedError(CheckpointError):
-    """What is on disk is not what was saved. The checkpoint before it may be whole.
+    """A checkpoint on disk that is not as it was saved. The one before it may be whole.
 
     `leaves` are the paths of those that are lost, where that is known.
     """

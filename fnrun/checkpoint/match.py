@@ -1,4 +1,4 @@
-"""What was saved, matched with a fresh state: what to restore and what to keep, or a table of what differs."""
+"""A saved structure matched with a fresh state: a plan of the leaves to restore and to keep, or a table of the differences."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Mismatch(NamedTuple):
 
 
 class Matcher:
-    """What to restore of what was saved, given a fresh state (or ABSENT) and patterns of the wanted leaves.
+    """Matches a saved structure with a fresh state (or ABSENT), for the leaves that the patterns select.
 
     Floating-point tensors may have the dtype `cast` in `like`, whatever their saved dtype is. Without `strict`, what is missing or
     unexpected is a line of `apart` and no error, as long as there is something to restore.
@@ -207,7 +207,7 @@ class Matcher:
         self.growing = _growing(like)
         plan = self.match(self.structure, like)
         if not any(picks(plan)):
-            self.wrong = self.wrong or self.apart  # nothing fits: whoever is not strict did not mean that
+            self.wrong = self.wrong or self.apart  # nothing fits: that is an error without `strict` too
         if self.wrong:
             raise CheckpointError(f"{where} does not match the state that it is restored into:\n{self.table()}")
         return plan
@@ -321,7 +321,7 @@ class Matcher:
         return self.renamed + [f"{what[of]}: {shortened(found)}" for of, found in names.items() if found]
 
     def table(self, rows: int = 30) -> str:
-        """What does not match, a line each, with near names for what is missing.
+        """The mismatches, a line each, with near names for what is missing.
 
         Of more than `rows` lines these are some that are missing, some that are unexpected and some that differ.
         """

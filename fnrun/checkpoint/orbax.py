@@ -27,7 +27,7 @@ _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTree
 
 
 class Array(NamedTuple):
-    """What orbax knows of an array."""
+    """Shape and dtype of an array of orbax."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -14,7 +14,7 @@ from fnrun.checkpoint.manifest import Leaf, Piece
 
 #: Digests are BLAKE3; those of formats 1 and 2 are SHA-256.
 ALGORITHMS: dict[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
-#: So many bytes are hashed, read or written in one go: few enough to stay in the processor's cache, many beside what a call costs.
+#: Bytes that are hashed, read or written at a time: they fit in the processor's cache, and take long beside a call.
 BLOCK = 2**20
 
 

@@ -70,7 +70,7 @@ def main(build: Build, args: Sequence[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        sys.stdout = None  # whoever read the output has gone
+        sys.stdout = None  # the reader of the output has gone
         code = 1
     except Exception as error:
         if command.debug or not isinstance(error, _USERS_FAULTS):
@@ -318,7 +318,7 @@ def _begun(name: str, config: Any, path: Path | None) -> tuple[Run, bool]:
 def _resume(build: Build, name: str, command: Any, interrupts: _Interrupts) -> int:
     with writer.writing(command.run, interrupts) as writing, contextlib.ExitStack() as stack:
         try:
-            command, before = _resumed(build, name, command.run, interrupts.args)  # as whoever wrote here before has left it
+            command, before = _resumed(build, name, command.run, interrupts.args)  # as the last writer left it
             run = dataclasses.replace(before, config=command.config, history=list(before.history))
             stack.enter_context(run.written_by(writing))
             experiment = _built(build, run)

@@ -71,7 +71,7 @@ class _Rollback:
         return self._remembering(state, {**memory, "good": kept, "newest": kept, "retries": retries + 1})
 
     def _kept(self, state: TrainState) -> dict[str, Any]:
-        """What goes back, by reference: tensors in a state are never written to. With bad weights their averages go too."""
+        """The parts of a state that go back, by reference: its tensors are never written to. Averages of bad weights go back too."""
         averages = {name: memory for name, memory in state.memory.items() if isinstance(memory, dict) and "params" in memory}
         return {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state, "averages": averages, "step": state.step}
 

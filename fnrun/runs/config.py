@@ -133,7 +133,7 @@ def changes(old: Any, new: Any) -> dict[str, list[Any]]:
 
 
 def words(changed: dict[str, Any]) -> str:
-    """What `changes` found, as text: `epochs 5 -> 8, optimizer.lr 0.1 -> 0.01`."""
+    """The result of `changes` as text: `epochs 5 -> 8, optimizer.lr 0.1 -> 0.01`."""
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
 
 

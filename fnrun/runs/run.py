@@ -54,7 +54,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What `build(config, run)` returns: values and functions, nothing started.
+    """The result of `build(config, run)`: values and functions, nothing started.
 
     - `state`: a function that makes the fresh state.
     - `program`: the loop that trains it.
@@ -90,7 +90,7 @@ class Experiment:
             )
 
     def fresh(self) -> Any:
-        """What `state()` makes. Raises TypeError where it is no state."""
+        """The result of `state()`. Raises TypeError where it is no state."""
         from fnrun.core.state import is_state
 
         state = self.state()
@@ -308,7 +308,7 @@ def _contents(target: Path) -> str:
 
 
 def built(build: Callable[[Any, Run], Experiment], config: Any, run: Run, hint: str = "") -> Experiment:
-    """What `build` returns. Raises RunError where it is no experiment, or `build` raises ValueError for a value in the config."""
+    """The experiment of `build`. Raises RunError where it returns none, or raises ValueError for a value in the config."""
     try:
         experiment: Any = build(config, run)
     except RunError:

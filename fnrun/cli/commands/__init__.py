@@ -203,7 +203,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         code = importlib.import_module(f"fnrun.cli.commands.{name}").run(local_paths(flags))
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has gone, and needs no more of it
+    except BrokenPipeError:  # the reader of the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -246,7 +246,7 @@ def _parse(args: list[str]) -> tuple[str, Any]:
 
 
 def read_flags(kind: Any, args: Sequence[str], **options: Any) -> Any:
-    """What `tyro.cli` reads, its errors as a CommandError. Raises SystemExit where help was asked for, and printed."""
+    """`tyro.cli` with its errors as a CommandError. Raises SystemExit where help was asked for, and printed."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

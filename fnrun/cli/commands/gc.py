@@ -61,7 +61,7 @@ def run(flags: Gc) -> int:
 
 
 def superfluous(checkpoints: Checkpoints, keep: int | None, keep_every: int | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """What may be deleted, with the reason and its size; and notes on damaged checkpoints, which stay."""
+    """The files that may be deleted, with reason and size; and notes on damaged checkpoints, which stay."""
     rows = [_row(path, next(reason for start, reason in REASONS.items() if path.name.startswith(start))) for path in checkpoints.garbage()]
     if keep is None:
         return rows, []

@@ -1,4 +1,4 @@
-"""What is at a path: a run, the checkpoints of one, one checkpoint; read without torch."""
+"""Runs and checkpoints at and below a path, read without torch."""
 
 from __future__ import annotations
 

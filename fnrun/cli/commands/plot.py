@@ -69,7 +69,7 @@ def _draw(curves: list[Curve], out: Path, flags: Plot) -> None:
 
 
 def _notes(curves: list[Curve], everything: list[Curve], lines: dict[str, list], flags: Plot) -> list[str]:
-    """What the picture does not show."""
+    """Lines on gaps, empty logs and metrics that are not shown."""
     notes = []
     for curve in curves:
         if curve.missing:
