@@ -131,7 +131,7 @@ def stateful(iterable: SaysWhere, *, name: str | None = None) -> Stateful:
 
     - with `shuffle=True` the passes differ;
     - with workers, or a data set without state, its counts differ;
-    - with workers and a sampler with `state_dict`, the pass after a resume at the end of a pass differs: a warning says so.
+    - with workers and a sampler with `state_dict`, the pass after a resume at the end of a pass differs (with a warning).
 
     For map-style data use `data.loader`.
 

@@ -106,19 +106,19 @@ class Stream:
 
     def to(self: Batches, device: torch.device | str) -> OnDevice:
         """The stream with each batch copied to `device`, one batch ahead; name, source and positions are the same."""
-        return OnDevice(self, _there(device))
+        return OnDevice(self, _available(device))
 
 
-def _there(device: Any) -> torch.device:
+def _available(device: Any) -> torch.device:
     """The device. Raises ValueError, with the available ones, where this machine does not have it."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(cards))])
+    available = ", ".join(["cpu", *(f"cuda:{i}" for i in range(cards))])
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"to(device): {kind(device)} is no device here; there are: {there}") from None
+        raise ValueError(f"to(device): {kind(device)} is no device here; there are: {available}") from None
     if found.type == "cuda" and not (found.index or 0) < cards:
-        raise ValueError(f"to(device): there is no {found} on this machine, or torch does not see it; there are: {there}")
+        raise ValueError(f"to(device): there is no {found} on this machine, or torch does not see it; there are: {available}")
     return found
 
 

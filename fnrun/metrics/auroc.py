@@ -64,10 +64,10 @@ class ExactAUROC(Additive):
 
 
 def _over_classes(areas: Tensor, positives: Tensor, negatives: Tensor, average: str | None) -> Tensor:
-    known = (positives > 0) & (negatives > 0)
+    seen = (positives > 0) & (negatives > 0)
     if average == "binary":
-        return torch.where(known, areas, torch.nan)
-    return averaged(areas, known, positives, average)
+        return torch.where(seen, areas, torch.nan)
+    return averaged(areas, seen, positives, average)
 
 
 def auroc(scores: Tensor, labels: Tensor, *, average: str | None = "macro", exact: bool = False) -> AUROC | ExactAUROC:
@@ -137,5 +137,5 @@ def _log_odds(scores: Tensor) -> Tensor:
     behind = pad(ascending.flip(1).logcumsumexp(1).flip(1), (0, 1), value=-infinity)[:, 1:]
     place = torch.searchsorted(ascending, logits).clamp(max=classes - 1)  # the first of equal classes
     others = torch.logaddexp(before, behind).gather(1, place)
-    own = logits.clamp(max=0.0)  # the log of a probability may be rounded up
-    return torch.where(probabilities, own - (-own.expm1()).log(), logits - others)
+    logs = logits.clamp(max=0.0)  # the log of a probability may be rounded up
+    return torch.where(probabilities, logs - (-logs.expm1()).log(), logits - others)

@@ -75,9 +75,9 @@ def _classes_before(logits: Tensor, labels: Tensor) -> Tensor:
     classes = logits.shape[1]
     labels = labels.long()  # a narrow int cannot be compared with large numbers
     at = labels.clamp(0, classes - 1).unsqueeze(1)
-    own = logits.gather(1, at)
+    score = logits.gather(1, at)
     numbers = torch.arange(classes, device=logits.device).view(-1, *[1] * (logits.ndim - 2))
-    before = ~(logits <= own) | ((logits == own) & (numbers < at))
+    before = ~(logits <= score) | ((logits == score) & (numbers < at))
     return before.sum(1)
 
 

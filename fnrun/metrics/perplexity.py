@@ -34,7 +34,7 @@ def perplexity(logits: Tensor, labels: Tensor) -> Perplexity:
     classes = check_scores("perplexity", logits, labels)
     logits, labels = logits.detach() if logits.dtype == torch.float64 else logits.detach().float(), labels.long()
     # not cross_entropy, which ends the process on a GPU for a label outside the classes
-    own = logits.gather(1, labels.clamp(0, classes - 1).unsqueeze(1)).squeeze(1)
-    nll = logits.logsumexp(1) - own
+    chosen = logits.gather(1, labels.clamp(0, classes - 1).unsqueeze(1)).squeeze(1)
+    nll = logits.logsumexp(1) - chosen
     counted = is_class(labels, classes)
     return Perplexity(torch.where(counted, to_accumulator_dtype(nll), 0).sum(), to_accumulator_dtype(counted.sum()))

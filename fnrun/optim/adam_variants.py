@@ -86,8 +86,8 @@ def radam(
         new = {"exp_avg": list(m), "exp_avg_sq": list(v)}
         if not isinstance(rho, Tensor) and rho <= 5:
             return ops.add(p, m, alpha=size), new
-        there = rho.clamp(min=5) if isinstance(rho, Tensor) else rho
-        rectified = ((there - 4) * (there - 2) * rho_end / ((rho_end - 4) * (rho_end - 2) * there)) ** 0.5
+        valid = rho.clamp(min=5) if isinstance(rho, Tensor) else rho
+        rectified = ((valid - 4) * (valid - 2) * rho_end / ((rho_end - 4) * (rho_end - 2) * valid)) ** 0.5
         adapted = ops.addcdiv(p, m, ops.add_(ops.sqrt(v), h["eps"]), size * rectified * (1 - beta2**t) ** 0.5)
         if isinstance(rho, Tensor):
             adapted = [torch.where(rho > 5, a, b) for a, b in zip(adapted, ops.add(p, m, alpha=size), strict=True)]

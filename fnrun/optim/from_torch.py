@@ -100,14 +100,14 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         for owner, fields in _memory(trial, copies).items():
             old = before.get(owner, {})
             # In groups and the object the caller's arguments are configuration, unless the steps have changed them.
-            given = kwargs if owner.startswith(("group", "object")) else {}
-            held = {
+            configured = kwargs if owner.startswith(("group", "object")) else {}
+            kept = {
                 name: old[name] if name in old and (value is None or _is_empty(value)) else value
                 for name, value in fields.items()
-                if not (name in old and _same(old[name], value) and (name.partition("/")[0] in given or not _holdable(value)))
+                if not (name in old and _same(old[name], value) and (name.partition("/")[0] in configured or not _holdable(value)))
             }
-            if held:
-                entries[owner] = {name: _blank(value, f"{cls.__name__}: {owner}/{name}") for name, value in held.items()}
+            if kept:
+                entries[owner] = {name: _blank(value, f"{cls.__name__}: {owner}/{name}") for name, value in kept.items()}
         return TorchState(hyper, entries, torch.zeros(sum(map(len, entries.values())), dtype=torch.int8))
 
     def update(grads: Any, state: TorchState, params: Any, /, *, key: Any = None, step: int | None = None) -> Any:
@@ -123,17 +123,17 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         if not eager() or (torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in flat)):
             raise _refused(cls)
         torch_optimizer, copies = build(named, values)
-        given = _rates(torch_optimizer)
+        fresh = _rates(torch_optimizer)
         _put(torch_optimizer, copies, state)
         before = _snapshot(_memory(torch_optimizer, copies), state.entries)
         scale = scale.item() if isinstance(scale, Tensor) else scale
-        rates = own = _rates(torch_optimizer)
+        rates = unscaled = _rates(torch_optimizer)
         if scale != 1.0:
-            _check_unmoved(cls, given, own)
+            _check_unmoved(cls, fresh, unscaled)
             if not follows:
                 _check_follows(cls, lambda: build(named, values))
                 follows = True
-            rates = [rate * scale for rate in own]
+            rates = [rate * scale for rate in unscaled]
             _set_rates(torch_optimizer, rates)
         for i, rate in enumerate(rates):
             if rate is not None:
@@ -141,7 +141,7 @@ def from_torch(cls: Callable[..., torch.optim.Optimizer], /, **kwargs: Any) -> O
         _step(torch_optimizer, copies, flat)
         if scale != 1.0:
             _check_unmoved(cls, rates, _rates(torch_optimizer))
-            _set_rates(torch_optimizer, own)
+            _set_rates(torch_optimizer, unscaled)
         new = [old if g is None else p.detach() for p, old, g in zip(copies.values(), leaves, flat, strict=True)]
         return spec.unflatten(new), TorchState(hyper, *_take(torch_optimizer, copies, state, before))
 

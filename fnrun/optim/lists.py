@@ -204,7 +204,7 @@ def _on_host(value: Any) -> bool:
 
 
 def host_value(value: Any) -> Any:
-    """A scalar tensor on the CPU as a Python number, unless its gradient is needed; anything else as it is."""
+    """A scalar tensor on the CPU as a Python number, unless its gradient is needed; anything else unchanged."""
     return value.item() if _on_host(value) else value
 
 
@@ -212,10 +212,10 @@ def all_finite(leaves: Iterable[Any]) -> Any:
     """Whether all floats among the leaves are finite: a bool where the host knows it, else a tensor."""
     tensors = [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, (Tensor, float, complex))]
     parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors if t.numel()]
-    there = [t for t in parts if t.is_floating_point()]
-    if not there:
+    floats = [t for t in parts if t.is_floating_point()]
+    if not floats:
         return True
-    norms = ops_for(there).norm(there, math.inf)
+    norms = ops_for(floats).norm(floats, math.inf)
     device = norms[0].device
     dtype = functools.reduce(torch.promote_types, {n.dtype for n in norms})  # no finite norm overflows in it
     return host_value(torch.isfinite(torch.stack([n.to(device, dtype) for n in norms])).all())

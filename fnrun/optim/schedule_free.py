@@ -1,4 +1,4 @@
-"""Schedule-free learning: an average of the iterates in place of a schedule that decays."""
+"""Schedule-free learning: an average of the iterates replaces a decaying schedule."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def schedule_free_adamw(
 ) -> Optimizer:
     """Schedule-free AdamW (Defazio et al., 2024), optax's rule; `lr` may warm up, and need not decay.
 
-    The parameters of the state are y, where gradients are taken: y = (1 − β₁) z + β₁ x. With v as in `adam`, and w the largest lr so far to
-    the power `weight_lr_power`: z ← z − lr · (g/(√(v/(1 − β₂ᵗ)) + eps) + weight_decay · y); x ← x + w/∑w · (z − x).
-    Evaluate with x: `eval_params(opt_state, params)`. Batch statistics, if there are any, are those of y.
+    The state's parameters are y = (1 − β₁) z + β₁ x, at which gradients are taken. With v as in `adam`, and w the largest lr so far to the
+    power `weight_lr_power`: z ← z − lr · (g/(√(v/(1 − β₂ᵗ)) + eps) + weight_decay · y); x ← x + w/∑w · (z − x).
+    Evaluate with x: `eval_params(opt_state, params)`. Batch statistics are those of y.
     """
     beta1 = betas[0]
     if callable(beta1) or not isinstance(beta1, (int, float)) or not 0.0 < beta1 <= 1.0:
@@ -52,7 +52,7 @@ def schedule_free_adamw(
         return ops.div_(ops.add(y, z, alpha=-(1.0 - beta1)), beta1)
 
     def eval_params(state: RuleState, params: Any) -> Any:
-        """x, the average that the parameters y are a mixture of; parameters that are not trained have names of their own, and stay."""
+        """x of the parameters y and the state's z; parameters that are not trained are unchanged."""
 
         def x(y: Tensor, z: Tensor) -> Tensor:
             return (y - (1.0 - beta1) * z) / beta1

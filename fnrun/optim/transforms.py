@@ -27,14 +27,14 @@ def _with_settings(settings: Settings, apply: Any, keyed: bool = False) -> Trans
         values, state = settings.now(state)
         leaves, spec = flatten(grads)
         g, p = leaves, spec.flatten_up_to(params)
-        there = None
+        places = None
         if any(map(is_none, leaves)):
-            there = [i for i, x in enumerate(leaves) if x is not None]
-            g, p = [g[i] for i in there], [p[i] for i in there]
+            places = [i for i, x in enumerate(leaves) if x is not None]
+            g, p = [g[i] for i in places], [p[i] for i in places]
         new = apply(ops_for(g, p, values=values), g, p, values, key) if g else g
-        if there is None:
+        if places is None:
             return spec.unflatten(new), state
-        for i, x in zip(there, new, strict=True):
+        for i, x in zip(places, new, strict=True):
             leaves[i] = x
         return spec.unflatten(leaves), state
 
@@ -214,13 +214,13 @@ def trace(decay: Hyper, nesterov: bool = False) -> Transform:
         values, hyper = settings.now(state.hyper)
         leaves, spec = flatten(grads)
         sums: list[Any] = spec.flatten_up_to(state.trace)
-        there = [i for i, g in enumerate(leaves) if g is not None]
-        if there:
-            g, b = [leaves[i] for i in there], [sums[i] for i in there]
+        places = [i for i, g in enumerate(leaves) if g is not None]
+        if places:
+            g, b = [leaves[i] for i in places], [sums[i] for i in places]
             ops = ops_for(g, b, values=values)
             b = ops.add_(ops.mul(b, values["decay"]), g)
             passed = ops.add(g, ops.mul(b, values["decay"])) if nesterov else b
-            for i, total, new in zip(there, b, passed, strict=True):
+            for i, total, new in zip(places, b, passed, strict=True):
                 sums[i], leaves[i] = total.to(sums[i].dtype), new.to(sums[i].dtype)
         return spec.unflatten(leaves), TraceState(hyper, spec.unflatten(sums))
 

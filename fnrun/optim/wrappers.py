@@ -117,10 +117,10 @@ def accumulate(n: int, optimizer: Optimizer | None = None) -> Any:
             misses = state.misses
             if any(g is None for g in leaves):
                 misses = misses.record(leaves)
-            there = [i for i, g in enumerate(leaves) if g is not None]
-            if there:
-                g, before = [leaves[i] for i in there], [sums[i] for i in there]
-                for i, total in zip(there, ops_for(g, before).add(before, g), strict=True):
+            places = [i for i, g in enumerate(leaves) if g is not None]
+            if places:
+                g, before = [leaves[i] for i in places], [sums[i] for i in places]
+                for i, total in zip(places, ops_for(g, before).add(before, g), strict=True):
                     sums[i] = total
             micro = host_value(state.micro)
 

@@ -116,8 +116,8 @@ class Captured:
 def _reason(error: Exception) -> str:
     if "aten._local_scalar_dense" in str(error):  # make_fx names the operation alone
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_OWN)]
-        where = f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
+        user = [frame for frame in frames if not any(part in frame.filename for part in _NOT_OWN)]
+        where = f" ({Path(user[-1].filename).name}:{user[-1].lineno}: {user[-1].line})" if user else ""
         return (
             f"what it does depends on a value: Python reads a number of a tensor{where}, by float(), .item(), if or a format: "
             "keep it a tensor"
@@ -166,8 +166,8 @@ class _Graph:
 
     def writing_to(self, leaves: list[Any], writable: Callable[[list[Tensor]], list[Tensor]]) -> list[Any]:
         """The leaves with `writable` tensors in place of those in `given`."""
-        given = [leaves[i] for i in self._given]
-        if (tensors := writable(given)) is not given:
+        old = [leaves[i] for i in self._given]
+        if (tensors := writable(old)) is not old:
             for i, tensor in zip(self._given, tensors, strict=True):
                 leaves[i] = tensor
         return leaves
@@ -253,18 +253,18 @@ def _captured(fn: Any, leaves: list[Any], n_own: int, inplace: bool, spec: Any, 
         if random.getstate() != python or np.random.get_state(legacy=False)["state"]["pos"] != numpy:  # pyright: ignore[reportArgumentType,reportCallIssue]
             raise Uncapturable("it draws from Python's or NumPy's generator, and what is drawn would be the same at every step")
         with torch.no_grad():
-            try:
-                now = recording.outcome(graph, recording.plan, count, recording.draws)
-            except Exception as error:  # some kernels are refused only now
-                raise Uncapturable(f"its graph fails when it is called: {type(error).__name__}: {error}") from error
-            recording.check(now)
+            recording.check(_called(recording.outcome, graph, recording.plan, count, recording.draws))
             examples: list[Any] = recording.examples(count)
             run: Any = torch._inductor.compile(_without_alpha(GraphModule(graph, copy.deepcopy(graph.graph))), examples)
-            try:
-                run(*recording.examples(count))
-            except Exception as error:  # some kernels are refused only now
-                raise Uncapturable(f"its graph fails when it is called: {type(error).__name__}: {error}") from error
+            _called(run, *recording.examples(count))
     return _Graph(run, recording, graph, n_own)
+
+
+def _called(graph: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return graph(*args)
+    except Exception as error:  # some kernels are refused only when they are called
+        raise Uncapturable(f"its graph fails when it is called: {type(error).__name__}: {error}") from error
 
 
 def _without_alpha(graph: GraphModule) -> GraphModule:

@@ -49,7 +49,7 @@ class Compiled:
             return each(lambda state, batch: self(step, state, [batch], owner), state, batches, step.examples)
         counts = [step.examples(batch) for batch in batches] if len(batches) > 1 else []
         graphs.rehearse(state, batches[0])
-        if graphs.reason is None and (result := graphs(state, batches, counts, owner)) is not None:
+        if graphs.captured.reason is None and (result := graphs(state, batches, counts, owner)) is not None:
             loss = result[1].get("loss")
             if isinstance(loss, Mean) and isinstance(step.loss, Loss) and loss.weight.is_cpu and not loss.weight:
                 return result[0], {**step.loss.of_nothing(), "skipped": result[1]["skipped"]}
@@ -58,7 +58,7 @@ class Compiled:
         graphs.warned = True
         result = IN_TURN(step, state, batches, owner)  # before the warning: an error of the step is none of the compiler
         if failed_now:
-            warnings.warn(f"{step.name} is not compiled and goes on without: {graphs.reason}", stacklevel=4)
+            warnings.warn(f"{step.name} is not compiled and goes on without: {graphs.captured.reason}", stacklevel=4)
         return result
 
 
@@ -69,15 +69,11 @@ class _Graphs:
         self.gradients, self.update, self.name = step.gradients, step.update, step.name
         self._loss = step.loss
         self.warned = False
-        self._captured = Captured(self._several, step.name)
+        self.captured = Captured(self._several, step.name)
         self._like: Any = None  # the state of the call that is captured
         self._rehearsals = FIRST
         self._guard = Guard(step.name)
         self._culprit = self.update.culprit if isinstance(self.update, Update) else None
-
-    @property
-    def reason(self) -> str | None:
-        return self._captured.reason
 
     def rehearse(self, state: Any, batch: Any) -> None:
         """Run the watched first calls eagerly, and discard their results: a recorded call cannot be watched."""
@@ -96,7 +92,7 @@ class _Graphs:
         kept = state.buffers, {} if whole else {name: p for name, p in state.params.items() if name not in params}
         self._like = state
         try:
-            found = self._captured((params, state.opt_state), kept, (batches, counts), count, self._check, inplace=owner is not None)
+            found = self.captured((params, state.opt_state), kept, (batches, counts), count, self._check, inplace=owner is not None)
         finally:
             self._like = None  # also after an error: a reference would keep the state alive
         if found is None:

@@ -179,8 +179,8 @@ class Draws:
         if not self._depth:
             raise Uncapturable("it draws random numbers where no key is")
         rest = args if name in _MAKE else args[1:]
-        known = name in _MAKE or (name in _KNOWN and isinstance(args[0], Tensor) and (name != "bernoulli" or rest))
-        if not known or any(isinstance(value, Tensor) for value in (*rest, *options.values())):
+        drawable = name in _MAKE or (name in _KNOWN and isinstance(args[0], Tensor) and (name != "bernoulli" or rest))
+        if not drawable or any(isinstance(value, Tensor) for value in (*rest, *options.values())):
             raise Uncapturable(f"what it draws ({name}) depends on what it computes, and cannot be drawn before the graph is called")
         like = None if name in _MAKE else (tuple(args[0].shape), args[0].stride(), args[0].dtype, args[0].device)
         draw = _Draw(operation, like, tuple(rest), {k: v for k, v in options.items() if k != "pin_memory"})

@@ -26,6 +26,11 @@ from fnrun.steps.watch import FirstCalls, reentrant, versions
 _at_work: list[FunctionalModule] = []
 _NONE: dict[str, torch.Tensor] = {}
 
+#: The result of a call, the buffers after it, and the parameters that it wrote to.
+Outcome = tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+Slots = list[tuple[dict[str, Any], str, str]]  # the container, key and name of each
+
 
 class FunctionalModule:
     """The slots of `model`, by the names of its parameters and buffers; tied tensors have several.
@@ -101,7 +106,7 @@ class FunctionalModule:
         *,
         train: bool,
         moved: set[str] | None = None,
-    ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    ) -> Outcome:
         """`fn()` while the module has these tensors: its result, the buffers afterwards, and the parameters that it wrote to.
 
         - `params`, in the order of names, and `buffers` are not written to.
@@ -120,7 +125,7 @@ class FunctionalModule:
 
     def _called(
         self, fn: Callable[[], Any], params: list[torch.Tensor], buffers: Mapping[str, torch.Tensor], train: bool, moved: set[str] | None
-    ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    ) -> Outcome:
         tensors = [*params, *(b.clone() for b in self.tensors("buffers", buffers))] if self.buffers or buffers else params
         if self.first.remaining and not _at_work:
             self.structure.check(self.whose, train, kinds=True)
@@ -139,9 +144,7 @@ class FunctionalModule:
             self._late([name for name, a, b in counts if a != b and name not in self.written])
         return outcome
 
-    def _run(
-        self, fn: Callable[[], Any], tensors: list[torch.Tensor], train: bool
-    ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _run(self, fn: Callable[[], Any], tensors: list[torch.Tensor], train: bool) -> Outcome:
         modes = self.modes if train else self.eval_modes
         if not _at_work:
             self.structure.check(self.whose, train)
@@ -219,8 +222,8 @@ class FunctionalModule:
             if not _at_work:
                 self.structure.check(self.whose, train=True)
 
-    def slots_of(self, modules: list[nn.Module]) -> tuple[list[tuple[dict[str, Any], str, str]], list[tuple[dict[str, Any], str, str]]]:
-        """The slots (container, key, name) of the buffers of these modules, and all other slots, parameters too."""
+    def slots_of(self, modules: list[nn.Module]) -> tuple[Slots, Slots]:
+        """The slots of the buffers of these modules, and all other slots, parameters too."""
         names, containers = [*self.params, *self.buffers], {id(module._buffers) for module in modules}
         slots: tuple[list[Any], list[Any]] = [], []
         for container, key, i in self._slots:

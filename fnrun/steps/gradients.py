@@ -138,17 +138,10 @@ class Gradients:
     - `buffers`: the buffers after the forward, and the parameters that it wrote to.
     """
 
-    def __init__(
-        self,
-        name: str,
-        loss: Loss,
-        loss_scale: Callable[[Any], Tensor] | None,
-        cut: Cut,
-        within: Surroundings,
-        recomputed: Recomputed | None,
-    ) -> None:
-        self.name, self.loss, self.loss_scale, self.cut, self.within, self.recomputed = name, loss, loss_scale, cut, within, recomputed
-        functional = self.functional = loss.functional
+    def __init__(self, loss: Loss, loss_scale: Callable[[Any], Tensor] | None, cut: Cut, recomputed: Recomputed | None) -> None:
+        self.loss, self.loss_scale, self.cut, self.recomputed = loss, loss_scale, cut, recomputed
+        self.within, functional = loss.within, loss.functional
+        self.functional, self.name = functional, functional.whose
         places = {name: i for i, name in enumerate(functional.params)}
         self._trained = [places[name] for name in functional.trained]
         self._all = len(functional.trained) == len(functional.params)

@@ -119,12 +119,10 @@ def make_train_step(
         _check_split(split, microbatches, examples)
     functional.check_hooks()
     _warn_of_eval_mode(model, name)
-    within = Surroundings(name, host_random)
-    loss = Loss(functional, loss_fn, autocast(precision, functional.device_type), within)
-    recomputed = None if checkpoint_activations is None else Recomputed(name, functional, checkpoint_activations, host_random)
-    gradients = Gradients(name, loss, optimizer.loss_scale, cut, within, recomputed)
-    update = Update(name, optimizer, functional)
-    return TrainStep(loss, gradients, update, name, Compiled() if compile else IN_TURN, cut.examples)
+    loss = Loss(functional, loss_fn, autocast(precision, functional.device_type), Surroundings(name, host_random))
+    recomputed = None if checkpoint_activations is None else Recomputed(functional, checkpoint_activations, host_random)
+    gradients = Gradients(loss, optimizer.loss_scale, cut, recomputed)
+    return TrainStep(loss, gradients, Update(optimizer, functional), name, Compiled() if compile else IN_TURN, cut.examples)
 
 
 def _check_split(split: Any, microbatches: int, examples: Any) -> None:

@@ -111,8 +111,8 @@ def _listed(paths: Any) -> str:
 class Recomputed:
     """The parts of a functional module that are recomputed in the backward."""
 
-    def __init__(self, name: str, functional: FunctionalModule, which: Any, host: bool) -> None:
-        self.parts = [_Part(name, path, module, functional, host) for path, module in chosen(name, functional.model, which)]
+    def __init__(self, functional: FunctionalModule, which: Any, host: bool) -> None:
+        self.parts = [_Part(path, module, functional, host) for path, module in chosen(functional.whose, functional.model, which)]
         self._calls: list[_Call] = []
         self._copies: dict[int, tuple[Any, Any, Tensor]] = {}
 
@@ -164,8 +164,8 @@ class _Part:
     #: The number of forwards with the part in which the two computations are compared.
     LOOKS = 3
 
-    def __init__(self, name: str, path: str, module: nn.Module, functional: FunctionalModule, host: bool) -> None:
-        self.name, self.path, self.module, self.functional, self.host = name, path, module, functional, host
+    def __init__(self, path: str, module: nn.Module, functional: FunctionalModule, host: bool) -> None:
+        self.name, self.path, self.module, self.functional, self.host = functional.whose, path, module, functional, host
         #: The attribute that a call of the module calls: a compiled module stays compiled.
         self.entry = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         modules = dict(functional.model.named_modules())
@@ -251,7 +251,8 @@ class _Call:
         self.values, self.host = part.values(buffers), save_hosts() if part.host else []
         self._counts = [_Count(t) for t in tensors]
         places = range(len(tensors)) if part.looks == part.LOOKS else part.written
-        self.copied = {i for i in places if i < len(tensors) and not _overlaps(tensors[i])}
+        # Not those whose entries share memory (`expand`): operations refuse to write to them.
+        self.copied = {i for i in places if i < len(tensors) and not (tensors[i].layout is torch.strided and 0 in tensors[i].stride())}
         self.given = [_copy(t, copies) if i in self.copied else t for i, t in enumerate(tensors)]
 
     def moved(self) -> set[int]:
@@ -283,11 +284,6 @@ def _copy(tensor: Tensor, copies: dict[int, tuple[Any, Any, Tensor]]) -> Tensor:
         copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         copies[id(tensor)] = weakref.ref(tensor), versions([tensor]), copy
     return copy
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether entries share memory (`expand`): operations refuse to write to such a tensor."""
-    return tensor.layout is torch.strided and 0 in tensor.stride()
 
 
 class _Again:
@@ -337,7 +333,7 @@ class _Again:
                 "checkpointed it would do so twice: leave it out of checkpoint_activations="
             )
         # The second computation may stop early, when all that the backward needs is there.
-        if any(first != second for first, second in zip(self.call.seen, self._seen, strict=False)):
+        if any(map(_Values.differ, self.call.seen, self._seen)):
             raise ValueError(part.differs())
 
 
@@ -350,13 +346,11 @@ class _Values:
         exact = tensor.device.type == "cpu"  # kernels of other devices may add in any order
         self.tolerance = 1e-9 if exact else 0.05 if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else 1e-3
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Values) or self.sums is None or other.sums is None:
-            return True
+    def differ(self, other: _Values) -> bool:
+        if self.sums is None or other.sums is None:
+            return False
         (a, size), (b, _) = self.sums.tolist(), other.sums.tolist()
-        return abs(a - b) <= self.tolerance * size**0.5
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
+        return not abs(a - b) <= self.tolerance * size**0.5
 
 
 def _sums(tensor: Tensor) -> Tensor:

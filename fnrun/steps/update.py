@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class Update:
     """The part `step.update` of a step: `(state, grads) -> (state, metrics)`."""
 
-    def __init__(self, name: str, optimizer: Optimizer, functional: FunctionalModule) -> None:
-        self.name, self.optimizer, self.trained = name, optimizer, functional.trained
+    def __init__(self, optimizer: Optimizer, functional: FunctionalModule) -> None:
+        self.name, self.optimizer, self.trained = functional.whose, optimizer, functional.trained
         self._whole, self._buffers = len(functional.trained) == len(functional.params), frozenset(functional.buffers)
-        self._guard = Guard(name)
+        self._guard = Guard(self.name)
         self._known: list[Any] = []  # structures and shapes of optimizer states that were checked
         self._made: Any = None  # references to the last one returned, which needs no check
 
@@ -86,16 +86,16 @@ class Update:
         if (structure, shapes) in self._known:
             return
         fresh = self.optimizer.init({name: state.params[name] for name in self.trained if name in state.params})
-        wanted, held = tree.paths({"opt_state": fresh}), tree.paths({"opt_state": memory})
-        if wanted != held:
-            missing, extra = [p for p in wanted if p not in held][:5], [p for p in held if p not in wanted][:5]
+        wanted, present = tree.paths({"opt_state": fresh}), tree.paths({"opt_state": memory})
+        if wanted != present:
+            missing, extra = [p for p in wanted if p not in present][:5], [p for p in present if p not in wanted][:5]
             raise ValueError(
                 f"{self.name}: the state's opt_state is not that of this optimizer and these trained parameters: missing {missing}, "
                 f"unexpected {extra}. {'It was created without an optimizer. ' if memory is None else ''}Create the state with the same "
                 "optimizer, and freeze parameters before both; to go on with another optimizer, "
                 "state.replace(opt_state=optimizer.init(state.params))"
             )
-        for path, shape, leaf in zip(held, shapes, tree.leaves(fresh), strict=True):
+        for path, shape, leaf in zip(present, shapes, tree.leaves(fresh), strict=True):
             if shape and _shape(leaf) not in (shape, ()):
                 raise ValueError(
                     f"{self.name}: the state's {path} has the shape {shape}, and for these parameters it would be {_shape(leaf)}"

@@ -7,6 +7,7 @@ attributes of the submodules before and after (`Attributes`). Later calls are no
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import operator
 import random
@@ -30,7 +31,7 @@ from fnrun.data.ambient import restore_hosts, save_hosts
 
 
 def memory(tensor: Tensor) -> int | None:
-    """The identity of a tensor's memory, the same for all its views and for `.data`; None where it has none of its own."""
+    """The identity of a tensor's memory, the same for all its views and for `.data`; None where it has no storage."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
@@ -72,12 +73,10 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         schema = getattr(func, "_schema", None)
-        named = {a.name: a for a in schema.arguments} if schema else {}
+        arguments = schema.arguments if schema else [None] * len(args)
+        named = {argument.name: argument for argument in arguments if argument}
         inputs: set[int | None] = set()
-        pairs = [
-            *zip(schema.arguments if schema else (None,) * len(args), args, strict=False),
-            *((named.get(k), v) for k, v in kwargs.items()),
-        ]
+        pairs = [*zip(arguments, args, strict=False), *((named.get(k), v) for k, v in kwargs.items())]
         name = schema.name.rpartition("::")[2] if schema else ""
         looks = getattr(func, "is_view", False) or name.startswith(_SHAPES)
         for argument, value in pairs:
@@ -85,7 +84,7 @@ class Operations(TorchDispatchMode):
             for each in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(each, Tensor):
                     inputs.add(memory(each))
-                    if argument and writes:
+                    if writes:
                         self._write(each, whole=name in _OVERWRITES or argument.name == "out")
                     elif not looks:
                         self._read(memory(each))
@@ -317,11 +316,11 @@ class FirstCalls:
             seen.undo()
 
         def watched() -> Any:
-            modules, own = dict(self.model.named_modules()), set(map(memory, tensors))
+            modules, placed = dict(self.model.named_modules()), set(map(memory, tensors))
             fresh, drawn = [b.clone() for b in buffers], _random()
-            before = Attributes(modules, set(names), own)
+            before = Attributes(modules, set(names), placed)
             result = fn()
-            after = Attributes(modules, set(names), own)
+            after = Attributes(modules, set(names), placed)
             self._check_slots(params)
             found = {i for i, (p, place) in enumerate(zip(params, places, strict=True)) if place in seen.written or memory(p) != place}
             new.update({names[i]: params[i].detach().clone() for i in found})
@@ -358,9 +357,9 @@ class FirstCalls:
         """Warn of tensors outside the model that the loss has a gradient to; find out whether the graph is reentrant."""
         assert self._seen is not None
         self.reentrant |= reentrant(loss)
-        known = {memory(t) for t in [*optree.tree_leaves(batch), *self.originals.values()] if isinstance(t, Tensor)}  # pyright: ignore[reportArgumentType]
-        own = set(map(id, trained))
-        strange = [t for t in leaves(loss) if id(t) not in own and memory(t) not in self._seen.made | known and id(t) not in self._named]
+        passed = {memory(t) for t in [*optree.tree_leaves(batch), *self.originals.values()] if isinstance(t, Tensor)}  # pyright: ignore[reportArgumentType]
+        known, internal = {*map(id, trained), *self._named}, self._seen.made | passed
+        strange = [t for t in leaves(loss) if id(t) not in known and memory(t) not in internal]
         if strange:
             self._named.update(map(id, strange))
             names = ", ".join(map(described, strange[:5])) + ", ..." * (len(strange) > 5)
@@ -533,13 +532,11 @@ class Contents:
             self._look(each, depth + 1)
 
 
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class _Place:
     """Stands for a tensor that was moved to the list `tensors`."""
 
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
+    index: int
 
 
 class _Slots:
@@ -569,9 +566,9 @@ def _is_set(value: Any, member: Any) -> bool:
 
 def _attributes(value: Any) -> Iterator[Any]:
     """An object's `__dict__` and `__slots__`, if it has them."""
-    held = getattr(value, "__dict__", None)
-    if type(held) is dict:
-        yield held
+    attributes = getattr(value, "__dict__", None)
+    if type(attributes) is dict:
+        yield attributes
     members = {
         f"{cls.__qualname__}.{name}": member
         for cls in type(value).__mro__
@@ -595,21 +592,19 @@ def _entries(holder: Any) -> Any:
 
 def _refill(holder: Any, entries: Any) -> None:
     if isinstance(holder, _Slots):
-        return holder.refill(entries)
-    if type(holder) is dict:
+        holder.refill(entries)
+    elif type(holder) is dict:
         holder.update(entries)
-        if len(holder) > len(entries):
-            for key in holder.keys() - entries.keys():
-                del holder[key]
-        return None
-    base = _base(holder)  # a subclass may override its methods
-    base.clear(holder)
-    if base in (dict, OrderedDict):
-        for key, value in entries.items():
-            base.__setitem__(holder, key, value)
+        for key in holder.keys() - entries.keys() if len(holder) > len(entries) else ():
+            del holder[key]
     else:
-        (base.update if base is set else base.extend)(holder, entries)
-    return None
+        base = _base(holder)  # a subclass may override its methods
+        base.clear(holder)
+        if base in (dict, OrderedDict):
+            for key, value in entries.items():
+                base.__setitem__(holder, key, value)
+        else:
+            (base.update if base is set else base.extend)(holder, entries)
 
 
 def _base(holder: Any) -> Any:
