@@ -15,6 +15,8 @@ from __future__ import annotations
 import datetime
 import logging
 import math
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -31,12 +33,22 @@ from fnrun.checkpoint.match import Rename, check_cast
 from fnrun.checkpoint.retention import Which, check_keep, monitors_of, superfluous
 from fnrun.core import files, tree
 from fnrun.core.checkpoint_name import Entry
-from fnrun.core.donation import shared
+from fnrun.core.donation import check_thread, shared
 from fnrun.core.inplace import InPlaceError
 
 T = TypeVar("T")
 
 _TEMPORARY = ".tmp-"
+
+
+#: By directory: whose turn it is to write there, among the `Checkpoints` of this process. What one is writing looks left over to others.
+_turns: dict[Path, Any] = {}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_turns.clear)
+
+
+def _turn(directory: Path) -> Any:
+    return _turns.setdefault(directory.resolve(), threading.RLock())
 
 
 class Checkpoints:
@@ -103,8 +115,11 @@ class Checkpoints:
         if self.guard is not None:
             self.guard()
         step, ticks = _step_and_ticks(state)
+        check_thread(state)
         self._background.join()  # before the copy, so that there is one at most
         description, metrics = codec.describe(shared(state)), _numbers(metrics or {})
+        arrays = {number: each.copy() for number, each in description.sources.items() if isinstance(each, np.ndarray)}
+        description.sources.update(arrays)  # nothing counts the writes to an array
         before, self._handed = self._handed, HandedOver.of(step, description.sources)
         try:
             before.check(description.leaves, description.sources)
@@ -135,6 +150,10 @@ class Checkpoints:
             raise failure
 
     def _write(self, manifest: Manifest, sources: dict[int, Any], check: Callable[[], None]) -> None:
+        with _turn(self.directory):
+            self._write_alone(manifest, sources, check)
+
+    def _write_alone(self, manifest: Manifest, sources: dict[int, Any], check: Callable[[], None]) -> None:
         self._open()
         bits = writing.bits(sources)
         here = [entry for entry in self._listing.entries() if (entry.ticks, entry.step) == (manifest.ticks, manifest.step)]

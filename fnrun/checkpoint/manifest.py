@@ -181,7 +181,13 @@ class Manifest(msgspec.Struct, kw_only=True):
         for name in holding | self.files.keys():
             if "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):  # it could lie outside of the checkpoint
                 raise ValueError(f"{name!r} names no file of a checkpoint")
+        for leaf in self.leaves:
+            for piece in leaf.pieces:
+                if piece.file in self.files and piece.offset + leaf.size(piece) > self.files[piece.file].size:
+                    raise ValueError(f"{leaf.path} lies beyond the end of {piece.file}")
         for name, file in self.files.items():
+            if not 0 <= file.size < 2**63:
+                raise ValueError(f"{name} has {file.size} bytes")
             if _DIGEST.fullmatch(file.digest) is None and not (name in holding and file.digest == ""):
                 raise ValueError(f"the digest of {name} is {file.digest!r}")
         for value in self.metrics.values():

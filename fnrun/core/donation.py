@@ -58,7 +58,7 @@ _INSTEAD = {
 class Donatable:
     """The base of states that may be donated: its fields are gone when it is dead."""
 
-    __slots__ = ("__weakref__", "_deleted_reason", "_owner")
+    __slots__ = ("__weakref__", "_deleted_reason", "_donor", "_owner")
 
     _deleted_reason: str | tuple[int, str]
     _owner: Owner
@@ -193,6 +193,7 @@ class Owner:
         self._states: list[weakref.ref[Any]] = []
         self._owning = self._copied = False  # of the update under way: whether it may write over the state, and whether it needed copies
         self._given: list[Tensor] = []
+        self._ref, self._works = weakref.ref(self), False
 
     @classmethod
     def of(cls, state: Any) -> Owner:
@@ -206,15 +207,17 @@ class Owner:
 
     @undisturbed
     def __enter__(self) -> Owner:
-        self._token = _owners.set((*_owners.get(), self))
+        self._token, self._works = _owners.set((*_owners.get(), self)), True
         return self
 
     @undisturbed
     def __exit__(self, *exc: object) -> None:
         _owners.reset(self._token)
+        self._works = False
 
     def enlist(self, state: Any) -> None:
         """Note a state: if it carries the tensors, it dies when they are written over."""
+        object.__setattr__(state, "_donor", self._ref)
         self._states.append(weakref.ref(state))
         if len(self._states) > 64:
             self._states = [ref for ref in self._states if ref() is not None]
@@ -351,6 +354,19 @@ class keeping:
     @undisturbed
     def __exit__(self, *exc: object) -> None:
         _writes.reset(self._token)
+
+
+def check_thread(state: Any) -> None:
+    """Raise DonatedStateError where a loop in another thread is going to write over `state`: nobody here knows when."""
+    try:
+        owner = object.__getattribute__(state, "_donor")()
+    except AttributeError:
+        return
+    if owner is not None and owner._works and owner not in _owners.get():
+        raise DonatedStateError(
+            "a loop with donate=True in another thread writes over this state while it is read here: take fnrun.snapshot(state) in the "
+            "hook or the observer itself, and hand that over"
+        )
 
 
 def shared(value: Any) -> Any:

@@ -174,3 +174,25 @@ def _hash(path: bytes, datum: int | str) -> bytes:
 
 #: Labels come back at every step ("train", "data"), the numbers after them do not.
 _labelled = functools.lru_cache(maxsize=256)(_hash)
+
+
+class Unlocked(Scope):
+    """A scope in which others may use the generators too, one after the other: for a function that runs whole loops."""
+
+    __slots__ = ()
+
+    @undisturbed
+    def __enter__(self) -> Any:
+        super().__enter__()
+        try:
+            self._held = self._lock.release()
+        except BaseException:
+            self._put_back()
+            raise
+
+    @undisturbed
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._held = self._lock.acquire()
+        finally:
+            super().__exit__(*exc)

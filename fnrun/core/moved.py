@@ -9,13 +9,34 @@ import sys
 from types import ModuleType
 from typing import Any
 
+_IN_CORE = (
+    *("counts", "donation", "entering", "environment", "files", "inplace", "placing"),
+    *("reports", "state", "tables", "tree", "undisturbed", "waiting", "words"),
+)
 #: By the name of version 0.1 within the package; what lies within a package that moved, has moved with it.
 MOVED = {
-    **{name: f"core.{name}" for name in ("donation", "environment", "files", "inplace", "reports", "state", "tree")},
+    **{
+        name: f"core.{name}"
+        for name in (
+            "counts",
+            "donation",
+            "entering",
+            "environment",
+            "files",
+            "inplace",
+            "placing",
+            "reports",
+            "state",
+            "tables",
+            "tree",
+            "words",
+        )
+    },
     **{name: f"runs.{name}" for name in ("plot", "run", "summary", "verify", "writer")},
     "command": "cli.commands",
     "dry": "loops.dry_run",
     "interrupts": "loops.interrupts",
+    "program": "loops.program",
     "observers.sinks": "sinks",
     "rng": "core.key",
     "rows": "core.examples",

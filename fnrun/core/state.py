@@ -17,7 +17,7 @@ from fnrun.core.donation import Donatable, contents
 from fnrun.core.entering import BARE, Entered, entering
 from fnrun.core.key import Key, ambient_lock
 from fnrun.core.placing import check_device, moved, write
-from fnrun.core.position import Position
+from fnrun.core.position import Cursor as Cursor, Frame as Frame, Position  # who knew them here finds them here
 from fnrun.core.tree import struct
 from fnrun.core.words import kind, uncalled
 

@@ -113,6 +113,7 @@ def _check_names(cls: type, name: str | None, formerly: Sequence[str]) -> None:
     own = name or class_name(cls)
     for each, other, how in [
         (own, _structs.get(own), "is the name of"),
+        (own, _former.get(own), "is a name of"),
         *((each, _former.get(each), "was formerly the name of") for each in formerly),
     ]:
         if other is not None and class_name(other) != class_name(cls):

@@ -228,13 +228,18 @@ def _signature(method: Any) -> str:
 
 def _interval(part: Any) -> int | None:
     every = getattr(part, "every", None)
-    return every if type(every) is int else None
+    return max(1, every) if type(every) is int else None
 
 
 def _monitors(part: Any) -> tuple[str, ...]:
     """The metrics that it waits for: one says `monitor`, a name, or `monitors`, several."""
-    one = getattr(part, "monitor", None)
-    return tuple(getattr(part, "monitors", () if one is None else (one,)))
+    one, several = getattr(part, "monitor", None), getattr(part, "monitors", None)
+    names = (one,) if several is None and one is not None else several or ()
+    if not isinstance(names, (list, tuple, set, frozenset, dict)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"{named(part)}: monitor is the name of a metric, monitors are several, and not {kind(one if several is None else several)}"
+        )
+    return tuple(names)
 
 
 # --- what is none ------------------------------------------------------------------------------------------------------
@@ -263,6 +268,10 @@ def check_hooks(hooks: Iterable[HookContract], observers: Iterable[ObserverContr
             )
 
 
+def _runs_later(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
 def _check(what: str, part: Any, held: HookContract | None) -> None:
     """Raise TypeError, with where it belongs, for what is no hook or no observer."""
     if held is not None:
@@ -286,6 +295,8 @@ def _check(what: str, part: Any, held: HookContract | None) -> None:
         hint = f"{what}s= takes them one beside the other, {what}s=[one, another]"
     elif not callable(part) and not remembers:
         hint = f"{a(what)} is a function of (state, metrics), or has the methods of fnrun.{what.title()}"
+    elif any(map(_runs_later, (part, getattr(part, "after", None), type(part).__call__ if callable(part) else None))):
+        hint = "it is async or a generator: a loop calls it and would run none of it"
     elif not bindable(part.after if what == "hook" and remembers else part, None, None):
         hint = f"{a(what)} is called with (state, metrics)"
     else:

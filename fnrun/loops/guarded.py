@@ -15,10 +15,9 @@ import torch
 
 from fnrun.core import inplace
 from fnrun.core.inplace import Guard, InPlaceError
-from fnrun.core.key import Key, Scope
+from fnrun.core.key import Key, Scope, Unlocked
 from fnrun.core.position import is_due
 from fnrun.core.state import is_state
-from fnrun.core.undisturbed import undisturbed
 from fnrun.core.words import kind
 from fnrun.data import ambient
 from fnrun.loops.contracts import HookContract, ObserverContract
@@ -84,28 +83,6 @@ def scope(state: Any, label: tuple[Any, ...]) -> Scope:
     position = state.position
     key = getattr(state, "rng", None) or Key(0)
     return Scope(key.fold_path(*label, position.ticks, position.frames[-1].ticks if position.frames else 0), False)
-
-
-class Unlocked(Scope):
-    """A scope in which others may use the generators too, one after the other: for a function that runs whole loops."""
-
-    __slots__ = ()
-
-    @undisturbed
-    def __enter__(self) -> Any:
-        super().__enter__()
-        try:
-            self._held = self._lock.release()
-        except BaseException:
-            self._put_back()
-            raise
-
-    @undisturbed
-    def __exit__(self, *exc: object) -> None:
-        try:
-            self._held = self._lock.acquire()
-        finally:
-            super().__exit__(*exc)
 
 
 class HostGenerators:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fnrun.core.context import tick_listener
 from fnrun.core.donation import Owner, deleted_reason
 from fnrun.core.inplace import Guard, looked_at
-from fnrun.core.key import Key
+from fnrun.core.key import Key, Unlocked
 from fnrun.core.state import LoopState
 from fnrun.core.waiting import Interrupted
 from fnrun.data import Batches
@@ -171,8 +171,9 @@ class ObserverLives:
 
 
 def keyed(observer: ObserverContract, method: str, state: Any) -> AbstractContextManager[Any]:
-    """What a call of a user's observer draws from: generators of its own, so that it moves nobody else's."""
-    return nullcontext() if observer.ours else (getattr(state, "rng", None) or Key(0)).scope(method, observer.name or "observer")
+    """What a call of a user's observer draws from: generators of its own. Other threads may use theirs: it may wait for one at the end."""
+    key = getattr(state, "rng", None) or Key(0)
+    return nullcontext() if observer.ours else Unlocked(key.fold_path(method, observer.name or "observer"), False)
 
 
 class LoopContext(NamedTuple):

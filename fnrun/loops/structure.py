@@ -165,7 +165,7 @@ def drawn(name: str, step: Any, depth: int) -> Iterator[str]:
 
 
 def named(part: Any) -> str:
-    if hasattr(part, "hook"):  # one that acts now and then: it goes by the name of what it holds back
+    if hasattr(type(part), "holding_back"):  # one that acts now and then: it goes by the name of what it holds back
         return f"{named(part.hook)}, now and then"
     if not isinstance(part, type) and type(part).__str__ is not object.__str__:
         return str(part)

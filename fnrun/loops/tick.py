@@ -147,7 +147,13 @@ class OpenLoop:
         self.program.observers.open(self.program)
         tick.values = self.loop.shown(tick.metrics, tick.result)
         tick.probe = guarded.Probe(state) if self.of_users else None
-        return guarded.applied(self.afters, state, tick.values)
+        state = guarded.applied(self.afters, state, tick.values)
+        if len(state.position.frames) != self.depth + 1:
+            raise ValueError(
+                f"a hook of {self.loop.title()} returned a state with another position, as another loop left it. Return the state that "
+                "the hook was given, changed by state.replace(...)"
+            )
+        return state
 
     def _show(self, state: Any, tick: Tick) -> None:
         for observe, saves in self.observing:

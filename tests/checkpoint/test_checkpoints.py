@@ -993,7 +993,7 @@ def test_nothing_that_is_read_is_unpacked(tmp_path: Path) -> None:
         assert tree.equal(checkpoints.restore(), state)
         (folder / "0").write_bytes(zlib.compress((folder / "0").read_bytes()))
         forge(tmp_path, lambda manifest: None)
-        with pytest.raises(DamagedError, match="memory/zeros lies in 'arrays/state/00000/0', which does not hold it"):
+        with pytest.raises(DamagedError, match="memory/zeros lies beyond the end of arrays/state/00000/0"):
             checkpoints.restore()
 
 
@@ -1670,3 +1670,67 @@ class TestManyCheckpoints:
         manifest.write_bytes(manifest.read_bytes().replace(b"loss", b"boss"))
         with pytest.raises(DamagedError):
             reader.best()
+
+
+# --- who else is at work ------------------------------------------------------------------------------------------------
+
+
+def test_a_state_that_a_loop_in_another_thread_writes_over_is_not_saved(tmp_path: Path) -> None:
+    model, rule = torch.nn.Linear(2, 1), optim.adamw(1e-2)
+    step = fnrun.make_train_step(model, lambda model, x: model(x).square().mean(), rule)
+    refused: list[Exception] = []
+
+    def save(state: Any, checkpoints: Checkpoints) -> None:
+        try:
+            checkpoints.save(state)
+        except fnrun.DonatedStateError as error:
+            refused.append(error)
+
+    with Checkpoints(tmp_path / "theirs") as theirs, Checkpoints(tmp_path / "ours") as ours:
+
+        def observe(state: Any, metrics: Any) -> None:
+            thread = threading.Thread(target=save, args=(state, theirs))
+            thread.start()
+            thread.join()
+            save(state, ours)
+
+        state = fnrun.TrainState.create(model, rule)
+        end, _ = fnrun.epoch_loop(step, observers=[observe], donate=True)(state, [torch.ones(3, 2)] * 4)
+        thread = threading.Thread(target=save, args=(end, theirs))  # nobody writes over it any more
+        thread.start()
+        thread.join()
+    assert len(refused) == 4
+    assert all("in another thread" in str(error) for error in refused)
+    assert ours.steps() == [1, 2, 3, 4]
+    assert tree.equal(theirs.restore().params, end.params)
+
+
+def test_several_checkpoints_in_one_directory_write_one_after_the_other(tmp_path: Path) -> None:
+    state = fnrun.TrainState.create(torch.nn.Linear(100, 100))
+    failed: list[Exception] = []
+
+    def write(begin: int) -> None:
+        try:
+            for step in range(begin, begin + 6):
+                with Checkpoints(tmp_path) as checkpoints:
+                    checkpoints.save(state.replace(step=step, position=fnrun.Position(ticks=step)))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(1,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    for entry in Checkpoints(tmp_path).entries():
+        Checkpoints(tmp_path).check(entry)
+
+
+@pytest.mark.parametrize("size", [3, 500_000])
+def test_an_array_that_is_written_to_after_it_was_handed_over_is_saved_as_it_was(size: int, tmp_path: Path) -> None:
+    array = np.zeros(size)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(fnrun.TrainState.create(torch.nn.Linear(2, 1)).replace(memory={"counts": array}))
+        array += 1
+    assert not checkpoints.restore().memory["counts"].any()

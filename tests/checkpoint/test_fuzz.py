@@ -325,6 +325,21 @@ def test_a_file_that_is_none_of_the_checkpoint_is_damage(saved: tuple[Checkpoint
         write({folder / file: content for file, content in original.items()})
 
 
+@pytest.mark.parametrize("offset", [10**9, 10**30])
+def test_a_piece_beyond_the_end_of_its_file_is_damage(saved: tuple[Checkpoints, Path], offset: int) -> None:
+    checkpoints, folder = saved
+    original = {file: (folder / file).read_bytes() for file in (store.MANIFEST, store.DIGEST)}
+    manifest = json.loads(original[store.MANIFEST])
+    next(leaf for leaf in manifest["leaves"] if leaf.get("pieces"))["pieces"][0]["offset"] = offset
+    sign(folder, json.dumps(manifest).encode())
+    try:
+        for ask in (checkpoints.restore, checkpoints.check):
+            with pytest.raises(DamagedError):
+                ask()
+    finally:
+        write({folder / file: content for file, content in original.items()})
+
+
 ASKED: list[list[Callable[[Checkpoints], Any]]] = [
     [lambda checkpoints: checkpoints.restore()],
     [lambda checkpoints: checkpoints.restore(like=state()), lambda checkpoints: checkpoints.best()],

@@ -33,6 +33,7 @@ for old in {order!r}:
 from fnrun import rng, state, tree as again
 import fnrun.run as run, fnrun.core.tree, fnrun.core.key
 from fnrun.tree import equal
+from fnrun.state import Cursor, Frame, Position, TrainState
 assert fnrun.tree is again is fnrun.core.tree and rng is fnrun.core.key and run.Run is fnrun.Run
 files = [module.__file__ for name, module in list(sys.modules.items()) if name.startswith("fnrun") and module is not None]
 modules = {{id(module): module.__file__ for name, module in list(sys.modules.items()) if name.startswith("fnrun")}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import pytest
@@ -122,6 +123,44 @@ def test_what_an_observer_draws_is_its_own() -> None:
         assert torch.equal(torch.get_rng_state(), before)
     assert len(drawn[0]) == len(set(drawn[0])) == 12
     assert drawn[0] == drawn[1]
+
+
+def test_what_would_never_run_is_refused() -> None:
+    async def later(state: Any, metrics: Any) -> None: ...
+
+    def bit_by_bit(state: Any, metrics: Any) -> Any:
+        yield state
+
+    for part in (later, bit_by_bit):
+        with pytest.raises(TypeError, match="async or a generator"):
+            fnrun.epoch_loop(count, observers=[part])
+        with pytest.raises(TypeError, match="async or a generator"):
+            fnrun.epoch_loop(count, hooks=[part])
+
+
+def test_a_monitor_that_is_no_name_is_refused() -> None:
+    with pytest.raises(TypeError, match="monitor is the name of a metric"):
+        fnrun.epoch_loop(count, observers=[named("observer", {"monitor": 3})])
+    fnrun.epoch_loop(count, observers=[named("observer", {"monitor": None, "monitors": None})])
+
+
+def test_a_hook_that_returns_a_state_of_elsewhere_is_named() -> None:
+    away = lambda state, metrics: state.replace(position=fnrun.Position())  # noqa: E731
+    with pytest.raises(ValueError, match="a hook of epoch_loop returned a state with another position"):
+        fnrun.epoch_loop(count, hooks=[away])(fnrun.TrainState.create(torch.nn.Linear(1, 1)), [torch.ones(2)])
+
+
+def test_an_observer_may_wait_at_the_end_for_a_thread_that_evaluates() -> None:
+    evaluate = fnrun.make_eval_step(model := torch.nn.Linear(1, 1), lambda model, x: {"mean": model(x).mean()})
+    state, found = fnrun.TrainState.create(model), []
+
+    def close(self: Any, last: Any, reason: Any) -> None:
+        thread = threading.Thread(target=lambda: found.append(evaluate(state, torch.ones(2, 1))))
+        thread.start()
+        thread.join(60)
+
+    fnrun.epoch_loop(count, observers=[named("observer", {"close": close})])(state, [torch.ones(2)])
+    assert len(found) == 1
 
 
 # --- kinds of loops of one's own ---------------------------------------------------------------------------------------
