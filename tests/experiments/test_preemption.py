@@ -144,14 +144,14 @@ class TestSignals:
     @pytest.mark.parametrize(("workers", "row"), [(0, 19), (1, 13), (2, 5)])
     def test_while_the_data_set_hangs(self, workers, row, tmp_path, left_alone, monkeypatch):
         monkeypatch.setattr(interrupts, "GRACE", 0.1)
-        path = tmp_path / "run"
+        path, others = tmp_path / "run", set(multiprocessing.active_children())  # an iterator that an earlier test left to the collector
         with at("row", hangs_from(row)), at("step 3", lambda: when_it_waits(send(signal.SIGTERM))):
             output = tiny("train", "--workers", workers, "--out", path, code=143)
         assert "SIGTERM: interrupted at step" in output
         status = Run.open(path).status()
         assert (status.state, status.reason) == ("stopped", "SIGTERM")
         assert status.step == Checkpoints(path / "checkpoints").latest() >= 4
-        assert multiprocessing.active_children() == []
+        assert set(multiprocessing.active_children()) <= others
         tiny("resume", path)
         assert outcome(path) == outcome(left_alone)
 
