@@ -108,7 +108,8 @@ class ObserverContract:
 def hook_contract(hook: Any) -> HookContract:
     """What `hook` is able to do. Raises TypeError, with what to write, for what is no hook and for a method of another signature."""
     held = hook_contract(hook.hook) if _holds_back(hook) else None
-    _check("hook", hook, held)
+    if held is None:
+        _check("hook", hook)
     _warn_of_unknown(hook, "hook", _OF_HOOKS)
     remembers = isinstance(hook, Hook)
     return HookContract(
@@ -126,7 +127,7 @@ def hook_contract(hook: Any) -> HookContract:
 
 def observer_contract(observer: Any) -> ObserverContract:
     """What `observer` is able to do. Raises TypeError, with what to write, for what is none and for a method of another signature."""
-    _check("observer", observer, None)
+    _check("observer", observer)
 
     _warn_of_unknown(observer, "observer", _OF_OBSERVERS)
 
@@ -272,10 +273,8 @@ def _runs_later(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
-def _check(what: str, part: Any, held: HookContract | None) -> None:
+def _check(what: str, part: Any) -> None:
     """Raise TypeError, with where it belongs, for what is no hook or no observer."""
-    if held is not None:
-        return
     home = (getattr(part, "__module__", None) or type(part).__module__) if ours(part) else ""
     elsewhere = next((where for package, where in _HOMES.items() if home.startswith(package)), None)
     remembers = isinstance(part, Hook)

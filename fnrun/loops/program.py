@@ -186,7 +186,5 @@ class LoopContext(NamedTuple):
     round: tuple[int, int | None] | None = None  # of the nearest repeat: its index, and how many there are where that is known
     over_batch: bool = False  # within a loop over data: what comes down is one of its batches
     source: tuple[str, Batches] | None = None  # of a loop over data: the name and the stream
-    owner: Owner | None = (
-        None  # of the states down to here: None where no loop donates, and behind a function, which may want the old state
-    )
+    owner: Owner | None = None  # of the states that a loop donates; behind a function None: it may want the old state
     opened: list[str] | None = None  # the loops that the function around has opened so far: it may open several, one after the other
